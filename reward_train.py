@@ -1,0 +1,221 @@
+"""Phase 2: a reward model that learns which of two responses people prefer.
+
+In: `checkpoints/sft` and a preference data set. Out: `checkpoints/reward`, a LoRA adapter with a scalar head that PEFT
+opens as a sequence classification model.
+
+1. Tokenise each prompt with its chosen and its rejected response, both closed by EOS.
+2. Load the base the SFT adapter was trained on, stack a LoRA adapter on its upper layers, add a float32 scalar head.
+3. Train with TRL's RewardTrainer: -log sigmoid(score(chosen) - score(rejected)) (Bradley-Terry).
+4. Score the test split: accuracy with its interval, margin, loss, and what "the longer response wins" would get.
+
+    python reward_train.py
+    python reward_train.py --preset demo
+
+Next: python ppo_train.py
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rlhf.checkpoints import check_output, check_same_base, output_folder, read_run, sha256, write_run
+from rlhf.cli import UserError, run
+
+
+@dataclass(frozen=True)
+class Config:
+    sft_checkpoint: str = "checkpoints/sft"  # its base model, precision and prompt format are taken over
+    base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
+    dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
+    output_dir: str = "checkpoints/reward"
+    overwrite: bool = False  # replace what output_dir holds
+
+    max_length: int = 512  # tokens of prompt and response; prompts are cut from the left at a turn boundary
+    max_train_samples: int | None = None  # the first so many rows; None: all
+    max_eval_samples: int | None = 2000
+
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in; adapter and head are fp32
+    gradient_checkpointing: bool = True
+    lora_rank: int = 16
+    lora_alpha: int = 32  # LoRA is scaled by alpha / rank
+    role_layers: int = 14  # upper layers that get the adapter; 0: all
+
+    learning_rate: float = 2e-4
+    num_train_epochs: float = 1.0  # a second epoch overfits
+    max_steps: int | None = None  # stop after so many optimizer steps
+    per_device_train_batch_size: int = 2  # pairs
+    gradient_accumulation_steps: int = 8
+    warmup_ratio: float = 0.05  # share of the steps; then cosine to 0
+    center_rewards_coefficient: float = 0.01  # keeps the scores near mean 0 (2312.09244)
+    max_grad_norm: float = 1.0
+    logging_steps: int = 10
+    log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
+    seed: int = 0
+
+
+PRESETS = {
+    "demo": Config(
+        sft_checkpoint="runs/demo/sft",
+        dataset="demo/data",
+        output_dir="runs/demo/reward",
+        max_length=192,
+        gradient_checkpointing=False,
+        role_layers=15,
+        learning_rate=5e-4,
+        num_train_epochs=2.0,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        warmup_ratio=0.1,
+        logging_steps=5,
+    ),
+}
+
+
+def main(config: Config) -> None:
+    check_output(config.output_dir, config.overwrite)
+    sft = read_run(config.sft_checkpoint, "sft")
+
+    from transformers import set_seed
+
+    from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
+    from rlhf.modeling import SharedBase, base_facts, choose_dtype, load_base, load_tokenizer, save_stacked
+    from rlhf.reporting import console, plot_curves
+    from rlhf.training import device
+
+    started = time.monotonic()
+    dtype = choose_dtype(config.dtype, device())
+    base = base_facts(config.base_model or sft["base"]["model"], sft["base"]["revision"], sft["base"]["load_in_4bit"])
+    check_same_base(sft, config.sft_checkpoint, base)
+    form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))
+
+    # 1. Tokenise both responses of each pair.
+    train_pairs = load_pairs(config.dataset, "train", config.max_train_samples)
+    eval_pairs = load_pairs(config.dataset, "test", config.max_eval_samples)
+    train_set = both_responses(tokenize_pairs(train_pairs, form, config.max_length, "train"), form.eos_token_id)
+    eval_set = both_responses(tokenize_pairs(eval_pairs, form, config.max_length, "test"), form.eos_token_id)
+
+    # 2. The SFT adapter stays frozen below the reward model's own.
+    set_seed(config.seed)
+    model = load_base(base, dtype, form.pad_token_id, with_head=True)
+    shared = SharedBase(model, config.sft_checkpoint, dtype)
+    shared.add_role("reward", config.lora_rank, config.lora_alpha, config.role_layers)
+    shared.heads["reward"] = model.score
+    shared.check_split()
+    shared.activate("reward", train=True)
+
+    with output_folder(config.output_dir) as folder:
+        # 3. Train.
+        trainer = make_trainer(config, shared.peft, form, train_set, dtype, folder)
+        trainer.train()
+
+        # 4. Score the test split.
+        if trainer.is_world_process_zero():
+            shared.peft.eval()
+            metrics = evaluate(shared, eval_set, form.pad_token_id, 2 * config.per_device_train_batch_size)
+            console.print(describe(metrics))
+            if not metrics["score_std"] > 1e-3:
+                raise UserError(
+                    f"the reward model gives every text about the same score (standard deviation {metrics['score_std']:.1e}): "
+                    "it has learned nothing and was not saved; raise --learning-rate or train longer"
+                )
+            save_stacked(folder, shared, "reward", form, base)
+            plot_curves(folder, "step", {"loss": ["loss"], "accuracy": ["accuracy"], "margin": ["margin"]})
+            write_run(
+                folder,
+                "reward",
+                config,
+                base=base,
+                prompt_format=sft["prompt_format"],
+                adapter_sha256=sha256(folder / "adapter_model.safetensors"),
+                parents={"sft": sft["adapter_sha256"]},
+                data={"source": config.dataset, "train_rows": len(train_set), "sha256": fingerprint(train_pairs)},
+                steps=trainer.state.global_step,
+                device=str(device()),
+                dtype=str(dtype),
+                seconds=round(time.monotonic() - started),
+                metrics=metrics,
+            )
+    console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
+    console.print(
+        "Next: python ppo_train.py" + (" --preset demo" if config.output_dir == PRESETS["demo"].output_dir else "")
+    )
+
+
+def both_responses(pairs, eos_token_id: int):
+    """Token ids of prompt + chosen and prompt + rejected, each closed by EOS, where the score is read."""
+    import datasets
+
+    def close(ids: list[int]) -> list[int]:
+        return ids if ids[-1] == eos_token_id else [*ids, eos_token_id]
+
+    rows = [
+        {"chosen_ids": p.prompt_ids + close(p.chosen_ids), "rejected_ids": p.prompt_ids + close(p.rejected_ids)}
+        for p in pairs
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
+def make_trainer(config: Config, model, form, train_set, dtype, folder: Path):
+    """TRL's RewardTrainer on an adapter that is already in place; keeps adapter and head in float32."""
+    from trl import RewardConfig, RewardTrainer
+
+    from rlhf.reporting import TrainerLog
+    from rlhf.training import keep_fp32, ours_to_print, trainer_options
+
+    args = RewardConfig(
+        **trainer_options(config, dtype, folder, len(train_set)),
+        max_length=None,
+        center_rewards_coefficient=config.center_rewards_coefficient or None,
+    )
+    trainer = RewardTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_set,
+        processing_class=form.tokenizer,
+        callbacks=[TrainerLog(folder, "Reward model")],
+    )
+    keep_fp32(trainer.model)
+    if config.gradient_checkpointing:
+        # TRL makes the embeddings require gradients, which would carry backward through the frozen lower layers.
+        model.base_model.model.disable_input_require_grads()
+    return ours_to_print(trainer)
+
+
+def evaluate(shared, eval_set, pad_token_id: int, batch_size: int) -> dict[str, float]:
+    """Scores of the test pairs and what they say. A tie counts as half right: a constant scorer gets 0.5, not 1."""
+    import torch
+    import torch.nn.functional as F
+
+    from rlhf.reporting import preference, wilson_interval
+
+    chosen_ids, rejected_ids = list(eval_set["chosen_ids"]), list(eval_set["rejected_ids"])
+    chosen, rejected = shared.score(chosen_ids + rejected_ids, pad_token_id, batch_size=batch_size).chunk(2)
+    right = preference(chosen.tolist(), rejected.tolist())
+    longer = preference(map(len, chosen_ids), map(len, rejected_ids))
+    low, high = wilson_interval(sum(right), len(right))
+    return {
+        "eval_pairs": len(right),
+        "eval_accuracy": sum(right) / len(right),
+        "eval_accuracy_low": low,
+        "eval_accuracy_high": high,
+        "eval_margin": (chosen - rejected).mean().item(),
+        "eval_loss": -F.logsigmoid(chosen - rejected).mean().item(),
+        "longer_wins_accuracy": sum(longer) / len(longer),
+        "score_mean": torch.cat([chosen, rejected]).mean().item(),
+        "score_std": torch.cat([chosen, rejected]).std().item(),
+    }
+
+
+def describe(m: dict[str, float]) -> str:
+    return (
+        f"test pairs {m['eval_pairs']}: accuracy {m['eval_accuracy']:.3f} "
+        f"(95 % interval {m['eval_accuracy_low']:.3f} to {m['eval_accuracy_high']:.3f}; a tie counts half), "
+        f"mean margin {m['eval_margin']:.3f}, loss {m['eval_loss']:.4f}\n"
+        f'"the longer response wins" would score {m["longer_wins_accuracy"]:.3f}; '
+        f"scores have mean {m['score_mean']:.2f}, standard deviation {m['score_std']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    run(main, Config, PRESETS, __doc__)

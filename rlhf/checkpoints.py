@@ -1,0 +1,144 @@
+"""The hand-off between the scripts: folders that appear whole, and the `run.json` that says what is in them.
+
+A phase works in `NAME.partial` beside its output folder and renames it in at the end, so a finished checkpoint is
+either all there or not there. `run.json` is written last and names the base model, the prompt format, the data and
+the parents with their hashes; the next script checks it before it loads anything.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf.cli import UserError
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
+SCRIPTS = {"sft": "sft_train.py", "reward": "reward_train.py", "ppo": "ppo_train.py"}
+MAX_RUN_JSON = 1 << 20  # bytes; ours have a few thousand
+
+
+def check_output(folder: str, overwrite: bool) -> None:
+    """Refuse, before any work is done, an output folder that holds something."""
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output-dir {folder} is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UserError(f"{folder} is not empty: add --overwrite to replace it, or choose another --output-dir")
+
+
+@contextlib.contextmanager
+def output_folder(folder: str) -> Iterator[Path]:
+    """Yield `folder.partial` to write to; when the block ends well, rename it to `folder`, replacing what is there.
+
+    When the block raises, an existing `folder` stays as it was; the partial one stays beside it, with its metrics,
+    until the next run of the phase.
+    """
+    final = Path(folder)
+    partial, old = final.with_name(final.name + ".partial"), final.with_name(final.name + ".old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_run(folder: Path, phase: str, config: Any, **facts: Any) -> None:
+    """Write `run.json`: the resolved hyperparameters of `config` (a dataclass) and what else the next phase checks."""
+    run = {
+        "phase": phase,
+        **facts,
+        "hyperparameters": dataclasses.asdict(config),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES}
+        | {"python": platform.python_version()},
+        "commit": git_commit(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    (folder / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_run(folder: str, phase: str) -> dict[str, Any]:
+    """Read and check the `run.json` of a finished phase.
+
+    Raises UserError when the phase is missing (naming the command that makes it), is another phase, or is damaged.
+    """
+    path = Path(folder) / "run.json"
+    todo = f"run `python {SCRIPTS[phase]}` first, or name its output folder with --{phase}-checkpoint"
+    if not Path(folder).exists():
+        raise UserError(f"there is no {phase} checkpoint at {folder}: {todo}")
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is not a checkpoint of {SCRIPTS[phase]} (it has no run.json). Accepted is the output folder of "
+            f"{SCRIPTS[phase]}, a LoRA adapter on the same base: {todo}"
+        )
+    try:
+        if path.stat().st_size > MAX_RUN_JSON:
+            raise ValueError("it is larger than 1 MiB")
+        run = json.loads(path.read_text(encoding="utf-8"))
+        for key, kind in {"phase": str, "base": dict, "prompt_format": str, "adapter_sha256": str}.items():
+            if not isinstance(run[key], kind):
+                raise ValueError(f"{key} is not a {kind.__name__}")
+        if not isinstance(run["base"]["model"], str) or not isinstance(run["base"]["load_in_4bit"], bool):
+            raise ValueError("base is not complete")
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}): train that phase again") from None
+    if run["phase"] != phase:
+        raise UserError(f"{folder} holds a {run['phase']} checkpoint where a {phase} checkpoint is needed: {todo}")
+    weights = Path(folder) / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{folder} has no adapter_model.safetensors: train that phase again")
+    if sha256(weights) != run["adapter_sha256"]:
+        raise UserError(f"{weights} is not the file that its run.json describes: train that phase again")
+    return run
+
+
+def check_same_base(run: dict[str, Any], folder: str, base: dict[str, Any]) -> None:
+    """Raise UserError unless the checkpoint at `folder` was trained on the base model described by `base`."""
+    theirs = run["base"]
+    same = theirs["config_sha256"] == base["config_sha256"] and (
+        None in (theirs["weights_sha256"], base["weights_sha256"]) or theirs["weights_sha256"] == base["weights_sha256"]
+    )
+    if not same:
+        raise UserError(
+            f"{folder} was trained on another base model ({theirs['model']}) than {base['model']}: "
+            "name the same base for all phases"
+        )
+
+
+def check_child(run: dict[str, Any], folder: str, parent: dict[str, Any], parent_folder: str) -> None:
+    """Raise UserError unless the checkpoint at `folder` was trained from the SFT checkpoint at `parent_folder`."""
+    if run["prompt_format"] != parent["prompt_format"]:
+        raise UserError(
+            f"{folder} was trained with another prompt format ({run['prompt_format']}) than {parent_folder} "
+            f"({parent['prompt_format']}): train both with the same --prompt-format"
+        )
+    check_same_base(run, folder, parent["base"])
+    if run.get("parents", {}).get("sft") != parent["adapter_sha256"]:
+        raise UserError(
+            f"{folder} was not trained from the SFT checkpoint at {parent_folder}; accepted is an adapter stacked on "
+            f"that one: run `python {SCRIPTS[run['phase']]} --sft-checkpoint {parent_folder}`"
+        )
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_commit() -> str | None:
+    """The commit of this code, or None outside a git checkout."""
+    with contextlib.suppress(OSError):
+        here = Path(__file__).parent
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+        return done.stdout.strip() or None
+    return None

@@ -1,0 +1,460 @@
+"""One frozen base, the SFT adapter on it, and a small adapter for each role stacked on the upper layers.
+
+The SFT adapter is frozen and active for every role, so the reference policy is simply "no role adapter", and a fresh
+policy (LoRA B = 0) *is* the reference, bit for bit. A role adapts only the upper layers: what the lower layers compute
+for a text is the same for policy, reference, reward and value model, in every epoch, and is computed once.
+
+Shapes: B texts, T tokens, H hidden size, V vocabulary, N response tokens of a batch.
+"""
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from rlhf.cli import UserError
+from rlhf.data import PromptFormat
+from rlhf.hub import hub_errors
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|reserved_special_token_0|>")
+HEAD_KEY = "base_model.model.score.weight"  # where PEFT keeps the head of a sequence classification adapter
+
+
+# ---------------------------------------------------------------- the base model
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype the base computes in: what was asked for, or for "auto" the best this device has.
+
+    Adapters, heads and optimizer states are float32 whatever this says.
+
+    Raises:
+        UserError: the device cannot compute in it.
+    """
+    if device.type == "cuda":
+        card, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        bf16, fp16 = torch.cuda.is_bf16_supported(including_emulation=False), capability >= (6, 0)
+        where = f"{card} (compute capability {capability[0]}.{capability[1]})"
+    else:
+        have = torch.cpu.get_capabilities()
+        bf16, fp16, where = bool(have.get("avx512_bf16") or have.get("amx_bf16")), False, "a CPU"
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.bfloat16 if bf16 else torch.float32
+        if not (bf16 or fp16):
+            raise UserError(
+                f"{where} has neither bf16 nor usable fp16: use a newer card, or --dtype fp32 on a small model"
+            )
+        return torch.bfloat16 if bf16 else torch.float16
+    if (name == "bf16" and device.type == "cuda" and not bf16) or (name == "fp16" and not fp16):
+        raise UserError(f"--dtype {name} does not work on {where}: leave it at auto")
+    return DTYPES[name]
+
+
+def check_4bit(device: torch.device) -> None:
+    """Raise UserError unless NF4 weights can be made and used on `device`: it quantises and runs one small layer."""
+    try:
+        import bitsandbytes as bnb
+
+        layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32).to(device)
+        layer(torch.ones(1, 64, device=device))
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"4-bit weights do not work on {device.type} here ({reason[0]}): pass --no-load-in-4bit"
+        ) from None
+
+
+def base_facts(model: str, revision: str | None, load_in_4bit: bool) -> dict[str, Any]:
+    """What identifies a base model, for run.json, without loading it.
+
+    A local folder is named by its absolute path and known by its config and by the ends of its weight files; a hub
+    model by its id, its commit and its config.
+
+    Raises:
+        UserError: no such folder or hub model, a gated one, no network.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{model} is not a model folder (it has no config.json)")
+        digest = hashlib.sha256()
+        for file in sorted(folder.glob("*.safetensors")):
+            with file.open("rb") as weights:
+                digest.update(f"{file.name} {file.stat().st_size}".encode() + weights.read(1 << 20))
+                weights.seek(max(0, file.stat().st_size - (1 << 20)))
+                digest.update(weights.read())
+        name, config, revision, weights_sha256 = str(folder.resolve()), folder / "config.json", None, digest.hexdigest()
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
+        with hub_errors(model, "model", "--base-model"):
+            config = Path(cached_file(model, "config.json", revision=revision))
+        name, revision, weights_sha256 = model, config.parent.name, None
+    else:
+        raise UserError(f"--base-model {model}: there is no such folder, and it is not a hub id (owner/name)")
+    return {
+        "model": name,
+        "revision": revision,
+        "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest(),
+        "weights_sha256": weights_sha256,
+        "load_in_4bit": load_in_4bit,
+    }
+
+
+def load_tokenizer(folder: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer with an EOS, and a pad token that is not EOS: with pad = EOS a model never learns to stop."""
+    with hub_errors(folder, "model", "--base-model"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
+    if tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer of {folder} has no EOS token")
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        vocabulary = tokenizer.get_vocab()
+        free = [
+            token
+            for token in (*PAD_TOKENS, tokenizer.unk_token)
+            if token in vocabulary and token != tokenizer.eos_token
+        ]
+        if not free:
+            raise UserError(
+                f"the tokenizer of {folder} has no token to pad with but EOS: set its pad_token to an unused one"
+            )
+        tokenizer.pad_token = free[0]
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_base(base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_head: bool = False) -> PreTrainedModel:
+    """Load the base named by `base_facts`, frozen, in evaluation mode; in NF4 if it says so.
+
+    With `with_head` it is a sequence classification model whose one-number head is a `ScalarHead`.
+    """
+    device = PartialState().device
+    options: dict[str, Any] = {"dtype": dtype, "revision": base["revision"], "use_safetensors": True}
+    if base["load_in_4bit"]:
+        check_4bit(device)
+        options["device_map"] = {"": device}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head", "score"],
+        )
+    name = base["model"]
+    with hub_errors(name, "model", "--base-model"):
+        try:
+            if with_head:
+                config = AutoConfig.from_pretrained(
+                    name, revision=base["revision"], num_labels=1, pad_token_id=pad_token_id
+                )
+                model = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
+                model.score = ScalarHead(config.hidden_size)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(name, **options)
+        except (SafetensorError, ValueError) as error:
+            raise UserError(f"{name} cannot be loaded as a model ({str(error).strip().splitlines()[0]})") from error
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On such CPUs bitsandbytes repacks the weights at the first no-grad forward; backward then gives no gradients.
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.to(device).eval() if not base["load_in_4bit"] else model.eval()
+
+
+class ScalarHead(nn.Linear):
+    """H -> 1 in float32 whatever the trunk and autocast do; initialised as in the N+ paper (2403.17031), std 1/sqrt(H+1)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, 1, bias=False, dtype=torch.float32)
+        nn.init.normal_(self.weight, std=(hidden_size + 1) ** -0.5)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight)
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers inside a decoder layer (q_proj, ..., down_proj): where LoRA goes."""
+    layer = model.get_decoder().layers[0]
+    return sorted({name.rsplit(".", 1)[-1] for name, module in layer.named_modules() if isinstance(module, nn.Linear)})
+
+
+# ---------------------------------------------------------------- the shared base
+
+
+class SharedBase:
+    """A loaded base with the SFT adapter and any number of role adapters on its upper layers.
+
+    Args:
+        model: what `load_base` returned.
+        folder: the SFT checkpoint.
+        dtype: what the trunk computes in.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: str, dtype: torch.dtype):
+        self.dtype = dtype
+        self.device = next(model.parameters()).device
+        self.decoder = model.get_decoder()
+        self.num_layers = self.first_role_layer = len(self.decoder.layers)
+        self.heads: dict[str, ScalarHead] = {}
+        config, state = read_adapter(folder)
+        self.peft = PeftModel(model, config, adapter_name="sft")
+        self._load("sft", state)
+        self.activate(None)
+
+    def add_role(
+        self,
+        role: str,
+        rank: int,
+        alpha: int,
+        num_layers: int,
+        state: dict[str, Tensor] | None = None,
+        head: Tensor | None = None,
+    ) -> None:
+        """Stack a LoRA adapter for `role` on the upper `num_layers` layers (0: on all), from `state` or fresh.
+
+        `head` [1, H], if given, becomes the role's scalar head. The role starts frozen; `activate` makes it train.
+        """
+        num_layers = num_layers or self.num_layers
+        if not 0 < num_layers <= self.num_layers:
+            raise UserError(f"--role-layers {num_layers}: this model has {self.num_layers} layers")
+        first = self.num_layers - num_layers
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=sorted(self.peft.peft_config["sft"].target_modules),
+            layers_to_transform=list(range(first, self.num_layers)),
+        )
+        self.peft.add_adapter(role, config)
+        if state is not None:
+            self._load(role, state)
+        if head is not None:
+            self.heads[role] = ScalarHead(head.shape[1]).to(self.device)
+            self.heads[role].weight.data.copy_(head)
+        self.first_role_layer = min(self.first_role_layer, first)
+        self.activate(None)
+
+    def _load(self, role: str, state: dict[str, Tensor]) -> None:
+        result = set_peft_model_state_dict(self.peft, state, adapter_name=role)
+        missing = [key for key in result.missing_keys if f".{role}." in key and "lora_" in key]
+        if missing or result.unexpected_keys:
+            odd = (missing + result.unexpected_keys)[0]
+            raise UserError(f"the {role} adapter does not fit this base model (first odd weight: {odd})")
+
+    def activate(self, role: str | None, train: bool = False) -> None:
+        """Make the SFT adapter and `role`'s the active ones; None is the reference. Only with `train` does `role` get gradients.
+
+        Call backward before the next switch: checkpointed layers recompute with the adapters that are then active.
+        """
+        names = ["sft", role] if role else ["sft"]
+        for module in self.peft.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.set_adapter(names, inference_mode=True)
+        self.peft.base_model.active_adapter = names
+        if train:
+            for parameter in self.parameters(role):
+                parameter.requires_grad_(True)
+
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        """The weights that belong to `role`: its LoRA matrices and its head."""
+        lora = [p for name, p in self.peft.named_parameters() if f".{role}." in name]
+        return lora + (list(self.heads[role].parameters()) if role in self.heads else [])
+
+    def adapter_state(self, role: str) -> dict[str, Tensor]:
+        """A copy of `role`'s LoRA weights under PEFT's names."""
+        state = get_peft_model_state_dict(self.peft, adapter_name=role)
+        return {name: weight.detach().clone() for name, weight in state.items() if "lora_" in name}
+
+    # -- forward
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    @contextlib.contextmanager
+    def _only(self, layers: slice) -> Iterator[None]:
+        """Run the decoder's own forward on some of its layers; the final norm only after the last."""
+        kept, norm = self.decoder.layers, self.decoder.norm
+        self.decoder.layers = kept[layers]
+        if layers.stop is not None:
+            self.decoder.norm = nn.Identity()
+        try:
+            yield
+        finally:
+            self.decoder.layers, self.decoder.norm = kept, norm
+
+    @torch.no_grad()
+    def lower(self, input_ids: Tensor) -> Tensor:
+        """Hidden states below the first role layer, the same for every role.
+
+        Padding stands on the right, where causal attention never looks back at it, so there is no mask to pass.
+
+        Args:
+            input_ids: [B, T].
+        Returns:
+            [B, T, H], in the trunk's dtype.
+        """
+        if self.first_role_layer == 0:
+            return self.decoder.embed_tokens(input_ids)
+        with self._only(slice(0, self.first_role_layer)), self.autocast():
+            return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def upper(self, lower: Tensor) -> Tensor:
+        """Final hidden states [B, T, H] of the active role, from those that `lower` gave."""
+        with self._only(slice(self.first_role_layer, None)), self.autocast():
+            return self.decoder(inputs_embeds=lower, use_cache=False).last_hidden_state
+
+    def check_split(self) -> None:
+        """Raise UserError unless lower + upper is the whole forward, bit for bit, on this architecture."""
+        ids = torch.arange(1, 9, device=self.device)[None]
+        with torch.no_grad(), self.autocast():
+            whole = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        with torch.no_grad():
+            split = self.upper(self.lower(ids))
+        if not torch.equal(whole, split):
+            name = type(self.decoder).__name__
+            raise UserError(
+                f"{name} cannot be run in two halves: this pipeline is for Llama-like decoders (Llama, Mistral, Qwen2, SmolLM2)"
+            )
+
+    def lm_head_weight(self) -> Tensor:
+        """[V, H]"""
+        return self.peft.base_model.model.get_output_embeddings().weight
+
+    @torch.no_grad()
+    def score(
+        self, sequences: list[list[int]], pad_token_id: int, role: str = "reward", batch_size: int = 16
+    ) -> Tensor:
+        """The scalar head's reading at the last token of each text.
+
+        Args:
+            sequences: token ids, prompt and response, with EOS.
+        Returns:
+            [len(sequences)], float32, on the CPU.
+        """
+        self.activate(role)
+        scores = torch.empty(len(sequences))
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # like lengths together: little padding
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            hidden = self.upper(
+                self.lower(pad_right([sequences[i] for i in rows], pad_token_id, self.device))
+            )  # [B, T, H]
+            last = torch.tensor([len(sequences[i]) - 1 for i in rows], device=self.device)
+            scores[rows] = self.heads[role](hidden[torch.arange(len(rows), device=self.device), last]).squeeze(-1).cpu()
+        return scores
+
+
+def pad_right(sequences: list[list[int]], pad: float, device: torch.device) -> Tensor:
+    """[B, T] of token ids, or of whatever numbers, padded on the right."""
+    tensors = [torch.tensor(sequence, device=device) for sequence in sequences]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad)
+
+
+# ---------------------------------------------------------------- adapters on disk
+
+
+def read_adapter(folder: str) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The LoRA config and weights of a checkpoint, from safetensors only."""
+    try:
+        config = LoraConfig.from_pretrained(folder)
+        state = load_file(Path(folder) / "adapter_model.safetensors")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise UserError(f"{folder} holds no LoRA adapter that can be read ({str(error).splitlines()[0]})") from None
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{folder} holds an adapter of another kind than LoRA")
+    config.task_type = config.modules_to_save = None
+    config.inference_mode = True
+    return config, state
+
+
+def save_stacked(folder: Path, shared: SharedBase, role: str, form: PromptFormat, base: dict[str, Any]) -> None:
+    """Save SFT adapter + `role`'s as one ordinary PEFT adapter, with the role's head if it has one, and the tokenizer.
+
+    Two LoRA adapters on one layer are one of the summed rank: [A1; A2] and [B1 B2]. The scalings alpha / r go into B,
+    so the saved adapter has scaling 1. `read_stacked` takes it apart again.
+    """
+    sft, config = shared.adapter_state("sft"), shared.peft.peft_config[role]
+    ours = shared.adapter_state(role)
+    sft_config = shared.peft.peft_config["sft"]
+    state = {}
+    for key, weight in sft.items():
+        weight = weight.float() * (sft_config.lora_alpha / sft_config.r if "lora_B" in key else 1)
+        if key in ours:
+            other = ours[key].float() * (config.lora_alpha / config.r if "lora_B" in key else 1)
+            weight = torch.cat([weight, other], dim=1 if "lora_B" in key else 0)
+        state[key] = weight.cpu().contiguous()
+    rank = sft_config.r + config.r
+    layers = "|".join(str(i) for i in config.layers_to_transform)
+    pattern = {rf"layers\.({layers})\..*": rank}
+    has_head = role in shared.heads
+    if has_head:
+        state[HEAD_KEY] = shared.heads[role].weight.detach().float().cpu().contiguous()
+    folder.mkdir(exist_ok=True)
+    LoraConfig(
+        r=sft_config.r,
+        lora_alpha=sft_config.r,
+        rank_pattern=pattern,
+        alpha_pattern=pattern,
+        target_modules=sorted(config.target_modules),
+        task_type="SEQ_CLS" if has_head else "CAUSAL_LM",
+        modules_to_save=["score"] if has_head else None,
+        base_model_name_or_path=base["model"],
+        revision=base["revision"],
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    form.tokenizer.save_pretrained(folder)
+
+
+def read_stacked(folder: str, shared: SharedBase, alpha: int) -> dict[str, Any]:
+    """Take a checkpoint of `save_stacked` apart: the arguments of `SharedBase.add_role` for the role in it.
+
+    Raises:
+        UserError: it is not stacked on the SFT adapter of `shared`.
+    """
+    _, stacked = read_adapter(folder)
+    head = stacked.pop(HEAD_KEY, None)
+    sft, state, layers = shared.adapter_state("sft"), {}, set()
+    rank = None
+    for key, weight in stacked.items():
+        below = sft.get(key)
+        axis = 1 if "lora_B" in key else 0
+        if (
+            below is None
+            or weight.dim() != 2
+            or weight.shape[1 - axis] != below.shape[1 - axis]
+            or weight.shape[axis] < below.shape[axis]
+        ):
+            raise UserError(
+                f"{folder} is not stacked on this SFT adapter (weight {key}): train it again from this SFT checkpoint"
+            )
+        own = weight.narrow(axis, below.shape[axis], weight.shape[axis] - below.shape[axis])
+        if own.shape[axis]:
+            rank = own.shape[axis]
+            state[key] = own * (rank / alpha) if axis else own
+            layers.add(int(re.search(r"layers\.(\d+)\.", key).group(1)))
+    if rank is None or layers != set(range(min(layers), shared.num_layers)):
+        raise UserError(f"{folder} has no role adapter on the upper layers: train it again with this version")
+    return {"rank": rank, "alpha": alpha, "num_layers": len(layers), "state": state, "head": head}

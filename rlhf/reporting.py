@@ -1,0 +1,120 @@
+"""What a run leaves to look at: metrics and samples as JSON lines, curves as a PNG, numbers with their intervals."""
+
+import json
+import math
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def plain(text: str) -> str:
+    """Text of a model or a data set, safe to print: control characters, which may drive a terminal, become `\\ufffd`."""
+    return "".join(
+        "\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t\u200d" else c for c in text
+    )
+
+
+class JsonLines:
+    """Appends one JSON object a line, flushed, so that a run can be watched and nothing is lost with it."""
+
+    def __init__(self, path: Path):
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def progress(console: Console = console) -> Progress:
+    """A progress bar with the time gone and the time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(
+        *columns, TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console
+    )
+
+
+class TrainerLog(TrainerCallback):
+    """Writes what transformers' Trainer logs to metrics.jsonl, and shows a progress bar with the loss."""
+
+    def __init__(self, folder: Path, description: str):
+        self.metrics, self.progress, self.description = JsonLines(folder / "metrics.jsonl"), progress(), description
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.progress.start()
+            self.task = self.progress.add_task(self.description, total=state.max_steps, note="")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            self.metrics.write({"step": state.global_step, **logs})
+            if "loss" in logs:
+                self.progress.update(self.task, note=f"loss {float(logs['loss']):.3f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.progress.stop()
+
+
+def plot_curves(folder: Path, x: str, panels: dict[str, Sequence[str]]) -> None:
+    """Draw `folder`/curves.png from its metrics.jsonl: one panel a title, with the named metrics over `x`."""
+    from matplotlib.figure import Figure
+
+    rows = read_jsonl(folder / "metrics.jsonl")
+    columns = min(3, len(panels))
+    figure = Figure(figsize=(4.2 * columns, 2.9 * math.ceil(len(panels) / columns)), layout="constrained")
+    axes = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).flatten()
+    for axis, (title, names) in zip(axes, panels.items(), strict=False):
+        for name in names:
+            points = [(row[x], row[name]) for row in rows if name in row]
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), marker="o" if len(points) < 20 else None, markersize=3, label=name
+                )
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(x)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=7)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    figure.savefig(folder / "curves.png", dpi=130)
+
+
+# ---------------------------------------------------------------- numbers with their intervals
+
+
+def wilson_interval(successes: float, count: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share (Wilson 1927); holds at 0 and 1 and for small counts. Halves may count as successes."""
+    z, p = 1.959964, successes / count
+    centre, scale = p + z * z / (2 * count), 1 + z * z / count
+    spread = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def mean_interval(values: Iterable[float], samples: int = 10_000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a mean, from a fixed seed."""
+    values = np.asarray(list(values), dtype=float)
+    draws = np.random.default_rng(0).integers(0, len(values), size=(samples, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def preference(first: Iterable[float], second: Iterable[float]) -> list[float]:
+    """1 where `first` is larger, 0 where `second` is, and a tie counts half."""
+    return [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(first, second, strict=True)]

@@ -1,0 +1,62 @@
+"""What the SFT and the reward script tell TRL's trainers alike."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import PrinterCallback, Trainer
+
+from rlhf.cli import UserError
+
+
+def device() -> torch.device:
+    """The device of this process: a CUDA card if there is one, unless accelerate was told otherwise."""
+    return PartialState().device
+
+
+def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) -> dict[str, Any]:
+    """The arguments that SFTConfig and RewardConfig share, from the fields of the same names in a script's Config."""
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * PartialState().num_processes
+    if min(config.per_device_train_batch_size, config.gradient_accumulation_steps) < 1:
+        raise UserError("--per-device-train-batch-size and --gradient-accumulation-steps must be at least 1")
+    if rows < batch:
+        raise UserError(f"{rows} training rows do not fill one batch of {batch}: lower --gradient-accumulation-steps")
+    steps = config.max_steps or math.ceil(rows / batch * config.num_train_epochs)
+    return {
+        "output_dir": str(folder),
+        "learning_rate": config.learning_rate,
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": config.max_steps or -1,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "per_device_eval_batch_size": 2 * config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": round(config.warmup_ratio * steps),
+        "max_grad_norm": config.max_grad_norm,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": PartialState().device.type == "cpu",
+        "dataloader_pin_memory": PartialState().device.type != "cpu",
+        "logging_steps": config.logging_steps,
+        "report_to": config.log_with or "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": config.seed,
+    }
+
+
+def ours_to_print(trainer: Trainer) -> Trainer:
+    """Leave printing to `TrainerLog`: the Trainer would print each log as a dictionary."""
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def keep_fp32(model: nn.Module) -> None:
+    """Cast every trainable weight to float32: on a quantised base TRL has just made them bf16, the head included."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
