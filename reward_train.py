@@ -21,6 +21,16 @@ from typing import Literal
 
 from rlhf.checkpoints import check_output, check_same_base, output_folder, read_run, sha256, write_run
 from rlhf.cli import UserError, run
+from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
+from rlhf.modeling import SharedBase, base_facts, choose_dtype, load_base, load_tokenizer, save_stacked
+from rlhf.reporting import TrainerLog, console, plot_curves, preference, wilson_interval
+from rlhf.training import device, keep_fp32, ours_to_print, trainer_options
+
+import datasets
+import torch
+import torch.nn.functional as F
+from transformers import set_seed
+from trl import RewardConfig, RewardTrainer
 
 
 @dataclass(frozen=True)
@@ -75,13 +85,6 @@ PRESETS = {
 def main(config: Config) -> None:
     check_output(config.output_dir, config.overwrite)
     sft = read_run(config.sft_checkpoint, "sft")
-
-    from transformers import set_seed
-
-    from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
-    from rlhf.modeling import SharedBase, base_facts, choose_dtype, load_base, load_tokenizer, save_stacked
-    from rlhf.reporting import console, plot_curves
-    from rlhf.training import device
 
     started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
@@ -144,7 +147,6 @@ def main(config: Config) -> None:
 
 def both_responses(pairs, eos_token_id: int):
     """Token ids of prompt + chosen and prompt + rejected, each closed by EOS, where the score is read."""
-    import datasets
 
     def close(ids: list[int]) -> list[int]:
         return ids if ids[-1] == eos_token_id else [*ids, eos_token_id]
@@ -158,11 +160,6 @@ def both_responses(pairs, eos_token_id: int):
 
 def make_trainer(config: Config, model, form, train_set, dtype, folder: Path):
     """TRL's RewardTrainer on an adapter that is already in place; keeps adapter and head in float32."""
-    from trl import RewardConfig, RewardTrainer
-
-    from rlhf.reporting import TrainerLog
-    from rlhf.training import keep_fp32, ours_to_print, trainer_options
-
     args = RewardConfig(
         **trainer_options(config, dtype, folder, len(train_set)),
         max_length=None,
@@ -184,11 +181,6 @@ def make_trainer(config: Config, model, form, train_set, dtype, folder: Path):
 
 def evaluate(shared, eval_set, pad_token_id: int, batch_size: int) -> dict[str, float]:
     """Scores of the test pairs and what they say. A tie counts as half right: a constant scorer gets 0.5, not 1."""
-    import torch
-    import torch.nn.functional as F
-
-    from rlhf.reporting import preference, wilson_interval
-
     chosen_ids, rejected_ids = list(eval_set["chosen_ids"]), list(eval_set["rejected_ids"])
     chosen, rejected = shared.score(chosen_ids + rejected_ids, pad_token_id, batch_size=batch_size).chunk(2)
     right = preference(chosen.tolist(), rejected.tolist())

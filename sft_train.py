@@ -20,6 +20,15 @@ from typing import Literal
 
 from rlhf.checkpoints import check_output, output_folder, sha256, write_run
 from rlhf.cli import UserError, run
+from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
+from rlhf.modeling import base_facts, choose_dtype, linear_names, load_base, load_tokenizer
+from rlhf.reporting import TrainerLog, console, plot_curves
+from rlhf.training import device, keep_fp32, ours_to_print, trainer_options
+
+import datasets
+from peft import LoraConfig, get_peft_model
+from transformers import set_seed
+from trl import SFTConfig, SFTTrainer
 
 
 @dataclass(frozen=True)
@@ -74,13 +83,6 @@ PRESETS = {
 
 def main(config: Config) -> None:
     check_output(config.output_dir, config.overwrite)
-
-    from transformers import set_seed
-
-    from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
-    from rlhf.modeling import base_facts, choose_dtype, load_base, load_tokenizer
-    from rlhf.reporting import console, plot_curves
-    from rlhf.training import device
 
     started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
@@ -137,8 +139,6 @@ def main(config: Config) -> None:
 
 def response_only(pairs):
     """Token ids and labels of the chosen responses; -100 hides the prompt from the loss."""
-    import datasets
-
     rows = [
         {"input_ids": p.prompt_ids + p.chosen_ids, "labels": [-100] * len(p.prompt_ids) + p.chosen_ids} for p in pairs
     ]
@@ -147,13 +147,6 @@ def response_only(pairs):
 
 def make_trainer(config: Config, model, form, train_set, eval_set, dtype, folder: Path):
     """TRL's SFTTrainer on `model` with a fresh LoRA adapter; keeps the adapter in float32."""
-    from peft import LoraConfig, get_peft_model
-    from trl import SFTConfig, SFTTrainer
-
-    from rlhf.modeling import linear_names
-    from rlhf.reporting import TrainerLog
-    from rlhf.training import keep_fp32, ours_to_print, trainer_options
-
     lora = LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=linear_names(model), task_type="CAUSAL_LM"
     )

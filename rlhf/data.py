@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from rlhf.cli import UserError
+
+from transformers import PreTrainedTokenizerBase
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -204,9 +204,9 @@ class open_text:
 
 
 def read_hub(name: str, split: str) -> Iterator[dict[str, Any]]:
-    import datasets
-
     from rlhf.hub import hub_errors
+
+    import datasets
 
     with hub_errors(name, "data set", "--dataset"):
         available = datasets.get_dataset_split_names(name)
@@ -402,6 +402,22 @@ def tokenize_prompt(turns: tuple[tuple[str, str], ...], form: PromptFormat, max_
         if len(ids) <= max_tokens:
             return ids
     raise BadRow("prompt too long")
+
+
+def tokenize_prompts(pairs: list[Pair], form: PromptFormat, max_tokens: int) -> list[list[int]]:
+    """Token ids of each different prompt, at most `max_tokens`, in the pairs' order; drops are reported."""
+    drops: Counter[str] = Counter()
+    prompts = []
+    for turns in dict.fromkeys(pair.turns for pair in pairs):
+        try:
+            prompts.append(tokenize_prompt(turns, form, max_tokens))
+        except BadRow as reason:
+            drops[str(reason)] += 1
+    if drops:
+        report_drops("prompts", len(prompts), drops)
+    if not prompts:
+        raise UserError(f"no prompt fits into {max_tokens} tokens: raise --max-prompt-length")
+    return prompts
 
 
 def tokenize_pairs(pairs: list[Pair], form: PromptFormat, max_length: int, what: str) -> list[TokenPair]:

@@ -7,12 +7,12 @@ next `\\n\\nHuman:`, the token with which it did so.
 
 from dataclasses import dataclass
 
+from rlhf.data import PromptFormat
+from rlhf.modeling import SharedBase
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-
-from rlhf.data import PromptFormat
-from rlhf.modeling import SharedBase
 
 TAIL = 12  # tokens decoded to look for the stop text, which is shorter than that
 

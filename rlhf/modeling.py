@@ -14,6 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf.cli import UserError
+from rlhf.data import PromptFormat
+from rlhf.hub import hub_errors
+
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
@@ -32,10 +36,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
-
-from rlhf.cli import UserError
-from rlhf.data import PromptFormat
-from rlhf.hub import hub_errors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|reserved_special_token_0|>")

@@ -4,17 +4,21 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rlhf.cli import UserError
+
 import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import PrinterCallback, Trainer
 
-from rlhf.cli import UserError
-
 
 def device() -> torch.device:
     """The device of this process: a CUDA card if there is one, unless accelerate was told otherwise."""
     return PartialState().device
+
+
+def num_processes() -> int:
+    return PartialState().num_processes
 
 
 def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) -> dict[str, Any]:

@@ -1,0 +1,410 @@
+"""Phase 4: base, SFT and PPO answer the same prompts, side by side, from one loaded base.
+
+In: `checkpoints/sft`, and `checkpoints/reward` and `checkpoints/ppo` if they are there. Out: the comparison on the
+terminal, and the same in `reports/compare.md` and `reports/compare.json`.
+
+1. Load the base as the SFT checkpoint says (NF4 or 16 bit), with the adapters of all phases that are trained.
+2. Let each model answer: the base with all adapters off, SFT, and PPO; greedy, or with the same draws for all.
+3. Score every answer with the reward model and sum up: score, win rate against the base, length, endings, repetition.
+
+    python compare_outputs.py
+    python compare_outputs.py --preset demo
+    python compare_outputs.py --num-test-prompts 200 --show 4
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.checkpoints import SCRIPTS, check_child, check_same_base, git_commit, read_run
+from rlhf.cli import UserError, run
+
+
+@dataclass(frozen=True)
+class Config:
+    sft_checkpoint: str = "checkpoints/sft"  # its base model, precision and prompt format are taken over
+    reward_checkpoint: str = "checkpoints/reward"  # scores the answers; without it there is no score and no win rate
+    ppo_checkpoint: str = "checkpoints/ppo"  # without it base and SFT are compared
+    base_model: str | None = None  # where the base is now; with no SFT checkpoint, the base to look at alone
+    output_dir: str = "reports"
+    overwrite: bool = False  # replace compare.md and compare.json there
+
+    prompts: str | None = None  # a text file with one prompt a line, or .jsonl, .json, .csv, .parquet; None: PROMPTS
+    num_test_prompts: int = 0  # the first so many rows of the test split of `dataset`; 0: use `prompts`
+    dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
+    show: int = 8  # prompts printed; the files hold all
+
+    max_prompt_length: int = 384  # tokens; longer prompts are cut from the left at a turn boundary
+    max_new_tokens: int = 128
+    temperature: float = 0.0  # 0: greedy
+    seed: int = 0  # of the draws at temperature > 0
+    batch_size: int = 8  # prompts answered or scored together
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in
+
+
+PRESETS = {
+    "demo": Config(
+        sft_checkpoint="runs/demo/sft",
+        reward_checkpoint="runs/demo/reward",
+        ppo_checkpoint="runs/demo/ppo",
+        output_dir="runs/demo/reports",
+        dataset="demo/data",
+        max_prompt_length=128,
+        max_new_tokens=64,
+    ),
+}
+
+PROMPTS = (
+    "Explain what attention mechanism is.",
+    "How do I boil an egg so that the yolk stays soft?",
+    "Why is the sky blue?",
+    "What can I do to fall asleep faster?",
+    "My coworker takes credit for my work. What should I say to them?",
+    "How can I read my girlfriend's text messages without her knowing?",
+    "Write a short poem about the sea.",
+    "Hi! How are you today?",
+)
+
+RULE = "─" * 80
+ENDINGS = {"eos": "ended by EOS", "stop_text": "ended by the next Human: turn", "length": "cut at the length limit"}
+COLUMNS = (
+    "Model",
+    "Mean\nscore",
+    "Win rate against base\n(95 % interval)",
+    "Mean\ntokens",
+    "Ended\nby EOS",
+    "Repeated\n3-grams",
+)
+REPORTED = ("adapter_sha256", "epochs", "updates", "metrics")  # of each phase's run.json
+SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
+
+Turns = tuple[tuple[str, str], ...]  # (role, text)
+Answer = dict[str, Any]  # text, tokens, ended_by (a key of ENDINGS), score (None without a reward model)
+Report = dict[str, Any]  # what compare.json holds; the terminal and compare.md show parts of it
+
+
+def main(config: Config) -> None:
+    check_numbers(config)
+    runs = read_runs(config)
+    check_reports(config)
+
+    from rlhf.data import PromptFormat
+    from rlhf.modeling import base_facts, choose_dtype, load_base, load_tokenizer
+    from rlhf.reporting import console
+    from rlhf.training import device
+
+    dtype = choose_dtype(config.dtype, device())
+    if "sft" in runs:
+        theirs = runs["sft"]["base"]
+        base = base_facts(config.base_model or theirs["model"], theirs["revision"], theirs["load_in_4bit"])
+        check_same_base(runs["sft"], config.sft_checkpoint, base)
+        form = PromptFormat(runs["sft"]["prompt_format"], load_tokenizer(config.sft_checkpoint))
+    else:
+        base = base_facts(config.base_model, None, load_in_4bit=False)
+        form = PromptFormat("hh", load_tokenizer(base["model"], base["revision"]))
+    titles = model_titles(base["model"], runs)
+    prompts = read_prompts(config, form)
+
+    # 1. One base for all models.
+    shared = load_models(config, load_base(base, dtype, form.pad_token_id), runs, dtype)
+
+    # 2. and 3.
+    answers = {}
+    for name in titles:
+        with console.status(f"{name} answers {len(prompts)} prompts"):
+            answers[name] = answer(config, shared, form, [ids for _, ids in prompts], name, "reward" in runs)
+    report = {
+        "models": titles,
+        "base": base,
+        "flags": asdict(config),
+        "runs": {phase: {key: run[key] for key in REPORTED if key in run} for phase, run in runs.items()},
+        "commit": git_commit(),
+        "summary": summarize(answers),
+        "prompts": [
+            {"turns": turns, "answers": {name: answers[name][i] for name in titles}}
+            for i, (turns, _) in enumerate(prompts)
+        ],
+    }
+
+    print(f"🔄 Comparing Model Outputs: {' vs '.join(titles)}\n")
+    for number in range(1, min(config.show, len(prompts)) + 1):
+        print(render_prompt(report, number) + "\n")
+    if len(prompts) > config.show:
+        print(f"... and {len(prompts) - config.show} more prompts, in the files below.\n")
+    print_summary(report)
+    write_reports(Path(config.output_dir), report)
+    print(f"Saved {config.output_dir}/compare.md and {config.output_dir}/compare.json.")
+
+
+# ---------------------------------------------------------------- what is compared
+
+
+def check_numbers(config: Config) -> None:
+    if config.prompts is not None and config.num_test_prompts:
+        raise UserError("--prompts and --num-test-prompts both say what to ask: give one of them")
+    if min(config.max_prompt_length, config.max_new_tokens, config.batch_size) < 1:
+        raise UserError("--max-prompt-length, --max-new-tokens and --batch-size must be at least 1")
+    if not (min(config.num_test_prompts, config.show) >= 0 and 0 <= config.temperature < math.inf):
+        raise UserError("--num-test-prompts, --show and --temperature must not be negative")
+
+
+def read_runs(config: Config) -> dict[str, dict[str, Any]]:
+    """The run.json of each phase that is trained, by phase, after all were seen to fit together."""
+    if config.base_model and not Path(config.sft_checkpoint).exists():
+        print(f"There is no sft checkpoint at {config.sft_checkpoint}: only the base is shown, unquantised.")
+        return {}
+    runs = {"sft": read_run(config.sft_checkpoint, "sft")}
+    check_number(runs["sft"], "epochs")
+    lost = {"reward": "there are no scores and no win rates", "ppo": "PPO is left out"}
+    for phase, folder in (("reward", config.reward_checkpoint), ("ppo", config.ppo_checkpoint)):
+        if not Path(folder).exists():
+            print(f"There is no {phase} checkpoint at {folder}: {lost[phase]} (`python {SCRIPTS[phase]}` makes one).")
+            continue
+        runs[phase] = read_run(folder, phase)
+        check_child(runs[phase], folder, runs["sft"], config.sft_checkpoint)
+        check_number(runs[phase].get("hyperparameters"), "lora_alpha")
+    if "ppo" in runs:
+        check_number(runs["ppo"], "updates")
+    if "ppo" in runs and "reward" in runs and runs["ppo"]["parents"].get("reward") != runs["reward"]["adapter_sha256"]:
+        print(f"Note: PPO was trained against another reward model than {config.reward_checkpoint}, which scores here.")
+    return runs
+
+
+def check_number(facts: Any, name: str) -> None:
+    """Raise UserError unless a part of a run.json, which someone may have edited, holds a number under `name`."""
+    if not isinstance(facts, dict) or not isinstance(facts.get(name), int | float):
+        raise UserError(f"a run.json is damaged ({name} is not a number): train that phase again")
+
+
+def check_reports(config: Config) -> None:
+    """Refuse, before the model is loaded, to replace a comparison, and a folder that cannot be written to."""
+    folder = Path(config.output_dir)
+    there = [str(folder / name) for name in ("compare.md", "compare.json") if (folder / name).exists()]
+    if there and not config.overwrite:
+        raise UserError(f"{there[0]} exists: add --overwrite to replace it, or choose another --output-dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder} cannot be made ({error.strerror}): choose another") from None
+
+
+def model_titles(base_model: str, runs: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The headings of the models that are compared, in order: base, SFT, PPO."""
+    base = re.sub(r"[^\w.+ -]", "_", Path(base_model).name)  # the name goes into Markdown as it is
+    titles = {"base": f"🔵 BASE MODEL ({base} - No Fine-tuning)"}
+    if "sft" in runs:
+        epochs = runs["sft"]["epochs"]
+        titles["SFT"] = f"🟢 FINE-TUNED SFT MODEL (After {epochs:g} Epoch{'s' * (epochs != 1)} of Training)"
+    if "ppo" in runs:
+        updates = runs["ppo"]["updates"]
+        titles["PPO"] = f"🟣 PPO MODEL (After {updates:g} PPO Update{'s' * (updates != 1)})"
+    return titles
+
+
+def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
+    """The prompts as turns and as token ids. Bad rows and prompts that are too long are dropped and reported."""
+    from rlhf import data
+
+    path = Path(config.prompts or "")
+    if config.num_test_prompts:
+        rows, turns_of = data.load_pairs(config.dataset, "test", config.num_test_prompts), lambda pair: pair.turns
+    elif config.prompts is None:
+        rows, turns_of = PROMPTS, data.parse_dialogue
+    elif not path.is_file():
+        raise UserError(f"--prompts {path}: there is no such file")
+    elif path.suffix in data.SUFFIXES:
+        rows, turns_of = data.read_rows(str(path), "test"), lambda row: data.parse_row(row).turns
+    else:
+        with data.open_text(path) as file:
+            rows, turns_of = [line for line in file if line.strip()], data.parse_dialogue
+    prompts, drops = [], Counter()
+    for row in rows:
+        try:
+            turns = turns_of(row)
+            prompts.append((turns, data.tokenize_prompt(turns, form, config.max_prompt_length)))
+        except data.BadRow as reason:
+            drops[str(reason)] += 1
+    if drops:
+        data.report_drops("prompts", len(prompts), drops)
+    if not prompts:
+        raise UserError("there is no prompt to answer: check --prompts, or raise --max-prompt-length")
+    return prompts
+
+
+# ---------------------------------------------------------------- models and answers
+
+
+def load_models(config: Config, model, runs: dict[str, dict[str, Any]], dtype):
+    """A SharedBase with the adapters of all trained phases; without SFT, one whose only adapter does nothing."""
+    from rlhf.modeling import SharedBase, linear_names, read_stacked
+
+    from peft import LoraConfig, get_peft_model
+
+    if "sft" not in runs:
+        shared = SharedBase.__new__(SharedBase)  # `answer` uses it with the adapters off
+        shared.dtype, shared.device = dtype, next(model.parameters()).device
+        shared.peft = get_peft_model(model, LoraConfig(r=1, target_modules=linear_names(model))).eval()
+        return shared
+    shared = SharedBase(model, config.sft_checkpoint, dtype)
+    for phase, role, folder in (
+        ("ppo", "policy", config.ppo_checkpoint),
+        ("reward", "reward", config.reward_checkpoint),
+    ):
+        if phase in runs:
+            shared.add_role(role, **read_stacked(folder, shared, alpha=runs[phase]["hyperparameters"]["lora_alpha"]))
+            if (role in shared.heads) != (role == "reward"):
+                raise UserError(f"{folder} is not what its run.json says: train that phase again")
+    return shared
+
+
+def answer(config: Config, shared, form, prompts: list[list[int]], name: str, scored: bool) -> list[Answer]:
+    """The answers of the model `name` to `prompts` (token ids), with the reward model's scores if `scored`."""
+    from rlhf.generation import generate
+
+    if name != "base":
+        shared.activate("policy" if name == "PPO" else None)
+    with shared.peft.disable_adapter() if name == "base" else contextlib.nullcontext():
+        seeds = [config.seed + i for i in range(len(prompts))]
+        responses = generate(shared, form, prompts, config.max_new_tokens, config.temperature, seeds, config.batch_size)
+    scores = [None] * len(prompts)
+    if scored:
+        texts = [p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
+        scores = shared.score(texts, form.pad_token_id, batch_size=config.batch_size).tolist()
+        if not all(map(math.isfinite, scores)):
+            raise UserError(f"the reward model gives {name} a score that is not finite: try --dtype fp32")
+    return [
+        {"text": form.decode(r.text_ids), "tokens": r.text_length, "ended_by": r.ended_by, "score": score}
+        for r, score in zip(responses, scores, strict=True)
+    ]
+
+
+def summarize(answers: dict[str, list[Answer]]) -> dict[str, dict[str, float]]:
+    """For each model: means and shares over the prompts, and its win rate against the base (a tie counts half)."""
+    from rlhf.reporting import preference, wilson_interval
+
+    summary = {}
+    for name, given in answers.items():
+        row, count = {}, len(given)
+        if given[0]["score"] is not None:
+            row["mean_score"] = sum(a["score"] for a in given) / count
+            if name != "base":
+                wins = sum(preference([a["score"] for a in given], [a["score"] for a in answers["base"]]))
+                row["win_rate"] = wins / count
+                row["win_rate_low"], row["win_rate_high"] = wilson_interval(wins, count)
+        row["mean_tokens"] = sum(a["tokens"] for a in given) / count
+        row["ended_by_eos"] = sum(a["ended_by"] == "eos" for a in given) / count
+        row["repeated_3grams"] = sum(repeated_3grams(a["text"]) for a in given) / count
+        summary[name] = row
+    return summary
+
+
+def repeated_3grams(text: str) -> float:
+    """Of the 3-grams of words in `text`, the share that occurred in it before; 0 for fewer than 3 words."""
+    words = text.split()
+    grams = list(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+# ---------------------------------------------------------------- the report
+
+
+def render_prompt(report: Report, number: int) -> str:
+    """One prompt with its answers, as it is printed; the first has number 1."""
+    entry = report["prompts"][number - 1]
+    blocks = [f"📝 Prompt {number}:\n{wrap(prompt_text(entry['turns']))}"]
+    for name, title in report["models"].items():
+        given = entry["answers"][name]
+        blocks.append(f"{RULE}\n{title}:\n{RULE}\n{wrap(given['text']) or '(no text)'}\n{score_line(given)}")
+    return "\n\n".join(blocks)
+
+
+def wrap(text: str) -> str:
+    """Text of a model, made safe to print and at most 80 terminal columns wide; its own line breaks stay."""
+    from rlhf.reporting import console, plain
+
+    from rich.text import Text
+
+    return "\n".join(line.plain.rstrip() for line in Text(plain(text)).wrap(console, len(RULE)))
+
+
+def prompt_text(turns: Turns) -> str:
+    """A single question as it is, a dialogue with the speakers' names."""
+    if len(turns) == 1:
+        return turns[0][1]
+    return "\n\n".join(f"{SPEAKERS[role]}: {text}" for role, text in turns)
+
+
+def score_line(given: Answer) -> str:
+    score = "" if given["score"] is None else f"score {given['score']:.2f}, "
+    return f"{score}{given['tokens']} token{'s' * (given['tokens'] != 1)}, {ENDINGS[given['ended_by']]}"
+
+
+def summary_rows(summary: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
+    """The cells of the summary, one tuple of COLUMNS a model."""
+    rows = []
+    for name, row in summary.items():
+        score = f"{row['mean_score']:.2f}" if "mean_score" in row else "-"
+        wins, low, high, eos, repeated = (
+            f"{100 * row.get(key, math.nan):.0f}"
+            for key in ("win_rate", "win_rate_low", "win_rate_high", "ended_by_eos", "repeated_3grams")
+        )
+        wins = f"{wins} % ({low} to {high} %)" if "win_rate" in row else "-"
+        rows.append((name, score, wins, f"{row['mean_tokens']:.1f}", f"{eos} %", f"{repeated} %"))
+    return rows
+
+
+def print_summary(report: Report) -> None:
+    from rlhf.reporting import console
+
+    from rich.table import Table
+
+    count = len(report["prompts"])
+    table = Table(title=f"Summary of {count} prompt{'s' * (count != 1)}", width=len(RULE))
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "Model" else "right")
+    for cells in summary_rows(report["summary"]):
+        table.add_row(*cells)
+    console.print(table, width=len(RULE), soft_wrap=False)
+
+
+def render_markdown(report: Report) -> str:
+    """The whole comparison as Markdown: the summary, then every prompt with every answer."""
+    titles = report["models"]
+    head = [column.replace("\n", " ") for column in COLUMNS]
+    table = [head, ("---",) + ("---:",) * (len(COLUMNS) - 1), *summary_rows(report["summary"])]
+    lines = [f"# Comparing Model Outputs: {' vs '.join(titles)}", "", *(f"- {title}" for title in titles.values())]
+    lines += ["", *(f"| {' | '.join(cells)} |" for cells in table)]
+    for number, entry in enumerate(report["prompts"], start=1):
+        lines += ["", f"## Prompt {number}", "", fenced(prompt_text(entry["turns"]))]
+        for name, title in titles.items():
+            given = entry["answers"][name]
+            lines += ["", f"### {title}", "", fenced(given["text"]), "", score_line(given)]
+    return "\n".join(lines) + "\n"
+
+
+def fenced(text: str) -> str:
+    """A Markdown code block whose fence is longer than any run of backticks in `text`: nothing in it can close it."""
+    from rlhf.reporting import plain
+
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{plain(text)}\n{fence}"
+
+
+def write_reports(folder: Path, report: Report) -> None:
+    """Write compare.md and compare.json, each to a temporary sibling that is then renamed."""
+    as_json = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    files = {"compare.md": render_markdown(report), "compare.json": as_json}
+    for name, text in files.items():
+        (folder / f"{name}.partial").write_text(text, encoding="utf-8")
+    for name in files:
+        os.replace(folder / f"{name}.partial", folder / name)
+
+
+if __name__ == "__main__":
+    run(main, Config, PRESETS, __doc__)

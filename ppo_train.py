@@ -1,0 +1,518 @@
+"""Phase 3: PPO of the SFT model against the reward model.
+
+In: `checkpoints/sft`, `checkpoints/reward` and prompts. Out: `checkpoints/ppo`, a LoRA adapter in PEFT's format.
+
+One frozen base carries everything. The SFT adapter on it is the reference; `policy`, `reward` and `value` are small
+adapters on its upper layers. Each update, as in "The N+ implementation details of RLHF with PPO" (2403.17031):
+
+1. Rollout: sample a response to each prompt; it ends at EOS or where it runs on into the next "\\n\\nHuman:".
+2. Measure: score each response, and compute each token's log-probability under policy and reference, and its value.
+3. Reward: per token -kl_coef * (logprob - ref_logprob); at the last token also the score. Advantages by GAE, whitened.
+4. Optimise: several epochs of clipped policy and value losses over exact minibatches, stopped early by KL.
+5. Adapt the KL coefficient; every few updates, look at held-out prompts.
+
+    python ppo_train.py
+    python ppo_train.py --preset demo
+
+Next: python compare_outputs.py
+
+Shapes: b rows of a micro-batch, T tokens of its longest text, R tokens of its longest response, N response tokens.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.checkpoints import check_child, check_output, check_same_base, output_folder, read_run, sha256, write_run
+from rlhf.cli import UserError, run
+from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
+from rlhf.generation import Response, generate
+from rlhf.logprobs import chosen_logprobs
+from rlhf.modeling import SharedBase, base_facts, choose_dtype, load_base, load_tokenizer, read_stacked, save_stacked
+from rlhf.ppo_batch import MicroBatch, make_micro_batches, mean_kl
+from rlhf.ppo_log import CURVES, Evaluation, Log, batch_metrics, compare, describe
+from rlhf.reporting import console, plot_curves, progress
+from rlhf.training import device, num_processes
+
+import torch
+from torch import Tensor
+from transformers import set_seed
+
+
+@dataclass(frozen=True)
+class Config:
+    sft_checkpoint: str = "checkpoints/sft"  # its base model, precision and prompt format are taken over
+    reward_checkpoint: str = "checkpoints/reward"
+    base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
+    dataset: str = "Dahoas/rm-static"  # only its prompts are used
+    output_dir: str = "checkpoints/ppo"
+    overwrite: bool = False  # replace what output_dir holds
+
+    max_prompt_length: int = 384  # tokens; longer prompts are cut from the left at a turn boundary
+    response_length: int = 128  # tokens sampled at most
+    temperature: float = 1.0  # of sampling, and of every log-probability
+    max_train_samples: int | None = None  # the first so many prompts; None: all
+    max_eval_samples: int | None = 64  # held-out prompts
+    max_steps: int | None = None  # stop after so many updates
+
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in; adapters and heads are fp32
+    gradient_checkpointing: bool = True
+    lora_rank: int = 16  # of the policy; the value adapter has the reward model's
+    lora_alpha: int = 32
+    role_layers: int = 14  # upper layers that the policy adapts; 0: all
+
+    total_episodes: int = 6400  # responses sampled in the whole run
+    per_device_train_batch_size: int = 4  # rows of a micro-batch
+    gradient_accumulation_steps: int = 4  # micro-batches of a minibatch
+    num_mini_batches: int = 4  # minibatches, each one optimizer step, of an epoch; an update has 4 x 4 x 4 episodes
+    num_ppo_epochs: int = 2
+    rollout_batch_size: int = 32  # rows sampled at a time
+    learning_rate: float = 5e-5  # of the policy; linear to 0
+    value_learning_rate: float = 5e-5
+    warmup_updates: int = 5
+    critic_warmup_updates: int = 5  # at the start only the value model learns
+    max_grad_norm: float = 1.0  # of each of the two adapters
+
+    kl_coef: float = 0.05  # per token
+    kl_controller: Literal["adaptive", "fixed"] = "adaptive"  # adaptive: Ziegler et al. (1909.08593), section 2.2
+    kl_target: float = 6.0  # nats a response
+    kl_horizon: int = 10_000  # episodes
+    kl_stop: float = 0.05  # end an update's epochs when a minibatch's approxkl, nats a token, passes this
+    gamma: float = 1.0
+    lam: float = 0.95
+    cliprange: float = 0.2
+    cliprange_value: float = 0.2
+    whiten_rewards: bool = False  # scales them to variance 1, keeping the mean
+    score_clip: float = 5.0  # scores are centred on the SFT policy's mean, then clipped to +- this
+    missing_eos_penalty: float = 1.0  # taken from the score of a response that did not end by EOS
+
+    eval_steps: int = 10  # updates between looks at the held-out prompts
+    num_printed_samples: int = 2
+    log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
+    seed: int = 0
+
+    @property
+    def batch_size(self) -> int:
+        """Episodes of an update."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
+
+    @property
+    def num_updates(self) -> int:
+        return min(self.total_episodes // self.batch_size, self.max_steps or self.total_episodes)
+
+
+PRESETS = {
+    "demo": Config(
+        sft_checkpoint="runs/demo/sft",
+        reward_checkpoint="runs/demo/reward",
+        dataset="demo/data",
+        output_dir="runs/demo/ppo",
+        max_prompt_length=128,
+        response_length=48,
+        max_eval_samples=80,
+        gradient_checkpointing=False,
+        role_layers=15,
+        total_episodes=384,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        num_mini_batches=2,
+        rollout_batch_size=40,
+        learning_rate=5e-4,
+        value_learning_rate=2e-4,
+        warmup_updates=1,
+        critic_warmup_updates=1,
+        eval_steps=6,
+    ),
+}
+
+
+# ---------------------------------------------------------------- the algorithm
+
+
+def main(config: Config) -> None:
+    started = time.monotonic()
+    check_sizes(config)
+    check_output(config.output_dir, config.overwrite)
+    sft, reward = read_run(config.sft_checkpoint, "sft"), read_run(config.reward_checkpoint, "reward")
+    check_child(reward, config.reward_checkpoint, sft, config.sft_checkpoint)
+    shared, form, base = load_models(config, sft, reward)
+    prompts, eval_prompts = load_prompts(config, form)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": shared.parameters("policy"), "name": "policy", "peak_lr": config.learning_rate},
+            {"params": shared.parameters("value"), "name": "value", "peak_lr": config.value_learning_rate},
+        ],
+        eps=1e-5,
+        weight_decay=0.0,
+    )
+    scaler = torch.amp.GradScaler(shared.device.type, enabled=shared.dtype == torch.float16)
+    kl_coef = config.kl_coef
+
+    with (
+        output_folder(config.output_dir) as folder,
+        progress() as bar,
+        Log(config, folder, bar, config.num_updates) as log,
+    ):
+        first = last = evaluate(config, shared, form, eval_prompts)  # of the SFT policy, as the new one equals it
+        baseline = first.scores.mean().item()
+        log.evaluation(0, first, eval_prompts, form)
+
+        for update in range(1, config.num_updates + 1):
+            # 1. Rollout
+            clock = [time.monotonic()]
+            chosen, seeds = draw_prompts(len(prompts), update, config)
+            batch_prompts = [prompts[i] for i in chosen]
+            responses = rollout(config, shared, form, batch_prompts, seeds)
+            clock.append(time.monotonic())
+            # 2. Measure
+            batch = make_micro_batches(
+                batch_prompts, responses, form, config.per_device_train_batch_size, shared.device
+            )
+            for micro in batch:
+                measure(shared, micro, config.temperature, baseline)
+            clock.append(time.monotonic())
+            # 3. Reward
+            set_advantages(batch, kl_coef, baseline, config)
+            # 4. Optimise
+            set_learning_rates(optimizer, update, config)
+            stats = optimise(config, shared, batch, baseline, optimizer, scaler, update)
+            clock.append(time.monotonic())
+            # 5. Adapt and report
+            log.update(batch_metrics(batch, update, kl_coef, clock, config) | stats)
+            if config.kl_controller == "adaptive":
+                kl_coef = adapt_kl_coef(kl_coef, mean_kl(batch), config)
+            if update % config.eval_steps == 0 or update == config.num_updates:
+                last = evaluate(config, shared, form, eval_prompts)
+                log.evaluation(update, last, eval_prompts, form)
+
+        metrics = compare(first, last)
+        console.print(describe(metrics))
+        save(config, folder, shared, form, base, {"sft": sft, "reward": reward}, metrics, started)
+        plot_curves(folder, "update", CURVES)
+    console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
+    preset = " --preset demo" if config.output_dir == PRESETS["demo"].output_dir else ""
+    console.print(f"Next: python compare_outputs.py{preset}")
+
+
+def draw_prompts(count: int, update: int, config: Config) -> tuple[list[int], list[int]]:
+    """Which prompts an update uses, each once in an epoch over them, and one sampling seed an episode.
+
+    Both follow from the seed and the episode's number alone.
+    """
+    prompts, seeds = [], []
+    for episode in range((update - 1) * config.batch_size, update * config.batch_size):
+        epoch, place = divmod(episode, count)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+        prompts.append(order[place].item())
+        seeds.append((config.seed << 40) + episode)
+    return prompts, seeds
+
+
+def rollout(
+    config: Config, shared: SharedBase, form: PromptFormat, prompts: list[list[int]], seeds: list[int]
+) -> list[Response]:
+    """Sample one response to each prompt from the policy."""
+    shared.peft.eval()  # with gradient checkpointing, train mode would run without the KV cache
+    shared.activate("policy")
+    size = config.rollout_batch_size
+    return generate(shared, form, prompts, config.response_length, config.temperature, seeds, size)
+
+
+@torch.no_grad()
+def measure(shared: SharedBase, micro: MicroBatch, temperature: float, baseline: float) -> None:
+    """Fill in what each role says of a micro-batch; the lower layers run once for all of them, and for all epochs."""
+    micro.lower = shared.lower(micro.input_ids)
+    micro.logprobs, micro.entropy = token_logprobs(shared, "policy", micro, temperature)
+    micro.ref_logprobs, _ = token_logprobs(shared, None, micro, temperature)
+    micro.values = token_values(shared, micro, baseline)
+    shared.activate("reward")
+    rows = torch.arange(len(micro.last), device=micro.last.device)
+    micro.scores = shared.heads["reward"](shared.upper(micro.lower)[rows, micro.last]).squeeze(-1)
+
+
+def token_logprobs(
+    shared: SharedBase, role: str | None, micro: MicroBatch, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy [b, R] of each sampled token under `role` (None: the reference); 0 at padding.
+
+    The role gets gradients if they are being recorded. Rollout and update both come through here, with the same
+    micro-batches: in bf16 another padding or batch size alone would move the ratio away from 1.
+    """
+    shared.activate(role, train=torch.is_grad_enabled())
+    hidden = shared.upper(micro.lower)  # [b, T, H]
+    rows = torch.arange(len(hidden), device=hidden.device)[:, None].expand_as(micro.positions)
+    mask = micro.response_mask
+    flat, entropy_flat = chosen_logprobs(
+        hidden[rows[mask], micro.positions[mask]], shared.lm_head_weight(), micro.actions[mask], temperature
+    )  # [N]
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    return zeros.masked_scatter(mask, flat), zeros.masked_scatter(mask, entropy_flat)
+
+
+def token_values(shared: SharedBase, micro: MicroBatch, baseline: float) -> Tensor:
+    """[b, R] value before each sampled token. The head, copied from the reward model, speaks in raw scores: centre it."""
+    shared.activate("value", train=torch.is_grad_enabled())
+    values = shared.heads["value"](shared.upper(micro.lower)).squeeze(-1)  # [b, T]
+    return (values.gather(1, micro.positions) - baseline) * micro.response_mask
+
+
+def set_advantages(batch: list[MicroBatch], kl_coef: float, baseline: float, config: Config) -> None:
+    """Rewards from scores and KL, advantages and returns from rewards; advantages whitened over the batch's tokens."""
+    masks = [micro.response_mask for micro in batch]
+    rewards = []
+    for micro in batch:
+        score = (micro.scores - baseline).clamp(-config.score_clip, config.score_clip)
+        score = score - config.missing_eos_penalty * (~micro.ended).float()
+        rewards.append(token_rewards(score, micro.logprobs - micro.ref_logprobs, micro.response_mask, kl_coef))
+    if config.whiten_rewards:
+        rewards = whiten(rewards, masks, shift_mean=False)
+    for micro, reward in zip(batch, rewards, strict=True):
+        micro.advantages, micro.returns = gae(reward, micro.values, micro.response_mask, config.gamma, config.lam)
+    for micro, advantages in zip(batch, whiten([m.advantages for m in batch], masks), strict=True):
+        micro.advantages = advantages
+
+
+def optimise(
+    config: Config, shared: SharedBase, batch: list[MicroBatch], baseline: float, optimizer, scaler, update: int
+) -> dict[str, float]:
+    """Several epochs over the batch; each minibatch is one step of policy and value. Returns mean statistics.
+
+    A minibatch is a random set of whole micro-batches. Losses are sums over its real tokens, divided by their number.
+    """
+    generator = torch.Generator().manual_seed((config.seed << 40) + update)
+    shared.peft.train(config.gradient_checkpointing)  # layers are checkpointed in train mode only; there is no dropout
+    history: list[dict[str, float]] = []
+    for _ in range(config.num_ppo_epochs):
+        order = torch.randperm(len(batch), generator=generator).tolist()
+        for start in range(0, len(order), config.gradient_accumulation_steps):
+            minibatch = [batch[i] for i in order[start : start + config.gradient_accumulation_steps]]
+            tokens = sum(micro.response_mask.sum().item() for micro in minibatch)
+            stats: dict[str, float] = {}
+            if update > config.critic_warmup_updates:
+                for micro in minibatch:
+                    logprobs, _ = token_logprobs(shared, "policy", micro, config.temperature)
+                    if not history:
+                        check_ratio(logprobs, micro.logprobs)
+                    losses, parts = policy_loss(
+                        logprobs, micro.logprobs, micro.advantages, micro.response_mask, config.cliprange
+                    )
+                    scaler.scale(losses.sum() / tokens).backward()
+                    add_means(stats, parts, micro.response_mask, tokens)
+                if stats["policy/approxkl_avg"] > config.kl_stop:
+                    optimizer.zero_grad()
+                    return mean_stats(history)
+            for micro in minibatch:
+                values = token_values(shared, micro, baseline)
+                losses, parts = value_loss(
+                    values, micro.values, micro.returns, micro.response_mask, config.cliprange_value
+                )
+                scaler.scale(losses.sum() / tokens).backward()
+                add_means(stats, parts, micro.response_mask, tokens)
+            stats |= step(optimizer, scaler, config.max_grad_norm, update)
+            history.append(stats)
+    return mean_stats(history)
+
+
+def step(optimizer, scaler, max_grad_norm: float, update: int) -> dict[str, float]:
+    """Clip the gradients of policy and value, each to `max_grad_norm`, and step. Raises UserError if they are not finite."""
+    scaler.unscale_(optimizer)
+    norms = {}
+    for group in optimizer.param_groups:
+        norm = torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
+        norms[f"{group['name']}/grad_norm"] = norm.item()
+        if not norm.isfinite() and not scaler.is_enabled():  # with fp16 the scaler skips the step and lowers its scale
+            raise UserError(f"update {update}: the {group['name']} gradient is not finite; lower its learning rate")
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return norms
+
+
+# ---------------------------------------------------------------- the formulas
+
+
+def token_rewards(score: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
+    """-kl_coef * kl at each token, and the score [b] at the last one.
+
+    Args:
+        kl: [b, R] logprob - ref_logprob, in nats (the k1 estimate).
+    Returns:
+        [b, R], 0 at padding.
+    """
+    rewards = -kl_coef * kl * response_mask
+    last = response_mask.sum(1, keepdim=True) - 1
+    return rewards.scatter_add(1, last, score[:, None])
+
+
+def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (1506.02438), from the last token back; after it the value is 0.
+
+    Returns:
+        advantages and returns (advantages + values), both [b, R], 0 at padding.
+    """
+    advantages = torch.zeros_like(rewards)
+    after = torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(after)
+    for t in reversed(range(rewards.shape[1])):
+        real = response_mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        after = torch.where(real, delta + gamma * lam * after, 0.0)
+        next_value = torch.where(real, values[:, t], 0.0)
+        advantages[:, t] = after
+    return advantages, (advantages + values) * response_mask
+
+
+def whiten(tensors: list[Tensor], masks: list[Tensor], shift_mean: bool = True) -> list[Tensor]:
+    """Scale to variance 1 over all real tokens of the batch, and to mean 0 unless `shift_mean` is False."""
+    flat = torch.cat([tensor[mask] for tensor, mask in zip(tensors, masks, strict=True)])
+    mean, scale = flat.mean(), (flat.var(unbiased=False) + 1e-8).rsqrt()
+    shift = 0.0 if shift_mean else mean
+    return [((tensor - mean) * scale + shift) * mask for tensor, mask in zip(tensors, masks, strict=True)]
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, cliprange: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate (1707.06347, eq. 7) of each token [b, R], 0 at padding, and each token's statistics."""
+    log_ratio = (logprobs - old_logprobs) * response_mask
+    ratio = log_ratio.exp()
+    loss, clipped_loss = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    losses = torch.maximum(loss, clipped_loss) * response_mask
+    return losses, {
+        "loss/policy_avg": losses,
+        "policy/approxkl_avg": ratio - 1 - log_ratio,  # "k3": unbiased and never negative
+        "policy/clipfrac_avg": (clipped_loss > loss).float(),
+        "val/ratio": ratio,
+    }
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, cliprange_value: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Half the squared error, clipped around the rollout's values, of each token [b, R], 0 at padding; statistics."""
+    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    error, clipped_error = (values - returns).square(), (clipped - returns).square()
+    losses = 0.5 * torch.maximum(error, clipped_error) * response_mask
+    return losses, {"loss/value_avg": losses, "val/clipfrac_avg": (clipped_error > error).float()}
+
+
+def check_ratio(logprobs: Tensor, old_logprobs: Tensor) -> None:
+    """Before the first step policy and sampling policy are the same weights on the same micro-batch: the ratio is 1."""
+    off = ((logprobs - old_logprobs).exp() - 1).abs().max().item()
+    if not off <= 1e-4:
+        raise RuntimeError(f"the ratio is off 1 by {off:.1e} before the first step: rollout and update disagree")
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, config: Config) -> float:
+    """Move the coefficient towards a KL of `kl_target` nats a response (1909.08593, section 2.2)."""
+    error = min(max(kl / config.kl_target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * config.batch_size / config.kl_horizon)
+
+
+def set_learning_rates(optimizer, update: int, config: Config) -> None:
+    """Linear warm-up over `warmup_updates`, linear to 0 at the end."""
+    scale = min(1.0, update / max(1, config.warmup_updates)) * (1 - (update - 1) / config.num_updates)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * scale
+
+
+def evaluate(config: Config, shared: SharedBase, form: PromptFormat, prompts: list[list[int]]) -> Evaluation:
+    """Sample from the policy on held-out prompts, always with the same seeds."""
+    responses = rollout(config, shared, form, prompts, [(1 << 62) + i for i in range(len(prompts))])
+    scores, kl, entropy = torch.zeros(3, len(prompts))
+    for micro in make_micro_batches(prompts, responses, form, config.per_device_train_batch_size, shared.device):
+        measure(shared, micro, config.temperature, baseline=0.0)
+        scores[micro.rows] = micro.scores.cpu()
+        kl[micro.rows] = (micro.logprobs - micro.ref_logprobs).sum(1).cpu()
+        entropy[micro.rows] = (micro.entropy.sum(1) / micro.response_mask.sum(1)).cpu()
+    lengths = torch.tensor([float(len(response.ids)) for response in responses])
+    eos = torch.tensor([float(response.ended_by == "eos") for response in responses])
+    return Evaluation(scores, kl, entropy, lengths, eos, responses)
+
+
+def add_means(stats: dict[str, float], parts: dict[str, Tensor], response_mask: Tensor, tokens: int) -> None:
+    """Add a micro-batch's share of the minibatch's means over real tokens."""
+    for name, values in parts.items():
+        stats[name] = stats.get(name, 0.0) + values.detach()[response_mask].sum().item() / tokens
+
+
+def mean_stats(history: list[dict[str, float]]) -> dict[str, float]:
+    """Means over an update's optimizer steps, and how many there were."""
+    means = {name: sum(stats[name] for stats in history) / len(history) for name in history[0]}
+    return means | {"policy/optimizer_steps": len(history)}
+
+
+# ---------------------------------------------------------------- before and after
+
+
+def check_sizes(config: Config) -> None:
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs")
+    for name in (*sizes, "total_episodes", "rollout_batch_size", "eval_steps", "response_length"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+    if config.total_episodes % config.batch_size:
+        raise UserError(
+            f"--total-episodes {config.total_episodes} is not a multiple of an update's {config.batch_size} episodes "
+            f"({config.per_device_train_batch_size} x {config.gradient_accumulation_steps} x {config.num_mini_batches})"
+        )
+    if config.temperature <= 0:
+        raise UserError("--temperature must be above 0: PPO samples")
+
+
+def load_models(config: Config, sft: dict[str, Any], reward: dict[str, Any]):
+    """The shared base with its four roles, the prompt format, and what identifies the base."""
+    if num_processes() > 1:
+        raise UserError("ppo_train.py runs in one process: start it with `python ppo_train.py`")
+    dtype = choose_dtype(config.dtype, device())
+    base = base_facts(config.base_model or sft["base"]["model"], sft["base"]["revision"], sft["base"]["load_in_4bit"])
+    check_same_base(sft, config.sft_checkpoint, base)
+    form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))
+    set_seed(config.seed)
+    model = load_base(base, dtype, form.pad_token_id)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    shared = SharedBase(model, config.sft_checkpoint, dtype)
+    scorer = read_stacked(config.reward_checkpoint, shared, reward["hyperparameters"]["lora_alpha"])
+    shared.add_role("reward", **scorer)
+    shared.add_role("value", **scorer)
+    shared.add_role("policy", config.lora_rank, config.lora_alpha, config.role_layers)
+    shared.check_split()
+    return shared, form, base
+
+
+def load_prompts(config: Config, form) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of the training and the held-out prompts."""
+    train = tokenize_prompts(
+        load_pairs(config.dataset, "train", config.max_train_samples), form, config.max_prompt_length
+    )
+    held_out = tokenize_prompts(
+        load_pairs(config.dataset, "test", config.max_eval_samples), form, config.max_prompt_length
+    )
+    return train, held_out
+
+
+def save(config, folder: Path, shared, form, base, parents: dict, metrics: dict[str, float], started: float) -> None:
+    """The policy as one ordinary adapter, the value model beside it, and run.json."""
+    save_stacked(folder, shared, "policy", form, base)
+    save_stacked(folder / "value", shared, "value", form, base)
+    write_run(
+        folder,
+        "ppo",
+        config,
+        base=base,
+        prompt_format=form.name,
+        adapter_sha256=sha256(folder / "adapter_model.safetensors"),
+        parents={phase: run["adapter_sha256"] for phase, run in parents.items()},
+        data={"source": config.dataset},
+        updates=config.num_updates,
+        episodes=config.num_updates * config.batch_size,
+        device=str(shared.device),
+        dtype=str(shared.dtype),
+        seconds=round(time.monotonic() - started),
+        metrics=metrics,
+    )
+
+
+if __name__ == "__main__":
+    run(main, Config, PRESETS, __doc__)

@@ -1,0 +1,196 @@
+"""A tiny model, a tiny data set, and the scripts run on them: all made in-process, without a network."""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+# Before any library is imported: they read these once.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.update(OFFLINE)
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tiny tensors; on busy cores a second thread makes a run ten times slower
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+
+DEMO = ROOT / "demo" / "data"
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+
+
+class Result(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Checkpoints(NamedTuple):
+    sft: Path
+    reward: Path
+    sft_flags: list[str]  # as they were trained; the last flag of a kind wins
+    reward_flags: list[str]
+
+
+def read_demo(split: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (DEMO / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    """Every test runs in a folder of its own, so that a default like checkpoints/sft never means the repository's."""
+    monkeypatch.chdir(tmp_path)
+
+
+# ---------------------------------------------------------------- the tiny model and data
+
+
+def make_tokenizer():
+    """A byte-level BPE tokenizer of 400 entries that puts one BOS before a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = [row["prompt"] + row[name] for row in read_demo("train") for name in ("chosen", "rejected")]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS)
+
+
+def make_model(folder: Path, seed: int = 0) -> Path:
+    """A random Llama of 4 layers. The weights are large for a random model, so that every token attends to some other."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """24 training and 8 test rows of the demo's data, in rm-static's columns."""
+    folder = tmp_path_factory.mktemp("data")
+    write_jsonl(folder / "train.jsonl", read_demo("train")[:24])
+    write_jsonl(folder / "test.jsonl", read_demo("test")[:8])
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tiny_model):
+    """A fresh copy: a PromptFormat changes its tokenizer's chat template."""
+    from rlhf.modeling import load_tokenizer
+
+    return load_tokenizer(str(tiny_model))
+
+
+@pytest.fixture
+def form(tokenizer):
+    from rlhf.data import PromptFormat
+
+    return PromptFormat("hh", tokenizer)
+
+
+# ---------------------------------------------------------------- the scripts
+
+
+@pytest.fixture(scope="session")
+def run_script() -> Callable[..., subprocess.CompletedProcess]:
+    """`run_script("sft_train.py", *flags, cwd=...)`: a process of its own. Slow: torch and TRL are imported anew."""
+
+    def run_script(script: str, *flags: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / script), *map(str, flags)]
+        env = {**os.environ, **OFFLINE, "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+    return run_script
+
+
+def run_main(module_name: str, argv: list) -> Result:
+    """Run a script's command line in this process: its exit code, and what it wrote."""
+    from rlhf.cli import run
+
+    module = importlib.import_module(module_name)
+    out, err, code, before = io.StringIO(), io.StringIO(), 0, sys.argv
+    sys.argv = [f"{module_name}.py", *map(str, argv)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run(module.main, module.Config, module.PRESETS, module.__doc__)
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = before
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def call_main() -> Callable[[str, list], Result]:
+    return run_main
+
+
+@pytest.fixture(scope="session")
+def flags(tiny_model, tiny_data) -> dict[str, list[str]]:
+    """Flags with which a script runs in a second on the tiny model; without --output-dir and the parents."""
+    small = f"--dtype fp32 --max-steps 4 --max-length 256 --lora-rank 4 --lora-alpha 8 --no-gradient-checkpointing --dataset {tiny_data} --per-device-train-batch-size 4 --gradient-accumulation-steps 1 --logging-steps 1 --learning-rate 1e-2".split()
+    return {
+        "sft_train": [*small, "--base-model", str(tiny_model), "--no-load-in-4bit"],
+        "reward_train": [*small, "--role-layers", "2"],
+    }
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, flags) -> Checkpoints:
+    """The folders of an SFT and a reward checkpoint on the tiny model. Copy what you mean to change."""
+    folder = tmp_path_factory.mktemp("trained") / "checkpoints"
+    sft, reward = folder / "sft", folder / "reward"
+    sft_flags = [*flags["sft_train"], "--output-dir", str(sft)]
+    reward_flags = [*flags["reward_train"], "--sft-checkpoint", str(sft), "--output-dir", str(reward)]
+    for script, argv in (("sft_train", sft_flags), ("reward_train", reward_flags)):
+        result = run_main(script, argv)
+        assert result.returncode == 0, result.stderr
+    return Checkpoints(sft, reward, sft_flags, reward_flags)

@@ -1,0 +1,423 @@
+"""compare_outputs.py: its layout, its numbers, its files, and that each model is the one its heading names."""
+
+import dataclasses
+import json
+import shutil
+
+import compare_outputs as compare
+
+import pytest
+
+RULE = "─" * 80
+TITLES = {
+    "base": "🔵 BASE MODEL (Llama-3.2-3B - No Fine-tuning)",
+    "SFT": "🟢 FINE-TUNED SFT MODEL (After 2 Epochs of Training)",
+    "PPO": "🟣 PPO MODEL (After 100 PPO Updates)",
+}
+
+
+def given(text="a b", tokens=2, ended_by="eos", score=None):
+    return {"text": text, "tokens": tokens, "ended_by": ended_by, "score": score}
+
+
+def report(turns, **answers):
+    titles = {name: TITLES[name] for name in answers}
+    summary = compare.summarize({name: [answer] for name, answer in answers.items()})
+    return {"models": titles, "summary": summary, "prompts": [{"turns": turns, "answers": answers}]}
+
+
+@pytest.fixture(scope="session")
+def ppo(trained, tmp_path_factory):
+    """A PPO checkpoint on the tiny SFT checkpoint: a policy whose LoRA B is random."""
+    from rlhf.checkpoints import read_run, sha256, write_run
+    from rlhf.data import PromptFormat
+    from rlhf.modeling import SharedBase, load_base, load_tokenizer, save_stacked
+
+    import torch
+
+    @dataclasses.dataclass
+    class PPOConfig:
+        lora_alpha: int = 8
+
+    folder = tmp_path_factory.mktemp("ppo") / "ppo"
+    sft, reward = read_run(str(trained.sft), "sft"), read_run(str(trained.reward), "reward")
+    form = PromptFormat("hh", load_tokenizer(str(trained.sft)))
+    shared = SharedBase(load_base(sft["base"], torch.float32, form.pad_token_id), str(trained.sft), torch.float32)
+    shared.add_role("policy", 4, 8, 3)
+    torch.manual_seed(1)
+    for parameter in shared.parameters("policy"):
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_stacked(folder, shared, "policy", form, sft["base"])
+    write_run(
+        folder,
+        "ppo",
+        PPOConfig(),
+        base=sft["base"],
+        prompt_format="hh",
+        adapter_sha256=sha256(folder / "adapter_model.safetensors"),
+        parents={"sft": sft["adapter_sha256"], "reward": reward["adapter_sha256"]},
+        updates=1,
+        metrics={"objective/kl": 1.5},
+    )
+    return folder
+
+
+@pytest.fixture
+def argv(trained, ppo):
+    checkpoints = ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--ppo-checkpoint", ppo]
+    return [*checkpoints, "--output-dir", "out", "--max-new-tokens", "12", "--dtype", "fp32"]
+
+
+# ---------------------------------------------------------------- what is printed
+
+
+def test_layout():
+    answers = {
+        "base": given("It is a mechanism. " * 5, 31, "stop_text", -0.416),
+        "SFT": given("One line.\n\n    indented", 1, "eos", 1.0),
+        "PPO": given("", 0, "length", 2.345),
+    }
+    printed = compare.render_prompt(report((("user", "Explain what attention mechanism is."),), **answers), 1)
+    assert (
+        printed
+        == f"""📝 Prompt 1:
+Explain what attention mechanism is.
+
+{RULE}
+🔵 BASE MODEL (Llama-3.2-3B - No Fine-tuning):
+{RULE}
+It is a mechanism. It is a mechanism. It is a mechanism. It is a mechanism. It
+is a mechanism.
+score -0.42, 31 tokens, ended by the next Human: turn
+
+{RULE}
+🟢 FINE-TUNED SFT MODEL (After 2 Epochs of Training):
+{RULE}
+One line.
+
+    indented
+score 1.00, 1 token, ended by EOS
+
+{RULE}
+🟣 PPO MODEL (After 100 PPO Updates):
+{RULE}
+(no text)
+score 2.35, 0 tokens, cut at the length limit"""
+    )
+
+
+def test_dialogue_is_shown_as_turns():
+    turns = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))
+    printed = compare.render_prompt(report(turns, base=given()), 1)
+    assert printed.startswith("📝 Prompt 1:\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\n───")
+    assert printed.endswith("\na b\n2 tokens, ended by EOS")
+
+
+def test_text_of_models_cannot_drive_the_terminal():
+    hostile = "\x1b[2J\x1b]0;title\x07 \x9b31m \u202egnp.exe [bold red]x[/] \r"
+    shown = compare.render_prompt(report((("user", hostile),), base=given(hostile)), 1)
+    assert not set(shown) & set("\x1b\x07\x9b\u202e\r")
+    assert shown.count("[bold red]x[/]") == 2  # no console markup either
+
+
+def test_wide_characters_are_wrapped_by_columns():
+    assert [len(line) for line in compare.wrap("漢" * 50).split("\n")] == [40, 10]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "updates", "sft", "ppo"),
+    [
+        (2.0, 100, "After 2 Epochs of Training", "After 100 PPO Updates"),
+        (1.0, 1, "After 1 Epoch of Training", "After 1 PPO Update"),
+        (0.5, 0, "After 0.5 Epochs of Training", "After 0 PPO Updates"),
+    ],
+)
+def test_titles(epochs, updates, sft, ppo):
+    titles = compare.model_titles("meta-llama/Llama-3.2-3B", {"sft": {"epochs": epochs}, "ppo": {"updates": updates}})
+    assert titles == {
+        "base": "🔵 BASE MODEL (Llama-3.2-3B - No Fine-tuning)",
+        "SFT": f"🟢 FINE-TUNED SFT MODEL ({sft})",
+        "PPO": f"🟣 PPO MODEL ({ppo})",
+    }
+
+
+def test_model_name_is_no_markup():
+    assert compare.model_titles("/x/<b>\n# evil|", {})["base"] == "🔵 BASE MODEL (_b___ evil_ - No Fine-tuning)"
+
+
+def test_questions():
+    assert compare.PROMPTS[0] == "Explain what attention mechanism is."
+    assert len(set(compare.PROMPTS)) == 8
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("", 0.0),
+        ("a b", 0.0),
+        ("a b c", 0.0),
+        ("a b c a b c", 0.25),  # abc bca cab abc
+        ("no no no no no", 2 / 3),  # three times the same
+        ("a b c\nd a  b c", 0.2),  # abc bcd cda dab abc: white space does not count
+    ],
+)
+def test_repeated_3grams(text, share):
+    assert compare.repeated_3grams(text) == pytest.approx(share)
+
+
+def test_summary():
+    answers = {
+        "base": [given(score=s, tokens=4, ended_by="length") for s in (0.0, 1.0, 2.0, 3.0)],
+        "SFT": [given(score=s) for s in (1.0, 1.0, 1.0, 5.0)],  # wins, tie, loses, wins
+    }
+    answers["SFT"][0] = given("a b c a b c", 10, "stop_text", 1.0)
+    summary = compare.summarize(answers)
+    assert summary["base"] == {"mean_score": 1.5, "mean_tokens": 4, "ended_by_eos": 0, "repeated_3grams": 0}
+    # Wilson for 2.5 of 4, by hand: centre (0.625 + 3.8415 / 8) / 1.96036 = 0.5638,
+    # half width 1.96 * sqrt(0.625 * 0.375 / 4 + 3.8415 / 64) / 1.96036 = 0.3443
+    assert summary["SFT"] == pytest.approx(
+        {
+            "mean_score": 2.0,
+            "win_rate": 0.625,
+            "win_rate_low": 0.2194,
+            "win_rate_high": 0.9081,
+            "mean_tokens": 4.0,
+            "ended_by_eos": 0.75,
+            "repeated_3grams": 0.0625,
+        },
+        abs=1e-3,
+    )
+    assert compare.summary_rows(summary) == [
+        ("base", "1.50", "-", "4.0", "0 %", "0 %"),
+        ("SFT", "2.00", "62 % (22 to 91 %)", "4.0", "75 %", "6 %"),
+    ]
+
+
+def test_no_scores_without_a_reward_model():
+    summary = compare.summarize({"base": [given()], "SFT": [given()]})
+    assert compare.summary_rows(summary)[1] == ("SFT", "-", "-", "2.0", "100 %", "0 %")
+
+
+def test_summary_table(capsys):
+    compare.print_summary(report((("user", "Hi"),), base=given(score=-12.345), PPO=given(tokens=128, score=1.0)))
+    lines = capsys.readouterr().out.splitlines()
+    assert {len(line) for line in lines} == {80}
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    assert cells == [
+        ["base", "-12.35", "-", "2.0", "100 %", "0 %"],
+        ["PPO", "1.00", "100 % (21 to 100 %)", "128.0", "100 %", "0 %"],
+    ]
+    heads = [[cell.strip() for cell in line.strip("┃").split("┃")] for line in lines if line.startswith("┃")]
+    assert heads == [
+        ["", "Mean", "Win rate against base", "Mean", "Ended", "Repeated"],
+        ["Model", "score", "(95 % interval)", "tokens", "by EOS", "3-grams"],
+    ]
+
+
+# ---------------------------------------------------------------- Markdown
+
+
+def test_nothing_breaks_out_of_a_fence():
+    assert compare.fenced("plain") == "```text\nplain\n```"
+    assert compare.fenced("``` x\n# no heading\n`````\n") == "``````text\n``` x\n# no heading\n`````\n\n``````"
+    assert "\x1b" not in compare.fenced("\x1b[31m")
+
+
+def test_markdown():
+    text = "```\n<script>alert(1)</script>\n| a |"
+    markdown = compare.render_markdown(report((("user", "Hi"),), base=given(score=1.0), SFT=given(text, score=2.0)))
+    assert (
+        markdown
+        == """# Comparing Model Outputs: base vs SFT
+
+- 🔵 BASE MODEL (Llama-3.2-3B - No Fine-tuning)
+- 🟢 FINE-TUNED SFT MODEL (After 2 Epochs of Training)
+
+| Model | Mean score | Win rate against base (95 % interval) | Mean tokens | Ended by EOS | Repeated 3-grams |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| base | 1.00 | - | 2.0 | 100 % | 0 % |
+| SFT | 2.00 | 100 % (21 to 100 %) | 2.0 | 100 % | 0 % |
+
+## Prompt 1
+
+```text
+Hi
+```
+
+### 🔵 BASE MODEL (Llama-3.2-3B - No Fine-tuning)
+
+```text
+a b
+```
+
+score 1.00, 2 tokens, ended by EOS
+
+### 🟢 FINE-TUNED SFT MODEL (After 2 Epochs of Training)
+
+````text
+```
+<script>alert(1)</script>
+| a |
+````
+
+score 2.00, 2 tokens, ended by EOS
+"""
+    )
+
+
+# ---------------------------------------------------------------- the script
+
+
+def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp_path):
+    """Each answer is what the saved checkpoint writes when PEFT alone opens it; each score is the reward checkpoint's."""
+    from rlhf.data import PromptFormat
+    from rlhf.modeling import load_tokenizer
+
+    import torch
+    from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+    from transformers import AutoModelForCausalLM
+
+    result = call_main("compare_outputs", [*argv, "--show", "2"])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("🔄 Comparing Model Outputs: base vs SFT vs PPO\n\n📝 Prompt 1:\nExplain what")
+    assert "🟣 PPO MODEL (After 1 PPO Update):\n" in result.stdout
+    assert "📝 Prompt 2:" in result.stdout and "📝 Prompt 3:" not in result.stdout
+    assert "... and 6 more prompts, in the files below.\n" in result.stdout
+    assert "Summary of 8 prompts" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.json", "compare.md"]
+    assert "## Prompt 8\n" in (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
+
+    saved = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+    assert list(saved["models"]) == list(saved["summary"]) == ["base", "SFT", "PPO"]
+    assert saved["flags"]["max_new_tokens"] == 12 and saved["runs"]["ppo"]["metrics"] == {"objective/kl": 1.5}
+    form = PromptFormat("hh", load_tokenizer(str(trained.sft)))
+    reward = AutoPeftModelForSequenceClassification.from_pretrained(str(trained.reward), num_labels=1).eval()
+    openers = {
+        "base": lambda: AutoModelForCausalLM.from_pretrained(tiny_model),
+        "SFT": lambda: AutoPeftModelForCausalLM.from_pretrained(str(trained.sft)),
+        "PPO": lambda: AutoPeftModelForCausalLM.from_pretrained(str(ppo)),
+    }
+    for name, opened in openers.items():
+        model = opened().eval()
+        for entry in saved["prompts"][:3]:
+            prompt, answer = form.prompt_ids(entry["turns"]), entry["answers"][name]
+            ids = list(prompt)
+            while len(ids) < len(prompt) + answer["tokens"]:
+                with torch.no_grad():
+                    ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+            assert form.decode(ids[len(prompt) :]) == answer["text"]
+            with torch.no_grad():
+                score = reward(torch.tensor([[*ids, form.eos_token_id]])).logits.item()
+            assert score == pytest.approx(answer["score"], abs=1e-4)
+    texts = [[entry["answers"][name]["text"] for entry in saved["prompts"]] for name in openers]
+    assert texts[0] != texts[1] != texts[2] != texts[0]
+
+
+def test_test_rows_and_sampling(call_main, argv, tiny_data, tmp_path):
+    """The same seed draws the same answers; another seed, or the same prompt again, others."""
+    reports = []
+    for seed in (0, 0, 1):
+        flags = ["--num-test-prompts", "3", "--dataset", tiny_data, "--temperature", "1", "--seed", seed, "--overwrite"]
+        assert call_main("compare_outputs", [*argv, *flags]).returncode == 0
+        reports.append(json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8")))
+    assert len(reports[0]["prompts"]) == 3
+    texts = [[p["answers"][name]["text"] for p in r["prompts"] for name in ("base", "SFT", "PPO")] for r in reports]
+    assert texts[0] == texts[1] != texts[2]
+
+    (tmp_path / "twice.txt").write_text("Hi\nHi\n")
+    flags = ["--prompts", "twice.txt", "--temperature", "1", "--overwrite"]
+    assert call_main("compare_outputs", [*argv, *flags]).returncode == 0
+    first, second = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))["prompts"]
+    assert first["answers"]["SFT"]["text"] != second["answers"]["SFT"]["text"]
+
+
+def test_prompt_files(form, tmp_path):
+    (tmp_path / "p.txt").write_text("\ufeffFirst?\n\n  Second? \n" + "long " * 50 + "\n", encoding="utf-8")
+    rows = [
+        {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:", "chosen": "a", "rejected": "b"},
+        {"prompt": "Lone question", "chosen": "same", "rejected": "same"},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def turns(path):
+        config = compare.Config(prompts=str(tmp_path / path), max_prompt_length=60)
+        return [turns for turns, _ in compare.read_prompts(config, form)]
+
+    assert turns("p.txt") == [(("user", "First?"),), (("user", "Second?"),)]
+    assert turns("p.jsonl") == [(("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))]
+
+
+def test_only_some_phases(call_main, argv, tiny_model, tmp_path):
+    argv = [*argv, "--overwrite"]
+    result = call_main("compare_outputs", [*argv, "--ppo-checkpoint", "none"])
+    assert result.returncode == 0, result.stderr
+    skipped, header = result.stdout.splitlines()[:2]
+    assert skipped.startswith("There is no ppo checkpoint at none: PPO is left out")
+    assert header == "🔄 Comparing Model Outputs: base vs SFT"
+    assert "PPO MODEL" not in result.stdout and "score " in result.stdout
+
+    result = call_main("compare_outputs", [*argv, "--reward-checkpoint", "none"])
+    assert "There is no reward checkpoint at none: there are no scores and no win rates" in result.stdout
+    assert "base vs SFT vs PPO" in result.stdout and "score -" not in result.stdout
+    saved = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+    assert saved["prompts"][0]["answers"]["PPO"]["score"] is None and "win_rate" not in saved["summary"]["PPO"]
+    with_sft = [entry["answers"]["base"] for entry in saved["prompts"]]
+
+    result = call_main("compare_outputs", [*argv, "--sft-checkpoint", "none", "--base-model", tiny_model])
+    assert "🔄 Comparing Model Outputs: base\n" in result.stdout
+    saved = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+    assert [entry["answers"]["base"] for entry in saved["prompts"]] == with_sft
+
+    result = call_main("compare_outputs", [*argv, "--sft-checkpoint", "none"])
+    assert result.returncode == 2 and "run `python sft_train.py` first" in result.stderr
+
+
+def test_refuses_before_the_model_is_loaded(call_main, argv, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf.modeling.load_base", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "compare.md").write_text("mine")
+    (tmp_path / "file").write_text("")
+    for flags, error in [
+        ([], "out/compare.md exists: add --overwrite"),
+        (["--output-dir", "file"], "--output-dir file cannot be made"),
+        (["--output-dir", "new", "--prompts", "none.txt"], "--prompts none.txt: there is no such file"),
+        (["--output-dir", "new", "--prompts", "file"], "there is no prompt to answer"),
+        (["--prompts", "file", "--num-test-prompts", "1"], "give one of them"),
+        (["--max-new-tokens", "0"], "must be at least 1"),
+        (["--temperature", "nan"], "must not be negative"),
+    ]:
+        result = call_main("compare_outputs", [*argv, *flags])
+        assert result.returncode == 2 and error in result.stderr, result
+        assert result.stderr.count("\n") == 1
+    assert (tmp_path / "out" / "compare.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"parents": {"sft": "0" * 64}}, "was not trained from the SFT checkpoint"),
+        ({"updates": "many"}, "updates is not a number"),
+        ({"hyperparameters": None}, "lora_alpha is not a number"),
+        ({"phase": "reward"}, "holds a reward checkpoint where a ppo checkpoint is needed"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(call_main, argv, ppo, tmp_path, change, error):
+    shutil.copytree(ppo, tmp_path / "ppo")
+    edited = json.loads((ppo / "run.json").read_text(encoding="utf-8")) | change
+    (tmp_path / "ppo" / "run.json").write_text(json.dumps(edited), encoding="utf-8")
+    result = call_main("compare_outputs", [*argv, "--ppo-checkpoint", "ppo"])
+    assert result.returncode == 2 and error in result.stderr
+
+
+def test_a_failed_write_leaves_the_old_comparison(tmp_path, monkeypatch):
+    one = report((("user", "Hi"),), base=given())
+    compare.write_reports(tmp_path, one)
+    before = (tmp_path / "compare.md").read_bytes(), (tmp_path / "compare.json").read_bytes()
+    monkeypatch.setattr(compare.json, "dumps", lambda *_, **__: "\ud800")  # cannot be encoded
+    with pytest.raises(UnicodeEncodeError):
+        compare.write_reports(tmp_path, report((("user", "Other"),), base=given()))
+    assert ((tmp_path / "compare.md").read_bytes(), (tmp_path / "compare.json").read_bytes()) == before

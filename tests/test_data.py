@@ -1,0 +1,516 @@
+"""Rows, sources, prompts and tokens: what the model is shown, spelled out."""
+
+import csv
+import json
+import re
+
+from reward_train import both_responses
+from rlhf.cli import UserError
+from rlhf.data import (
+    BadRow,
+    Pair,
+    PromptFormat,
+    TokenPair,
+    fingerprint,
+    load_pairs,
+    parse_row,
+    tokenize_pairs,
+    tokenize_prompt,
+)
+from sft_train import response_only
+
+import pytest
+from conftest import BOS, EOS, PAD, read_demo, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+ONE = Pair((("user", "Hi"),), "Hello!", "Go away.")
+THREE = Pair((("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye")), "See you.", "Good.")
+SYSTEM = Pair((("system", "Be kind."), ("user", "Hi")), "Hello!", "Go away.")
+
+
+# ---------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello!", "rejected": " Go away."}, ONE),
+        ({"prompt": "\n\nHuman: Hi\n\nAssistant: ", "chosen": "Hello! \n", "rejected": "\nGo away."}, ONE),
+        ({"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}, ONE),
+        (
+            {
+                "prompt": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant:",
+                "response": " See you.",
+                "chosen": " See you.",
+                "rejected": " Good.",
+            },
+            THREE,
+        ),
+        (
+            {"prompt": "Be kind.\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello!", "rejected": " Go away."},
+            SYSTEM,
+        ),
+        (
+            {
+                "chosen": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant: See you.",
+                "rejected": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant: Good.",
+            },
+            THREE,
+        ),
+        (
+            {
+                "prompt": None,
+                "chosen": "\n\nHuman: Hi\n\nAssistant: Hello!",
+                "rejected": "\n\nHuman: Hi\n\nAssistant: Go away.",
+            },
+            ONE,
+        ),
+        ({"chosen": [user("Hi"), assistant("Hello!")], "rejected": [user("Hi"), assistant("Go away.")]}, ONE),
+        ({"prompt": [user("Hi")], "chosen": [assistant("Hello!")], "rejected": [assistant("Go away.")]}, ONE),
+        ({"prompt": "Hi", "chosen": [assistant("Hello!")], "rejected": [assistant("Go away.")]}, ONE),
+        (
+            {
+                "prompt": [system("Be kind."), user(" Hi ")],
+                "chosen": [assistant("Hello!")],
+                "rejected": [assistant("Go away.")],
+            },
+            SYSTEM,
+        ),
+        (
+            {
+                "chosen": [user("Hi"), assistant("Hello!"), user("Bye"), assistant("See you.")],
+                "rejected": [user("Hi"), assistant("Hello!"), user("Bye"), assistant("Good.")],
+            },
+            THREE,
+        ),
+    ],
+)
+def test_every_accepted_shape_gives_the_pair(row, pair):
+    assert parse_row(row) == pair
+
+
+HI = "\n\nHuman: Hi\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": HI, "chosen": " a", "rejected": [assistant("b")]}, "chosen and rejected have different types"),
+        ({"prompt": HI, "chosen": " a", "rejected": None}, "chosen and rejected have different types"),
+        ({"prompt": [user("Hi")], "chosen": " a", "rejected": " b"}, "prompt is not text"),
+        ({"prompt": HI, "chosen": "  ", "rejected": " b"}, "blank answer"),
+        ({"prompt": HI, "chosen": " a", "rejected": ""}, "blank answer"),
+        ({"prompt": HI, "chosen": " a", "rejected": "a "}, "chosen and rejected are identical"),
+        ({"prompt": HI, "chosen": " a\n\nHuman: b", "rejected": " b"}, "chosen runs on into another turn"),
+        ({"prompt": HI, "chosen": " a\n\nAssistant: b", "rejected": " b"}, "chosen runs on into another turn"),
+        ({"prompt": "\n\nHuman: Hi", "chosen": " a", "rejected": " b"}, "prompt does not end with 'Assistant:'"),
+        ({"prompt": HI + " Well", "chosen": " a", "rejected": " b"}, "prompt does not end with 'Assistant:'"),
+        ({"chosen": "\n\nHuman: Hi", "rejected": "\n\nHuman: Hi"}, "transcript without 'Assistant:'"),
+        (
+            {"chosen": HI + " a", "rejected": "\n\nHuman: Ho\n\nAssistant: b"},
+            "transcripts differ before the last answer",
+        ),
+        ({"chosen": [user("Hi")], "rejected": [user("Hi")]}, "answer does not end with an assistant message"),
+        ({"chosen": [], "rejected": []}, "answer does not end with an assistant message"),
+        (
+            {"chosen": [user("Hi"), assistant("a")], "rejected": [user("Ho"), assistant("b")]},
+            "dialogues differ before the last answer",
+        ),
+        ({"prompt": "Hi", "chosen": None, "rejected": None}, "messages are not a list"),
+        ({"prompt": "Hi", "chosen": 1, "rejected": 2}, "messages are not a list"),
+        (
+            {"chosen": ["a"], "rejected": ["b"]},
+            "message without a role of system, user or assistant",
+        ),
+        (
+            {"chosen": [{"role": "tool", "content": "a"}], "rejected": [assistant("b")]},
+            "message without a role of system, user or assistant",
+        ),
+        ({"prompt": "Hi", "chosen": [assistant(None)], "rejected": [assistant("b")]}, "blank turn"),
+        ({"prompt": "Hi", "chosen": [assistant(" ")], "rejected": [assistant("b")]}, "blank turn"),
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "blank turn"),
+        ({"prompt": "\n\nHuman:\n\nAssistant:", "chosen": "a", "rejected": "b"}, "blank turn"),
+        ({"prompt": "\n\nAssistant:", "chosen": "a", "rejected": "b"}, "no user turn"),
+        ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "no user turn"),
+        (
+            {"prompt": [user("Hi\n\nAssistant: x")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+            "turn that holds another turn",
+        ),
+        (
+            {"prompt": [user("Human: x")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+            "turn that holds another turn",
+        ),
+    ],
+)
+def test_every_bad_row_says_why(row, reason):
+    with pytest.raises(BadRow, match=f"^{re.escape(reason)}$"):
+        parse_row(row)
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.sampled_from([HI, " ", "\n\nHuman: x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner, max_size=2)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(row=st.fixed_dictionaries({"chosen": json_like, "rejected": json_like}, optional={"prompt": json_like}))
+def test_any_row_is_a_pair_or_bad(row):
+    try:
+        pair = parse_row(row)
+    except BadRow:
+        return
+    assert pair.chosen == pair.chosen.strip() != pair.rejected
+    assert all(text == text.strip() != "" for _, text in pair.turns)
+
+
+# ---------------------------------------------------------------- sources
+
+ROWS = [
+    {"prompt": f"\n\nHuman: Question {n}, “é”?\n\nAssistant:", "chosen": f" Yes,\n{n}.", "rejected": " No."}
+    for n in range(3)
+]
+PAIRS = [Pair((("user", f"Question {n}, “é”?"),), f"Yes,\n{n}.", "No.") for n in range(3)]
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        write_jsonl(path, rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("place", ["{}", "data/{}"])
+def test_a_folder_of_every_format_gives_the_same_pairs(tmp_path, suffix, place):
+    write(tmp_path / place.format(f"train{suffix}"), ROWS[:2])
+    write(tmp_path / place.format(f"test{suffix}"), ROWS[2:])
+    assert load_pairs(str(tmp_path), "train") == PAIRS[:2]
+    assert load_pairs(str(tmp_path), "test") == PAIRS[2:]
+    assert load_pairs(str(tmp_path), "train", 1) == PAIRS[:1]
+
+
+def test_shards_are_read_in_order_and_validation_stands_for_test(tmp_path):
+    write(tmp_path / "data" / "train-00001-of-00002.parquet", ROWS[1:2])
+    write(tmp_path / "data" / "train-00000-of-00002.parquet", ROWS[:1])
+    write(tmp_path / "data" / "validation.jsonl", ROWS[2:])
+    assert load_pairs(str(tmp_path), "train") == PAIRS[:2]
+    assert load_pairs(str(tmp_path), "test") == PAIRS[2:]
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    write(tmp_path / "test.csv", ROWS)
+    (tmp_path / "test.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "test.csv").read_bytes())
+    assert load_pairs(str(tmp_path), "test") == PAIRS
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_one_file_is_split_by_its_prompts(tmp_path, suffix):
+    file = tmp_path / f"all{suffix}"
+    rows = [{"prompt": f"\n\nHuman: {n // 2}\n\nAssistant:", "chosen": f"{n}", "rejected": "-1"} for n in range(800)]
+    write(file, rows)
+    train, test = load_pairs(str(file), "train"), load_pairs(str(file), "test")
+    assert len(train) + len(test) == 800
+    assert 20 <= len(test) <= 60  # a twentieth is 40
+    assert not {pair.turns for pair in train} & {pair.turns for pair in test}
+    write(file, rows[::-1])  # the order of the rows changes nothing
+    assert set(load_pairs(str(file), "test")) == set(test)
+
+
+def test_dialogues_with_one_opening_are_in_one_split(tmp_path):
+    opening = [f"\n\nHuman: {n}\n\nAssistant:" for n in range(300)]
+    rows = [
+        {"prompt": o + tail, "chosen": "a", "rejected": "b"}
+        for o in opening
+        for tail in ("", " x\n\nHuman: y\n\nAssistant:")
+    ]
+    file = write_jsonl(tmp_path / "all.jsonl", rows)
+    first = {split: {pair.turns[0] for pair in load_pairs(str(file), split)} for split in ("train", "test")}
+    assert first["test"]
+    assert not first["train"] & first["test"]
+
+
+def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
+    write_jsonl(
+        tmp_path / "train.jsonl",
+        [*ROWS, {**ROWS[0], "chosen": ""}, {**ROWS[0], "rejected": " "}, {**ROWS[0], "chosen": "No."}],
+    )
+    assert load_pairs(str(tmp_path), "train") == PAIRS
+    line = capsys.readouterr().out.strip()
+    assert line == f"{tmp_path}, train: 3 rows, dropped 3 (2 blank answer, 1 chosen and rejected are identical)"
+
+
+def test_fingerprint_tells_data_apart():
+    assert fingerprint(PAIRS) == fingerprint(list(PAIRS))
+    assert len({fingerprint(PAIRS), fingerprint(PAIRS[::-1]), fingerprint(PAIRS[:2]), fingerprint([])}) == 4
+
+
+# ---------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize(
+    ("turns", "text"),
+    [
+        (ONE.turns, "\n\nHuman: Hi\n\nAssistant:"),
+        (THREE.turns, "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant:"),
+        (SYSTEM.turns, "Be kind.\n\nHuman: Hi\n\nAssistant:"),
+    ],
+)
+def test_hh_prompts_are_written_as_the_hh_data_are(form, turns, text):
+    assert form.prompt_text(turns) == text
+    ids = form.prompt_ids(turns)
+    assert form.tokenizer.decode(ids) == BOS + text
+    assert ids.count(form.tokenizer.bos_token_id) == 1
+
+
+def test_a_response_starts_with_a_space_and_ends_with_eos(form):
+    (pair,) = tokenize_pairs([ONE], form, 64, "train")
+    assert pair.pair == ONE
+    assert form.tokenizer.decode(pair.prompt_ids) == BOS + "\n\nHuman: Hi\n\nAssistant:"
+    assert form.tokenizer.decode(pair.chosen_ids) == " Hello!" + EOS
+    assert form.tokenizer.decode(pair.rejected_ids) == " Go away." + EOS
+    assert form.eos_token_id == form.tokenizer.convert_tokens_to_ids(EOS) == pair.chosen_ids[-1]
+    assert form.decode(pair.chosen_ids) == "Hello!"
+    # Prompt and response tokenised apart are what the whole text gives: no token spans the two.
+    assert form.encode("\n\nHuman: Hi\n\nAssistant: Hello!") == pair.prompt_ids[1:] + pair.chosen_ids[:-1]
+
+
+def without_bos(tokenizer):
+    from tokenizers.processors import ByteLevel
+
+    tokenizer._tokenizer.post_processor = ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize(
+    "turns",
+    [
+        ONE.turns,
+        THREE.turns,
+        (*THREE.turns, ("assistant", "See\n\nyou."), ("user", "{{ bos_token }} ☂")),
+        SYSTEM.turns,
+        (("system", "Be kind."), *THREE.turns),
+    ],
+)
+def test_the_saved_chat_template_gives_the_ids_of_training(tokenizer, tmp_path, turns, bos):
+    form = PromptFormat("hh", tokenizer if bos else without_bos(tokenizer))
+    form.tokenizer.save_pretrained(tmp_path / "saved")
+    ids = form.prompt_ids(turns)
+    assert ids.count(form.tokenizer.bos_token_id) == bos
+    assert (ids[0] == form.tokenizer.bos_token_id) == bos
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    messages = [{"role": role, "content": text} for role, text in turns]
+    assert saved.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == ids
+    # With an answer the template goes on as training did, up to EOS.
+    whole = saved.apply_chat_template([*messages, assistant("Sure, why not?")], return_dict=False)
+    assert whole == ids + form.response_ids("Sure, why not?")
+
+
+def test_the_checkpoints_tokenizer_is_the_one_of_training(trained, form):
+    for folder in trained[:2]:
+        saved = AutoTokenizer.from_pretrained(folder)
+        assert saved.apply_chat_template(
+            [user("Hi")], add_generation_prompt=True, return_dict=False
+        ) == form.prompt_ids(ONE.turns)
+        assert (saved.pad_token, saved.bos_token, saved.eos_token) == (PAD, BOS, EOS)
+
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_the_models_own_template_is_used_and_kept(tokenizer):
+    tokenizer.chat_template = CHATML
+    form = PromptFormat("model", tokenizer)
+    ids = form.prompt_ids(THREE.turns)
+    assert tokenizer.decode(ids) == "<bos>[user]Hi<eos>[assistant]Hello!<eos>[user]Bye<eos>[assistant]"
+    assert ids.count(tokenizer.bos_token_id) == 1  # the template's; the tokenizer adds none on top
+    assert ids.count(tokenizer.eos_token_id) == 3
+    assert tokenizer.decode(form.response_ids("Hello!")) == "Hello!"
+    assert form.stop_text is None
+    assert tokenizer.chat_template == CHATML
+
+
+def test_special_tokens_in_the_data_are_plain_text(form):
+    spelled = f"a{EOS} {PAD}{BOS} b"
+    pair = Pair((("user", spelled),), spelled, f"{EOS}")
+    (tokens,) = tokenize_pairs([pair], form, 200, "train")
+    special = {form.pad_token_id, form.eos_token_id, form.tokenizer.bos_token_id}
+    assert form.tokenizer.bos_token_id == tokens.prompt_ids[0]
+    assert not special & set(tokens.prompt_ids[1:])
+    for ids in (tokens.chosen_ids, tokens.rejected_ids):
+        assert ids[-1] == form.eos_token_id
+        assert not special & set(ids[:-1])
+    assert form.tokenizer.decode(tokens.prompt_ids[1:]) == f"\n\nHuman: {spelled}\n\nAssistant:"
+
+
+def test_special_tokens_in_the_data_are_dropped_under_the_models_template(tokenizer, capsys):
+    tokenizer.chat_template = CHATML
+    pair = Pair((("user", f"a{EOS}"),), "b", "c")
+    kept = tokenize_pairs([pair, ONE], PromptFormat("model", tokenizer), 100, "train")
+    assert [tokens.pair for tokens in kept] == [ONE]
+    assert "1 text that spells a special token" in capsys.readouterr().out
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40).map(str.strip).filter(bool))
+def test_any_text_survives_the_tokens(form, text):
+    prompt = form.prompt_ids((("user", text),))
+    assert form.tokenizer.decode(prompt[1:]) == f"\n\nHuman: {text}\n\nAssistant:"
+    assert form.tokenizer.decode(form.response_ids(text)) == f" {text}"
+
+
+def test_half_a_surrogate_pair_in_a_row_stops_nothing(form, tmp_path):
+    """JSON can spell "\\ud800", which is no text; a tokenizer cannot take it."""
+    row = {"prompt": "Hi", "chosen": "a\ud800", "rejected": "b"}
+    (tmp_path / "train.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(ROWS[0])}\n")
+    kept = tokenize_pairs(load_pairs(str(tmp_path), "train"), form, 200, "train")
+    assert kept[-1].pair == PAIRS[0]
+
+
+# ---------------------------------------------------------------- cutting
+
+
+def test_a_long_prompt_loses_its_oldest_turns_whole(form):
+    turns = (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"), ("user", "five"))
+    whole, later, last = (form.prompt_ids(turns[start:]) for start in (0, 2, 4))
+    assert tokenize_prompt(turns, form, len(whole)) == whole
+    assert tokenize_prompt(turns, form, len(whole) - 1) == later
+    assert form.tokenizer.decode(later) == BOS + "\n\nHuman: three\n\nAssistant: four\n\nHuman: five\n\nAssistant:"
+    assert tokenize_prompt(turns, form, len(later) - 1) == last
+    assert tokenize_prompt(turns, form, len(last)) == last
+    with pytest.raises(BadRow, match="prompt too long"):
+        tokenize_prompt(turns, form, len(last) - 1)
+
+
+def test_the_system_text_survives_the_cut(form):
+    turns = (("system", "Be kind."), ("user", "one"), ("assistant", "two"), ("user", "three"))
+    cut = tokenize_prompt(turns, form, len(form.prompt_ids(turns)) - 1)
+    assert form.tokenizer.decode(cut) == BOS + "Be kind.\n\nHuman: three\n\nAssistant:"
+
+
+def test_a_pair_whose_last_turn_is_too_long_is_dropped(form, capsys):
+    long = Pair((("user", "word " * 60),), "Yes.", "No.")
+    assert [tokens.pair for tokens in tokenize_pairs([long, ONE], form, 50, "train")] == [ONE]
+    assert capsys.readouterr().out.strip() == "train: 1 rows, dropped 1 (1 prompt too long)"
+    with pytest.raises(UserError, match="no pair of train fits into 50 tokens: raise --max-length"):
+        tokenize_pairs([long], form, 50, "train")
+
+
+def test_a_long_response_is_cut_at_its_end_and_has_no_eos(form):
+    chosen = "alpha beta gamma delta " * 10
+    (tokens,) = tokenize_pairs([Pair(ONE.turns, chosen.strip(), "No.")], form, 64, "train")
+    assert tokens.chosen_ids == form.response_ids(chosen)[:32]
+    assert form.eos_token_id not in tokens.chosen_ids
+    assert tokens.rejected_ids == [*form.response_ids("No."), form.eos_token_id]
+
+
+def test_the_longest_response_that_fits_keeps_its_eos(form):
+    pair = Pair((("user", "x"),), "See you on the other side of the river, then.", "No.")
+    answer = form.response_ids(pair.chosen)
+    assert len(form.prompt_ids(pair.turns)) < len(answer)
+    (fits,) = tokenize_pairs([pair], form, 2 * (len(answer) + 1), "train")
+    assert fits.chosen_ids == [*answer, form.eos_token_id]
+    (cut,) = tokenize_pairs([pair], form, 2 * (len(answer) + 1) - 1, "train")
+    assert cut.chosen_ids == answer
+
+
+def test_pairs_that_cutting_makes_identical_are_dropped(form, capsys):
+    same = "the very same start of an answer, for many tokens on end, and then "
+    pair = Pair(ONE.turns, same * 3 + "good", same * 3 + "bad")
+    assert [tokens.pair for tokens in tokenize_pairs([pair, ONE], form, 64, "train")] == [ONE]
+    assert "1 identical after cutting" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("max_length", [48, 63, 64, 65, 200])
+def test_nothing_that_a_trainer_gets_is_longer_than_max_length(form, tiny_data, max_length):
+    pairs = tokenize_pairs(load_pairs(str(tiny_data), "train"), form, max_length, "train")
+    assert max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs) <= max_length
+    assert max(map(len, response_only(pairs)["input_ids"])) <= max_length
+    rows = both_responses(pairs, form.eos_token_id)
+    assert max(len(ids) for name in ("chosen_ids", "rejected_ids") for ids in rows[name]) <= max_length
+
+
+# ---------------------------------------------------------------- what the trainers get
+
+
+def test_sft_labels_hide_the_prompt_and_nothing_else():
+    pairs = [TokenPair(ONE, [1, 5, 6], [7, 8, 2], [9, 2]), TokenPair(ONE, [1, 5], [7, 8], [9, 2])]
+    assert response_only(pairs).to_list() == [
+        {"input_ids": [1, 5, 6, 7, 8, 2], "labels": [-100, -100, -100, 7, 8, 2]},
+        {"input_ids": [1, 5, 7, 8], "labels": [-100, -100, 7, 8]},
+    ]
+
+
+def test_the_sft_trainer_keeps_these_labels(form, tiny_data):
+    """TRL's collator pads; it must neither hide EOS nor show the prompt."""
+    from trl import SFTConfig
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    assert SFTConfig(output_dir="x", use_cpu=True, bf16=False).packing is False
+    rows = response_only(tokenize_pairs(load_pairs(str(tiny_data), "train"), form, 256, "train")).to_list()[:3]
+    batch = DataCollatorForLanguageModeling(pad_token_id=form.pad_token_id)(rows)
+    for row, labels in zip(rows, batch["labels"].tolist(), strict=True):
+        assert labels == row["labels"] + [-100] * (len(labels) - len(row["labels"]))
+        assert form.eos_token_id in labels
+
+
+def test_reward_texts_are_both_closed_by_eos():
+    pairs = [TokenPair(ONE, [1, 5, 6], [7, 8, 2], [9])]
+    (row,) = both_responses(pairs, eos_token_id=2).to_list()
+    assert row["chosen_ids"] == [1, 5, 6, 7, 8, 2]
+    assert row["rejected_ids"][:4] == [1, 5, 6, 9]
+    assert row["rejected_ids"][-1] == 2
+
+
+# ---------------------------------------------------------------- the demo's data
+
+
+@pytest.mark.parametrize(("split", "least"), [("train", 240), ("test", 60)])
+def test_the_demo_data_are_whole_and_length_says_nothing(split, least, capsys):
+    from conftest import DEMO
+
+    rows = read_demo(split)
+    assert len(rows) >= least
+    assert {tuple(row) for row in rows} == {("prompt", "response", "chosen", "rejected")}
+    assert all(row["response"] == row["chosen"] for row in rows)
+    assert 0.45 <= sum(len(row["chosen"]) > len(row["rejected"]) for row in rows) / len(rows) <= 0.55
+    assert len(load_pairs(str(DEMO), split)) == len(rows)
+    assert "dropped" not in capsys.readouterr().out
+
+
+def test_no_demo_prompt_is_in_both_splits():
+    train, test = ({row["prompt"] for row in read_demo(split)} for split in ("train", "test"))
+    assert not train & test

@@ -1,0 +1,539 @@
+"""What a user gets wrong: exit code 2, one line that says what and where, and nothing lost."""
+
+import errno
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import DEMO, OFFLINE, ROOT, make_model, write_jsonl
+from safetensors import SafetensorError
+
+GOOD_ROW = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello!", "rejected": " Go away."}
+
+
+def snapshot(folder: Path) -> dict[str, bytes] | None:
+    if not folder.exists():
+        return None
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def assert_one_line(code, stderr, *names):
+    assert code == 2
+    assert stderr.startswith("error: "), stderr
+    assert stderr.count("\n") == 1, stderr
+    assert stderr.endswith("\n"), stderr
+    for name in names:
+        assert str(name) in stderr
+
+
+@pytest.fixture
+def refused(call_main, flags, tmp_path):
+    """`refused(script, flags, *names)`: the run ends with one line holding all `names`, and its output folder stays as it was.
+
+    Runs twice: with no output folder, and with --overwrite over one that holds an earlier result.
+    """
+
+    def refused(script: str, more: list, *names: str) -> None:
+        absent, full = tmp_path / "absent", tmp_path / "full"
+        full.mkdir()
+        (full / "adapter_model.safetensors").write_bytes(b"an earlier result")
+        for folder, overwrite in ((absent, []), (full, ["--overwrite"])):
+            before = snapshot(folder)
+            result = call_main(script, [*flags[script], "--output-dir", folder, *overwrite, *more])
+            assert_one_line(result.returncode, result.stderr, *names)
+            assert snapshot(folder) == before
+            assert "Saved" not in result.stdout
+
+    return refused
+
+
+# ---------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        (["--learning-rat", "1e-4"], "--learning-rat"),  # abbreviated
+        (["--nonsense", "1"], "--nonsense"),
+        (["--learning–rate", "1e-4"], "–rate"),  # a dash that a word processor put there
+        (["--pres", "demo"], "--pres"),
+        (["--preset", "nonsense"], "nonsense"),
+        (["--max-length", "many"], "many"),
+        (["--dtype", "int3"], "int3"),
+    ],
+)
+@pytest.mark.parametrize("script", ["sft_train", "reward_train"])
+def test_a_flag_that_does_not_exist(call_main, tmp_path, script, flag, name):
+    result = call_main(script, ["--output-dir", tmp_path / "out", *flag])
+    assert result.returncode == 2
+    assert name in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_script_of_its_own_process_ends_the_same(run_script, tmp_path):
+    done = run_script("reward_train.py", "--dataset", "x", cwd=tmp_path)
+    assert_one_line(done.returncode, done.stderr, "checkpoints/sft", "python sft_train.py")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        (["--per-device-train-batch-size", "25"], "24 training rows do not fill one batch of 25"),
+        (["--gradient-accumulation-steps", "7"], "24 training rows do not fill one batch of 28"),
+        (["--per-device-train-batch-size", "0"], "--per-device-train-batch-size"),
+        (["--gradient-accumulation-steps", "-1"], "--gradient-accumulation-steps"),
+        (["--lora-rank", "0"], "--lora-rank"),
+        (["--logging-steps", "0"], "--logging-steps"),
+        (["--max-length", "8"], "--max-length"),
+        (["--max-length", "-1"], "--max-length"),
+        (["--dtype", "fp16"], "fp16"),
+    ],
+)
+@pytest.mark.parametrize("script", ["sft_train", "reward_train"])
+def test_a_number_that_cannot_be(refused, trained, script, flag, name):
+    parents = ["--sft-checkpoint", trained.sft] if script == "reward_train" else []
+    refused(script, [*parents, *flag], name)
+
+
+@pytest.mark.parametrize("layers", ["5", "-1"])
+def test_more_role_layers_than_there_are(refused, trained, layers):
+    refused("reward_train", ["--sft-checkpoint", trained.sft, "--role-layers", layers], "--role-layers", "4 layers")
+
+
+def test_a_learning_rate_that_breaks_the_model(refused):
+    refused("sft_train", ["--learning-rate", "1e6"], "--learning-rate")
+
+
+# ---------------------------------------------------------------- the output folder
+
+
+def test_an_output_folder_that_holds_something(call_main, flags, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("x")
+    for script in ("sft_train", "reward_train"):
+        result = call_main(script, [*flags[script], "--output-dir", out])
+        assert_one_line(result.returncode, result.stderr, out, "--overwrite")
+    assert snapshot(tmp_path) == {"out/precious.txt": b"x"}
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_an_output_folder_that_is_a_file(call_main, flags, tmp_path, place):
+    (tmp_path / "file").write_text("x")
+    result = call_main("sft_train", [*flags["sft_train"], "--output-dir", tmp_path / place])
+    assert_one_line(result.returncode, result.stderr, "--output-dir", tmp_path / "file")
+    assert snapshot(tmp_path) == {"file": b"x"}
+
+
+@pytest.mark.parametrize("place", [".", ""])
+def test_an_output_folder_without_a_name(call_main, flags, tmp_path, place):
+    result = call_main("sft_train", [*flags["sft_train"], "--output-dir", place])
+    assert_one_line(result.returncode, result.stderr, "--output-dir")
+    assert snapshot(tmp_path) == {}
+
+
+def test_an_output_folder_that_is_an_input(call_main, trained, tmp_path):
+    """--overwrite replaces an earlier result; it must not take the SFT checkpoint that the run reads."""
+    sft = Path(shutil.copytree(trained.sft, tmp_path / "sft"))
+    before = snapshot(sft)
+    argv = [*trained.reward_flags, "--sft-checkpoint", sft, "--output-dir", sft, "--overwrite"]
+    result = call_main("reward_train", argv)
+    assert snapshot(sft) == before
+    assert_one_line(result.returncode, result.stderr, "--output-dir", sft)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk(refused, trained, monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
+    monkeypatch.setattr("rlhf.modeling.save_file", full)
+    refused("sft_train", [], "disk is full")
+    shutil.rmtree("full")
+    refused("reward_train", ["--sft-checkpoint", trained.sft], "disk is full")
+
+
+def test_a_disk_that_fills_at_the_first_metric(refused, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rlhf.reporting.JsonLines.write", full)
+    refused("sft_train", [], "disk is full")
+
+
+# ---------------------------------------------------------------- the base model
+
+
+@pytest.mark.parametrize("model", ["/nowhere/model", "./model", "model", "a/b/c"])
+def test_a_model_folder_that_is_not_there(refused, model):
+    refused("sft_train", ["--base-model", model], "--base-model", model)
+
+
+@pytest.mark.parametrize("model", ["nobody/no-such-model", "models/no-such-model"])
+def test_a_hub_model_without_a_network(refused, model):
+    refused("sft_train", ["--base-model", model], model, "network", "local folder", "--base-model")
+
+
+def break_model(folder: Path, how: str) -> None:
+    config = folder / "config.json"
+    if how == "no config.json":
+        config.unlink()
+    elif how == "damaged config.json":
+        config.write_text("{")
+    elif how == "unknown architecture":
+        config.write_text(json.dumps({"model_type": "nonsense", "architectures": ["Nonsense"]}))
+    elif how == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif how == "pickled weights":
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    elif how == "half the weights":
+        weights = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    elif how == "no tokenizer":
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    elif how == "damaged tokenizer":
+        (folder / "tokenizer.json").write_text("{}")
+    elif how in ("no EOS", "no pad"):
+        name = "eos_token" if how == "no EOS" else "pad_token"
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != name}))
+        if how == "no pad":  # nor any that could stand in
+            tokens = folder / "tokenizer.json"
+            tokens.write_text(tokens.read_text().replace("<pad>", "<nap>"))
+
+
+@pytest.mark.parametrize(
+    ("how", "names"),
+    [
+        ("no config.json", ["config.json"]),
+        ("damaged config.json", ["config.json"]),
+        ("unknown architecture", ["nonsense"]),
+        ("no weights", ["safetensors"]),
+        ("pickled weights", ["safetensors"]),
+        ("half the weights", []),
+        ("no tokenizer", ["tokenizer"]),
+        ("damaged tokenizer", ["tokenizer"]),
+        ("no EOS", ["EOS"]),
+        ("no pad", ["pad"]),
+    ],
+)
+def test_a_model_folder_that_is_not_whole(refused, tiny_model, tmp_path, how, names):
+    broken = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
+    break_model(broken, how)
+    refused("sft_train", ["--base-model", broken], broken, *names)
+
+
+def test_4bit_where_it_cannot_run(refused, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no kernel image is available\nfor this card")
+
+    monkeypatch.setattr("bitsandbytes.nn.Linear4bit", broken)
+    refused("sft_train", ["--load-in-4bit"], "4-bit", "no kernel image is available", "--no-load-in-4bit")
+
+
+def test_the_models_own_format_without_a_chat_template(refused):
+    refused("sft_train", ["--prompt-format", "model"], "--prompt-format", "chat template")
+
+
+HUB_DRIVER = """
+import contextlib, io, json, sys
+import sft_train
+from rlhf.cli import run
+
+results = []
+for argv in json.loads(sys.argv[1]):
+    sys.argv, out, err, code = ["sft_train.py", *argv], io.StringIO(), io.StringIO(), 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run(sft_train.main, sft_train.Config, sft_train.PRESETS, sft_train.__doc__)
+    except SystemExit as stop:
+        code = stop.code
+    results.append([code, err.getvalue()])
+print("RESULTS" + json.dumps(results))
+"""
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub on which all of gated/ is gated and nothing else exists."""
+
+    def do_GET(self):
+        gated = "gated/" in self.path
+        self.send_response(403 if gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("X-Error-Message", "Access to this repository is restricted" if gated else "Not found")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_POST = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub_results(tmp_path_factory, flags):
+    """What sft_train.py says of gated and of missing models and data sets; the endpoint is read at import, so elsewhere."""
+    folder = tmp_path_factory.mktemp("hub")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    env = {k: v for k, v in os.environ.items() if k not in OFFLINE and not k.startswith(("HF_", "HUGGING"))}
+    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    env |= {"PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    cases = {
+        "gated model": ["--base-model", "gated/thing"],
+        "missing model": ["--base-model", "nobody/thing"],
+        "gated data set": ["--dataset", "gated/thing"],
+        "missing data set": ["--dataset", "nobody/thing"],
+    }
+    argv = [[*flags["sft_train"], "--output-dir", str(folder / "out"), *more] for more in cases.values()]
+    done = subprocess.run(
+        [sys.executable, "-c", HUB_DRIVER, json.dumps(argv)],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "out").exists()
+    results = json.loads(done.stdout.split("RESULTS")[1])
+    return endpoint, dict(zip(cases, results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        ("gated model", ["model gated/thing is gated", "{endpoint}/gated/thing", "hf auth login", "HF_TOKEN"]),
+        ("missing model", ["no model nobody/thing", "--base-model"]),
+        ("gated data set", ["data set gated/thing is gated", "{endpoint}/datasets/gated/thing", "HF_TOKEN"]),
+        ("missing data set", ["no data set nobody/thing", "--dataset"]),
+    ],
+)
+def test_a_hub_that_says_no(hub_results, case, names):
+    endpoint, results = hub_results
+    code, stderr = results[case]
+    assert_one_line(code, stderr, *[name.format(endpoint=endpoint) for name in names])
+
+
+# ---------------------------------------------------------------- the data
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("nobody/no-such-data", ["data set nobody/no-such-data", "network", "--dataset"]),
+        ("data/train.jsonl", ["data/train.jsonl", "no such file"]),
+        ("/nowhere", ["/nowhere", "no such file or folder"]),
+    ],
+)
+def test_data_that_are_not_there(refused, source, names):
+    refused("sft_train", ["--dataset", source], *names)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "names"),
+    [
+        ("train.jsonl", b"", ["no usable row", "train"]),
+        ("train.json", b"", ["train.json", "not JSON"]),
+        ("train.json", b"[]", ["no usable row"]),
+        ("train.json", b'{"prompt": 1}', ["train.json", "list of rows"]),
+        ("train.json", b"[1]", ["train.json", "row 1"]),
+        ("train.csv", b"", ["no usable row"]),
+        ("train.csv", b'prompt,chosen,rejected\n"a,b,c\n', ["train.csv", "line 2"]),
+        ("train.parquet", b"PAR1 but no more", ["train.parquet", "not a readable Parquet file"]),
+        ("train.parquet", b"", ["train.parquet", "not a readable Parquet file"]),
+        ("train.txt", b"x", ["no train file", ".jsonl"]),
+        ("train.jsonl", b'{"question": "a", "chosen": "b", "rejected": "c"}\n', ["train.jsonl", "no column 'prompt'"]),
+        (
+            "train.jsonl",
+            b'{"prompt": "a", "rejected": "c"}\n',
+            ["train.jsonl", "no column 'chosen'", "prompt, rejected"],
+        ),
+        ("train.csv", b"prompt,chosen\na,b\n", ["train.csv", "no column 'rejected'"]),
+        ("train.jsonl", json.dumps(GOOD_ROW).encode() + b'\n\n{"prompt": \n', ["train.jsonl, line 3", "not JSON"]),
+        ("train.jsonl", json.dumps(GOOD_ROW).encode() + b"\n[1]\n", ["train.jsonl", "row 2"]),
+        (
+            "train.jsonl",
+            '{"prompt": "é", "chosen": "b", "rejected": "c"}\n'.encode("latin-1"),
+            ["train.jsonl", "UTF-8"],
+        ),
+        ("train.json", '[{"prompt": "é", "chosen": "b", "rejected": "c"}]'.encode("latin-1"), ["train.json", "UTF-8"]),
+        ("train.csv", "prompt,chosen,rejected\né,b,c\n".encode("latin-1"), ["train.csv", "UTF-8"]),
+        ("train.jsonl", "\ufeff".encode("utf-16"), ["train.jsonl", "UTF-8"]),
+        ("train.jsonl", b'{"prompt": "a", "chosen": "", "rejected": "c"}\n', ["no usable row", "train"]),
+    ],
+)
+def test_a_data_file_that_cannot_be_read(refused, tmp_path, name, content, names):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(DEMO / "test.jsonl", folder)
+    (folder / name).write_bytes(content)
+    refused("sft_train", ["--dataset", folder], *names)
+
+
+def test_a_single_file_of_an_unknown_kind(refused, tmp_path):
+    (tmp_path / "train.txt").write_text("x")
+    refused("sft_train", ["--dataset", tmp_path / "train.txt"], "train.txt", ".jsonl")
+
+
+def test_a_folder_without_a_test_split(refused, tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [GOOD_ROW])
+    refused("sft_train", ["--dataset", tmp_path], tmp_path, "no test file")
+
+
+# ---------------------------------------------------------------- the earlier stage
+
+
+@pytest.fixture
+def sft(trained, tmp_path) -> Path:
+    """A copy of the SFT checkpoint, to spoil."""
+    return Path(shutil.copytree(trained.sft, tmp_path / "sft"))
+
+
+def test_no_earlier_stage(refused, tmp_path):
+    refused("reward_train", [], "checkpoints/sft", "python sft_train.py", "--sft-checkpoint")
+    shutil.rmtree("full")
+    refused("reward_train", ["--sft-checkpoint", tmp_path / "x"], tmp_path / "x", "python sft_train.py")
+
+
+def test_a_folder_without_run_json(refused, sft, tiny_model):
+    (sft / "run.json").unlink()
+    refused("reward_train", ["--sft-checkpoint", sft], sft, "run.json", "sft_train.py")
+    shutil.rmtree("full")
+    refused("reward_train", ["--sft-checkpoint", tiny_model], tiny_model, "run.json", "sft_train.py")
+
+
+def test_the_checkpoint_of_another_stage(refused, trained):
+    refused("reward_train", ["--sft-checkpoint", trained.reward], trained.reward, "reward", "python sft_train.py")
+
+
+def damaged(run: dict) -> dict[str, bytes]:
+    def without(*path: str) -> bytes:
+        copy = json.loads(json.dumps(run))
+        inner = copy
+        for key in path[:-1]:
+            inner = inner[key]
+        del inner[path[-1]]
+        return json.dumps(copy).encode()
+
+    return {
+        "empty": b"",
+        "half": json.dumps(run).encode()[:100],
+        "a list": b"[]",
+        "null": b"null",
+        "not text": b"\xff\xfe\x00",
+        "deep": b"[" * 100_000,
+        "huge": b" " * (1 << 20) + json.dumps(run).encode(),
+        "no phase": without("phase"),
+        "no base": without("base"),
+        "no adapter_sha256": without("adapter_sha256"),
+        "no prompt_format": without("prompt_format"),
+        "base without model": without("base", "model"),
+        "base without load_in_4bit": without("base", "load_in_4bit"),
+        "base without revision": without("base", "revision"),
+        "base without config_sha256": without("base", "config_sha256"),
+        "base without weights_sha256": without("base", "weights_sha256"),
+        "a prompt format of tomorrow": json.dumps({**run, "prompt_format": "tomorrow"}).encode(),
+    }
+
+
+@pytest.mark.parametrize(
+    "how",
+    list(
+        damaged(
+            {
+                "phase": 0,
+                "base": dict.fromkeys(("model", "load_in_4bit", "revision", "config_sha256", "weights_sha256")),
+                "adapter_sha256": 0,
+                "prompt_format": 0,
+            }
+        )
+    ),
+)
+def test_a_damaged_run_json(refused, sft, how):
+    (sft / "run.json").write_bytes(damaged(json.loads((sft / "run.json").read_text()))[how])
+    refused("reward_train", ["--sft-checkpoint", sft], sft / "run.json")
+
+
+def test_an_adapter_that_changed_after_its_run_json(refused, sft):
+    weights = sft / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    refused("reward_train", ["--sft-checkpoint", sft], weights, "run.json")
+    shutil.rmtree("full")
+    weights.unlink()
+    refused("reward_train", ["--sft-checkpoint", sft], "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("how", ["missing", "damaged", "another rank", "another kind"])
+def test_an_adapter_config_that_does_not_fit(refused, sft, how):
+    file = sft / "adapter_config.json"
+    config = json.loads(file.read_text())
+    if how == "missing":
+        file.unlink()
+    elif how == "damaged":
+        file.write_text("{")
+    elif how == "another rank":
+        file.write_text(json.dumps({**config, "r": config["r"] * 2}))
+    else:
+        file.write_text(json.dumps({"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}))
+    refused("reward_train", ["--sft-checkpoint", sft], "adapter")
+
+
+def test_a_checkpoint_without_its_tokenizer(refused, sft):
+    for file in sft.glob("tokenizer*"):
+        file.unlink()
+    refused("reward_train", ["--sft-checkpoint", sft], sft, "tokenizer")
+
+
+def test_another_base(refused, trained, tmp_path, tiny_model):
+    other = make_model(tmp_path / "other", seed=1)
+    assert (other / "config.json").read_bytes() == (tiny_model / "config.json").read_bytes()
+    names = [trained.sft, tiny_model, other, "base"]
+    refused("reward_train", ["--sft-checkpoint", trained.sft, "--base-model", other], *names)
+
+
+def test_the_same_base_in_another_place_is_the_same(call_main, trained, tmp_path, tiny_model):
+    moved = shutil.copytree(tiny_model, tmp_path / "moved")
+    argv = [*trained.reward_flags, "--base-model", moved, "--output-dir", tmp_path / "reward"]
+    assert call_main("reward_train", argv).returncode == 0
+
+
+def test_a_base_that_was_moved_away(refused, sft, tmp_path):
+    run = json.loads((sft / "run.json").read_text())
+    run["base"]["model"] = str(tmp_path / "gone")
+    (sft / "run.json").write_text(json.dumps(run))
+    refused("reward_train", ["--sft-checkpoint", sft], tmp_path / "gone", "--base-model")
+
+
+# ---------------------------------------------------------------- and what is no mistake
+
+
+def test_overwrite_replaces_the_earlier_result(call_main, trained, tmp_path):
+    out = tmp_path / "sft"
+    out.mkdir()
+    (out / "stale.txt").write_text("x")
+    result = call_main("sft_train", [*trained.sft_flags, "--output-dir", out, "--overwrite"])
+    assert result.returncode == 0, result.stderr
+    assert set(os.listdir(out)) == set(os.listdir(trained.sft))
+    assert os.listdir(tmp_path) == ["sft"]
+    assert snapshot(out)["adapter_model.safetensors"] == snapshot(trained.sft)["adapter_model.safetensors"]

@@ -1,0 +1,140 @@
+"""PPO's formulas against numbers worked by hand, and properties of the passes through the model."""
+
+import dataclasses
+
+import ppo_train
+from ppo_train import adapt_kl_coef, gae, policy_loss, token_rewards, value_loss, whiten
+from rlhf.logprobs import chosen_logprobs
+
+import pytest
+import torch
+from torch import tensor
+
+TRUE, FALSE = True, False
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, tensor(expected), rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------- formulas
+
+
+def test_reward_is_kl_at_each_token_and_score_at_the_last_real_one():
+    mask = tensor([[TRUE, TRUE, TRUE], [TRUE, TRUE, FALSE]])
+    kl = tensor([[0.5, -1.0, 2.0], [1.0, 3.0, 9.0]])
+    rewards = token_rewards(tensor([10.0, -4.0]), kl, mask, kl_coef=0.1)
+    close(rewards, [[-0.05, 0.1, 9.8], [-0.1, -4.3, 0.0]])
+
+
+def test_gae_by_hand():
+    # delta = r + gamma V' - V: [1 + .9*2 - 1, 2 + 0 - 2] = [1.8, 0]; A1 = 0, A0 = 1.8 + .9*.5*0
+    rewards, values = tensor([[1.0, 2.0, 7.0]]), tensor([[1.0, 2.0, 5.0]])
+    advantages, returns = gae(rewards, values, tensor([[TRUE, TRUE, FALSE]]), gamma=0.9, lam=0.5)
+    close(advantages, [[1.8, 0.0, 0.0]])
+    close(returns, [[2.8, 2.0, 0.0]])
+    # three tokens, gamma 1, lambda .95: deltas [0+1-0.5, 0+2-1, 3-2] = [.5, 1, 1]
+    advantages, _ = gae(tensor([[0.0, 0.0, 3.0]]), tensor([[0.5, 1.0, 2.0]]), torch.ones(1, 3) > 0, 1.0, 0.95)
+    close(advantages, [[0.5 + 0.95 * (1 + 0.95), 1 + 0.95, 1.0]])
+
+
+def test_gae_is_the_discounted_sum_of_deltas_and_ignores_padding():
+    torch.manual_seed(0)
+    lengths = [7, 3, 1, 5]
+    mask = torch.arange(7) < tensor(lengths)[:, None]
+    rewards, values = torch.randn(4, 7), torch.randn(4, 7)
+    advantages, returns = gae(rewards, values, mask, gamma=0.97, lam=0.9)
+    for i, n in enumerate(lengths):
+        v = [*values[i, :n].tolist(), 0.0]
+        deltas = [rewards[i, t].item() + 0.97 * v[t + 1] - v[t] for t in range(n)]
+        expected = [sum((0.97 * 0.9) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
+        close(advantages[i, :n], expected)
+        close(returns[i, :n], [a + b for a, b in zip(expected, v, strict=False)])
+    assert not advantages[~mask].any() and not returns[~mask].any()
+
+
+def test_whitening_is_over_real_tokens_of_all_micro_batches():
+    masks = [tensor([[TRUE, FALSE]]), tensor([[TRUE, TRUE]])]
+    white = whiten([tensor([[1.0, 99.0]]), tensor([[2.0, 3.0]])], masks)
+    close(white[0], [[-1.2247449, 0.0]])  # (1 - 2) / sqrt(2/3)
+    close(white[1], [[0.0, 1.2247449]])
+    kept = whiten([tensor([[1.0, 99.0]]), tensor([[2.0, 3.0]])], masks, shift_mean=False)
+    close(torch.cat([kept[0][masks[0]], kept[1][masks[1]]]).mean(), 2.0)
+
+
+def test_policy_loss_clips_on_both_sides():
+    # ratios 2, 0.5, 1.1 and padding; with A > 0 only a rise is clipped, with A < 0 only a fall
+    old, mask = torch.zeros(2, 4), tensor([[TRUE, TRUE, TRUE, FALSE]] * 2)
+    new = tensor([[2.0, 0.5, 1.1, 5.0]] * 2).log()
+    advantages = tensor([[1.0] * 4, [-1.0] * 4])
+    losses, stats = policy_loss(new, old, advantages, mask, cliprange=0.2)
+    close(losses, [[-1.2, -0.5, -1.1, 0.0], [2.0, 0.8, 1.1, 0.0]])
+    close(stats["policy/clipfrac_avg"][:, :3], [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    close(stats["policy/approxkl_avg"][0, :3], [2 - 1 - 0.6931472, 0.5 - 1 + 0.6931472, 1.1 - 1 - 0.0953102])
+
+
+def test_clipped_tokens_give_no_gradient():
+    new = tensor([[2.0, 0.5, 1.1]]).log().requires_grad_()
+    losses, _ = policy_loss(new, torch.zeros(1, 3), torch.ones(1, 3), torch.ones(1, 3) > 0, 0.2)
+    losses.sum().backward()
+    close(new.grad, [[0.0, -0.5, -1.1]])
+
+
+def test_value_loss_clips_around_the_old_values():
+    values, old, returns = tensor([[1.0, 0.1, -1.0, 9.0]]), torch.zeros(1, 4), tensor([[2.0, 2.0, 1.0, 0.0]])
+    mask = tensor([[TRUE, TRUE, TRUE, FALSE]])
+    losses, stats = value_loss(values, old, returns, mask, cliprange_value=0.2)
+    # clipped values .2, .1, -.2: errors max(1, 3.24), 3.61, max(4, 1.44)
+    close(losses, [[1.62, 1.805, 2.0, 0.0]])
+    close(stats["val/clipfrac_avg"][:, :3], [[1.0, 0.0, 0.0]])
+
+
+def test_kl_coefficient_moves_towards_the_target_by_at_most_a_fifth():
+    config = dataclasses.replace(ppo_train.Config(), kl_target=6.0, kl_horizon=640)  # a batch is 64: one tenth
+    assert adapt_kl_coef(0.1, 6.0, config) == pytest.approx(0.1)
+    assert adapt_kl_coef(0.1, 6.6, config) == pytest.approx(0.1 * 1.01)
+    assert adapt_kl_coef(0.1, 60.0, config) == pytest.approx(0.1 * 1.02)
+    assert adapt_kl_coef(0.1, 0.0, config) == pytest.approx(0.1 * 0.98)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    config = dataclasses.replace(ppo_train.Config(), total_episodes=640, warmup_updates=2)  # 10 updates
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "peak_lr": 1.0}], lr=9.0)
+    rates = []
+    for update in (1, 2, 6, 10):
+        ppo_train.set_learning_rates(optimizer, update, config)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.5, 0.9, 0.5, 0.1])
+
+
+def test_every_prompt_comes_once_an_epoch_and_every_episode_has_its_own_seed():
+    config = dataclasses.replace(
+        ppo_train.Config(), per_device_train_batch_size=2, gradient_accumulation_steps=1, num_mini_batches=2, seed=3
+    )
+    drawn = [ppo_train.draw_prompts(6, update, config) for update in (1, 2, 3)]
+    order = [prompt for prompts, _ in drawn for prompt in prompts]
+    assert sorted(order[:6]) == sorted(order[6:]) == list(range(6)) and order[:6] != order[6:]
+    assert len({seed for _, seeds in drawn for seed in seeds}) == 12
+    assert drawn[1] == ppo_train.draw_prompts(6, 2, config)
+
+
+# ---------------------------------------------------------------- log-probabilities
+
+
+def test_chosen_logprobs_equal_log_softmax_in_value_entropy_and_gradient(monkeypatch):
+    monkeypatch.setattr("rlhf.logprobs.CHUNK_ELEMENTS", 3 * 11)  # three rows a chunk: uneven chunks
+    torch.manual_seed(0)
+    hidden, weight, tokens = torch.randn(7, 5), torch.randn(11, 5), torch.randint(11, (7,))
+    plain = hidden.clone().requires_grad_()
+    log_softmax = torch.log_softmax(plain @ weight.T / 0.7, -1)
+    expected = log_softmax[torch.arange(7), tokens]
+    (expected * torch.arange(7)).sum().backward()
+    with torch.no_grad():
+        logprobs, entropy = chosen_logprobs(hidden, weight, tokens, 0.7)
+    torch.testing.assert_close(logprobs, expected)
+    torch.testing.assert_close(entropy, -(log_softmax.exp() * log_softmax).sum(-1))
+    ours = hidden.clone().requires_grad_()
+    logprobs, _ = chosen_logprobs(ours, weight, tokens, 0.7)
+    torch.testing.assert_close(logprobs, expected)
+    (logprobs * torch.arange(7)).sum().backward()
+    torch.testing.assert_close(ours.grad, plain.grad)
