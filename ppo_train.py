@@ -43,10 +43,10 @@ from transformers import set_seed
 @dataclass(frozen=True)
 class Config:
     sft_checkpoint: str = "checkpoints/sft"  # its base model, precision and prompt format are taken over
-    reward_checkpoint: str = "checkpoints/reward"
+    reward_checkpoint: str = "checkpoints/reward"  # trained from that SFT checkpoint
     base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
     dataset: str = "Dahoas/rm-static"  # only its prompts are used
-    output_dir: str = "checkpoints/ppo"
+    output_dir: str = "checkpoints/ppo"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
 
     max_prompt_length: int = 384  # tokens; longer prompts are cut from the left at a turn boundary
@@ -57,20 +57,20 @@ class Config:
     max_steps: int | None = None  # stop after so many updates
 
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in; adapters and heads are fp32
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = True  # slower, with several times less activation memory
     lora_rank: int = 16  # of the policy; the value adapter has the reward model's
-    lora_alpha: int = 32
+    lora_alpha: int = 32  # LoRA is scaled by alpha / rank
     role_layers: int = 14  # upper layers that the policy adapts; 0: all
 
     total_episodes: int = 6400  # responses sampled in the whole run
     per_device_train_batch_size: int = 4  # rows of a micro-batch
     gradient_accumulation_steps: int = 4  # micro-batches of a minibatch
     num_mini_batches: int = 4  # minibatches, each one optimizer step, of an epoch; an update has 4 x 4 x 4 episodes
-    num_ppo_epochs: int = 2
+    num_ppo_epochs: int = 2  # passes over an update's episodes
     rollout_batch_size: int = 32  # rows sampled at a time
     learning_rate: float = 5e-5  # of the policy; linear to 0
-    value_learning_rate: float = 5e-5
-    warmup_updates: int = 5
+    value_learning_rate: float = 5e-5  # of the value adapter and head; linear to 0
+    warmup_updates: int = 5  # updates until the rates are at their peak
     critic_warmup_updates: int = 5  # at the start only the value model learns
     max_grad_norm: float = 1.0  # of each of the two adapters
 
@@ -79,18 +79,18 @@ class Config:
     kl_target: float = 6.0  # nats a response
     kl_horizon: int = 10_000  # episodes
     kl_stop: float = 0.05  # end an update's epochs when a minibatch's approxkl, nats a token, passes this
-    gamma: float = 1.0
-    lam: float = 0.95
-    cliprange: float = 0.2
-    cliprange_value: float = 0.2
+    gamma: float = 1.0  # discount a token; 1: the whole response counts alike
+    lam: float = 0.95  # of GAE: 0 trusts the value model, 1 the sampled score
+    cliprange: float = 0.2  # of the policy's ratio around 1
+    cliprange_value: float = 0.2  # of the value around the rollout's
     whiten_rewards: bool = False  # scales them to variance 1, keeping the mean
     score_clip: float = 5.0  # scores are centred on the SFT policy's mean, then clipped to +- this
     missing_eos_penalty: float = 1.0  # taken from the score of a response that did not end by EOS
 
     eval_steps: int = 10  # updates between looks at the held-out prompts
-    num_printed_samples: int = 2
+    num_printed_samples: int = 2  # held-out responses shown at each look
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
-    seed: int = 0
+    seed: int = 0  # of initialisation, shuffling and sampling
 
     @property
     def batch_size(self) -> int:

@@ -38,30 +38,30 @@ class Config:
     sft_checkpoint: str = "checkpoints/sft"  # its base model, precision and prompt format are taken over
     base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
     dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
-    output_dir: str = "checkpoints/reward"
+    output_dir: str = "checkpoints/reward"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
 
     max_length: int = 512  # tokens of prompt and response; prompts are cut from the left at a turn boundary
     max_train_samples: int | None = None  # the first so many rows; None: all
-    max_eval_samples: int | None = 2000
+    max_eval_samples: int | None = 2000  # the first so many test rows; None: all
 
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in; adapter and head are fp32
-    gradient_checkpointing: bool = True
-    lora_rank: int = 16
+    gradient_checkpointing: bool = True  # about a third slower, several times less activation memory
+    lora_rank: int = 16  # of the adapter on all linear layers
     lora_alpha: int = 32  # LoRA is scaled by alpha / rank
     role_layers: int = 14  # upper layers that get the adapter; 0: all
 
-    learning_rate: float = 2e-4
+    learning_rate: float = 2e-4  # of AdamW at its peak
     num_train_epochs: float = 1.0  # a second epoch overfits
     max_steps: int | None = None  # stop after so many optimizer steps
     per_device_train_batch_size: int = 2  # pairs
-    gradient_accumulation_steps: int = 8
+    gradient_accumulation_steps: int = 8  # effective batch: 2 x 8 pairs
     warmup_ratio: float = 0.05  # share of the steps; then cosine to 0
     center_rewards_coefficient: float = 0.01  # keeps the scores near mean 0 (2312.09244)
-    max_grad_norm: float = 1.0
-    logging_steps: int = 10
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    logging_steps: int = 10  # optimizer steps between lines of metrics.jsonl
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
-    seed: int = 0
+    seed: int = 0  # of initialisation and shuffling
 
 
 PRESETS = {

@@ -36,32 +36,30 @@ class Config:
     base_model: str = "meta-llama/Llama-3.2-3B"  # hub id or local folder
     revision: str | None = None  # branch, tag or commit of a hub model
     dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
-    output_dir: str = "checkpoints/sft"
+    output_dir: str = "checkpoints/sft"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
-    prompt_format: Literal["hh", "model"] = (
-        "hh"  # hh: "\n\nHuman: ...\n\nAssistant:"; model: the base's own chat template
-    )
+    prompt_format: Literal["hh", "model"] = "hh"  # hh: "\n\nHuman: ..."; model: an Instruct base's own chat template
 
     max_length: int = 512  # tokens of prompt and response; prompts are cut from the left at a turn boundary
     max_train_samples: int | None = None  # the first so many rows; None: all
-    max_eval_samples: int | None = 500
+    max_eval_samples: int | None = 500  # the first so many test rows; None: all
 
     load_in_4bit: bool = True  # NF4 base with double quantisation (QLoRA, 2305.14314)
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in; adapters are fp32
     gradient_checkpointing: bool = True  # about a third slower, several times less activation memory
-    lora_rank: int = 16
+    lora_rank: int = 16  # of the adapter on all linear layers
     lora_alpha: int = 32  # LoRA is scaled by alpha / rank
 
-    learning_rate: float = 2e-4
-    num_train_epochs: float = 2.0
+    learning_rate: float = 2e-4  # of AdamW at its peak
+    num_train_epochs: float = 2.0  # passes over the training rows
     max_steps: int | None = None  # stop after so many optimizer steps
-    per_device_train_batch_size: int = 1
+    per_device_train_batch_size: int = 1  # rows of a step on one device
     gradient_accumulation_steps: int = 16  # effective batch: 1 x 16
     warmup_ratio: float = 0.03  # share of the steps; then cosine to 0
-    max_grad_norm: float = 1.0
-    logging_steps: int = 10
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    logging_steps: int = 10  # optimizer steps between lines of metrics.jsonl
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
-    seed: int = 0
+    seed: int = 0  # of initialisation and shuffling
 
 
 PRESETS = {

@@ -19,14 +19,14 @@ class UserError(Exception):
     """Something the user can mend. The text says what is wrong, where, and what to do."""
 
 
-def parse(config_class: type[Config], presets: dict[str, Config], doc: str) -> Config:
-    """Read the flags of a script over its defaults, or over those of `--preset NAME`.
+def parse(config_class: type[Config], presets: dict[str, Config], doc: str, args: list[str] | None = None) -> Config:
+    """Read the flags of a script (`args`, or the command line's) over its defaults, or over those of `--preset NAME`.
 
     Unknown and abbreviated flags exit with code 2. Help texts are the comments beside the fields.
     """
     preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     preset.add_argument("--preset", choices=sorted(presets), default=None)
-    chosen, rest = preset.parse_known_args()
+    chosen, rest = preset.parse_known_args(args)
     default = presets[chosen.preset] if chosen.preset else config_class()
     description = f"{doc.strip().splitlines()[0]} (--preset {{{','.join(presets)}}}: the small values of this file)"
     return tyro.cli(config_class, default=default, args=rest, description=description)

@@ -1,0 +1,307 @@
+"""The scripts in order on a tiny model: what they write, what they move, and that what they save is what they trained."""
+
+import ast
+import dataclasses
+import importlib
+import json
+import re
+import shlex
+
+from rlhf.cli import parse
+from rlhf.data import PromptFormat, load_pairs, tokenize_pairs
+from rlhf.modeling import SharedBase, load_base, load_tokenizer, pad_right, read_stacked
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+SCRIPTS = ("sft_train", "reward_train", "ppo_train", "compare_outputs")
+PPO_SIZES = {
+    "per-device-train-batch-size": 4,
+    "gradient-accumulation-steps": 1,
+    "num-mini-batches": 2,
+    "total-episodes": 24,
+    "rollout-batch-size": 8,
+    "response-length": 12,
+    "max-prompt-length": 160,
+    "role-layers": 2,
+    "lora-rank": 4,
+    "critic-warmup-updates": 1,
+    "warmup-updates": 1,
+    "eval-steps": 2,
+    "learning-rate": 1e-2,
+    "value-learning-rate": 1e-2,
+    "dtype": "fp32",
+}
+
+
+def ppo_flags(trained, data, output, **more):
+    flags = ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--dataset", data]
+    flags += ["--output-dir", output, "--no-gradient-checkpointing"]
+    for name, value in (PPO_SIZES | {k.replace("_", "-"): v for k, v in more.items()}).items():
+        flags += [f"--{name}", value]
+    return list(map(str, flags))
+
+
+@pytest.fixture(scope="module")
+def ppo(trained, tiny_data, call_main, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ppo") / "ppo"
+    before = {
+        phase: (getattr(trained, phase) / "adapter_model.safetensors").read_bytes() for phase in ("sft", "reward")
+    }
+    result = call_main("ppo_train", ppo_flags(trained, tiny_data, folder))
+    assert result.returncode == 0, result.stderr
+    after = {phase: (getattr(trained, phase) / "adapter_model.safetensors").read_bytes() for phase in ("sft", "reward")}
+    assert before == after
+    return folder
+
+
+def open_shared(trained, dtype=torch.float32):
+    run = json.loads((trained.sft / "run.json").read_text())
+    tokenizer = load_tokenizer(str(trained.sft))
+    shared = SharedBase(load_base(run["base"], dtype, tokenizer.pad_token_id), str(trained.sft), dtype)
+    return shared, PromptFormat("hh", tokenizer)
+
+
+def role_of(trained, phase, folder, shared):
+    alpha = json.loads((folder / "run.json").read_text())["hyperparameters"]["lora_alpha"]
+    return read_stacked(str(folder), shared, alpha)
+
+
+# ---------------------------------------------------------------- files and hand-off
+
+
+def test_exactly_these_files(trained, ppo):
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors"} | tokenizer
+    run = {"run.json", "metrics.jsonl", "curves.png"}
+    assert {p.name for p in trained.sft.iterdir()} == adapter | run
+    assert {p.name for p in trained.reward.iterdir()} == adapter | run
+    assert {p.name for p in ppo.iterdir()} == adapter | run | {"samples.jsonl", "value"}
+    assert {p.name for p in (ppo / "value").iterdir()} == adapter
+    assert not list(ppo.parent.glob("*.partial")) and not list(ppo.parent.glob("*.old"))
+
+
+def test_metrics_and_samples_of_ppo(ppo):
+    rows = [json.loads(line) for line in (ppo / "metrics.jsonl").read_text().splitlines()]
+    updates = [row for row in rows if "episode" in row]
+    assert [row["episode"] for row in updates] == [8, 16, 24]
+    assert updates[0]["objective/kl"] == 0.0  # a fresh policy is the reference, exactly
+    assert updates[1]["objective/kl"] == 0.0  # after one update of the critic alone, too
+    assert updates[2]["objective/kl"] != 0.0
+    assert "loss/policy_avg" not in updates[0] and "loss/value_avg" in updates[0]
+    assert [row["update"] for row in rows if "eval/scores" in row] == [0, 2, 3]
+    assert {row["update"] for row in map(json.loads, (ppo / "samples.jsonl").read_text().splitlines())} == {0, 2, 3}
+    run = json.loads((ppo / "run.json").read_text())
+    assert run["updates"] == 3 and run["episodes"] == 24
+
+
+def test_only_the_policy_moved(trained, ppo):
+    sft, policy = load_file(trained.sft / "adapter_model.safetensors"), load_file(ppo / "adapter_model.safetensors")
+    assert sft.keys() == policy.keys()
+    moved = set()
+    for key, weight in sft.items():
+        scale = 2.0 if "lora_B" in key else 1.0  # alpha / rank goes into B
+        axis = 1 if "lora_B" in key else 0
+        ours = policy[key].narrow(axis, 0, weight.shape[axis])
+        assert torch.equal(ours, weight * scale), key
+        extra = policy[key].narrow(axis, weight.shape[axis], policy[key].shape[axis] - weight.shape[axis])
+        if extra.numel() and "lora_B" in key:
+            assert extra.abs().max() > 0, key
+            moved.add(int(re.search(r"layers\.(\d+)", key).group(1)))
+    assert moved == {2, 3}  # the upper two of four layers
+
+
+def test_value_starts_from_the_reward_model_and_moves(trained, ppo):
+    reward, value = (
+        load_file(trained.reward / "adapter_model.safetensors"),
+        load_file(ppo / "value/adapter_model.safetensors"),
+    )
+    head = "base_model.model.score.weight"
+    assert reward[head].dtype == value[head].dtype == torch.float32
+    assert not torch.equal(reward[head], value[head])
+    assert (reward[head] - value[head]).abs().max() < 0.2  # six steps of at most 0.01
+
+
+# ---------------------------------------------------------------- PEFT alone opens them
+
+
+def test_auto_classes_give_the_same_logits_and_scores(trained, ppo, tiny_data, tmp_path, monkeypatch):
+    from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+
+    shared, form = open_shared(trained)
+    shared.add_role("policy", **role_of(trained, "ppo", ppo, shared))
+    shared.add_role("reward", **role_of(trained, "reward", trained.reward, shared))
+    pairs = tokenize_pairs(load_pairs(str(tiny_data), "test"), form, 192, "test")
+    texts = [p.prompt_ids + p.chosen_ids for p in pairs]
+    ids, pad = pad_right(texts, form.pad_token_id, torch.device("cpu")), form.pad_token_id
+    monkeypatch.chdir(tmp_path)
+    with torch.no_grad():
+        for role, folder in ((None, trained.sft), ("policy", ppo)):
+            shared.activate(role)
+            ours = shared.upper(shared.lower(ids)) @ shared.lm_head_weight().T
+            theirs = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+            torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+        model = AutoPeftModelForSequenceClassification.from_pretrained(
+            trained.reward, num_labels=1, pad_token_id=pad, dtype=torch.float32
+        )
+        torch.testing.assert_close(
+            model(ids, attention_mask=ids != pad).logits[:, 0], shared.score(texts, pad), rtol=0, atol=1e-4
+        )
+
+
+def test_reward_scores_are_those_of_run_json(trained, tiny_data):
+    reward_train = importlib.import_module("reward_train")
+    shared, form = open_shared(trained)
+    shared.add_role("reward", **role_of(trained, "reward", trained.reward, shared))
+    run = json.loads((trained.reward / "run.json").read_text())
+    pairs = tokenize_pairs(load_pairs(str(tiny_data), "test"), form, run["hyperparameters"]["max_length"], "test")
+    metrics = reward_train.evaluate(shared, reward_train.both_responses(pairs, form.eos_token_id), form.pad_token_id, 3)
+    assert metrics == pytest.approx(run["metrics"], abs=1e-4)
+
+
+# ---------------------------------------------------------------- passes through the shared base
+
+
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_halves_padding_roles_and_gradients(trained, in_4bit):
+    """Lower + upper is the whole forward; padding and batch mates change nothing; only the active role gets gradients."""
+    run = json.loads((trained.sft / "run.json").read_text())
+    tokenizer = load_tokenizer(str(trained.sft))
+    base = load_base(run["base"] | {"load_in_4bit": in_4bit}, torch.float32, tokenizer.pad_token_id)
+    shared = SharedBase(base, str(trained.sft), torch.float32)
+    shared.add_role("policy", 4, 8, 2)
+    shared.add_role("value", 4, 8, 3, head=torch.ones(1, 32))
+    shared.check_split()
+    form = PromptFormat("hh", tokenizer)
+
+    from rlhf.generation import generate
+    from rlhf.ppo_batch import make_micro_batches
+
+    ppo_train = importlib.import_module("ppo_train")
+    prompts = [form.prompt_ids([("user", text)]) for text in ("Hi", "Why is the sky blue at noon?", "Name two rivers.")]
+    shared.activate("policy")
+    responses = generate(shared, form, prompts, 8, 1.0, [1, 2, 3], 3)
+    (together,) = make_micro_batches(prompts, responses, form, 3, shared.device)
+    alone = make_micro_batches(prompts, responses, form, 1, shared.device)
+    for micro in (together, *alone):
+        with torch.no_grad():
+            micro.lower = shared.lower(micro.input_ids)
+            micro.logprobs, _ = ppo_train.token_logprobs(shared, "policy", micro, 1.0)
+            micro.ref_logprobs, _ = ppo_train.token_logprobs(shared, None, micro, 1.0)
+            micro.values = ppo_train.token_values(shared, micro, baseline=0.5)
+    assert torch.equal(together.logprobs, together.ref_logprobs)
+    for i, micro in enumerate(alone):  # both are sorted by length
+        n = micro.response_mask.sum()
+        for name in ("logprobs", "values"):
+            torch.testing.assert_close(getattr(together, name)[i, :n], getattr(micro, name)[0], rtol=0, atol=1e-4)
+
+    for role in ("policy", "value"):  # after a generate(), which on some CPUs used to break NF4's backward
+        shared.peft.zero_grad()
+        if role == "policy":
+            ppo_train.token_logprobs(shared, role, together, 1.0)[0].sum().backward()
+        else:
+            ppo_train.token_values(shared, together, 0.0).sum().backward()
+        lora = {name: p.grad for name, p in shared.peft.named_parameters()}
+        got = {name for name, grad in lora.items() if grad is not None and grad.abs().sum() > 0}
+        assert got == {name for name in lora if f".{role}." in name and "lora_B" in name}  # B = 0 hides A's
+    assert shared.heads["value"].weight.grad.abs().sum() > 0
+
+
+def test_logprobs_are_those_of_a_plain_forward(trained):
+    shared, form = open_shared(trained)
+    shared.add_role("policy", 4, 8, 2)
+
+    from rlhf.generation import Response
+    from rlhf.ppo_batch import make_micro_batches
+
+    ppo_train = importlib.import_module("ppo_train")
+    prompt, eos = form.prompt_ids([("user", "Hi")]), form.eos_token_id
+    word = form.response_ids("There now")
+    # One ended by itself, one was cut by the length, one by the next turn (the token after the text was sampled, too).
+    responses = [
+        Response([*word, eos], len(word), "eos"),
+        Response(word, len(word), "length"),
+        Response([*word, 9], len(word), "stop_text"),
+    ]
+    for i, response in enumerate(responses):
+        (micro,) = make_micro_batches([prompt], [response], form, 1, shared.device)
+        assert micro.input_ids[0].tolist() == [*prompt, *word, eos]  # what the reward model reads ends with EOS
+        assert micro.last.item() == len(prompt) + len(word)
+        assert micro.ended.tolist() == [i == 0]
+        with torch.no_grad():
+            micro.lower = shared.lower(micro.input_ids)
+            logprobs, _ = ppo_train.token_logprobs(shared, "policy", micro, temperature=0.5)
+            shared.activate("policy")
+            logits = shared.peft(input_ids=torch.tensor([prompt + response.ids])).logits[0] / 0.5
+        expected = [torch.log_softmax(logits[len(prompt) - 1 + t], -1)[token] for t, token in enumerate(response.ids)]
+        torch.testing.assert_close(logprobs[0], torch.stack(expected), rtol=0, atol=1e-4)
+
+
+def test_a_constant_scorer_is_not_called_trained(trained, tiny_data, call_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "rlhf.modeling.ScalarHead.forward", lambda self, hidden: hidden.float()[..., :1] * 0 + self.weight.sum() * 0
+    )
+    result = call_main("reward_train", [*trained.reward_flags, "--output-dir", str(tmp_path / "r"), "--max-steps", "1"])
+    assert result.returncode == 2 and "about the same score" in result.stderr and not (tmp_path / "r").exists()
+
+
+def test_bf16_starts_at_ratio_one_and_kl_zero(trained, tiny_data, call_main, tmp_path):
+    flags = ppo_flags(trained, tiny_data, tmp_path / "p", dtype="bf16", critic_warmup_updates=0, total_episodes=8)
+    assert call_main("ppo_train", flags).returncode == 0  # check_ratio raises if not
+    rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["eval/kl"] == 0.0 and rows[1]["objective/kl"] == 0.0
+
+
+def test_gradient_checkpointing_changes_nothing(trained, tiny_data, call_main, tmp_path):
+    adapters = []
+    for flag in ("--gradient-checkpointing", "--no-gradient-checkpointing"):
+        flags = ppo_flags(trained, tiny_data, tmp_path / flag, critic_warmup_updates=0, total_episodes=16)
+        assert call_main("ppo_train", [*flags, flag]).returncode == 0
+        adapters.append(load_file(tmp_path / flag / "adapter_model.safetensors"))
+    for key, weight in adapters[0].items():
+        torch.testing.assert_close(weight, adapters[1][key], rtol=0, atol=1e-5)
+
+
+def test_kl_stop_ends_the_epochs(trained, tiny_data, call_main, tmp_path):
+    flags = ppo_flags(trained, tiny_data, tmp_path / "p", critic_warmup_updates=0, kl_stop=1e-9, num_ppo_epochs=4)
+    assert call_main("ppo_train", flags).returncode == 0
+    rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text().splitlines()]
+    assert [row["policy/optimizer_steps"] for row in rows if "episode" in row] == [1, 1, 1]  # of 8 possible
+
+
+# ---------------------------------------------------------------- the scripts as texts
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_hyperparameter_is_read_and_explained(script):
+    module, source = importlib.import_module(script), (ROOT / f"{script}.py").read_text()
+    shared_code = "".join(path.read_text() for path in (ROOT / "rlhf").glob("*.py"))
+    for field in dataclasses.fields(module.Config):
+        assert re.search(rf"(config|self)\.{field.name}\b", source + shared_code), (
+            f"{script}: nobody reads {field.name}"
+        )
+        assert re.search(rf"^    {field.name}: .*#", source, re.M), f"{script}: {field.name} has no comment"
+
+
+def test_the_loop_of_ppo_fits_a_screen_and_the_file_is_short():
+    source = (ROOT / "ppo_train.py").read_text()
+    main = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "main")
+    loop = next(n for n in ast.walk(main) if isinstance(n, ast.For))
+    assert loop.end_lineno - loop.lineno < 45
+    assert len(source.splitlines()) < 520
+
+
+def test_commands_of_the_readme_parse_and_its_files_exist():
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^(?:\.venv/bin/)?python (\w+)\.py((?: [^#\n]+)?)", readme, re.M)
+    assert {script for script, _ in commands} >= set(SCRIPTS)
+    for script, flags in commands:
+        if script in SCRIPTS:
+            module = importlib.import_module(script)
+            parse(module.Config, module.PRESETS, module.__doc__, shlex.split(flags))
+    for path in re.findall(r"\]\(([\w./-]+)\)", readme):
+        assert (ROOT / path).exists(), path
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`?make ([\w-]+)", readme)) <= targets
