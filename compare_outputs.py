@@ -22,8 +22,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf import data
 from rlhf.checkpoints import SCRIPTS, check_child, check_same_base, git_commit, read_run
 from rlhf.cli import UserError, run
+from rlhf.data import PromptFormat
+from rlhf.generation import generate
+from rlhf.modeling import SharedBase, base_facts, choose_dtype, load_base, load_tokenizer, read_stacked
+from rlhf.reporting import console, plain, preference, wilson_interval
+from rlhf.training import device
+
+from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,8 @@ class Config:
     sft_checkpoint: str = "checkpoints/sft"  # its base model, precision and prompt format are taken over
     reward_checkpoint: str = "checkpoints/reward"  # scores the answers; without it there is no score and no win rate
     ppo_checkpoint: str = "checkpoints/ppo"  # without it base and SFT are compared
-    base_model: str | None = None  # where the base is now; with no SFT checkpoint, the base to look at alone
-    output_dir: str = "reports"
+    base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
+    output_dir: str = "reports"  # folder of compare.md and compare.json
     overwrite: bool = False  # replace compare.md and compare.json there
 
     prompts: str | None = None  # a text file with one prompt a line, or .jsonl, .json, .csv, .parquet; None: PROMPTS
@@ -41,7 +50,7 @@ class Config:
     show: int = 8  # prompts printed; the files hold all
 
     max_prompt_length: int = 384  # tokens; longer prompts are cut from the left at a turn boundary
-    max_new_tokens: int = 128
+    max_new_tokens: int = 128  # tokens of an answer at most
     temperature: float = 0.0  # 0: greedy
     seed: int = 0  # of the draws at temperature > 0
     batch_size: int = 8  # prompts answered or scored together
@@ -94,20 +103,11 @@ def main(config: Config) -> None:
     runs = read_runs(config)
     check_reports(config)
 
-    from rlhf.data import PromptFormat
-    from rlhf.modeling import base_facts, choose_dtype, load_base, load_tokenizer
-    from rlhf.reporting import console
-    from rlhf.training import device
-
     dtype = choose_dtype(config.dtype, device())
-    if "sft" in runs:
-        theirs = runs["sft"]["base"]
-        base = base_facts(config.base_model or theirs["model"], theirs["revision"], theirs["load_in_4bit"])
-        check_same_base(runs["sft"], config.sft_checkpoint, base)
-        form = PromptFormat(runs["sft"]["prompt_format"], load_tokenizer(config.sft_checkpoint))
-    else:
-        base = base_facts(config.base_model, None, load_in_4bit=False)
-        form = PromptFormat("hh", load_tokenizer(base["model"], base["revision"]))
+    theirs = runs["sft"]["base"]
+    base = base_facts(config.base_model or theirs["model"], theirs["revision"], theirs["load_in_4bit"])
+    check_same_base(runs["sft"], config.sft_checkpoint, base)
+    form = PromptFormat(runs["sft"]["prompt_format"], load_tokenizer(config.sft_checkpoint))
     titles = model_titles(base["model"], runs)
     prompts = read_prompts(config, form)
 
@@ -156,9 +156,6 @@ def check_numbers(config: Config) -> None:
 
 def read_runs(config: Config) -> dict[str, dict[str, Any]]:
     """The run.json of each phase that is trained, by phase, after all were seen to fit together."""
-    if config.base_model and not Path(config.sft_checkpoint).exists():
-        print(f"There is no sft checkpoint at {config.sft_checkpoint}: only the base is shown, unquantised.")
-        return {}
     runs = {"sft": read_run(config.sft_checkpoint, "sft")}
     check_number(runs["sft"], "epochs")
     lost = {"reward": "there are no scores and no win rates", "ppo": "PPO is left out"}
@@ -168,7 +165,6 @@ def read_runs(config: Config) -> dict[str, dict[str, Any]]:
             continue
         runs[phase] = read_run(folder, phase)
         check_child(runs[phase], folder, runs["sft"], config.sft_checkpoint)
-        check_number(runs[phase].get("hyperparameters"), "lora_alpha")
     if "ppo" in runs:
         check_number(runs["ppo"], "updates")
     if "ppo" in runs and "reward" in runs and runs["ppo"]["parents"].get("reward") != runs["reward"]["adapter_sha256"]:
@@ -197,10 +193,11 @@ def check_reports(config: Config) -> None:
 def model_titles(base_model: str, runs: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The headings of the models that are compared, in order: base, SFT, PPO."""
     base = re.sub(r"[^\w.+ -]", "_", Path(base_model).name)  # the name goes into Markdown as it is
-    titles = {"base": f"🔵 BASE MODEL ({base} - No Fine-tuning)"}
-    if "sft" in runs:
-        epochs = runs["sft"]["epochs"]
-        titles["SFT"] = f"🟢 FINE-TUNED SFT MODEL (After {epochs:g} Epoch{'s' * (epochs != 1)} of Training)"
+    epochs = runs["sft"]["epochs"]
+    titles = {
+        "base": f"🔵 BASE MODEL ({base} - No Fine-tuning)",
+        "SFT": f"🟢 FINE-TUNED SFT MODEL (After {epochs:g} Epoch{'s' * (epochs != 1)} of Training)",
+    }
     if "ppo" in runs:
         updates = runs["ppo"]["updates"]
         titles["PPO"] = f"🟣 PPO MODEL (After {updates:g} PPO Update{'s' * (updates != 1)})"
@@ -209,8 +206,6 @@ def model_titles(base_model: str, runs: dict[str, dict[str, Any]]) -> dict[str, 
 
 def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
     """The prompts as turns and as token ids. Bad rows and prompts that are too long are dropped and reported."""
-    from rlhf import data
-
     path = Path(config.prompts or "")
     if config.num_test_prompts:
         rows, turns_of = data.load_pairs(config.dataset, "test", config.num_test_prompts), lambda pair: pair.turns
@@ -241,23 +236,14 @@ def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
 
 
 def load_models(config: Config, model, runs: dict[str, dict[str, Any]], dtype):
-    """A SharedBase with the adapters of all trained phases; without SFT, one whose only adapter does nothing."""
-    from rlhf.modeling import SharedBase, linear_names, read_stacked
-
-    from peft import LoraConfig, get_peft_model
-
-    if "sft" not in runs:
-        shared = SharedBase.__new__(SharedBase)  # `answer` uses it with the adapters off
-        shared.dtype, shared.device = dtype, next(model.parameters()).device
-        shared.peft = get_peft_model(model, LoraConfig(r=1, target_modules=linear_names(model))).eval()
-        return shared
+    """A SharedBase with the adapters of all trained phases."""
     shared = SharedBase(model, config.sft_checkpoint, dtype)
     for phase, role, folder in (
         ("ppo", "policy", config.ppo_checkpoint),
         ("reward", "reward", config.reward_checkpoint),
     ):
         if phase in runs:
-            shared.add_role(role, **read_stacked(folder, shared, alpha=runs[phase]["hyperparameters"]["lora_alpha"]))
+            shared.add_role(role, **read_stacked(folder, shared))
             if (role in shared.heads) != (role == "reward"):
                 raise UserError(f"{folder} is not what its run.json says: train that phase again")
     return shared
@@ -265,8 +251,6 @@ def load_models(config: Config, model, runs: dict[str, dict[str, Any]], dtype):
 
 def answer(config: Config, shared, form, prompts: list[list[int]], name: str, scored: bool) -> list[Answer]:
     """The answers of the model `name` to `prompts` (token ids), with the reward model's scores if `scored`."""
-    from rlhf.generation import generate
-
     if name != "base":
         shared.activate("policy" if name == "PPO" else None)
     with shared.peft.disable_adapter() if name == "base" else contextlib.nullcontext():
@@ -286,8 +270,6 @@ def answer(config: Config, shared, form, prompts: list[list[int]], name: str, sc
 
 def summarize(answers: dict[str, list[Answer]]) -> dict[str, dict[str, float]]:
     """For each model: means and shares over the prompts, and its win rate against the base (a tie counts half)."""
-    from rlhf.reporting import preference, wilson_interval
-
     summary = {}
     for name, given in answers.items():
         row, count = {}, len(given)
@@ -317,19 +299,15 @@ def repeated_3grams(text: str) -> float:
 def render_prompt(report: Report, number: int) -> str:
     """One prompt with its answers, as it is printed; the first has number 1."""
     entry = report["prompts"][number - 1]
-    blocks = [f"📝 Prompt {number}:\n{wrap(prompt_text(entry['turns']))}"]
+    blocks = [f"📝 Prompt {number}:\n{wrap(prompt_text(entry['turns']))}\n"]
     for name, title in report["models"].items():
         given = entry["answers"][name]
         blocks.append(f"{RULE}\n{title}:\n{RULE}\n{wrap(given['text']) or '(no text)'}\n{score_line(given)}")
-    return "\n\n".join(blocks)
+    return "\n".join(blocks)
 
 
 def wrap(text: str) -> str:
     """Text of a model, made safe to print and at most 80 terminal columns wide; its own line breaks stay."""
-    from rlhf.reporting import console, plain
-
-    from rich.text import Text
-
     return "\n".join(line.plain.rstrip() for line in Text(plain(text)).wrap(console, len(RULE)))
 
 
@@ -360,10 +338,6 @@ def summary_rows(summary: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
 
 
 def print_summary(report: Report) -> None:
-    from rlhf.reporting import console
-
-    from rich.table import Table
-
     count = len(report["prompts"])
     table = Table(title=f"Summary of {count} prompt{'s' * (count != 1)}", width=len(RULE))
     for column in COLUMNS:
@@ -390,8 +364,6 @@ def render_markdown(report: Report) -> str:
 
 def fenced(text: str) -> str:
     """A Markdown code block whose fence is longer than any run of backticks in `text`: nothing in it can close it."""
-    from rlhf.reporting import plain
-
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{plain(text)}\n{fence}"
 

@@ -136,7 +136,7 @@ def main(config: Config) -> None:
     check_output(config.output_dir, config.overwrite)
     sft, reward = read_run(config.sft_checkpoint, "sft"), read_run(config.reward_checkpoint, "reward")
     check_child(reward, config.reward_checkpoint, sft, config.sft_checkpoint)
-    shared, form, base = load_models(config, sft, reward)
+    shared, form, base = load_models(config, sft)
     prompts, eval_prompts = load_prompts(config, form)
     optimizer = torch.optim.AdamW(
         [
@@ -213,10 +213,12 @@ def rollout(
     config: Config, shared: SharedBase, form: PromptFormat, prompts: list[list[int]], seeds: list[int]
 ) -> list[Response]:
     """Sample one response to each prompt from the policy."""
-    shared.peft.eval()  # with gradient checkpointing, train mode would run without the KV cache
     shared.activate("policy")
+    shared.peft.eval()  # in train mode the layers are checkpointed, and run without the KV cache
     size = config.rollout_batch_size
-    return generate(shared, form, prompts, config.response_length, config.temperature, seeds, size)
+    responses = generate(shared, form, prompts, config.response_length, config.temperature, seeds, size)
+    shared.peft.train(config.gradient_checkpointing)  # there is no dropout that this would switch on
+    return responses
 
 
 @torch.no_grad()
@@ -237,10 +239,14 @@ def token_logprobs(
     """Log-probability and entropy [b, R] of each sampled token under `role` (None: the reference); 0 at padding.
 
     The role gets gradients if they are being recorded. Rollout and update both come through here, with the same
-    micro-batches: in bf16 another padding or batch size alone would move the ratio away from 1.
+    micro-batches: in bf16 another padding or batch size alone would move the ratio away from 1. So would another kernel,
+    and bitsandbytes takes one where no gradient is needed; so one is always needed on the way through the layers.
     """
-    shared.activate(role, train=torch.is_grad_enabled())
-    hidden = shared.upper(micro.lower)  # [b, T, H]
+    train = torch.is_grad_enabled()
+    shared.activate(role, train=train)
+    with torch.enable_grad():
+        hidden = shared.upper(micro.lower.detach().requires_grad_())  # [b, T, H]
+    hidden = hidden if train else hidden.detach()
     rows = torch.arange(len(hidden), device=hidden.device)[:, None].expand_as(micro.positions)
     mask = micro.response_mask
     flat, entropy_flat = chosen_logprobs(
@@ -281,7 +287,6 @@ def optimise(
     A minibatch is a random set of whole micro-batches. Losses are sums over its real tokens, divided by their number.
     """
     generator = torch.Generator().manual_seed((config.seed << 40) + update)
-    shared.peft.train(config.gradient_checkpointing)  # layers are checkpointed in train mode only; there is no dropout
     history: list[dict[str, float]] = []
     for _ in range(config.num_ppo_epochs):
         order = torch.randperm(len(batch), generator=generator).tolist()
@@ -460,7 +465,7 @@ def check_sizes(config: Config) -> None:
         raise UserError("--temperature must be above 0: PPO samples")
 
 
-def load_models(config: Config, sft: dict[str, Any], reward: dict[str, Any]):
+def load_models(config: Config, sft: dict[str, Any]) -> tuple[SharedBase, PromptFormat, dict[str, Any]]:
     """The shared base with its four roles, the prompt format, and what identifies the base."""
     if num_processes() > 1:
         raise UserError("ppo_train.py runs in one process: start it with `python ppo_train.py`")
@@ -473,7 +478,7 @@ def load_models(config: Config, sft: dict[str, Any], reward: dict[str, Any]):
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     shared = SharedBase(model, config.sft_checkpoint, dtype)
-    scorer = read_stacked(config.reward_checkpoint, shared, reward["hyperparameters"]["lora_alpha"])
+    scorer = read_stacked(config.reward_checkpoint, shared)
     shared.add_role("reward", **scorer)
     shared.add_role("value", **scorer)
     shared.add_role("policy", config.lora_rank, config.lora_alpha, config.role_layers)

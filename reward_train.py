@@ -73,7 +73,6 @@ PRESETS = {
         gradient_checkpointing=False,
         role_layers=15,
         learning_rate=5e-4,
-        num_train_epochs=2.0,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=1,
         warmup_ratio=0.1,

@@ -238,6 +238,10 @@ def parse_row(row: dict[str, Any]) -> Pair:
         raise BadRow("blank answer")
     if chosen == rejected:
         raise BadRow("chosen and rejected are identical")
+    try:
+        "".join([chosen, rejected, *(text for _, text in turns)]).encode()
+    except UnicodeEncodeError:
+        raise BadRow("half a surrogate pair") from None
     if HUMAN in chosen or ASSISTANT in chosen:
         raise BadRow("chosen runs on into another turn")
     return Pair(turns, chosen, rejected)

@@ -428,8 +428,10 @@ def save_stacked(folder: Path, shared: SharedBase, role: str, form: PromptFormat
     form.tokenizer.save_pretrained(folder)
 
 
-def read_stacked(folder: str, shared: SharedBase, alpha: int) -> dict[str, Any]:
+def read_stacked(folder: str, shared: SharedBase) -> dict[str, Any]:
     """Take a checkpoint of `save_stacked` apart: the arguments of `SharedBase.add_role` for the role in it.
+
+    Its scaling is in B already, so alpha is the rank.
 
     Raises:
         UserError: it is not stacked on the SFT adapter of `shared`.
@@ -453,8 +455,8 @@ def read_stacked(folder: str, shared: SharedBase, alpha: int) -> dict[str, Any]:
         own = weight.narrow(axis, below.shape[axis], weight.shape[axis] - below.shape[axis])
         if own.shape[axis]:
             rank = own.shape[axis]
-            state[key] = own * (rank / alpha) if axis else own
+            state[key] = own
             layers.add(int(re.search(r"layers\.(\d+)\.", key).group(1)))
     if rank is None or layers != set(range(min(layers), shared.num_layers)):
         raise UserError(f"{folder} has no role adapter on the upper layers: train it again with this version")
-    return {"rank": rank, "alpha": alpha, "num_layers": len(layers), "state": state, "head": head}
+    return {"rank": rank, "alpha": rank, "num_layers": len(layers), "state": state, "head": head}

@@ -38,6 +38,7 @@ def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) ->
         "per_device_eval_batch_size": 2 * config.per_device_train_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "gradient_checkpointing": config.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "lr_scheduler_type": "cosine",
         "warmup_steps": round(config.warmup_ratio * steps),
         "max_grad_norm": config.max_grad_norm,

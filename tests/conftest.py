@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ import pytest  # noqa: E402
 
 DEMO = ROOT / "demo" / "data"
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+HANGS = 120  # seconds, after which a script on the tiny model is taken to hang
 
 
 class Result(NamedTuple):
@@ -158,12 +160,15 @@ def run_main(module_name: str, argv: list) -> Result:
     module = importlib.import_module(module_name)
     out, err, code, before = io.StringIO(), io.StringIO(), 0, sys.argv
     sys.argv = [f"{module_name}.py", *map(str, argv)]
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"{module_name} hangs"))
+    signal.alarm(HANGS)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             run(module.main, module.Config, module.PRESETS, module.__doc__)
     except SystemExit as stop:
         code = stop.code or 0
     finally:
+        signal.alarm(0)
         sys.argv = before
     return Result(code, out.getvalue(), err.getvalue())
 

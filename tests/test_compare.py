@@ -89,7 +89,6 @@ Explain what attention mechanism is.
 It is a mechanism. It is a mechanism. It is a mechanism. It is a mechanism. It
 is a mechanism.
 score -0.42, 31 tokens, ended by the next Human: turn
-
 {RULE}
 🟢 FINE-TUNED SFT MODEL (After 2 Epochs of Training):
 {RULE}
@@ -97,7 +96,6 @@ One line.
 
     indented
 score 1.00, 1 token, ended by EOS
-
 {RULE}
 🟣 PPO MODEL (After 100 PPO Updates):
 {RULE}
@@ -142,7 +140,10 @@ def test_titles(epochs, updates, sft, ppo):
 
 
 def test_model_name_is_no_markup():
-    assert compare.model_titles("/x/<b>\n# evil|", {})["base"] == "🔵 BASE MODEL (_b___ evil_ - No Fine-tuning)"
+    assert (
+        compare.model_titles("/x/<b>\n# evil|", {"sft": {"epochs": 1}})["base"]
+        == "🔵 BASE MODEL (_b___ evil_ - No Fine-tuning)"
+    )
 
 
 def test_questions():
@@ -351,7 +352,7 @@ def test_prompt_files(form, tmp_path):
     assert turns("p.jsonl") == [(("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))]
 
 
-def test_only_some_phases(call_main, argv, tiny_model, tmp_path):
+def test_only_some_phases(call_main, argv, tmp_path):
     argv = [*argv, "--overwrite"]
     result = call_main("compare_outputs", [*argv, "--ppo-checkpoint", "none"])
     assert result.returncode == 0, result.stderr
@@ -365,19 +366,13 @@ def test_only_some_phases(call_main, argv, tiny_model, tmp_path):
     assert "base vs SFT vs PPO" in result.stdout and "score -" not in result.stdout
     saved = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
     assert saved["prompts"][0]["answers"]["PPO"]["score"] is None and "win_rate" not in saved["summary"]["PPO"]
-    with_sft = [entry["answers"]["base"] for entry in saved["prompts"]]
-
-    result = call_main("compare_outputs", [*argv, "--sft-checkpoint", "none", "--base-model", tiny_model])
-    assert "🔄 Comparing Model Outputs: base\n" in result.stdout
-    saved = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
-    assert [entry["answers"]["base"] for entry in saved["prompts"]] == with_sft
 
     result = call_main("compare_outputs", [*argv, "--sft-checkpoint", "none"])
     assert result.returncode == 2 and "run `python sft_train.py` first" in result.stderr
 
 
 def test_refuses_before_the_model_is_loaded(call_main, argv, tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf.modeling.load_base", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("compare_outputs.load_base", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "compare.md").write_text("mine")
     (tmp_path / "file").write_text("")

@@ -92,6 +92,7 @@ def test_a_script_of_its_own_process_ends_the_same(run_script, tmp_path):
         (["--gradient-accumulation-steps", "-1"], "--gradient-accumulation-steps"),
         (["--lora-rank", "0"], "--lora-rank"),
         (["--logging-steps", "0"], "--logging-steps"),
+        (["--max-train-samples", "0"], "--max-train-samples"),
         (["--max-length", "8"], "--max-length"),
         (["--max-length", "-1"], "--max-length"),
         (["--dtype", "fp16"], "fp16"),
@@ -209,6 +210,8 @@ def break_model(folder: Path, how: str) -> None:
             file.unlink()
     elif how == "damaged tokenizer":
         (folder / "tokenizer.json").write_text("{}")
+    elif how == "half a tokenizer":
+        (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:1000])
     elif how in ("no EOS", "no pad"):
         name = "eos_token" if how == "no EOS" else "pad_token"
         file = folder / "tokenizer_config.json"
@@ -229,6 +232,7 @@ def break_model(folder: Path, how: str) -> None:
         ("half the weights", []),
         ("no tokenizer", ["tokenizer"]),
         ("damaged tokenizer", ["tokenizer"]),
+        ("half a tokenizer", ["tokenizer"]),
         ("no EOS", ["EOS"]),
         ("no pad", ["pad"]),
     ],
@@ -425,52 +429,38 @@ def test_the_checkpoint_of_another_stage(refused, trained):
     refused("reward_train", ["--sft-checkpoint", trained.reward], trained.reward, "reward", "python sft_train.py")
 
 
-def damaged(run: dict) -> dict[str, bytes]:
-    def without(*path: str) -> bytes:
-        copy = json.loads(json.dumps(run))
-        inner = copy
-        for key in path[:-1]:
-            inner = inner[key]
-        del inner[path[-1]]
-        return json.dumps(copy).encode()
-
-    return {
-        "empty": b"",
-        "half": json.dumps(run).encode()[:100],
-        "a list": b"[]",
-        "null": b"null",
-        "not text": b"\xff\xfe\x00",
-        "deep": b"[" * 100_000,
-        "huge": b" " * (1 << 20) + json.dumps(run).encode(),
-        "no phase": without("phase"),
-        "no base": without("base"),
-        "no adapter_sha256": without("adapter_sha256"),
-        "no prompt_format": without("prompt_format"),
-        "base without model": without("base", "model"),
-        "base without load_in_4bit": without("base", "load_in_4bit"),
-        "base without revision": without("base", "revision"),
-        "base without config_sha256": without("base", "config_sha256"),
-        "base without weights_sha256": without("base", "weights_sha256"),
-        "a prompt format of tomorrow": json.dumps({**run, "prompt_format": "tomorrow"}).encode(),
-    }
+def spoil(run: dict, how: str) -> bytes:
+    """The bytes of a run.json that was damaged: how it looks, or the key that it lacks ("base.model")."""
+    whole = json.dumps(run).encode()
+    if how == "tomorrow's prompt format":
+        return json.dumps({**run, "prompt_format": "tomorrow"}).encode()
+    looks = {"empty": b"", "half": whole[:100], "a list": b"[]", "null": b"null", "not text": b"\xff\xfe\x00"}
+    looks["huge"] = b" " * (1 << 20) + whole
+    if how in looks:
+        return looks[how]
+    *path, last = how.split(".")
+    inner = run
+    for key in path:
+        inner = inner[key]
+    del inner[last]
+    return json.dumps(run).encode()
 
 
-@pytest.mark.parametrize(
-    "how",
-    list(
-        damaged(
-            {
-                "phase": 0,
-                "base": dict.fromkeys(("model", "load_in_4bit", "revision", "config_sha256", "weights_sha256")),
-                "adapter_sha256": 0,
-                "prompt_format": 0,
-            }
-        )
-    ),
-)
+@pytest.mark.parametrize("how", ["empty", "half", "a list", "null", "not text", "huge", "tomorrow's prompt format"])
 def test_a_damaged_run_json(refused, sft, how):
-    (sft / "run.json").write_bytes(damaged(json.loads((sft / "run.json").read_text()))[how])
-    refused("reward_train", ["--sft-checkpoint", sft], sft / "run.json")
+    file = sft / "run.json"
+    file.write_bytes(spoil(json.loads(file.read_text()), how))
+    refused("reward_train", ["--sft-checkpoint", sft], file)
+
+
+@pytest.mark.parametrize("key", ["phase", "base", "adapter_sha256", "prompt_format"])
+def test_a_run_json_that_lacks_a_key(refused, sft, key):
+    test_a_damaged_run_json(refused, sft, key)
+
+
+@pytest.mark.parametrize("key", ["model", "load_in_4bit", "revision", "config_sha256", "weights_sha256"])
+def test_a_run_json_that_lacks_a_key_of_its_base(refused, sft, key):
+    test_a_damaged_run_json(refused, sft, f"base.{key}")
 
 
 def test_an_adapter_that_changed_after_its_run_json(refused, sft):

@@ -64,11 +64,6 @@ def open_shared(trained, dtype=torch.float32):
     return shared, PromptFormat("hh", tokenizer)
 
 
-def role_of(trained, phase, folder, shared):
-    alpha = json.loads((folder / "run.json").read_text())["hyperparameters"]["lora_alpha"]
-    return read_stacked(str(folder), shared, alpha)
-
-
 # ---------------------------------------------------------------- files and hand-off
 
 
@@ -131,8 +126,8 @@ def test_auto_classes_give_the_same_logits_and_scores(trained, ppo, tiny_data, t
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 
     shared, form = open_shared(trained)
-    shared.add_role("policy", **role_of(trained, "ppo", ppo, shared))
-    shared.add_role("reward", **role_of(trained, "reward", trained.reward, shared))
+    shared.add_role("policy", **read_stacked(str(ppo), shared))
+    shared.add_role("reward", **read_stacked(str(trained.reward), shared))
     pairs = tokenize_pairs(load_pairs(str(tiny_data), "test"), form, 192, "test")
     texts = [p.prompt_ids + p.chosen_ids for p in pairs]
     ids, pad = pad_right(texts, form.pad_token_id, torch.device("cpu")), form.pad_token_id
@@ -154,7 +149,7 @@ def test_auto_classes_give_the_same_logits_and_scores(trained, ppo, tiny_data, t
 def test_reward_scores_are_those_of_run_json(trained, tiny_data):
     reward_train = importlib.import_module("reward_train")
     shared, form = open_shared(trained)
-    shared.add_role("reward", **role_of(trained, "reward", trained.reward, shared))
+    shared.add_role("reward", **read_stacked(str(trained.reward), shared))
     run = json.loads((trained.reward / "run.json").read_text())
     pairs = tokenize_pairs(load_pairs(str(tiny_data), "test"), form, run["hyperparameters"]["max_length"], "test")
     metrics = reward_train.evaluate(shared, reward_train.both_responses(pairs, form.eos_token_id), form.pad_token_id, 3)
@@ -252,6 +247,34 @@ def test_bf16_starts_at_ratio_one_and_kl_zero(trained, tiny_data, call_main, tmp
     assert call_main("ppo_train", flags).returncode == 0  # check_ratio raises if not
     rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["eval/kl"] == 0.0 and rows[1]["objective/kl"] == 0.0
+
+
+def test_nf4_starts_at_ratio_one_though_inference_has_a_kernel_of_its_own(
+    trained, tiny_model, tiny_data, flags, call_main, tmp_path, monkeypatch
+):
+    """On a GPU bitsandbytes multiplies by 4-bit weights in another kernel where no gradient is needed; here: a rough one."""
+    import bitsandbytes as bnb
+
+    exact = bnb.matmul_4bit
+
+    def rough_without_gradient(x, *args, **kwargs):
+        result = exact(x, *args, **kwargs)
+        return result if torch.is_grad_enabled() and x.requires_grad else result * 1.01
+
+    monkeypatch.setattr(bnb, "matmul_4bit", rough_without_gradient)
+    sft, reward = tmp_path / "sft", tmp_path / "reward"
+    argv = [*flags["sft_train"], "--load-in-4bit", "--max-steps", "1", "--output-dir", sft]
+    assert call_main("sft_train", argv).returncode == 0
+    argv = [*flags["reward_train"], "--max-steps", "1", "--sft-checkpoint", sft, "--output-dir", reward]
+    assert call_main("reward_train", argv).returncode == 0
+    argv = ppo_flags(
+        trained._replace(sft=sft, reward=reward), tiny_data, tmp_path / "p", critic_warmup_updates=0, total_episodes=8
+    )
+    for checkpointing in ("--no-gradient-checkpointing", "--gradient-checkpointing"):
+        result = call_main("ppo_train", [*argv, checkpointing, "--overwrite"])
+        assert result.returncode == 0, result.stderr
+        rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text().splitlines()]
+        assert rows[0]["eval/kl"] == 0.0 and rows[1]["objective/kl"] == 0.0
 
 
 def test_gradient_checkpointing_changes_nothing(trained, tiny_data, call_main, tmp_path):
