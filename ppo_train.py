@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.checkpoints import check_child, check_output, check_same_base, output_folder, read_run, sha256, write_run
-from rlhf.cli import UserError, run
+from rlhf.cli import UserError, check_at_least_one, run
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
 from rlhf.generation import Response, generate
 from rlhf.logprobs import chosen_logprobs
@@ -133,7 +133,8 @@ PRESETS = {
 def main(config: Config) -> None:
     started = time.monotonic()
     check_sizes(config)
-    check_output(config.output_dir, config.overwrite)
+    inputs = (config.sft_checkpoint, config.reward_checkpoint, config.base_model, config.dataset)
+    check_output(config.output_dir, config.overwrite, *inputs)
     sft, reward = read_run(config.sft_checkpoint, "sft"), read_run(config.reward_checkpoint, "reward")
     check_child(reward, config.reward_checkpoint, sft, config.sft_checkpoint)
     shared, form, base = load_models(config, sft)
@@ -452,10 +453,10 @@ def mean_stats(history: list[dict[str, float]]) -> dict[str, float]:
 
 
 def check_sizes(config: Config) -> None:
-    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs")
-    for name in (*sizes, "total_episodes", "rollout_batch_size", "eval_steps", "response_length"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+    check_at_least_one(config, "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
+    check_at_least_one(config, "num_ppo_epochs", "total_episodes", "rollout_batch_size", "eval_steps", "max_steps")
+    check_at_least_one(config, "max_prompt_length", "response_length", "max_train_samples", "max_eval_samples")
+    check_at_least_one(config, "lora_rank", "lora_alpha")
     if config.total_episodes % config.batch_size:
         raise UserError(
             f"--total-episodes {config.total_episodes} is not a multiple of an update's {config.batch_size} episodes "

@@ -24,7 +24,7 @@ from rlhf.cli import UserError, run
 from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
 from rlhf.modeling import SharedBase, base_facts, choose_dtype, load_base, load_tokenizer, save_stacked
 from rlhf.reporting import TrainerLog, console, plot_curves, preference, wilson_interval
-from rlhf.training import device, keep_fp32, ours_to_print, trainer_options
+from rlhf.training import check_numbers, device, keep_fp32, ours_to_print, trainer_options
 
 import datasets
 import torch
@@ -82,7 +82,8 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
-    check_output(config.output_dir, config.overwrite)
+    check_numbers(config)
+    check_output(config.output_dir, config.overwrite, config.sft_checkpoint, config.base_model, config.dataset)
     sft = read_run(config.sft_checkpoint, "sft")
 
     started = time.monotonic()

@@ -23,7 +23,7 @@ from rlhf.cli import UserError, run
 from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
 from rlhf.modeling import base_facts, choose_dtype, linear_names, load_base, load_tokenizer
 from rlhf.reporting import TrainerLog, console, plot_curves
-from rlhf.training import device, keep_fp32, ours_to_print, trainer_options
+from rlhf.training import check_numbers, device, keep_fp32, ours_to_print, trainer_options
 
 import datasets
 from peft import LoraConfig, get_peft_model
@@ -80,7 +80,8 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
-    check_output(config.output_dir, config.overwrite)
+    check_numbers(config)
+    check_output(config.output_dir, config.overwrite, config.base_model, config.dataset)
 
     started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
@@ -99,10 +100,10 @@ def main(config: Config) -> None:
     with output_folder(config.output_dir) as folder:
         trainer = make_trainer(config, model, form, train_set, eval_set, dtype, folder)
         before = trainer.evaluate()["eval_loss"]
-        console.print(f"eval loss before: {before:.4f} (perplexity {math.exp(before):.1f})")
+        console.print(f"eval loss before: {before:.4f}")
         trainer.train()
         after = trainer.evaluate()["eval_loss"]
-        console.print(f"eval loss after:  {after:.4f} (perplexity {math.exp(after):.1f})")
+        console.print(f"eval loss after:  {after:.4f}")
         if not math.isfinite(after):
             raise UserError("the loss is not finite: lower --learning-rate; nothing was saved")
         if trainer.is_world_process_zero():

@@ -19,18 +19,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.cli import UserError
+from rlhf.cli import UserError, is_disk_full, one_line
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 SCRIPTS = {"sft": "sft_train.py", "reward": "reward_train.py", "ppo": "ppo_train.py"}
+BASE_FACTS = {
+    "model": str,
+    "revision": str | None,
+    "config_sha256": str,
+    "weights_sha256": str | None,
+    "load_in_4bit": bool,
+}
 MAX_RUN_JSON = 1 << 20  # bytes; ours have a few thousand
 
 
-def check_output(folder: str, overwrite: bool) -> None:
-    """Refuse, before any work is done, an output folder that holds something."""
+def check_output(folder: str, overwrite: bool, *inputs: str | None) -> None:
+    """Refuse, before any work is done, an output folder that holds something, or one of the run's own `inputs`."""
     path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output-dir {folder} is a file; name a folder")
+    if path.name in ("", ".."):
+        raise UserError(f"--output-dir '{folder}' must name a folder of its own")
+    blocked = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
+    if blocked:
+        raise UserError(f"--output-dir {folder}: {blocked} is a file; name a folder")
+    for source in filter(None, inputs):
+        if Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
+            raise UserError(f"--output-dir {folder} holds {source}, which this run reads: choose another")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise UserError(f"{folder} is not empty: add --overwrite to replace it, or choose another --output-dir")
 
@@ -39,14 +52,22 @@ def check_output(folder: str, overwrite: bool) -> None:
 def output_folder(folder: str) -> Iterator[Path]:
     """Yield `folder.partial` to write to; when the block ends well, rename it to `folder`, replacing what is there.
 
-    When the block raises, an existing `folder` stays as it was; the partial one stays beside it, with its metrics,
-    until the next run of the phase.
+    When the block raises, an existing `folder` stays as it was. After a crash the partial one stays beside it, with its
+    metrics, until the next run of the phase.
     """
     final = Path(folder)
     partial, old = final.with_name(final.name + ".partial"), final.with_name(final.name + ".old")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
+    try:
+        partial.mkdir(parents=True)
+    except PermissionError as error:
+        raise UserError(f"--output-dir {folder} cannot be made ({one_line(error)}): choose another") from None
+    try:
+        yield partial
+    except Exception as error:
+        if isinstance(error, UserError) or is_disk_full(error):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
@@ -90,8 +111,11 @@ def read_run(folder: str, phase: str) -> dict[str, Any]:
         for key, kind in {"phase": str, "base": dict, "prompt_format": str, "adapter_sha256": str}.items():
             if not isinstance(run[key], kind):
                 raise ValueError(f"{key} is not a {kind.__name__}")
-        if not isinstance(run["base"]["model"], str) or not isinstance(run["base"]["load_in_4bit"], bool):
-            raise ValueError("base is not complete")
+        if run["prompt_format"] not in ("hh", "model"):
+            raise ValueError("its prompt_format is unknown")
+        for key, kind in BASE_FACTS.items():
+            if not isinstance(run["base"][key], kind):
+                raise ValueError(f"base {key} is not as it should be")
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}): train that phase again") from None
     if run["phase"] != phase:

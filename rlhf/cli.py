@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -50,18 +50,39 @@ def run(main: Callable[[Config], None], config_class: type[Config], presets: dic
         sys.exit(130)
 
 
+def check_at_least_one(config: Any, *names: str) -> None:
+    """Raise UserError unless each named field is None or a number of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
 def fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def is_disk_full(error: BaseException | None) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """True when `error`, or what caused it, is ENOSPC; safetensors and pyarrow report it only in their text."""
-    while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-            return True
+    return any(
+        getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(cause)
+        for cause in causes_of(error)
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its name if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def causes_of(error: BaseException) -> list[BaseException]:
+    """An exception, what caused it, what caused that, and so on."""
+    causes: list[BaseException] = []
+    while error is not None and error not in causes:
+        causes.append(error)
         error = error.__cause__ or error.__context__
-    return False
+    return causes
 
 
 def quiet_libraries() -> None:

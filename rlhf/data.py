@@ -26,7 +26,7 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ROLES = {"Human": "user", "Assistant": "assistant"}
 CUES = {"user": HUMAN, "assistant": ASSISTANT}
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "eval")}
+SPLITS = {"train": ("train",), "test": ("test", "validation", "eval")}
 ACCEPTED = (
     "accepted are the columns prompt, chosen, rejected (text or message lists), or chosen and rejected "
     "transcripts that start with '\\n\\nHuman:'"
@@ -101,13 +101,11 @@ def load_pairs(source: str, split: str, max_samples: int | None = None) -> list[
 def read_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
     path = Path(source)
     if path.is_dir():
-        files = [
-            file
+        candidates = [
+            [f for folder in (path, path / "data") for f in sorted(folder.glob(f"{name}*")) if f.suffix in SUFFIXES]
             for name in SPLITS[split]
-            for folder in (path, path / "data")
-            for file in sorted(folder.glob(f"{name}*"))
-            if file.suffix in SUFFIXES
         ]
+        files = next(filter(None, candidates), [])
         if not files:
             raise UserError(f"folder {source} has no {SPLITS[split][0]} file ({', '.join(SUFFIXES)})")
     elif path.is_file():
@@ -156,6 +154,8 @@ def read_json(path: Path) -> Iterator[dict[str, Any]]:
     with open_text(path) as file:
         try:
             rows = json.load(file)
+        except UnicodeDecodeError:
+            raise
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error})") from None
     if not isinstance(rows, list):
@@ -170,7 +170,7 @@ def read_csv(path: Path) -> Iterator[dict[str, Any]]:
         try:
             yield from reader
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+            raise UserError(f"{path}, line {reader.reader.line_num}: {error}") from None
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -436,10 +436,10 @@ def tokenize_pairs(pairs: list[Pair], form: PromptFormat, max_length: int, what:
         answers = []
         for text in (pair.chosen, pair.rejected):
             ids = form.response_ids(text)
-            cut = len(ids) + 1 > max_length // 2
-            answers.append(ids[: max_length // 2] if cut else [*ids, form.eos_token_id])
+            room = max_length // 2 - 1  # and one for EOS
+            answers.append(ids[:room] if len(ids) > room else [*ids, form.eos_token_id])
         try:
-            prompt_ids = tokenize_prompt(pair.turns, form, max_length - max(map(len, answers)))
+            prompt_ids = tokenize_prompt(pair.turns, form, max_length - 1 - max(map(len, answers)))
         except BadRow as reason:
             drops[str(reason)] += 1
             continue

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.cli import UserError
+from rlhf.cli import UserError, one_line
 from rlhf.data import PromptFormat
 from rlhf.hub import hub_errors
 
@@ -81,9 +81,8 @@ def check_4bit(device: torch.device) -> None:
         layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32).to(device)
         layer(torch.ones(1, 64, device=device))
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"4-bit weights do not work on {device.type} here ({reason[0]}): pass --no-load-in-4bit"
+            f"4-bit weights do not work on {device.type} here ({one_line(error)}): pass --no-load-in-4bit"
         ) from None
 
 
@@ -124,7 +123,7 @@ def base_facts(model: str, revision: str | None, load_in_4bit: bool) -> dict[str
 
 def load_tokenizer(folder: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer with an EOS, and a pad token that is not EOS: with pad = EOS a model never learns to stop."""
-    with hub_errors(folder, "model", "--base-model"):
+    with hub_errors(folder, "tokenizer", "--base-model"):
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
     if tokenizer.eos_token is None:
         raise UserError(f"the tokenizer of {folder} has no EOS token")
@@ -163,17 +162,14 @@ def load_base(base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_
         )
     name = base["model"]
     with hub_errors(name, "model", "--base-model"):
-        try:
-            if with_head:
-                config = AutoConfig.from_pretrained(
-                    name, revision=base["revision"], num_labels=1, pad_token_id=pad_token_id
-                )
-                model = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
-                model.score = ScalarHead(config.hidden_size)
-            else:
-                model = AutoModelForCausalLM.from_pretrained(name, **options)
-        except (SafetensorError, ValueError) as error:
-            raise UserError(f"{name} cannot be loaded as a model ({str(error).strip().splitlines()[0]})") from error
+        if with_head:
+            config = AutoConfig.from_pretrained(
+                name, revision=base["revision"], num_labels=1, pad_token_id=pad_token_id
+            )
+            model = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
+            model.score = ScalarHead(config.hidden_size)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On such CPUs bitsandbytes repacks the weights at the first no-grad forward; backward then gives no gradients.
@@ -257,7 +253,12 @@ class SharedBase:
         self.activate(None)
 
     def _load(self, role: str, state: dict[str, Tensor]) -> None:
-        result = set_peft_model_state_dict(self.peft, state, adapter_name=role)
+        try:
+            result = set_peft_model_state_dict(self.peft, state, adapter_name=role)
+        except RuntimeError as error:  # weights of other shapes
+            raise UserError(
+                f"the {role} adapter does not fit its config or this base model ({one_line(error)})"
+            ) from None
         missing = [key for key in result.missing_keys if f".{role}." in key and "lora_" in key]
         if missing or result.unexpected_keys:
             odd = (missing + result.unexpected_keys)[0]
@@ -381,7 +382,7 @@ def read_adapter(folder: str) -> tuple[LoraConfig, dict[str, Tensor]]:
         config = LoraConfig.from_pretrained(folder)
         state = load_file(Path(folder) / "adapter_model.safetensors")
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder} holds no LoRA adapter that can be read ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{folder} holds no LoRA adapter that can be read ({one_line(error)})") from None
     if not isinstance(config, LoraConfig):
         raise UserError(f"{folder} holds an adapter of another kind than LoRA")
     config.task_type = config.modules_to_save = None

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlhf.cli import UserError
+from rlhf.cli import UserError, check_at_least_one
 
 import torch
 from accelerate import PartialState
@@ -24,8 +24,6 @@ def num_processes() -> int:
 def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) -> dict[str, Any]:
     """The arguments that SFTConfig and RewardConfig share, from the fields of the same names in a script's Config."""
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * PartialState().num_processes
-    if min(config.per_device_train_batch_size, config.gradient_accumulation_steps) < 1:
-        raise UserError("--per-device-train-batch-size and --gradient-accumulation-steps must be at least 1")
     if rows < batch:
         raise UserError(f"{rows} training rows do not fill one batch of {batch}: lower --gradient-accumulation-steps")
     steps = config.max_steps or math.ceil(rows / batch * config.num_train_epochs)
@@ -58,6 +56,20 @@ def ours_to_print(trainer: Trainer) -> Trainer:
     """Leave printing to `TrainerLog`: the Trainer would print each log as a dictionary."""
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def check_numbers(config: Any) -> None:
+    """Raise UserError for a size of the SFT or the reward script that is below 1."""
+    sizes = (
+        "max_length",
+        "max_train_samples",
+        "max_eval_samples",
+        "lora_rank",
+        "lora_alpha",
+        "max_steps",
+        "logging_steps",
+    )
+    check_at_least_one(config, *sizes, "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def keep_fp32(model: nn.Module) -> None:

@@ -27,7 +27,7 @@ import pytest  # noqa: E402
 
 DEMO = ROOT / "demo" / "data"
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
-HANGS = 120  # seconds, after which a script on the tiny model is taken to hang
+HANGS = 60  # seconds, after which a script on the tiny model is taken to hang
 
 
 class Result(NamedTuple):

@@ -396,7 +396,6 @@ def test_refuses_before_the_model_is_loaded(call_main, argv, tmp_path, monkeypat
     [
         ({"parents": {"sft": "0" * 64}}, "was not trained from the SFT checkpoint"),
         ({"updates": "many"}, "updates is not a number"),
-        ({"hyperparameters": None}, "lora_alpha is not a number"),
         ({"phase": "reward"}, "holds a reward checkpoint where a ppo checkpoint is needed"),
     ],
 )

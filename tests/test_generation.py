@@ -65,14 +65,15 @@ def test_what_the_padding_is_changes_nothing(shared, silent, prompts):
     assert sample(shared, silent, prompts, 1.0, range(6), 6) == before
 
 
-def test_a_row_that_ends_leaves_the_others_as_they_were(shared, silent, prompts):
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_row_that_ends_leaves_the_others_as_they_were(shared, silent, prompts, temperature):
     """Some token of one row is made EOS: each row is then cut behind its first one, and else stays."""
-    whole = sample(shared, silent, prompts, 0, [0] * 6, 6)
-    silent.eos_token_id = eos = whole[3][4]
+    whole = sample(shared, silent, prompts, temperature, range(6), 6)
+    silent.eos_token_id = eos = whole[0][4]
     expected = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in whole]
     assert min(map(len, expected)) < NEW == max(map(len, expected))
     for batch_size in (6, 2):
-        responses = generate(shared, silent, prompts, NEW, 0, [0] * 6, batch_size)
+        responses = generate(shared, silent, prompts, NEW, temperature, range(6), batch_size)
         assert [r.ids for r in responses] == expected
         assert [r.ended_by for r in responses] == ["eos" if ids[-1] == eos else "length" for ids in expected]
         assert [r.text_ids for r in responses] == [ids[:-1] if ids[-1] == eos else ids for ids in expected]
@@ -166,6 +167,10 @@ def test_pick_never_takes_what_has_no_probability():
     draws = [0.0, 0.25, math.nextafter(0.5, 0), 0.5, math.nextafter(0.5, 1), 0.75, math.nextafter(1, 0)]
     tokens = [pick(logits, 1.0, torch.tensor([draw], dtype=torch.float64)).item() for draw in draws]
     assert tokens == [1, 1, 1, 3, 3, 3, 3]
+    # In float32 n times 1/n may stay below 1: the largest draw must not fall into the gap behind the last.
+    largest = torch.tensor([math.nextafter(1, 0)], dtype=torch.float64)
+    for n in range(1, 65):
+        assert pick(torch.tensor([[0.0] * n + [no]]), 1.0, largest).item() == n - 1
 
 
 def test_picks_are_as_frequent_as_the_softmax_says():
