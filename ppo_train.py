@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.checkpoints import check_child, check_output, check_same_base, output_folder, read_run, sha256, write_run
-from rlhf.cli import UserError, check_at_least_one, run
+from rlhf.cli import UserError, check_at_least_one, next_command, run
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
 from rlhf.generation import Response, generate
 from rlhf.logprobs import chosen_logprobs
 from rlhf.modeling import SharedBase, base_facts, choose_dtype, load_base, load_tokenizer, read_stacked, save_stacked
 from rlhf.ppo_batch import MicroBatch, make_micro_batches, mean_kl
-from rlhf.ppo_log import CURVES, Evaluation, Log, batch_metrics, compare, describe
-from rlhf.reporting import console, plot_curves, progress
+from rlhf.ppo_log import CURVES, Evaluation, Log, add_means, batch_metrics, compare, describe, mean_stats
+from rlhf.reporting import console, plot_curves
 from rlhf.training import device, num_processes
 
 import torch
@@ -113,16 +113,17 @@ PRESETS = {
         max_eval_samples=80,
         gradient_checkpointing=False,
         role_layers=15,
-        total_episodes=384,
+        temperature=0.7,
+        total_episodes=512,
         per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
-        num_mini_batches=2,
+        gradient_accumulation_steps=1,
+        num_mini_batches=4,
         rollout_batch_size=40,
-        learning_rate=5e-4,
-        value_learning_rate=2e-4,
-        warmup_updates=1,
+        learning_rate=1e-3,
+        value_learning_rate=5e-4,
+        warmup_updates=3,
         critic_warmup_updates=1,
-        eval_steps=6,
+        eval_steps=8,
     ),
 }
 
@@ -150,11 +151,7 @@ def main(config: Config) -> None:
     scaler = torch.amp.GradScaler(shared.device.type, enabled=shared.dtype == torch.float16)
     kl_coef = config.kl_coef
 
-    with (
-        output_folder(config.output_dir) as folder,
-        progress() as bar,
-        Log(config, folder, bar, config.num_updates) as log,
-    ):
+    with output_folder(config.output_dir) as folder, Log(config, folder, config.num_updates) as log:
         first = last = evaluate(config, shared, form, eval_prompts)  # of the SFT policy, as the new one equals it
         baseline = first.scores.mean().item()
         log.evaluation(0, first, eval_prompts, form)
@@ -162,14 +159,11 @@ def main(config: Config) -> None:
         for update in range(1, config.num_updates + 1):
             # 1. Rollout
             clock = [time.monotonic()]
-            chosen, seeds = draw_prompts(len(prompts), update, config)
-            batch_prompts = [prompts[i] for i in chosen]
-            responses = rollout(config, shared, form, batch_prompts, seeds)
+            queries, seeds = draw_prompts(prompts, update, config)
+            responses = rollout(config, shared, form, queries, seeds)
             clock.append(time.monotonic())
             # 2. Measure
-            batch = make_micro_batches(
-                batch_prompts, responses, form, config.per_device_train_batch_size, shared.device
-            )
+            batch = make_micro_batches(queries, responses, form, config.per_device_train_batch_size, shared.device)
             for micro in batch:
                 measure(shared, micro, config.temperature, baseline)
             clock.append(time.monotonic())
@@ -192,22 +186,21 @@ def main(config: Config) -> None:
         save(config, folder, shared, form, base, {"sft": sft, "reward": reward}, metrics, started)
         plot_curves(folder, "update", CURVES)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
-    preset = " --preset demo" if config.output_dir == PRESETS["demo"].output_dir else ""
-    console.print(f"Next: python compare_outputs.py{preset}")
+    console.print(f"Next: {next_command('compare_outputs.py', config, PRESETS)}")
 
 
-def draw_prompts(count: int, update: int, config: Config) -> tuple[list[int], list[int]]:
-    """Which prompts an update uses, each once in an epoch over them, and one sampling seed an episode.
+def draw_prompts(prompts: list[list[int]], update: int, config: Config) -> tuple[list[list[int]], list[int]]:
+    """The prompts of an update, each once in an epoch over all, and one sampling seed an episode.
 
     Both follow from the seed and the episode's number alone.
     """
-    prompts, seeds = [], []
+    queries, seeds = [], []
     for episode in range((update - 1) * config.batch_size, update * config.batch_size):
-        epoch, place = divmod(episode, count)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
-        prompts.append(order[place].item())
+        epoch, place = divmod(episode, len(prompts))
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+        queries.append(prompts[order[place]])
         seeds.append((config.seed << 40) + episode)
-    return prompts, seeds
+    return queries, seeds
 
 
 def rollout(
@@ -437,18 +430,6 @@ def evaluate(config: Config, shared: SharedBase, form: PromptFormat, prompts: li
     return Evaluation(scores, kl, entropy, lengths, eos, responses)
 
 
-def add_means(stats: dict[str, float], parts: dict[str, Tensor], response_mask: Tensor, tokens: int) -> None:
-    """Add a micro-batch's share of the minibatch's means over real tokens."""
-    for name, values in parts.items():
-        stats[name] = stats.get(name, 0.0) + values.detach()[response_mask].sum().item() / tokens
-
-
-def mean_stats(history: list[dict[str, float]]) -> dict[str, float]:
-    """Means over an update's optimizer steps, and how many there were."""
-    means = {name: sum(stats[name] for stats in history) / len(history) for name in history[0]}
-    return means | {"policy/optimizer_steps": len(history)}
-
-
 # ---------------------------------------------------------------- before and after
 
 
@@ -487,15 +468,11 @@ def load_models(config: Config, sft: dict[str, Any]) -> tuple[SharedBase, Prompt
     return shared, form, base
 
 
-def load_prompts(config: Config, form) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of the training and the held-out prompts."""
-    train = tokenize_prompts(
-        load_pairs(config.dataset, "train", config.max_train_samples), form, config.max_prompt_length
-    )
-    held_out = tokenize_prompts(
-        load_pairs(config.dataset, "test", config.max_eval_samples), form, config.max_prompt_length
-    )
-    return train, held_out
+def load_prompts(config: Config, form: PromptFormat) -> list[list[list[int]]]:
+    """Token ids of the training and of the held-out prompts."""
+    pairs = load_pairs(config.dataset, "train", config.max_train_samples)
+    held_out = load_pairs(config.dataset, "test", config.max_eval_samples)
+    return [tokenize_prompts(rows, form, config.max_prompt_length) for rows in (pairs, held_out)]
 
 
 def save(config, folder: Path, shared, form, base, parents: dict, metrics: dict[str, float], started: float) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf.checkpoints import check_output, check_same_base, output_folder, read_run, sha256, write_run
-from rlhf.cli import UserError, run
+from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
 from rlhf.modeling import SharedBase, base_facts, choose_dtype, load_base, load_tokenizer, save_stacked
 from rlhf.reporting import TrainerLog, console, plot_curves, preference, wilson_interval
@@ -73,6 +73,7 @@ PRESETS = {
         gradient_checkpointing=False,
         role_layers=15,
         learning_rate=5e-4,
+        num_train_epochs=2.0,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=1,
         warmup_ratio=0.1,
@@ -140,9 +141,7 @@ def main(config: Config) -> None:
                 metrics=metrics,
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
-    console.print(
-        "Next: python ppo_train.py" + (" --preset demo" if config.output_dir == PRESETS["demo"].output_dir else "")
-    )
+    console.print(f"Next: {next_command('ppo_train.py', config, PRESETS)}")
 
 
 def both_responses(pairs, eos_token_id: int):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf.checkpoints import check_output, output_folder, sha256, write_run
-from rlhf.cli import UserError, run
+from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
 from rlhf.modeling import base_facts, choose_dtype, linear_names, load_base, load_tokenizer
 from rlhf.reporting import TrainerLog, console, plot_curves
@@ -70,7 +70,8 @@ PRESETS = {
         max_length=192,
         load_in_4bit=False,
         gradient_checkpointing=False,
-        learning_rate=5e-4,
+        learning_rate=1e-3,
+        num_train_epochs=1.0,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=1,
         warmup_ratio=0.1,
@@ -130,10 +131,7 @@ def main(config: Config) -> None:
                 metrics={"eval_loss_before": before, "eval_loss": after},
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
-    preset = " --preset demo" if config.output_dir == PRESETS["demo"].output_dir else ""
-    console.print(
-        f"Next: python reward_train.py{preset or (f' --sft-checkpoint {config.output_dir}' if config.output_dir != Config.output_dir else '')}"
-    )
+    console.print(f"Next: {next_command('reward_train.py', config, PRESETS)}")
 
 
 def response_only(pairs):

@@ -50,6 +50,12 @@ def run(main: Callable[[Config], None], config_class: type[Config], presets: dic
         sys.exit(130)
 
 
+def next_command(script: str, config: Any, presets: dict[str, Any]) -> str:
+    """The command of the next phase, with the preset whose output folder this run wrote to, if any."""
+    preset = next((name for name, values in presets.items() if values.output_dir == config.output_dir), None)
+    return f"python {script}" + (f" --preset {preset}" if preset else "")
+
+
 def check_at_least_one(config: Any, *names: str) -> None:
     """Raise UserError unless each named field is None or a number of at least 1."""
     for name in names:

@@ -7,11 +7,10 @@ from typing import Any
 from rlhf.data import PromptFormat
 from rlhf.generation import Response
 from rlhf.ppo_batch import MicroBatch, mean_kl
-from rlhf.reporting import JsonLines, mean_interval, plain
+from rlhf.reporting import JsonLines, mean_interval, plain, progress
 
 import torch
 from accelerate import Accelerator
-from rich.progress import Progress
 from torch import Tensor
 
 CURVES = {
@@ -43,19 +42,21 @@ class Evaluation:
 class Log:
     """Writes and shows the rows of a run; a tracker gets the same rows if the config names one."""
 
-    def __init__(self, config: Any, folder: Path, bar: Progress, total: int):
-        self.bar, self.num_printed_samples, self.tracker = bar, config.num_printed_samples, None
+    def __init__(self, config: Any, folder: Path, total: int):
+        self.bar, self.num_printed_samples, self.tracker = progress(), config.num_printed_samples, None
         self.metrics, self.samples = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "samples.jsonl")
-        self.task = bar.add_task("PPO", total=total, note="")
+        self.task = self.bar.add_task("PPO", total=total, note="")
         if config.log_with:
             self.tracker = Accelerator(log_with=config.log_with, project_dir=folder)
             settings = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
             self.tracker.init_trackers("human-feedback-llama-ppo", settings)
 
     def __enter__(self) -> "Log":
+        self.bar.start()
         return self
 
     def __exit__(self, *_) -> None:
+        self.bar.stop()
         if self.tracker:
             self.tracker.end_training()
 
@@ -105,6 +106,18 @@ def batch_metrics(
         "val/response_length": tokens / len(ended),
         **{f"time/{name}": clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "measure", "optimise"))},
     }
+
+
+def add_means(stats: dict[str, float], parts: dict[str, Tensor], response_mask: Tensor, tokens: int) -> None:
+    """Add a micro-batch's share of the minibatch's means over real tokens."""
+    for name, values in parts.items():
+        stats[name] = stats.get(name, 0.0) + values.detach()[response_mask].sum().item() / tokens
+
+
+def mean_stats(history: list[dict[str, float]]) -> dict[str, float]:
+    """Means over an update's optimizer steps, and how many there were."""
+    means = {name: sum(stats[name] for stats in history) / len(history) for name in history[0]}
+    return means | {"policy/optimizer_steps": len(history)}
 
 
 def compare(sft: Evaluation, ppo: Evaluation) -> dict[str, float]:

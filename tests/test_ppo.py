@@ -111,11 +111,11 @@ def test_every_prompt_comes_once_an_epoch_and_every_episode_has_its_own_seed():
     config = dataclasses.replace(
         ppo_train.Config(), per_device_train_batch_size=2, gradient_accumulation_steps=1, num_mini_batches=2, seed=3
     )
-    drawn = [ppo_train.draw_prompts(6, update, config) for update in (1, 2, 3)]
+    drawn = [ppo_train.draw_prompts(list(range(6)), update, config) for update in (1, 2, 3)]
     order = [prompt for prompts, _ in drawn for prompt in prompts]
     assert sorted(order[:6]) == sorted(order[6:]) == list(range(6)) and order[:6] != order[6:]
     assert len({seed for _, seeds in drawn for seed in seeds}) == 12
-    assert drawn[1] == ppo_train.draw_prompts(6, 2, config)
+    assert drawn[1] == ppo_train.draw_prompts(list(range(6)), 2, config)
 
 
 # ---------------------------------------------------------------- log-probabilities
