@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf import data
-from rlhf.checkpoints import SCRIPTS, check_child, check_same_base, git_commit, read_run
+from rlhf.checkpoints import SCRIPTS, check_child, git_commit, read_run
 from rlhf.cli import UserError, run
 from rlhf.data import PromptFormat
 from rlhf.generation import generate
-from rlhf.modeling import SharedBase, base_facts, choose_dtype, load_base, load_tokenizer, read_stacked
+from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, read_stacked, same_base
 from rlhf.reporting import console, plain, preference, wilson_interval
 from rlhf.training import device
 
@@ -104,9 +104,7 @@ def main(config: Config) -> None:
     check_reports(config)
 
     dtype = choose_dtype(config.dtype, device())
-    theirs = runs["sft"]["base"]
-    base = base_facts(config.base_model or theirs["model"], theirs["revision"], theirs["load_in_4bit"])
-    check_same_base(runs["sft"], config.sft_checkpoint, base)
+    base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
     form = PromptFormat(runs["sft"]["prompt_format"], load_tokenizer(config.sft_checkpoint))
     titles = model_titles(base["model"], runs)
     prompts = read_prompts(config, form)

@@ -24,17 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.checkpoints import check_child, check_output, check_same_base, output_folder, read_run, sha256, write_run
+from rlhf.checkpoints import check_child, check_output, output_folder, read_run, sha256, write_run
 from rlhf.cli import UserError, check_at_least_one, next_command, run
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
-from rlhf.generation import Response, generate
+from rlhf.generation import Response, Seed, generate
 from rlhf.logprobs import chosen_logprobs
-from rlhf.modeling import SharedBase, base_facts, choose_dtype, load_base, load_tokenizer, read_stacked, save_stacked
+from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, read_stacked, same_base, save_stacked
 from rlhf.ppo_batch import MicroBatch, make_micro_batches, mean_kl
 from rlhf.ppo_log import CURVES, Evaluation, Log, add_means, batch_metrics, compare, describe, mean_stats
 from rlhf.reporting import console, plot_curves
 from rlhf.training import device, num_processes
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import set_seed
@@ -142,8 +143,8 @@ def main(config: Config) -> None:
     prompts, eval_prompts = load_prompts(config, form)
     optimizer = torch.optim.AdamW(
         [
-            {"params": shared.parameters("policy"), "name": "policy", "peak_lr": config.learning_rate},
-            {"params": shared.parameters("value"), "name": "value", "peak_lr": config.value_learning_rate},
+            {"name": "policy", "params": shared.parameters("policy"), "peak_lr": config.learning_rate},
+            {"name": "value", "params": shared.parameters("value"), "peak_lr": config.value_learning_rate},
         ],
         eps=1e-5,
         weight_decay=0.0,
@@ -189,7 +190,7 @@ def main(config: Config) -> None:
     console.print(f"Next: {next_command('compare_outputs.py', config, PRESETS)}")
 
 
-def draw_prompts(prompts: list[list[int]], update: int, config: Config) -> tuple[list[list[int]], list[int]]:
+def draw_prompts(prompts: list[list[int]], update: int, config: Config) -> tuple[list[list[int]], list[Seed]]:
     """The prompts of an update, each once in an epoch over all, and one sampling seed an episode.
 
     Both follow from the seed and the episode's number alone.
@@ -197,14 +198,13 @@ def draw_prompts(prompts: list[list[int]], update: int, config: Config) -> tuple
     queries, seeds = [], []
     for episode in range((update - 1) * config.batch_size, update * config.batch_size):
         epoch, place = divmod(episode, len(prompts))
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
-        queries.append(prompts[order[place]])
-        seeds.append((config.seed << 40) + episode)
+        queries.append(prompts[np.random.default_rng((config.seed, 1, epoch)).permutation(len(prompts))[place]])
+        seeds.append((config.seed, 2, episode))
     return queries, seeds
 
 
 def rollout(
-    config: Config, shared: SharedBase, form: PromptFormat, prompts: list[list[int]], seeds: list[int]
+    config: Config, shared: SharedBase, form: PromptFormat, prompts: list[list[int]], seeds: list[Seed]
 ) -> list[Response]:
     """Sample one response to each prompt from the policy."""
     shared.activate("policy")
@@ -233,14 +233,10 @@ def token_logprobs(
     """Log-probability and entropy [b, R] of each sampled token under `role` (None: the reference); 0 at padding.
 
     The role gets gradients if they are being recorded. Rollout and update both come through here, with the same
-    micro-batches: in bf16 another padding or batch size alone would move the ratio away from 1. So would another kernel,
-    and bitsandbytes takes one where no gradient is needed; so one is always needed on the way through the layers.
+    micro-batches: in bf16 another padding or batch size alone would move the ratio away from 1.
     """
-    train = torch.is_grad_enabled()
-    shared.activate(role, train=train)
-    with torch.enable_grad():
-        hidden = shared.upper(micro.lower.detach().requires_grad_())  # [b, T, H]
-    hidden = hidden if train else hidden.detach()
+    shared.activate(role, train=torch.is_grad_enabled())
+    hidden = shared.upper(micro.lower)  # [b, T, H]
     rows = torch.arange(len(hidden), device=hidden.device)[:, None].expand_as(micro.positions)
     mask = micro.response_mask
     flat, entropy_flat = chosen_logprobs(
@@ -280,10 +276,10 @@ def optimise(
 
     A minibatch is a random set of whole micro-batches. Losses are sums over its real tokens, divided by their number.
     """
-    generator = torch.Generator().manual_seed((config.seed << 40) + update)
+    random = np.random.default_rng((config.seed, 3, update))
     history: list[dict[str, float]] = []
     for _ in range(config.num_ppo_epochs):
-        order = torch.randperm(len(batch), generator=generator).tolist()
+        order = random.permutation(len(batch))
         for start in range(0, len(order), config.gradient_accumulation_steps):
             minibatch = [batch[i] for i in order[start : start + config.gradient_accumulation_steps]]
             tokens = sum(micro.response_mask.sum().item() for micro in minibatch)
@@ -320,7 +316,8 @@ def step(optimizer, scaler, max_grad_norm: float, update: int) -> dict[str, floa
     for group in optimizer.param_groups:
         norm = torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
         norms[f"{group['name']}/grad_norm"] = norm.item()
-        if not norm.isfinite() and not scaler.is_enabled():  # with fp16 the scaler skips the step and lowers its scale
+        # With fp16 the scaler skips such a step and halves its scale; a scale below 1 has no room left.
+        if not norm.isfinite() and not (scaler.is_enabled() and scaler.get_scale() >= 1):
             raise UserError(f"update {update}: the {group['name']} gradient is not finite; lower its learning rate")
     scaler.step(optimizer)
     scaler.update()
@@ -410,15 +407,16 @@ def adapt_kl_coef(kl_coef: float, kl: float, config: Config) -> float:
 
 
 def set_learning_rates(optimizer, update: int, config: Config) -> None:
-    """Linear warm-up over `warmup_updates`, linear to 0 at the end."""
-    scale = min(1.0, update / max(1, config.warmup_updates)) * (1 - (update - 1) / config.num_updates)
+    """Linear warm-up over `warmup_updates`, the policy's after the critic's own updates; linear to 0 at the end."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * scale
+        trained = update - (config.critic_warmup_updates if group["name"] == "policy" else 0)
+        warmup = min(1.0, max(0, trained) / max(1, config.warmup_updates))
+        group["lr"] = group["peak_lr"] * warmup * (1 - (update - 1) / config.num_updates)
 
 
 def evaluate(config: Config, shared: SharedBase, form: PromptFormat, prompts: list[list[int]]) -> Evaluation:
     """Sample from the policy on held-out prompts, always with the same seeds."""
-    responses = rollout(config, shared, form, prompts, [(1 << 62) + i for i in range(len(prompts))])
+    responses = rollout(config, shared, form, prompts, [(0, 4, i) for i in range(len(prompts))])
     scores, kl, entropy = torch.zeros(3, len(prompts))
     for micro in make_micro_batches(prompts, responses, form, config.per_device_train_batch_size, shared.device):
         measure(shared, micro, config.temperature, baseline=0.0)
@@ -443,8 +441,10 @@ def check_sizes(config: Config) -> None:
             f"--total-episodes {config.total_episodes} is not a multiple of an update's {config.batch_size} episodes "
             f"({config.per_device_train_batch_size} x {config.gradient_accumulation_steps} x {config.num_mini_batches})"
         )
-    if config.temperature <= 0:
-        raise UserError("--temperature must be above 0: PPO samples")
+    if min(config.temperature, config.kl_stop) <= 0:
+        raise UserError("--temperature and --kl-stop must be above 0")
+    if config.seed < 0:
+        raise UserError("--seed must not be negative")
 
 
 def load_models(config: Config, sft: dict[str, Any]) -> tuple[SharedBase, PromptFormat, dict[str, Any]]:
@@ -452,8 +452,7 @@ def load_models(config: Config, sft: dict[str, Any]) -> tuple[SharedBase, Prompt
     if num_processes() > 1:
         raise UserError("ppo_train.py runs in one process: start it with `python ppo_train.py`")
     dtype = choose_dtype(config.dtype, device())
-    base = base_facts(config.base_model or sft["base"]["model"], sft["base"]["revision"], sft["base"]["load_in_4bit"])
-    check_same_base(sft, config.sft_checkpoint, base)
+    base = same_base(sft, config.sft_checkpoint, config.base_model)
     form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))
     set_seed(config.seed)
     model = load_base(base, dtype, form.pad_token_id)

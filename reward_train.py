@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlhf.checkpoints import check_output, check_same_base, output_folder, read_run, sha256, write_run
+from rlhf.checkpoints import check_output, output_folder, read_run, sha256, write_run
 from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
-from rlhf.modeling import SharedBase, base_facts, choose_dtype, load_base, load_tokenizer, save_stacked
+from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, same_base, save_stacked
 from rlhf.reporting import TrainerLog, console, plot_curves, preference, wilson_interval
 from rlhf.training import check_numbers, device, keep_fp32, ours_to_print, trainer_options
 
@@ -89,8 +89,7 @@ def main(config: Config) -> None:
 
     started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
-    base = base_facts(config.base_model or sft["base"]["model"], sft["base"]["revision"], sft["base"]["load_in_4bit"])
-    check_same_base(sft, config.sft_checkpoint, base)
+    base = same_base(sft, config.sft_checkpoint, config.base_model)
     form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))
 
     # 1. Tokenise both responses of each pair.
@@ -106,6 +105,7 @@ def main(config: Config) -> None:
     shared.add_role("reward", config.lora_rank, config.lora_alpha, config.role_layers)
     shared.heads["reward"] = model.score
     shared.check_split()
+    shared.cut_gradients_below_roles()
     shared.activate("reward", train=True)
 
     with output_folder(config.output_dir) as folder:
@@ -172,9 +172,6 @@ def make_trainer(config: Config, model, form, train_set, dtype, folder: Path):
         callbacks=[TrainerLog(folder, "Reward model")],
     )
     keep_fp32(trainer.model)
-    if config.gradient_checkpointing:
-        # TRL makes the embeddings require gradients, which would carry backward through the frozen lower layers.
-        model.base_model.model.disable_input_require_grads()
     return ours_to_print(trainer)
 
 

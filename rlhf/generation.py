@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from rlhf.data import PromptFormat
 from rlhf.modeling import SharedBase
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+
+Seed = int | tuple[int, ...]
 
 TAIL = 12  # tokens decoded to look for the stop text, which is shorter than that
 
@@ -41,7 +44,7 @@ def generate(
     prompts: list[list[int]],
     max_new_tokens: int,
     temperature: float,
-    seeds: list[int],
+    seeds: list[Seed],
     batch_size: int,
 ) -> list[Response]:
     """Sample one response to each prompt from the active adapters.
@@ -120,8 +123,9 @@ def pick(logits: Tensor, temperature: float, draw: Tensor) -> Tensor:
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
-def _uniforms(seed: int, count: int) -> Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def _uniforms(seed: Seed, count: int) -> Tensor:
+    # numpy mixes all numbers of a seed; torch's generator on the CPU looks at the lowest 32 bits only.
+    return torch.from_numpy(np.random.default_rng(seed).random(count))
 
 
 def _ended(ids: list[int], form: PromptFormat, max_new_tokens: int) -> Response | None:

@@ -50,5 +50,5 @@ def explain(error: Exception, name: str, kind: str, flag: str) -> str | None:
             f"or give a local folder with {flag}"
         )
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"}:
-        return f"there is no {kind} {name} on the hub or on this machine: check the spelling of {flag}; a private one needs HF_TOKEN"
+        return f"there is no {kind} {name}, or not the revision asked for, on the hub or on this machine: check the spelling of {flag}; a private one needs HF_TOKEN"
     return None

@@ -20,11 +20,11 @@ class _ChosenLogprobs(torch.autograd.Function):
         entropy, gradient = torch.empty_like(logprobs), torch.empty_like(hidden) if need_grad else None
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            log_softmax = (hidden[part] @ weight.T).float().div_(temperature)  # [rows, V]
+            log_softmax = matmul_fp32(hidden[part], weight.T).div_(temperature)  # [rows, V]
             log_softmax -= log_softmax.logsumexp(-1, keepdim=True)
             logprobs[part] = log_softmax.gather(-1, tokens[part, None]).squeeze(-1)
             if need_grad:
-                mean_weight = log_softmax.exp_().to(weight.dtype) @ weight  # [rows, H]
+                mean_weight = matmul_fp32(log_softmax.exp_().to(weight.dtype), weight)  # [rows, H]
                 gradient[part] = (weight[tokens[part]] - mean_weight) / temperature
             else:
                 entropy[part] = -(log_softmax.exp() * log_softmax).sum(-1)
@@ -36,6 +36,13 @@ class _ChosenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logprobs: Tensor, _):
         (gradient,) = ctx.saved_tensors
         return (gradient * grad_logprobs[:, None]).to(gradient.dtype), None, None, None, None
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32; on a GPU straight from the 16-bit product's accumulator, unrounded."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
 
 
 def chosen_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf.checkpoints import check_same_base
 from rlhf.cli import UserError, one_line
 from rlhf.data import PromptFormat
 from rlhf.hub import hub_errors
@@ -121,6 +122,19 @@ def base_facts(model: str, revision: str | None, load_in_4bit: bool) -> dict[str
     }
 
 
+def same_base(sft: dict[str, Any], folder: str, model: str | None) -> dict[str, Any]:
+    """`base_facts` of the base that the SFT checkpoint at `folder` was trained on, or of `model`, its copy elsewhere.
+
+    Raises:
+        UserError: it is another base.
+    """
+    named = sft["base"]
+    revision = named["revision"] if model in (None, named["model"]) else None
+    base = base_facts(model or named["model"], revision, named["load_in_4bit"])
+    check_same_base(sft, folder, base)
+    return base
+
+
 def load_tokenizer(folder: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer with an EOS, and a pad token that is not EOS: with pad = EOS a model never learns to stop."""
     with hub_errors(folder, "tokenizer", "--base-model"):
@@ -167,7 +181,7 @@ def load_base(base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_
                 name, revision=base["revision"], num_labels=1, pad_token_id=pad_token_id
             )
             model = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
-            model.score = ScalarHead(config.hidden_size)
+            model.score = ScalarHead(config.hidden_size).to(device)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, **options)
     for module in model.modules():
@@ -317,7 +331,7 @@ class SharedBase:
             [B, T, H], in the trunk's dtype.
         """
         if self.first_role_layer == 0:
-            return self.decoder.embed_tokens(input_ids)
+            return self.decoder.embed_tokens(input_ids).detach()  # a checkpointing hook may have marked it
         with self._only(slice(0, self.first_role_layer)), self.autocast():
             return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
 
@@ -325,6 +339,11 @@ class SharedBase:
         """Final hidden states [B, T, H] of the active role, from those that `lower` gave."""
         with self._only(slice(self.first_role_layer, None)), self.autocast():
             return self.decoder(inputs_embeds=lower, use_cache=False).last_hidden_state
+
+    def cut_gradients_below_roles(self) -> None:
+        """Stop backward at the first role layer, also where gradient checkpointing makes the embeddings require gradients."""
+        first = self.decoder.layers[self.first_role_layer]
+        first.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
 
     def check_split(self) -> None:
         """Raise UserError unless lower + upper is the whole forward, bit for bit, on this architecture."""

@@ -97,14 +97,16 @@ def test_kl_coefficient_moves_towards_the_target_by_at_most_a_fifth():
     assert adapt_kl_coef(0.1, 0.0, config) == pytest.approx(0.1 * 0.98)
 
 
-def test_learning_rate_warms_up_and_falls_to_zero():
-    config = dataclasses.replace(ppo_train.Config(), total_episodes=640, warmup_updates=2)  # 10 updates
-    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "peak_lr": 1.0}], lr=9.0)
+def test_learning_rates_warm_up_and_fall_to_zero():
+    config = dataclasses.replace(ppo_train.Config(), total_episodes=640, warmup_updates=2, critic_warmup_updates=3)
+    groups = [{"name": name, "params": [torch.zeros(1)], "peak_lr": 1.0} for name in ("policy", "value")]
+    optimizer = torch.optim.SGD(groups, lr=9.0)
     rates = []
-    for update in (1, 2, 6, 10):
+    for update in (1, 2, 3, 4, 5, 10):  # of 10
         ppo_train.set_learning_rates(optimizer, update, config)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.5, 0.9, 0.5, 0.1])
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    expected = [[0.0, 0.5], [0.0, 0.9], [0.0, 0.8], [0.35, 0.7], [0.6, 0.6], [0.1, 0.1]]
+    assert [rate for pair in rates for rate in pair] == pytest.approx([rate for pair in expected for rate in pair])
 
 
 def test_every_prompt_comes_once_an_epoch_and_every_episode_has_its_own_seed():
