@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.checkpoints import check_child, check_output, output_folder, read_run, sha256, write_run
-from rlhf.cli import UserError, check_at_least_one, next_command, run
+from rlhf.cli import UserError, check_at_least_one, check_tracker, next_command, run
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
 from rlhf.generation import Response, Seed, generate
 from rlhf.logprobs import chosen_logprobs
@@ -135,6 +135,7 @@ PRESETS = {
 def main(config: Config) -> None:
     started = time.monotonic()
     check_sizes(config)
+    check_tracker(config.log_with)
     inputs = (config.sft_checkpoint, config.reward_checkpoint, config.base_model, config.dataset)
     check_output(config.output_dir, config.overwrite, *inputs)
     sft, reward = read_run(config.sft_checkpoint, "sft"), read_run(config.reward_checkpoint, "reward")
@@ -441,10 +442,8 @@ def check_sizes(config: Config) -> None:
             f"--total-episodes {config.total_episodes} is not a multiple of an update's {config.batch_size} episodes "
             f"({config.per_device_train_batch_size} x {config.gradient_accumulation_steps} x {config.num_mini_batches})"
         )
-    if min(config.temperature, config.kl_stop) <= 0:
-        raise UserError("--temperature and --kl-stop must be above 0")
-    if config.seed < 0:
-        raise UserError("--seed must not be negative")
+    if min(config.temperature, config.kl_stop) <= 0 or config.seed < 0:
+        raise UserError("--temperature and --kl-stop must be above 0, and --seed not below")
 
 
 def load_models(config: Config, sft: dict[str, Any]) -> tuple[SharedBase, PromptFormat, dict[str, Any]]:

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import tyro
@@ -62,6 +63,12 @@ def check_at_least_one(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+def check_tracker(name: str | None) -> None:
+    """Raise UserError when the tracker that --log-with names is not installed."""
+    if name and find_spec(name) is None:
+        raise UserError(f"--log-with {name}: it is not installed; run `pip install {name}`, or leave the flag out")
 
 
 def fail(message: str) -> None:

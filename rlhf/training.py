@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlhf.cli import UserError, check_at_least_one
+from rlhf.cli import UserError, check_at_least_one, check_tracker
 
 import torch
 from accelerate import PartialState
@@ -59,7 +59,7 @@ def ours_to_print(trainer: Trainer) -> Trainer:
 
 
 def check_numbers(config: Any) -> None:
-    """Raise UserError for a size of the SFT or the reward script that is below 1."""
+    """Raise UserError for a size of the SFT or the reward script that is below 1, or a tracker that is not there."""
     sizes = (
         "max_length",
         "max_train_samples",
@@ -69,6 +69,7 @@ def check_numbers(config: Any) -> None:
         "max_steps",
         "logging_steps",
     )
+    check_tracker(config.log_with)
     check_at_least_one(config, *sizes, "per_device_train_batch_size", "gradient_accumulation_steps")
 
 

@@ -77,6 +77,14 @@ def test_a_flag_that_does_not_exist(call_main, tmp_path, script, flag, name):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("script", ["sft_train", "reward_train", "ppo_train"])
+def test_a_tracker_that_is_not_installed(call_main, tmp_path, monkeypatch, script):
+    monkeypatch.setattr("rlhf.cli.find_spec", lambda name: None)
+    result = call_main(script, ["--log-with", "wandb", "--output-dir", tmp_path / "out"])
+    assert_one_line(result.returncode, result.stderr, "--log-with wandb", "pip install wandb")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_script_of_its_own_process_ends_the_same(run_script, tmp_path):
     done = run_script("reward_train.py", "--dataset", "x", cwd=tmp_path)
     assert_one_line(done.returncode, done.stderr, "checkpoints/sft", "python sft_train.py")
@@ -527,3 +535,45 @@ def test_overwrite_replaces_the_earlier_result(call_main, trained, tmp_path):
     assert set(os.listdir(out)) == set(os.listdir(trained.sft))
     assert os.listdir(tmp_path) == ["sft"]
     assert snapshot(out)["adapter_model.safetensors"] == snapshot(trained.sft)["adapter_model.safetensors"]
+
+
+# ---------------------------------------------------------------- PPO
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        (["--total-episodes", "65"], "--total-episodes 65 is not a multiple of an update's 64 episodes (4 x 4 x 4)"),
+        (["--num-mini-batches", "0"], "--num-mini-batches must be at least 1"),
+        (["--rollout-batch-size", "-2"], "--rollout-batch-size"),
+        (["--temperature", "0"], "--temperature"),
+        (["--kl-stop", "0"], "--kl-stop"),
+        (["--seed", "-1"], "--seed"),
+        ([], "python sft_train.py"),
+    ],
+)
+def test_ppo_flags_that_cannot_be(call_main, tmp_path, flag, name):
+    result = call_main("ppo_train", [*flag, "--output-dir", tmp_path / "out"])
+    assert_one_line(result.returncode, result.stderr, name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ppo_refuses_a_reward_model_of_another_sft_model(call_main, trained, flags, tmp_path):
+    sft = tmp_path / "sft"
+    assert call_main("sft_train", [*flags["sft_train"], "--seed", "1", "--output-dir", sft]).returncode == 0
+    argv = ["--sft-checkpoint", sft, "--reward-checkpoint", trained.reward, "--output-dir", tmp_path / "out"]
+    result = call_main("ppo_train", argv)
+    assert_one_line(
+        result.returncode, result.stderr, trained.reward, "not trained from the SFT checkpoint", "reward_train.py"
+    )
+    result = call_main("ppo_train", [*argv, "--reward-checkpoint", sft])
+    assert_one_line(result.returncode, result.stderr, sft, "holds a sft checkpoint where a reward checkpoint is needed")
+    result = call_main("ppo_train", [*argv, "--reward-checkpoint", tmp_path / "none"])
+    assert_one_line(result.returncode, result.stderr, "python reward_train.py", "--reward-checkpoint")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ppo_refuses_a_reward_model_that_is_no_adapter(call_main, trained, tiny_model, tmp_path):
+    argv = ["--sft-checkpoint", trained.sft, "--reward-checkpoint", tiny_model, "--output-dir", tmp_path / "out"]
+    result = call_main("ppo_train", argv)
+    assert_one_line(result.returncode, result.stderr, tiny_model, "Accepted is", "a LoRA adapter on the same base")
