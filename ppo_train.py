@@ -188,7 +188,8 @@ def main(config: Config) -> None:
         save(config, folder, shared, form, base, {"sft": sft, "reward": reward}, metrics, started)
         plot_curves(folder, "update", CURVES)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
-    console.print(f"Next: {next_command('compare_outputs.py', config, PRESETS)}")
+    phases = {"sft": config.sft_checkpoint, "reward": config.reward_checkpoint, "ppo": config.output_dir}
+    console.print(f"Next: {next_command('compare_outputs.py', **phases)}")
 
 
 def draw_prompts(prompts: list[list[int]], update: int, config: Config) -> tuple[list[list[int]], list[Seed]]:

@@ -141,7 +141,7 @@ def main(config: Config) -> None:
                 metrics=metrics,
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
-    console.print(f"Next: {next_command('ppo_train.py', config, PRESETS)}")
+    console.print(f"Next: {next_command('ppo_train.py', sft=config.sft_checkpoint, reward=config.output_dir)}")
 
 
 def both_responses(pairs, eos_token_id: int):

@@ -131,7 +131,7 @@ def main(config: Config) -> None:
                 metrics={"eval_loss_before": before, "eval_loss": after},
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
-    console.print(f"Next: {next_command('reward_train.py', config, PRESETS)}")
+    console.print(f"Next: {next_command('reward_train.py', sft=config.output_dir)}")
 
 
 def response_only(pairs):

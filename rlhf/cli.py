@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -51,10 +52,14 @@ def run(main: Callable[[Config], None], config_class: type[Config], presets: dic
         sys.exit(130)
 
 
-def next_command(script: str, config: Any, presets: dict[str, Any]) -> str:
-    """The command of the next phase, with the preset whose output folder this run wrote to, if any."""
-    preset = next((name for name, values in presets.items() if values.output_dir == config.output_dir), None)
-    return f"python {script}" + (f" --preset {preset}" if preset else "")
+def next_command(script: str, **checkpoints: str) -> str:
+    """The command of the next phase, with the flags that lead it to these checkpoints (phase=folder)."""
+    if all(folder == f"checkpoints/{phase}" for phase, folder in checkpoints.items()):
+        return f"python {script}"
+    if all(folder == f"runs/demo/{phase}" for phase, folder in checkpoints.items()):
+        return f"python {script} --preset demo"
+    flags = [f"--{phase}-checkpoint {shlex.quote(folder)}" for phase, folder in checkpoints.items()]
+    return f"python {script} {' '.join(flags)}"
 
 
 def check_at_least_one(config: Any, *names: str) -> None:

@@ -10,6 +10,8 @@ import sys
 import threading
 from pathlib import Path
 
+from rlhf.cli import next_command
+
 import pytest
 from conftest import DEMO, OFFLINE, ROOT, make_model, write_jsonl
 from safetensors import SafetensorError
@@ -535,6 +537,13 @@ def test_overwrite_replaces_the_earlier_result(call_main, trained, tmp_path):
     assert set(os.listdir(out)) == set(os.listdir(trained.sft))
     assert os.listdir(tmp_path) == ["sft"]
     assert snapshot(out)["adapter_model.safetensors"] == snapshot(trained.sft)["adapter_model.safetensors"]
+
+
+def test_the_next_command_leads_to_what_was_just_made():
+    assert next_command("ppo_train.py", sft="checkpoints/sft", reward="checkpoints/reward") == "python ppo_train.py"
+    assert next_command("reward_train.py", sft="runs/demo/sft") == "python reward_train.py --preset demo"
+    mixed = next_command("ppo_train.py", sft="checkpoints/sft", reward="my runs/r")
+    assert mixed == "python ppo_train.py --sft-checkpoint checkpoints/sft --reward-checkpoint 'my runs/r'"
 
 
 # ---------------------------------------------------------------- PPO
