@@ -33,7 +33,7 @@ from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, r
 from rlhf.ppo_batch import MicroBatch, make_micro_batches, mean_kl
 from rlhf.ppo_log import CURVES, Evaluation, Log, add_means, batch_metrics, compare, describe, mean_stats
 from rlhf.reporting import console, plot_curves
-from rlhf.training import device, num_processes
+from rlhf.training import check_one_process, device
 
 import numpy as np
 import torch
@@ -135,6 +135,7 @@ PRESETS = {
 def main(config: Config) -> None:
     started = time.monotonic()
     check_sizes(config)
+    check_one_process()
     check_tracker(config.log_with)
     inputs = (config.sft_checkpoint, config.reward_checkpoint, config.base_model, config.dataset)
     check_output(config.output_dir, config.overwrite, *inputs)
@@ -449,8 +450,6 @@ def check_sizes(config: Config) -> None:
 
 def load_models(config: Config, sft: dict[str, Any]) -> tuple[SharedBase, PromptFormat, dict[str, Any]]:
     """The shared base with its four roles, the prompt format, and what identifies the base."""
-    if num_processes() > 1:
-        raise UserError("ppo_train.py runs in one process: start it with `python ppo_train.py`")
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
     form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))

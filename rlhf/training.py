@@ -17,13 +17,15 @@ def device() -> torch.device:
     return PartialState().device
 
 
-def num_processes() -> int:
-    return PartialState().num_processes
+def check_one_process() -> None:
+    """Raise UserError under a launcher of several processes: they would write one output folder."""
+    if PartialState().num_processes > 1:
+        raise UserError("the training scripts run in one process: start them with `python`, not with a launcher")
 
 
 def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) -> dict[str, Any]:
     """The arguments that SFTConfig and RewardConfig share, from the fields of the same names in a script's Config."""
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * PartialState().num_processes
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     if rows < batch:
         raise UserError(f"{rows} training rows do not fill one batch of {batch}: lower --gradient-accumulation-steps")
     steps = config.max_steps or math.ceil(rows / batch * config.num_train_epochs)
@@ -59,7 +61,7 @@ def ours_to_print(trainer: Trainer) -> Trainer:
 
 
 def check_numbers(config: Any) -> None:
-    """Raise UserError for a size of the SFT or the reward script that is below 1, or a tracker that is not there."""
+    """Raise UserError for a size of the SFT or the reward script that is below 1, or what else cannot be started."""
     sizes = (
         "max_length",
         "max_train_samples",
@@ -69,6 +71,7 @@ def check_numbers(config: Any) -> None:
         "max_steps",
         "logging_steps",
     )
+    check_one_process()
     check_tracker(config.log_with)
     check_at_least_one(config, *sizes, "per_device_train_batch_size", "gradient_accumulation_steps")
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 from rlhf.cli import next_command
 
@@ -77,6 +78,13 @@ def test_a_flag_that_does_not_exist(call_main, tmp_path, script, flag, name):
     assert name in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["sft_train", "reward_train", "ppo_train"])
+def test_a_launcher_of_several_processes(call_main, tmp_path, monkeypatch, script):
+    monkeypatch.setattr("rlhf.training.PartialState", lambda: SimpleNamespace(num_processes=2))
+    result = call_main(script, ["--output-dir", tmp_path / "out"])
+    assert_one_line(result.returncode, result.stderr, "one process", "`python`")
 
 
 @pytest.mark.parametrize("script", ["sft_train", "reward_train", "ppo_train"])
