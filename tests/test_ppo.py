@@ -1,10 +1,13 @@
 """PPO's formulas against numbers worked by hand, and properties of the passes through the model."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import ppo_train
 from ppo_train import adapt_kl_coef, gae, policy_loss, token_rewards, value_loss, whiten
+from rlhf.generation import Response
 from rlhf.logprobs import chosen_logprobs
+from rlhf.ppo_batch import make_micro_batches
 
 import pytest
 import torch
@@ -60,6 +63,33 @@ def test_whitening_is_over_real_tokens_of_all_micro_batches():
     close(white[1], [[0.0, 1.2247449]])
     kept = whiten([tensor([[1.0, 99.0]]), tensor([[2.0, 3.0]])], masks, shift_mean=False)
     close(torch.cat([kept[0][masks[0]], kept[1][masks[1]]]).mean(), 2.0)
+
+
+def test_advantages_of_an_update_by_hand():
+    """Scores are centred, clipped and fined; KL is charged to the policy; with lambda 1 and values 0 returns are sums of rewards."""
+    config = dataclasses.replace(ppo_train.Config(), score_clip=1.5, missing_eos_penalty=1.0, gamma=1.0, lam=1.0)
+    ended = SimpleNamespace(
+        scores=tensor([3.0]),  # 2 above the baseline, clipped to 1.5
+        ended=tensor([TRUE]),
+        response_mask=tensor([[TRUE, TRUE]]),
+        logprobs=tensor([[-1.0, -2.0]]),
+        ref_logprobs=tensor([[-1.5, -1.0]]),  # KL 0.5 and -1
+        values=torch.zeros(1, 2),
+    )
+    cut = SimpleNamespace(
+        scores=tensor([0.0]),  # 1 below the baseline, and 1 for the missing EOS
+        ended=tensor([FALSE]),
+        response_mask=tensor([[TRUE, FALSE]]),
+        logprobs=tensor([[-1.0, 0.0]]),
+        ref_logprobs=tensor([[-1.0, 0.0]]),
+        values=torch.zeros(1, 2),
+    )
+    ppo_train.set_advantages([ended, cut], kl_coef=0.1, baseline=1.0, config=config)
+    close(ended.returns, [[-0.05 + 1.6, 1.6]])  # the last token gets 0.1 + 1.5
+    close(cut.returns, [[-2.0, 0.0]])
+    # 1.55, 1.6 and -2 have mean 0.383333 and variance 2.840556
+    close(ended.advantages, [[0.692222, 0.721888]])
+    close(cut.advantages, [[-1.414110, 0.0]])
 
 
 def test_policy_loss_clips_on_both_sides():
@@ -118,6 +148,30 @@ def test_every_prompt_comes_once_an_epoch_and_every_episode_has_its_own_seed():
     assert sorted(order[:6]) == sorted(order[6:]) == list(range(6)) and order[:6] != order[6:]
     assert len({seed for _, seeds in drawn for seed in seeds}) == 12
     assert drawn[1] == ppo_train.draw_prompts(list(range(6)), 2, config)
+
+
+def test_micro_batches_by_hand():
+    form = SimpleNamespace(eos_token_id=2, pad_token_id=0)
+    prompts = [[5, 6, 7], [5], [5, 6]]
+    responses = [
+        Response([11, 12, 2], 2, "eos"),  # text 11 12, then EOS was sampled
+        Response([13, 14], 2, "length"),  # cut: it is scored with an EOS that nobody sampled
+        Response([15, 9], 1, "stop_text"),  # text 15; then token 9 began the next turn
+    ]
+    short, long = make_micro_batches(prompts, responses, form, 2, torch.device("cpu"))
+    assert short.rows == [1, 2] and long.rows == [0]
+    assert short.input_ids.tolist() == [[5, 13, 14, 2], [5, 6, 15, 2]]
+    assert long.input_ids.tolist() == [[5, 6, 7, 11, 12, 2]]
+    assert short.last.tolist() == [3, 3] and long.last.tolist() == [5]
+    assert short.actions.tolist() == [[13, 14], [15, 9]] and long.actions.tolist() == [[11, 12, 2]]
+    assert short.positions.tolist() == [[0, 1], [1, 2]] and long.positions.tolist() == [[2, 3, 4]]
+    assert short.ended.tolist() == [False, False] and long.ended.tolist() == [True]
+
+    (ragged,) = make_micro_batches(prompts, responses, form, 3, torch.device("cpu"))
+    assert ragged.rows == [1, 2, 0]
+    assert ragged.response_mask.tolist() == [[TRUE, TRUE, FALSE], [TRUE, TRUE, FALSE], [TRUE, TRUE, TRUE]]
+    assert ragged.input_ids.tolist() == [[5, 13, 14, 2, 0, 0], [5, 6, 15, 2, 0, 0], [5, 6, 7, 11, 12, 2]]
+    assert ragged.last.tolist() == [3, 3, 5]
 
 
 # ---------------------------------------------------------------- log-probabilities
