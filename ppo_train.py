@@ -150,6 +150,7 @@ def main(config: Config) -> None:
         ],
         eps=1e-5,
         weight_decay=0.0,
+        fused=True,
     )
     scaler = torch.amp.GradScaler(shared.device.type, enabled=shared.dtype == torch.float16)
     kl_coef = config.kl_coef

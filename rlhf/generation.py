@@ -12,6 +12,7 @@ from rlhf.modeling import SharedBase
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -78,16 +79,10 @@ def _generate_batch(shared, form, prompts, rows, max_new_tokens, temperature, se
     chosen: list[list[int]] = [[] for _ in rows]
 
     for step in range(max_new_tokens):
-        with shared.autocast():
-            output = shared.peft(
-                input_ids=step_ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        tokens = pick(output.logits[:, -1], temperature, draws[:, step])
+        hidden = shared.decoder(
+            input_ids=step_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state[:, -1]  # [B, H], and not [B, 1, H]: of that a matmul would copy the weight for each row
+        tokens = pick(F.linear(hidden, shared.lm_head_weight()), temperature, draws[:, step])
         keep = []
         for i, token in enumerate(tokens.tolist()):
             chosen[i].append(token)

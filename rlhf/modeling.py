@@ -18,6 +18,7 @@ from rlhf.checkpoints import check_same_base
 from rlhf.cli import UserError, one_line
 from rlhf.data import PromptFormat
 from rlhf.hub import hub_errors
+from rlhf.layers import CPU_ATTENTION, lean_layers
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +165,8 @@ def load_base(base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_
     """
     device = PartialState().device
     options: dict[str, Any] = {"dtype": dtype, "revision": base["revision"], "use_safetensors": True}
+    if device.type == "cpu":
+        options["attn_implementation"] = CPU_ATTENTION
     if base["load_in_4bit"]:
         check_4bit(device)
         options["device_map"] = {"": device}
@@ -232,6 +235,7 @@ class SharedBase:
         config, state = read_adapter(folder)
         self.peft = PeftModel(model, config, adapter_name="sft")
         self._load("sft", state)
+        lean_layers(self.peft)
         self.activate(None)
 
     def add_role(
@@ -304,9 +308,6 @@ class SharedBase:
 
     # -- forward
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
     @contextlib.contextmanager
     def _only(self, layers: slice) -> Iterator[None]:
         """Run the decoder's own forward on some of its layers; the final norm only after the last."""
@@ -332,12 +333,12 @@ class SharedBase:
         """
         if self.first_role_layer == 0:
             return self.decoder.embed_tokens(input_ids).detach()  # a checkpointing hook may have marked it
-        with self._only(slice(0, self.first_role_layer)), self.autocast():
+        with self._only(slice(0, self.first_role_layer)):
             return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def upper(self, lower: Tensor) -> Tensor:
         """Final hidden states [B, T, H] of the active role, from those that `lower` gave."""
-        with self._only(slice(self.first_role_layer, None)), self.autocast():
+        with self._only(slice(self.first_role_layer, None)):
             return self.decoder(inputs_embeds=lower, use_cache=False).last_hidden_state
 
     def cut_gradients_below_roles(self) -> None:
@@ -348,7 +349,7 @@ class SharedBase:
     def check_split(self) -> None:
         """Raise UserError unless lower + upper is the whole forward, bit for bit, on this architecture."""
         ids = torch.arange(1, 9, device=self.device)[None]
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad():
             whole = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
         with torch.no_grad():
             split = self.upper(self.lower(ids))

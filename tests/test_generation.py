@@ -113,8 +113,9 @@ def test_the_active_role_is_the_one_that_speaks(trained, tiny_model, silent, pro
     shared.activate("policy")
     assert sample(shared, silent, prompts, 0, [0] * 6, 6) == reference  # B = 0
     torch.manual_seed(0)
-    for parameter in shared.parameters("policy"):
-        parameter.data.normal_()
+    with torch.no_grad():
+        for parameter in shared.parameters("policy"):
+            parameter.normal_()
     changed = sample(shared, silent, prompts, 0, [0] * 6, 6)
     assert changed != reference
     assert sample(shared, silent, prompts[1:2], 0, [0], 1) == changed[1:2]
