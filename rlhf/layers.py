@@ -19,8 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import ACT2FN
 from transformers.masking_utils import eager_mask
 
-
-SiLU = type(ACT2FN["silu"])
+SiLU = type(ACT2FN["silu"])  # the class that transformers gives `hidden_act: silu`
 
 
 def lean_layers(model: nn.Module) -> None:
@@ -52,7 +51,9 @@ def _lora_forward(self: LoraLayer, x: Tensor) -> Tensor:
     return _AddLora.apply(out, x.to(out.dtype), a, b, [self.scaling[name] for name in names], *weights)
 
 
-def _stack(layer: LoraLayer, names: list[str], weights: list[nn.Parameter], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _stack(
+    layer: LoraLayer, names: list[str], weights: list[nn.Parameter], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """[A1; A2] [R, I] and [s1 B1, s2 B2] [O, R] in `dtype`.
 
     Between passes that train, and until a weight or the choice of adapters changes, they are made only once: a rollout

@@ -2,12 +2,12 @@
 
 import copy
 
+from rlhf.layers import CPU_ATTENTION, lean_layers
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-from rlhf.layers import CPU_ATTENTION, lean_layers
 
 IDS = torch.tensor([[5, 9, 17, 3, 40, 8], [7, 7, 30, 21, 2, 11]])
 
