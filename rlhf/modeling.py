@@ -234,7 +234,7 @@ class SharedBase:
         self.heads: dict[str, ScalarHead] = {}
         config, state = read_adapter(folder)
         self.peft = PeftModel(model, config, adapter_name="sft")
-        self._load("sft", state)
+        self.load("sft", state)
         lean_layers(self.peft)
         self.activate(None)
 
@@ -263,14 +263,15 @@ class SharedBase:
         )
         self.peft.add_adapter(role, config)
         if state is not None:
-            self._load(role, state)
+            self.load(role, state)
         if head is not None:
             self.heads[role] = ScalarHead(head.shape[1]).to(self.device)
             self.heads[role].weight.data.copy_(head)
         self.first_role_layer = min(self.first_role_layer, first)
         self.activate(None)
 
-    def _load(self, role: str, state: dict[str, Tensor]) -> None:
+    def load(self, role: str, state: dict[str, Tensor]) -> None:
+        """Copy LoRA weights under PEFT's names into `role`. Raises UserError if they do not fit."""
         try:
             result = set_peft_model_state_dict(self.peft, state, adapter_name=role)
         except RuntimeError as error:  # weights of other shapes

@@ -1,0 +1,302 @@
+"""Our PPO beside the last PPO that TRL had (1.12.0): speed, memory, and what was learned.
+
+    make demo     # trains the SFT and the reward model that both start from
+    make bench
+
+Each run is a process of its own; the runs alternate, so that a slow spell of the machine meets all. TRL is installed
+into benchmarks/work, apart from the pinned one. All start from the same SFT policy and reward model, on the same
+prompts, with 16 episodes of up to 48 tokens an update and LoRA of rank 16:
+
+- trl: TRL's PPOTrainer at its best settings for a CPU (trl_ppo.py).
+- same_algorithm: ppo_train.py told to do what TRL does: adapters of policy and value on all layers, 4 epochs, one
+  minibatch, a fixed KL coefficient, no KL stop, no warm-up.
+- shipped_defaults: ppo_train.py as it comes (`--preset demo`), with its warm-ups cut to fit so short a run.
+
+At the end all policies answer the held-out prompts with the same seeds and are judged by the same reward model.
+"""
+
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ppo_train  # noqa: E402
+from rlhf.checkpoints import read_run, sha256  # noqa: E402
+from rlhf.cli import UserError, run  # noqa: E402
+from rlhf.data import PromptFormat, load_pairs, tokenize_prompts  # noqa: E402
+from rlhf.modeling import load_tokenizer, read_adapter, read_stacked, save_stacked  # noqa: E402
+from rlhf.reporting import console, mean_interval  # noqa: E402
+
+import torch  # noqa: E402
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification  # noqa: E402
+
+WORK = ROOT / "benchmarks" / "work"
+TRL = WORK / "trl-1.12.0"
+BATCH = 16  # episodes of a TRL update
+SAME_ALGORITHM = [
+    *["--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "4", "--num-mini-batches", "1"],
+    *["--num-ppo-epochs", "4", "--role-layers", "0", "--rollout-batch-size", "16"],
+    *["--warmup-updates", "0", "--critic-warmup-updates", "0", "--kl-stop", "1e9", "--kl-controller", "fixed"],
+]
+SHIPPED_DEFAULTS = ["--warmup-updates", "1", "--critic-warmup-updates", "0"]
+
+
+@dataclass(frozen=True)
+class Config:
+    sft_checkpoint: str = "runs/demo/sft"
+    reward_checkpoint: str = "runs/demo/reward"
+    dataset: str = "demo/data"
+    max_train_samples: int | None = None  # prompts to train on; None: all
+    max_eval_samples: int | None = 80  # held-out prompts
+    runs: int = 3  # of each trainer, each with a seed of its own
+    episodes: int = 128  # of each run; a multiple of 32
+    learning_rate: float = 1e-3  # of every policy, as in the demo
+    value_learning_rate: float = 5e-4  # of every value adapter, as in the demo
+    output: str = "benchmarks/results/ppo_vs_trl.json"
+
+
+def main(config: Config) -> None:
+    if config.episodes % 32 or config.episodes < 1 or config.runs < 1:
+        raise UserError("--episodes must be a multiple of 32, and --runs at least 1")
+    output = ROOT / config.output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # In a process of its own: a child's peak memory counts what its parent held when it was started.
+    step = multiprocessing.get_context("spawn").Process(target=prepare, args=(config,))
+    step.start()
+    step.join()
+    if step.exitcode:
+        sys.exit(step.exitcode)
+    runs: list[dict[str, Any]] = []
+    for seed in range(config.runs):
+        for name in ("trl", "same_algorithm", "shipped_defaults"):
+            runs.append(measure(config, name, seed))
+    runs.append(measure(replace(config, episodes=2 * BATCH), "trl_full_value", 0))
+    results = summary(config, runs)
+    output.write_text(json.dumps(results, indent=2) + "\n")
+    show(results)
+    console.print(f"Saved {config.output}.")
+
+
+# ---------------------------------------------------------------- before
+
+
+def prepare(config: Config) -> None:
+    """TRL 1.12.0, and in benchmarks/work the two checkpoints as TRL and `same_algorithm` need them."""
+    WORK.mkdir(exist_ok=True)
+    (WORK / ".gitignore").write_text("*\n")
+    if not (TRL / "trl").exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), "trl==1.12.0"]
+        subprocess.run(pip, check=True)
+    tokenizer = load_tokenizer(config.sft_checkpoint)
+    form = PromptFormat(read_run(config.sft_checkpoint, "sft")["prompt_format"], tokenizer)
+    pairs = load_pairs(config.dataset, "train", config.max_train_samples)
+    prompts = tokenize_prompts(pairs, form, ours(config).max_prompt_length)
+    (WORK / "prompts.json").write_text(json.dumps(prompts))
+    # TRL's models are whole ones, so the adapters are merged into copies of the base.
+    options = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id, "dtype": torch.float32}
+    for name, model in (
+        ("policy", AutoPeftModelForCausalLM.from_pretrained(config.sft_checkpoint, dtype=torch.float32)),
+        ("reward", AutoPeftModelForSequenceClassification.from_pretrained(config.reward_checkpoint, **options)),
+    ):
+        model.merge_and_unload().to(torch.bfloat16).save_pretrained(WORK / name)
+        tokenizer.save_pretrained(WORK / name)
+    widen_reward(config)
+
+
+def widen_reward(config: Config) -> None:
+    """The same reward model with its adapter on all layers, at zero where it had none: the value model is a copy of it."""
+    shared, form, base = ppo_train.load_models(ours(config), read_run(config.sft_checkpoint, "sft"))
+    scorer = read_stacked(config.reward_checkpoint, shared)
+    shared.add_role("wide", **scorer | {"num_layers": 0, "state": None})
+    with torch.no_grad():
+        for name, weight in shared.peft.named_parameters():
+            if ".wide." in name:
+                narrow = scorer["state"].get(name.replace(".wide.", "."))
+                if narrow is not None:
+                    weight.copy_(narrow)
+    save_stacked(WORK / "reward_all_layers", shared, "wide", form, base)
+    facts = read_run(config.reward_checkpoint, "reward")
+    facts["adapter_sha256"] = sha256(WORK / "reward_all_layers" / "adapter_model.safetensors")
+    (WORK / "reward_all_layers" / "run.json").write_text(json.dumps(facts))
+
+
+def ours(config: Config) -> ppo_train.Config:
+    return replace(
+        ppo_train.PRESETS["demo"],
+        sft_checkpoint=config.sft_checkpoint,
+        reward_checkpoint=config.reward_checkpoint,
+        dataset=config.dataset,
+        max_train_samples=config.max_train_samples,
+        max_eval_samples=config.max_eval_samples,
+    )
+
+
+# ---------------------------------------------------------------- a run
+
+
+def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
+    """Run one trainer in a process of its own: its speed, its phases and its peak memory."""
+    out = WORK / f"{name}_{seed}"
+    if name.startswith("trl"):
+        settings = {
+            "policy": str(WORK / "policy"),
+            "reward": str(WORK / "reward"),
+            "prompts": str(WORK / "prompts.json"),
+            "value": "full" if name == "trl_full_value" else "lora",
+            "updates": config.episodes // BATCH,
+            "learning_rate": config.learning_rate,
+            "value_learning_rate": config.value_learning_rate if name == "trl" else 1e-5,
+            "seed": seed,
+            "output_dir": str(out),
+        }
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+        (WORK / "settings.json").write_text(json.dumps(settings))
+        command = [sys.executable, str(ROOT / "benchmarks" / "trl_ppo.py"), str(WORK / "settings.json")]
+    else:
+        rates = [
+            *["--learning-rate", str(config.learning_rate)],
+            *["--value-learning-rate", str(config.value_learning_rate)],
+        ]
+        same = [*SAME_ALGORITHM, "--reward-checkpoint", str(WORK / "reward_all_layers")]
+        command = [
+            *[sys.executable, str(ROOT / "ppo_train.py"), "--preset", "demo", "--overwrite"],
+            *["--sft-checkpoint", config.sft_checkpoint, "--reward-checkpoint", config.reward_checkpoint],
+            *["--dataset", config.dataset, "--output-dir", str(out), "--seed", str(seed)],
+            *["--total-episodes", str(config.episodes), "--max-eval-samples", "4", "--num-printed-samples", "0"],
+            *(["--max-train-samples", str(config.max_train_samples)] if config.max_train_samples else []),
+            *rates,
+            *(same if name == "same_algorithm" else SHIPPED_DEFAULTS),
+        ]
+    console.print(f"{name}, seed {seed} ...")
+    env = os.environ | ({"PYTHONPATH": str(TRL)} if name.startswith("trl") else {})
+    with open(WORK / f"{name}_{seed}.log", "wb") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise UserError(f"{name} failed; see {log.name}")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "time/rollout" in row]
+    seconds = {phase: sum(row[f"time/{phase}"] for row in rows) for phase in ("rollout", "measure", "optimise")}
+    result = {
+        "trainer": name,
+        "seed": seed,
+        "episodes": config.episodes,
+        "samples_per_second": config.episodes / sum(seconds.values()),
+        "peak_rss_gb": usage.ru_maxrss * 1024 / 1e9,
+        "seconds_per_update": {phase: total / len(rows) for phase, total in seconds.items()},
+        "training_score": [row["objective/scores"] for row in rows],
+    }
+    console.print(f"  {result['samples_per_second']:.3f} samples/s, {result['peak_rss_gb']:.2f} GB peak")
+    return result
+
+
+# ---------------------------------------------------------------- after
+
+
+def summary(config: Config, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians, ratios over TRL's, and what each policy learned."""
+    sft = judge(config, "sft", 0)
+    learned = {
+        (name, seed): judge(config, name, seed)
+        for name in ("trl", "same_algorithm", "shipped_defaults")
+        for seed in range(config.runs)
+    }
+
+    def median(name: str, what: str) -> float:
+        return statistics.median(entry[what] for entry in runs if entry["trainer"] == name)
+
+    def learning(name: str) -> dict[str, Any]:
+        results = [learned[name, seed] for seed in range(config.runs)]
+        gains = torch.stack([result.scores - sft.scores for result in results])  # [seeds, prompts]
+        low, high = mean_interval(gains.mean(0).tolist())
+        return {
+            "score_gain": gains.mean().item(),
+            "score_gain_interval": [low, high],
+            "score_gain_by_seed": gains.mean(1).tolist(),
+            "kl_by_seed": [result.kl.mean().item() for result in results],
+            "response_length_by_seed": [result.response_length.mean().item() for result in results],
+        }
+
+    results: dict[str, Any] = {
+        "hardware": hardware(),
+        "config": {name: str(value) for name, value in vars(config).items()},
+        "sft_score": sft.scores.mean().item(),
+        "sft_score_std": sft.scores.std().item(),
+        "trl": {what: median("trl", what) for what in ("samples_per_second", "peak_rss_gb")} | learning("trl"),
+        "trl_full_value": {what: median("trl_full_value", what) for what in ("samples_per_second", "peak_rss_gb")},
+    }
+    for name in ("same_algorithm", "shipped_defaults"):
+        difference = torch.stack(
+            [learned[name, seed].scores - learned["trl", seed].scores for seed in range(config.runs)]
+        )
+        results[name] = {
+            "speed_ratio": median(name, "samples_per_second") / median("trl", "samples_per_second"),
+            "memory_ratio": median(name, "peak_rss_gb") / median("trl", "peak_rss_gb"),
+            "samples_per_second": median(name, "samples_per_second"),
+            "peak_rss_gb": median(name, "peak_rss_gb"),
+            **learning(name),
+            "score_above_trl": difference.mean().item(),
+            "score_above_trl_interval": list(mean_interval(difference.mean(0).tolist())),
+        }
+    return results | {"runs": runs}
+
+
+def judge(config: Config, name: str, seed: int) -> ppo_train.Evaluation:
+    """Answers to the held-out prompts, scored: of the SFT policy, or of what a run has trained on top of it."""
+    sft, settings, state = read_run(config.sft_checkpoint, "sft"), replace(ours(config), dtype="bf16"), None
+    shared, form, _ = ppo_train.load_models(settings, sft)
+    folder = str(WORK / f"{name}_{seed}")
+    if name == "trl":
+        lora, state = read_adapter(folder)
+        shape = {"lora_rank": lora.r, "lora_alpha": lora.lora_alpha, "role_layers": 0}
+    elif name != "sft":
+        policy = read_stacked(folder, shared)
+        state = policy["state"]
+        shape = {"lora_rank": policy["rank"], "lora_alpha": policy["alpha"], "role_layers": policy["num_layers"]}
+    if state is not None:
+        shared, form, _ = ppo_train.load_models(replace(settings, **shape), sft)
+        shared.load("policy", state)
+    _, prompts = ppo_train.load_prompts(settings, form)
+    return ppo_train.evaluate(settings, shared, form, prompts)
+
+
+def hardware() -> str:
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return f"{torch.get_num_threads()} threads, {names[0] if names else 'unknown CPU'}, torch {torch.__version__}"
+
+
+def show(results: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("", "samples/s", "peak GB", "score gain", "KL", title=results["hardware"])
+    for name in ("trl", "same_algorithm", "shipped_defaults"):
+        r = results[name]
+        low, high = r["score_gain_interval"]
+        kl = statistics.mean(r["kl_by_seed"])
+        ratios = [f" ({r[ratio]:.2f}x)" if ratio in r else "" for ratio in ("speed_ratio", "memory_ratio")]
+        table.add_row(
+            name,
+            f"{r['samples_per_second']:.3f}{ratios[0]}",
+            f"{r['peak_rss_gb']:.2f}{ratios[1]}",
+            f"{r['score_gain']:.2f} ({low:.2f} to {high:.2f})",
+            f"{kl:.2f}",
+        )
+    full = results["trl_full_value"]
+    table.add_row(
+        "trl, all of the value model", f"{full['samples_per_second']:.3f}", f"{full['peak_rss_gb']:.2f}", "", ""
+    )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    run(main, Config, {}, __doc__)
