@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.checkpoints import check_child, check_output, output_folder, read_run, sha256, write_run
+from rlhf.checkpoints import check_child, check_output, output_folder, read_run, write_run
 from rlhf.cli import UserError, check_at_least_one, check_tracker, next_command, run
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
 from rlhf.generation import Response, Seed, generate
 from rlhf.logprobs import chosen_logprobs
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, read_stacked, same_base, save_stacked
+from rlhf.plan import dry_run_ppo
 from rlhf.ppo_batch import MicroBatch, make_micro_batches, mean_kl
 from rlhf.ppo_log import CURVES, Evaluation, Log, add_means, batch_metrics, compare, describe, mean_stats
 from rlhf.reporting import console, plot_curves
@@ -49,6 +50,8 @@ class Config:
     dataset: str = "Dahoas/rm-static"  # only its prompts are used
     output_dir: str = "checkpoints/ppo"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
+    dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
+    card_gb: float = 12.0  # the card that --dry-run plans for
 
     max_prompt_length: int = 384  # tokens; longer prompts are cut from the left at a turn boundary
     response_length: int = 128  # tokens sampled at most
@@ -141,17 +144,16 @@ def main(config: Config) -> None:
     check_output(config.output_dir, config.overwrite, *inputs)
     sft, reward = read_run(config.sft_checkpoint, "sft"), read_run(config.reward_checkpoint, "reward")
     check_child(reward, config.reward_checkpoint, sft, config.sft_checkpoint)
+    if config.dry_run:
+        dry_run_ppo(config, sft, reward)
+        return
     shared, form, base = load_models(config, sft)
     prompts, eval_prompts = load_prompts(config, form)
-    optimizer = torch.optim.AdamW(
-        [
-            {"name": "policy", "params": shared.parameters("policy"), "peak_lr": config.learning_rate},
-            {"name": "value", "params": shared.parameters("value"), "peak_lr": config.value_learning_rate},
-        ],
-        eps=1e-5,
-        weight_decay=0.0,
-        fused=True,
-    )
+    groups = [
+        {"name": "policy", "params": shared.parameters("policy"), "peak_lr": config.learning_rate},
+        {"name": "value", "params": shared.parameters("value"), "peak_lr": config.value_learning_rate},
+    ]
+    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(shared.device.type, enabled=shared.dtype == torch.float16)
     kl_coef = config.kl_coef
 
@@ -482,16 +484,14 @@ def save(config, folder: Path, shared, form, base, parents: dict, metrics: dict[
         folder,
         "ppo",
         config,
+        shared.dtype,
+        started,
         base=base,
         prompt_format=form.name,
-        adapter_sha256=sha256(folder / "adapter_model.safetensors"),
         parents={phase: run["adapter_sha256"] for phase, run in parents.items()},
         data={"source": config.dataset},
         updates=config.num_updates,
         episodes=config.num_updates * config.batch_size,
-        device=str(shared.device),
-        dtype=str(shared.dtype),
-        seconds=round(time.monotonic() - started),
         metrics=metrics,
     )
 

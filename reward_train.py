@@ -19,12 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlhf.checkpoints import check_output, output_folder, read_run, sha256, write_run
+from rlhf.checkpoints import check_output, output_folder, read_run, write_run
 from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, same_base, save_stacked
+from rlhf.plan import SAMPLE, plan_reward, read_shape, show_data, show_end, show_plan
 from rlhf.reporting import TrainerLog, console, plot_curves, preference, wilson_interval
-from rlhf.training import check_numbers, device, keep_fp32, ours_to_print, trainer_options
+from rlhf.training import (
+    check_numbers,
+    device,
+    effective_batch,
+    keep_fp32,
+    num_steps,
+    ours_to_print,
+    trainer_options,
+)
 
 import datasets
 import torch
@@ -40,6 +49,8 @@ class Config:
     dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
     output_dir: str = "checkpoints/reward"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
+    dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
+    card_gb: float = 12.0  # the card that --dry-run plans for
 
     max_length: int = 512  # tokens of prompt and response; prompts are cut from the left at a turn boundary
     max_train_samples: int | None = None  # the first so many rows; None: all
@@ -95,6 +106,9 @@ def main(config: Config) -> None:
     # 1. Tokenise both responses of each pair.
     train_pairs = load_pairs(config.dataset, "train", config.max_train_samples)
     eval_pairs = load_pairs(config.dataset, "test", config.max_eval_samples)
+    if config.dry_run:
+        dry_run(config, base, form, train_pairs, sft)
+        return
     train_set = both_responses(tokenize_pairs(train_pairs, form, config.max_length, "train"), form.eos_token_id)
     eval_set = both_responses(tokenize_pairs(eval_pairs, form, config.max_length, "test"), form.eos_token_id)
 
@@ -129,15 +143,13 @@ def main(config: Config) -> None:
                 folder,
                 "reward",
                 config,
+                dtype,
+                started,
                 base=base,
                 prompt_format=sft["prompt_format"],
-                adapter_sha256=sha256(folder / "adapter_model.safetensors"),
                 parents={"sft": sft["adapter_sha256"]},
                 data={"source": config.dataset, "train_rows": len(train_set), "sha256": fingerprint(train_pairs)},
                 steps=trainer.state.global_step,
-                device=str(device()),
-                dtype=str(dtype),
-                seconds=round(time.monotonic() - started),
                 metrics=metrics,
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
@@ -155,6 +167,19 @@ def both_responses(pairs, eos_token_id: int):
         for p in pairs
     ]
     return datasets.Dataset.from_list(rows)
+
+
+def dry_run(config: Config, base, form, pairs, sft) -> None:
+    """Rows, tokens, steps and the memory plan."""
+    sample = tokenize_pairs(pairs[:SAMPLE], form, config.max_length, "train")
+    lengths = [2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in sample]
+    show_data("training pairs", len(pairs), lengths)
+    console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {effective_batch(config)} pairs")
+    plan = plan_reward(read_shape(base, config.dtype), config, sft["hyperparameters"]["lora_rank"])
+    show_plan(
+        plan, config.card_gb, "--per-device-train-batch-size or --max-length, and turn on --gradient-checkpointing"
+    )
+    show_end()
 
 
 def make_trainer(config: Config, model, form, train_set, dtype, folder: Path):

@@ -18,12 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlhf.checkpoints import check_output, output_folder, sha256, write_run
+from rlhf.checkpoints import check_output, output_folder, write_run
 from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
 from rlhf.modeling import base_facts, choose_dtype, linear_names, load_base, load_tokenizer
+from rlhf.plan import SAMPLE, plan_sft, read_shape, show_data, show_end, show_plan
 from rlhf.reporting import TrainerLog, console, plot_curves
-from rlhf.training import check_numbers, device, keep_fp32, ours_to_print, trainer_options
+from rlhf.training import (
+    check_numbers,
+    device,
+    effective_batch,
+    keep_fp32,
+    num_steps,
+    ours_to_print,
+    trainer_options,
+)
 
 import datasets
 from peft import LoraConfig, get_peft_model
@@ -38,6 +47,8 @@ class Config:
     dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
     output_dir: str = "checkpoints/sft"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
+    dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
+    card_gb: float = 12.0  # the card that --dry-run plans for
     prompt_format: Literal["hh", "model"] = "hh"  # hh: "\n\nHuman: ..."; model: an Instruct base's own chat template
 
     max_length: int = 512  # tokens of prompt and response; prompts are cut from the left at a turn boundary
@@ -92,6 +103,9 @@ def main(config: Config) -> None:
     # 1. Tokenise: prompt tokens are masked out of the loss, EOS is not.
     train_pairs = load_pairs(config.dataset, "train", config.max_train_samples)
     eval_pairs = load_pairs(config.dataset, "test", config.max_eval_samples)
+    if config.dry_run:
+        dry_run(config, base, form, train_pairs)
+        return
     train_set = response_only(tokenize_pairs(train_pairs, form, config.max_length, "train"))
     eval_set = response_only(tokenize_pairs(eval_pairs, form, config.max_length, "test"))
 
@@ -118,16 +132,14 @@ def main(config: Config) -> None:
                 folder,
                 "sft",
                 config,
+                dtype,
+                started,
                 base=base,
                 prompt_format=config.prompt_format,
-                adapter_sha256=sha256(folder / "adapter_model.safetensors"),
                 parents={},
                 data={"source": config.dataset, "train_rows": len(train_set), "sha256": fingerprint(train_pairs)},
                 epochs=round(trainer.state.epoch or 0, 2),
                 steps=trainer.state.global_step,
-                device=str(device()),
-                dtype=str(dtype),
-                seconds=round(time.monotonic() - started),
                 metrics={"eval_loss_before": before, "eval_loss": after},
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
@@ -140,6 +152,18 @@ def response_only(pairs):
         {"input_ids": p.prompt_ids + p.chosen_ids, "labels": [-100] * len(p.prompt_ids) + p.chosen_ids} for p in pairs
     ]
     return datasets.Dataset.from_list(rows)
+
+
+def dry_run(config: Config, base, form, pairs) -> None:
+    """Rows, tokens, steps and the memory plan."""
+    sample = tokenize_pairs(pairs[:SAMPLE], form, config.max_length, "train")
+    show_data("training rows", len(pairs), [len(p.prompt_ids) + len(p.chosen_ids) for p in sample])
+    console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {effective_batch(config)} rows")
+    plan = plan_sft(read_shape(base, config.dtype), config)
+    show_plan(
+        plan, config.card_gb, "--max-length or --lora-rank, and turn on --load-in-4bit and --gradient-checkpointing"
+    )
+    show_end()
 
 
 def make_trainer(config: Config, model, form, train_set, eval_set, dtype, folder: Path):

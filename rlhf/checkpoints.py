@@ -21,6 +21,9 @@ from typing import Any
 
 from rlhf.cli import UserError, is_disk_full, one_line
 
+import torch
+from accelerate import PartialState
+
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 SCRIPTS = {"sft": "sft_train.py", "reward": "reward_train.py", "ppo": "ppo_train.py"}
 BASE_FACTS = {
@@ -75,11 +78,20 @@ def output_folder(folder: str) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_run(folder: Path, phase: str, config: Any, **facts: Any) -> None:
-    """Write `run.json`: the resolved hyperparameters of `config` (a dataclass) and what else the next phase checks."""
+def write_run(folder: Path, phase: str, config: Any, dtype: torch.dtype, started: float, **facts: Any) -> None:
+    """Write `run.json`: the resolved hyperparameters of `config` (a dataclass) and what else the next phase checks.
+
+    Args:
+        folder: holds the adapter already.
+        started: `time.monotonic()` when the run began.
+    """
     run = {
         "phase": phase,
         **facts,
+        "adapter_sha256": sha256(folder / "adapter_model.safetensors"),
+        "device": str(PartialState().device),
+        "dtype": str(dtype),
+        "seconds": round(time.monotonic() - started),
         "hyperparameters": dataclasses.asdict(config),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES}
         | {"python": platform.python_version()},
@@ -163,8 +175,6 @@ def sha256(path: Path) -> str:
 
 def peak_memory_gib() -> float:
     """The most that this process has held: of the card's memory if it used one, else of the machine's."""
-    import torch
-
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return round(torch.cuda.max_memory_allocated() / 2**30, 2)
     import resource

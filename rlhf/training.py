@@ -23,12 +23,21 @@ def check_one_process() -> None:
         raise UserError("the training scripts run in one process: start them with `python`, not with a launcher")
 
 
-def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) -> dict[str, Any]:
-    """The arguments that SFTConfig and RewardConfig share, from the fields of the same names in a script's Config."""
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+def effective_batch(config: Any) -> int:
+    """Rows of an optimizer step."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+
+
+def num_steps(config: Any, rows: int) -> int:
+    """Optimizer steps of a run. Raises UserError when the rows do not fill one."""
+    batch = effective_batch(config)
     if rows < batch:
         raise UserError(f"{rows} training rows do not fill one batch of {batch}: lower --gradient-accumulation-steps")
-    steps = config.max_steps or math.ceil(rows / batch * config.num_train_epochs)
+    return config.max_steps or math.ceil(rows / batch * config.num_train_epochs)
+
+
+def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) -> dict[str, Any]:
+    """The arguments that SFTConfig and RewardConfig share, from the fields of the same names in a script's Config."""
     return {
         "output_dir": str(folder),
         "learning_rate": config.learning_rate,
@@ -40,7 +49,7 @@ def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) ->
         "gradient_checkpointing": config.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "lr_scheduler_type": "cosine",
-        "warmup_steps": round(config.warmup_ratio * steps),
+        "warmup_steps": round(config.warmup_ratio * num_steps(config, rows)),
         "max_grad_norm": config.max_grad_norm,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,

@@ -29,7 +29,7 @@ def report(turns, **answers):
 @pytest.fixture(scope="session")
 def ppo(trained, tmp_path_factory):
     """A PPO checkpoint on the tiny SFT checkpoint: a policy whose LoRA B is random."""
-    from rlhf.checkpoints import read_run, sha256, write_run
+    from rlhf.checkpoints import read_run, write_run
     from rlhf.data import PromptFormat
     from rlhf.modeling import SharedBase, load_base, load_tokenizer, save_stacked
 
@@ -52,9 +52,10 @@ def ppo(trained, tmp_path_factory):
         folder,
         "ppo",
         PPOConfig(),
+        torch.float32,
+        started=0,
         base=sft["base"],
         prompt_format="hh",
-        adapter_sha256=sha256(folder / "adapter_model.safetensors"),
         parents={"sft": sft["adapter_sha256"], "reward": reward["adapter_sha256"]},
         updates=1,
         metrics={"objective/kl": 1.5},

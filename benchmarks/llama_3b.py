@@ -1,0 +1,261 @@
+"""Llama-3.2-3B by its shape, on a CPU: one step of SFT, one of the reward model, one PPO update, tensors counted by owner.
+
+    make bench-3b
+
+Writes a model folder with the real configuration and random weights (6.4 GB in runs/llama-3b, one layer at a time, so the
+16-bit model is never in memory), then runs the three training scripts on it with the NF4 base, each in a process of
+its own. Every tensor is counted while they run (tensor_memory.py) and held beside the plan that --dry-run prints.
+Random weights change no shape and no byte; nothing here says anything of quality, or of a GPU's speed.
+"""
+
+import json
+import multiprocessing
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import ppo_train  # noqa: E402
+import reward_train  # noqa: E402
+import sft_train  # noqa: E402
+from rlhf.checkpoints import peak_memory_gib, read_run  # noqa: E402
+from rlhf.cli import keep_freed_memory, quiet_libraries, run  # noqa: E402
+from rlhf.plan import OWNERS, plan_ppo, plan_reward, plan_sft, read_shape, show_plan  # noqa: E402
+from rlhf.reporting import console  # noqa: E402
+
+import torch  # noqa: E402
+from ppo_vs_trl import hardware  # noqa: E402
+from rich.table import Table  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tensor_memory import TensorMemory  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+WORK = ROOT / "runs" / "llama-3b"
+LLAMA_3B = LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_hidden_layers=28,
+    num_attention_heads=24,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=131_072,
+    rms_norm_eps=1e-5,
+    rope_parameters={
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    tie_word_embeddings=True,
+)
+PROMPT, RESPONSE = 128, 32  # tokens
+
+
+@dataclass(frozen=True)
+class Config:
+    tokenizer: str = "models/SmolLM2-135M-Instruct"  # any will do: weights and texts are random
+    output: str = "benchmarks/results/llama_3b.json"
+
+
+def main(config: Config) -> None:
+    (ROOT / config.output).parent.mkdir(parents=True, exist_ok=True)
+    write_model(WORK / "model", config.tokenizer)
+    write_data(WORK / "data", config.tokenizer)
+    results: dict[str, Any] = {"hardware": hardware()}
+    context = multiprocessing.get_context("spawn")
+    for phase in ("sft", "reward", "ppo"):
+        process = context.Process(target=measure, args=(phase,))
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(process.exitcode)
+        results[phase] = json.loads((WORK / f"{phase}.json").read_text())
+        show(phase, results[phase])
+    (ROOT / config.output).write_text(json.dumps(results, indent=2) + "\n")
+    console.print(f"Saved {config.output}.")
+    console.print("A 12 GB card at the scripts' defaults (a plan: nothing here ran on a GPU):")
+    facts = read_run(str(WORK / "sft"), "sft")["base"]
+    shape = read_shape(facts, "auto")
+    for name, plan in (
+        ("sft_train.py", plan_sft(shape, sft_train.Config())),
+        ("reward_train.py", plan_reward(shape, reward_train.Config(), 16)),
+        ("ppo_train.py", plan_ppo(shape, ppo_train.Config(), 16, 16, 14)),
+    ):
+        console.print(name)
+        show_plan(plan, 12.0, "the batch sizes")
+
+
+# ---------------------------------------------------------------- model and data
+
+
+def write_model(folder: Path, tokenizer: str) -> None:
+    """A model folder of random weights in bfloat16, one file a layer, made one at a time."""
+    if (folder / "model.safetensors.index.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        shapes = {name: tuple(weight.shape) for name, weight in LlamaForCausalLM(LLAMA_3B).state_dict().items()}
+    shapes.pop("lm_head.weight")  # tied
+    files: dict[str, list[str]] = {}
+    for name in shapes:
+        part = name.split(".")[2] if ".layers." in name else "rest"
+        files.setdefault(f"model-{part}.safetensors", []).append(name)
+    torch.manual_seed(0)
+    for file, names in files.items():
+        weights = {name: torch.empty(shapes[name], dtype=torch.bfloat16) for name in names}
+        for name, weight in weights.items():
+            nn.init.ones_(weight) if "norm" in name else nn.init.normal_(weight, std=0.02)
+        save_file(weights, folder / file, metadata={"format": "pt"})
+    config = replace_ids(AutoTokenizer.from_pretrained(tokenizer), folder)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    config.save_pretrained(folder)
+    index = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def replace_ids(tokenizer, folder: Path) -> LlamaConfig:
+    """Llama's configuration with the special tokens of `tokenizer`, which is saved beside it."""
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(**LLAMA_3B.to_dict())
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return config
+
+
+def write_data(folder: Path, tokenizer: str) -> None:
+    """Pairs whose prompts have exactly PROMPT tokens and whose responses RESPONSE, EOS included."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def words(n: int, word: str) -> str:
+        return " ".join([word] * n)
+
+    frame = count("\n\nHuman: a\n\nAssistant:") - 1
+    bos = len(tokenizer("")["input_ids"])
+    rows = [
+        {
+            "prompt": f"\n\nHuman: {words(PROMPT - frame - bos, 'a')}\n\nAssistant:",
+            "chosen": words(RESPONSE - 1, good),
+            "rejected": words(RESPONSE - 1, bad),
+        }
+        for good, bad in zip("bcdefghijk", "BCDEFGHIJK", strict=True)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(text)
+
+
+# ---------------------------------------------------------------- a phase
+
+
+def measure(phase: str) -> None:
+    """Run one script for one step under the count; writes PHASE.json."""
+    quiet_libraries()
+    keep_freed_memory()
+    shared = {"dataset": str(WORK / "data"), "output_dir": str(WORK / phase), "overwrite": True, "dtype": "bf16"}
+    step = {"max_steps": 1, "max_eval_samples": 2, "max_length": PROMPT + RESPONSE, "gradient_accumulation_steps": 1}
+    sft = {"sft_checkpoint": str(WORK / "sft")}
+    if phase == "sft":
+        script, config = sft_train, replace(sft_train.Config(), base_model=str(WORK / "model"), **shared, **step)
+    elif phase == "reward":
+        script, config = reward_train, replace(reward_train.Config(), **sft, **shared, **step)
+    else:
+        script = ppo_train
+        config = replace(
+            ppo_train.Config(),
+            **sft,
+            **shared,
+            reward_checkpoint=str(WORK / "reward"),
+            max_prompt_length=PROMPT,
+            response_length=RESPONSE,
+            total_episodes=8,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            num_mini_batches=1,
+            rollout_batch_size=8,
+            critic_warmup_updates=0,
+            max_eval_samples=2,
+        )
+    memory = TensorMemory(LLAMA_3B.vocab_size, (LLAMA_3B.num_key_value_heads, LLAMA_3B.head_dim))
+    watch(script, memory)
+    started = time.monotonic()
+    with memory:
+        script.main(config)
+    facts = read_run(str(WORK / "sft"), "sft")["base"]
+    shape = read_shape(facts, "bf16", fused_attention=False)
+    plan = {
+        "sft": lambda: plan_sft(shape, config),
+        "reward": lambda: plan_reward(shape, config, 16),
+        "ppo": lambda: plan_ppo(shape, config, 16, 16, reward_train.Config().role_layers),
+    }[phase]()
+    result = {
+        "counted_gb": {owner: memory.peak[owner] / 1e9 for owner in OWNERS},
+        "planned_gb": {owner: plan.get(owner, 0) / 1e9 for owner in OWNERS},
+        "peak_rss_gb": peak_memory_gib() * 2**30 / 1e9,
+        "seconds": time.monotonic() - started,
+    }
+    (WORK / f"{phase}.json").write_text(json.dumps(result))
+
+
+def watch(script, memory: TensorMemory) -> None:
+    """Tell `memory` whose tensors are whose, as soon as the script's model is loaded."""
+    name = "load_models" if script is ppo_train else "make_trainer"
+    inner = getattr(script, name)
+
+    def outer(*args, **kwargs):
+        result = inner(*args, **kwargs)
+        models = [result[0].peft, *result[0].heads.values()] if script is ppo_train else [result.model]
+        for model in models:
+            register(model, memory)
+        memory.reset()
+        return result
+
+    def before_step(optimizer, *_):
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                tensors = [weight.grad, *optimizer.state[weight].values()]
+                for tensor in tensors:
+                    if isinstance(tensor, torch.Tensor):
+                        memory.add(tensor, "optimizer", again=True)
+
+    setattr(script, name, outer)
+    register_optimizer_step_pre_hook(before_step)
+
+
+def register(model: nn.Module, memory: TensorMemory) -> None:
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        lora = "lora_" in name or weight.shape[0] == 1
+        memory.add(weight.data, "adapters" if lora else "base", again=True)
+        state = getattr(weight, "quant_state", None)
+        while state is not None:
+            for tensor in (state.absmax, state.code, getattr(state, "offset", None)):
+                if tensor is not None:
+                    memory.add(tensor, "base", again=True)
+            state = getattr(state, "state2", None)
+
+
+def show(phase: str, result: dict[str, Any]) -> None:
+    table = Table(title=f"{phase}: GB of tensors at the largest moment ({result['seconds']:.0f} s)")
+    for column in ("owner", "counted", "planned"):
+        table.add_column(column, justify="left" if column == "owner" else "right")
+    for owner in OWNERS:
+        table.add_row(owner, f"{result['counted_gb'][owner]:.2f}", f"{result['planned_gb'][owner]:.2f}")
+    counted, planned = (sum(result[what].values()) for what in ("counted_gb", "planned_gb"))
+    table.add_row("all", f"{counted:.2f}", f"{planned:.2f}")
+    console.print(table)
+    console.print(f"plan / count {planned / counted:.2f}; the process held {result['peak_rss_gb']:.2f} GB at its peak")
+
+
+if __name__ == "__main__":
+    run(main, Config, {}, __doc__)

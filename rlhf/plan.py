@@ -1,0 +1,222 @@
+"""What a run will hold in memory, by owner, worked out from its flags and the model's config before anything is loaded.
+
+The largest moment of a run counts: for PPO that of the rollout, when the KV cache is full, or that of a micro-batch's
+backward pass. Bytes are of tensors; a card needs some 0.5 GB more for the driver's context, and an allocator's gaps.
+`benchmarks/llama_3b.py` counts the same owners while the scripts run.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.cli import UserError
+from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
+from rlhf.hub import hub_errors
+from rlhf.logprobs import CHUNK_ELEMENTS
+from rlhf.modeling import load_tokenizer, same_base
+from rlhf.reporting import console
+
+from rich.table import Table
+from transformers import AutoConfig
+
+CARD_OVERHEAD = 0.08  # share of a card kept free for the driver's context and the allocator's gaps
+SAMPLE = 2000  # rows that a dry run tokenises
+OWNERS = ("base", "adapters", "optimizer", "KV cache", "activations", "logits")
+Bytes = dict[str, float]  # by owner
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama-like decoder, how its base is stored and where it runs."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    in_4bit: bool
+    width: int  # bytes of a number in what the base computes in
+    fused_attention: bool  # as on a GPU: no matrix of attention weights
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """Features in and out of a layer's seven linear maps."""
+        h, i, q, kv = self.hidden, self.intermediate, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
+
+    def base(self) -> float:
+        linear = self.layers * sum(i * o for i, o in self.linears)
+        # NF4: half a byte, one byte of scale for 64 numbers, and the scales' own float32 scale for 256 of them.
+        stored = linear * (0.5 + 1 / 64 + 4 / (64 * 256)) if self.in_4bit else linear * self.width
+        return stored + self.vocabulary * self.hidden * self.width * (1 if self.tied else 2)
+
+    def lora(self, rank: int, layers: int) -> int:
+        """Weights of an adapter on `layers` layers (0: all)."""
+        return rank * (layers or self.layers) * sum(i + o for i, o in self.linears)
+
+    def kv_cache(self, rows: int, tokens: int) -> float:
+        return rows * tokens * self.layers * 2 * self.kv_heads * self.head_dim * self.width
+
+    def backward(self, rows: int, tokens: int, layers: int, rank: int, checkpointing: bool) -> float:
+        """Most held at once between forward and the end of backward of `rows` texts through `layers` layers.
+
+        What a layer keeps is what rlhf/layers.py keeps; checkpointed layers keep their input, and one is at work.
+        """
+        n, q, kv = rows * tokens, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        kept = n * self.width * (4 * self.hidden + 2 * q + 2 * kv + 3 * self.intermediate + 7 * rank)
+        layers = layers or self.layers
+        return (layers * n * self.hidden * self.width + kept if checkpointing else layers * kept) + self.work(
+            rows, tokens
+        )
+
+    def work(self, rows: int, tokens: int) -> float:
+        """What one layer needs while it computes: the MLP's gradients or inputs, attention weights, a dequantised matrix."""
+        mlp = 3 * rows * tokens * self.intermediate * self.width
+        attention = 0 if self.fused_attention else rows * self.heads * tokens**2 * (4 + 2 * self.width)
+        matrix = self.hidden * self.intermediate * self.width if self.in_4bit else 0
+        return max(mlp, attention) + matrix
+
+    def logits(self, tokens: int) -> float:
+        """Of `tokens` chosen tokens, in chunks: in 16 bit, in float32, and their exponentials."""
+        elements = min(tokens * self.vocabulary, max(CHUNK_ELEMENTS, self.vocabulary))
+        return elements * (4 + 2 * self.width)
+
+
+def read_shape(base: dict[str, Any], dtype: str, fused_attention: bool = True) -> Shape:
+    """The shape of the base model named by `base_facts`, computing in `dtype` ("auto" is 16 bit on a card).
+
+    Raises:
+        UserError: it is not a Llama-like decoder.
+    """
+    with hub_errors(base["model"], "model", "--base-model"):
+        config = AutoConfig.from_pretrained(base["model"], revision=base["revision"])
+    try:
+        heads = config.num_attention_heads
+        return Shape(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocabulary=config.vocab_size,
+            tied=config.tie_word_embeddings,
+            in_4bit=base["load_in_4bit"],
+            width=4 if dtype == "fp32" else 2,
+            fused_attention=fused_attention,
+        )
+    except AttributeError as error:
+        raise UserError(f"{base['model']} is not a Llama-like decoder ({error}): no memory plan for it") from None
+
+
+# ---------------------------------------------------------------- the three phases
+
+
+def plan_sft(shape: Shape, config: Any) -> Bytes:
+    rows, tokens = config.per_device_train_batch_size, config.max_length
+    weights = shape.lora(config.lora_rank, 0)
+    kept = shape.backward(rows, tokens, 0, config.lora_rank, config.gradient_checkpointing)
+    return trained(shape, weights, weights, kept) | {"logits": trl_logits(shape, rows * tokens)}
+
+
+def plan_reward(shape: Shape, config: Any, sft_rank: int) -> Bytes:
+    rows, tokens = 2 * config.per_device_train_batch_size, config.max_length  # chosen and rejected
+    weights = shape.lora(config.lora_rank, config.role_layers)
+    rank = sft_rank + config.lora_rank
+    kept = shape.backward(rows, tokens, config.role_layers, rank, config.gradient_checkpointing)
+    return trained(shape, shape.lora(sft_rank, 0) + weights, weights, kept) | {"logits": 0}
+
+
+def plan_ppo(shape: Shape, config: Any, sft_rank: int, reward_rank: int, reward_layers: int) -> Bytes:
+    """The larger of a full rollout and of a micro-batch's backward pass."""
+    scorer, policy = shape.lora(reward_rank, reward_layers), shape.lora(config.lora_rank, config.role_layers)
+    adapters = shape.lora(sft_rank, 0) + 2 * scorer + policy
+    role_layers = max(config.role_layers or shape.layers, reward_layers or shape.layers)
+    prompt, length = config.max_prompt_length, config.max_prompt_length + config.response_length
+    rows, micro = min(config.rollout_batch_size, config.batch_size), config.per_device_train_batch_size
+    stacks = (shape.lora(sft_rank, 0) + policy) * shape.width
+    standing = trained(shape, adapters, scorer + policy, 0)
+    rollout = standing | {
+        "adapters": standing["adapters"] + stacks,
+        "KV cache": shape.kv_cache(rows, length),
+        "activations": shape.work(rows, 1),
+        "logits": rows * shape.vocabulary * (shape.width + 4 + 8 + 8),  # 16 bit, softmax, its sum in float64
+    }
+    prefill = rollout | {"KV cache": shape.kv_cache(rows, prompt), "activations": shape.work(rows, prompt)}
+    lower = config.batch_size * length * shape.hidden * shape.width  # of the layers below the roles, for all epochs
+    rank = sft_rank + max(config.lora_rank, reward_rank)
+    backward = standing | {
+        "activations": lower + shape.backward(micro, length, role_layers, rank, config.gradient_checkpointing),
+        "logits": shape.logits(micro * config.response_length),
+    }
+    return max((rollout, prefill, backward), key=lambda plan: sum(plan.values()))
+
+
+def trained(shape: Shape, adapters: int, trainable: int, activations: float) -> Bytes:
+    """Weights in float32, a gradient and Adam's two moments for each that trains."""
+    return {
+        "base": shape.base(),
+        "adapters": 4 * adapters,
+        "optimizer": 12 * trainable,
+        "KV cache": 0,
+        "activations": activations,
+    }
+
+
+def trl_logits(shape: Shape, tokens: int) -> float:
+    """TRL's loss: tiles of 1024 tokens and a slice of the vocabulary, and the hidden states' gradient in float32."""
+    return min(tokens, 1024) * min(shape.vocabulary, 8192) * 4 + tokens * shape.hidden * 4
+
+
+# ---------------------------------------------------------------- the report
+
+
+def show_plan(plan: Bytes, card_gb: float, lower: str) -> None:
+    """Print a plan, and whether a card of `card_gb` GB has room for it; else which flags to `lower`."""
+    table = Table(title="Memory plan: worked out, not measured")
+    table.add_column("owner")
+    table.add_column("GB", justify="right")
+    for owner in OWNERS:
+        table.add_row(owner, f"{plan.get(owner, 0) / 1e9:.2f}")
+    total, room = sum(plan.values()) / 1e9, card_gb * (1 - CARD_OVERHEAD)
+    table.add_row("all tensors", f"{total:.2f}")
+    console.print(table)
+    if total <= room:
+        console.print(f"It fits a card of {card_gb:g} GB: {room:.1f} GB of it are for tensors.")
+    else:
+        console.print(f"It does not fit a card of {card_gb:g} GB: {room:.1f} GB of it are for tensors. Lower {lower}.")
+
+
+def show_data(what: str, rows: int, sample: list[int]) -> None:
+    """Print how many rows there are and how long they are, by the lengths of the first ones."""
+    mean, longest = sum(sample) / len(sample), max(sample)
+    of = "" if len(sample) == rows else f", by the first {len(sample)}"
+    console.print(
+        f"{what}: {rows}, {mean:.0f} tokens each on average, {longest} at most, {mean * rows:,.0f} in all{of}"
+    )
+
+
+def show_end() -> None:
+    console.print("Dry run: no weights were loaded, and nothing was written.")
+
+
+def dry_run_ppo(config: Any, sft: dict[str, Any], reward: dict[str, Any]) -> None:
+    """What `ppo_train.py` would do with these flags and these checkpoints (their run.json)."""
+    base = same_base(sft, config.sft_checkpoint, config.base_model)
+    form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))
+    pairs = load_pairs(config.dataset, "train", config.max_train_samples)
+    prompts = tokenize_prompts(pairs[:SAMPLE], form, config.max_prompt_length)
+    show_data("prompts", len(pairs), [len(prompt) for prompt in prompts])
+    console.print(
+        f"updates: {config.num_updates} of {config.batch_size} responses of up to {config.response_length} tokens, "
+        f"{config.num_ppo_epochs * config.num_mini_batches} optimizer steps each"
+    )
+    shape = read_shape(base, config.dtype)
+    ranks = [run["hyperparameters"]["lora_rank"] for run in (sft, reward)]
+    plan = plan_ppo(shape, config, *ranks, reward["hyperparameters"]["role_layers"])
+    show_plan(
+        plan, config.card_gb, "--rollout-batch-size (KV cache), --response-length or --per-device-train-batch-size"
+    )
+    show_end()

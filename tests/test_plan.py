@@ -1,0 +1,74 @@
+"""The memory plan against sums by hand, and --dry-run."""
+
+import dataclasses
+import importlib
+
+from rlhf.plan import Shape, plan_ppo, plan_sft
+
+import pytest
+
+# Two layers, hidden 8, MLP 16, 2 heads of 4 with one key head; bf16. The seven maps:
+# 8x8, 8x4, 8x4, 8x8, 8x16, 8x16, 16x8 = 576 weights a layer; in + out = 16 + 12 + 12 + 16 + 24 + 24 + 24 = 128.
+SMALL = Shape(2, 8, 16, 2, 1, 4, vocabulary=100, tied=True, in_4bit=False, width=2, fused_attention=True)
+
+
+def shape(**changes) -> Shape:
+    return dataclasses.replace(SMALL, **changes)
+
+
+def test_the_base_by_hand():
+    assert shape().base() == 2 * 2 * 576 + 2 * 800
+    assert shape(tied=False).base() == 2 * 2 * 576 + 2 * 2 * 800
+    assert shape(in_4bit=True).base() == 2 * 576 * (0.5 + 1 / 64 + 1 / 4096) + 2 * 800
+
+
+def test_lora_and_cache_by_hand():
+    assert shape().lora(rank=3, layers=0) == 3 * 2 * 128
+    assert shape().lora(rank=3, layers=1) == 3 * 128
+    assert shape().kv_cache(rows=5, tokens=7) == 5 * 7 * 2 * (2 * 4) * 2
+
+
+def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
+    """Of a token a layer keeps 4 x 8 + 2 x 8 + 2 x 4 + 3 x 16 + 7 x 3 = 125 numbers; its input is 8."""
+    work = shape().work(rows=1, tokens=10)
+    assert shape().backward(1, 10, 0, rank=3, checkpointing=False) == 2 * 10 * 125 * 2 + work
+    assert shape().backward(1, 10, 0, rank=3, checkpointing=True) == 2 * 10 * 8 * 2 + 10 * 125 * 2 + work
+
+
+@pytest.mark.parametrize("phase", ["sft", "ppo"])
+def test_what_is_lowered_lowers_the_plan(phase):
+    def total(**changes) -> float:
+        defaults = importlib.import_module(f"{phase}_train").Config()
+        config = defaults.__class__(**(vars(defaults) | changes))
+        llama = Shape(28, 3072, 8192, 24, 8, 128, 128_256, True, in_4bit=True, width=2, fused_attention=True)
+        plan = plan_sft(llama, config) if phase == "sft" else plan_ppo(llama, config, 16, 16, 14)
+        return sum(plan.values())
+
+    lowered = {
+        "sft": [{"max_length": 256}, {"lora_rank": 8}],
+        "ppo": [{"rollout_batch_size": 8}, {"lora_rank": 8}],
+    }[phase]
+    assert 2.2e9 < total() < 11e9  # the base alone is 2.2 GB; a 12 GB card
+    for changes in lowered:
+        assert total(**changes) < total()
+
+
+@pytest.mark.parametrize("script", ["sft_train", "reward_train", "ppo_train"])
+def test_a_dry_run_tells_and_touches_nothing(script, trained, tiny_model, tiny_data, call_main, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a dry run loaded weights")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+    flags = ["--dataset", tiny_data, "--output-dir", tmp_path / "out", "--dry-run"]
+    flags += ["--base-model", tiny_model] if script == "sft_train" else ["--sft-checkpoint", trained.sft]
+    flags += ["--reward-checkpoint", trained.reward] if script == "ppo_train" else []
+    result = call_main(script, [*map(str, flags), "--card-gb", "4"])
+    assert result.returncode == 0, result.stderr
+    assert ": 24, " in result.stdout and "tokens each on average" in result.stdout  # 24 rows
+    assert ("steps: " in result.stdout) if script != "ppo_train" else ("updates: 100 of 64" in result.stdout)
+    for owner in ("base", "adapters", "optimizer", "KV cache", "activations", "logits", "all tensors"):
+        assert owner in result.stdout
+    assert "It fits a card of 4 GB" in result.stdout
+    assert not (tmp_path / "out").exists()
+    small = call_main(script, [*map(str, flags), "--card-gb", "0.0001"])
+    assert "does not fit" in small.stdout and "Lower --" in small.stdout
