@@ -1,4 +1,4 @@
-"""Llama-3.2-3B by its shape, on a CPU: one step of SFT, one of the reward model, one PPO update, tensors counted by owner.
+"""Llama-3.2-3B by its shape, on a CPU: two steps of SFT, two of the reward model, one PPO update, tensors counted by owner.
 
     make bench-3b
 
@@ -24,6 +24,8 @@ import reward_train  # noqa: E402
 import sft_train  # noqa: E402
 from rlhf.checkpoints import peak_memory_gib, read_run  # noqa: E402
 from rlhf.cli import keep_freed_memory, quiet_libraries, run  # noqa: E402
+from rlhf.data import Pair, PromptFormat, tokenize_pairs, tokenize_prompt  # noqa: E402
+from rlhf.modeling import load_tokenizer  # noqa: E402
 from rlhf.plan import OWNERS, plan_ppo, plan_reward, plan_sft, read_shape, show_plan  # noqa: E402
 from rlhf.reporting import console  # noqa: E402
 
@@ -33,7 +35,6 @@ from rich.table import Table  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tensor_memory import TensorMemory  # noqa: E402
 from torch import nn  # noqa: E402
-from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 WORK = ROOT / "runs" / "llama-3b"
@@ -132,23 +133,20 @@ def replace_ids(tokenizer, folder: Path) -> LlamaConfig:
 
 def write_data(folder: Path, tokenizer: str) -> None:
     """Pairs whose prompts have exactly PROMPT tokens and whose responses RESPONSE, EOS included."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    form = PromptFormat("hh", load_tokenizer(tokenizer))
 
-    def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    def pair(words: int, good: str, bad: str) -> Pair:
+        return Pair(
+            (("user", " ".join(["a"] * words)),), " ".join([good] * (RESPONSE - 1)), " ".join([bad] * (RESPONSE - 1))
+        )
 
-    def words(n: int, word: str) -> str:
-        return " ".join([word] * n)
-
-    frame = count("\n\nHuman: a\n\nAssistant:") - 1
-    bos = len(tokenizer("")["input_ids"])
+    words = PROMPT - len(tokenize_prompt(pair(1, "b", "c").turns, form, PROMPT)) + 1
+    pairs = [pair(words, good, bad) for good, bad in zip("bcdefghijk", "BCDEFGHIJK", strict=True)]
+    for tokens in tokenize_pairs(pairs, form, PROMPT + RESPONSE + 1, "made pairs"):
+        assert (len(tokens.prompt_ids), len(tokens.chosen_ids)) == (PROMPT, RESPONSE), "a word is not one token"
     rows = [
-        {
-            "prompt": f"\n\nHuman: {words(PROMPT - frame - bos, 'a')}\n\nAssistant:",
-            "chosen": words(RESPONSE - 1, good),
-            "rejected": words(RESPONSE - 1, bad),
-        }
-        for good, bad in zip("bcdefghijk", "BCDEFGHIJK", strict=True)
+        {"prompt": f"\n\nHuman: {pair.turns[0][1]}\n\nAssistant:", "chosen": pair.chosen, "rejected": pair.rejected}
+        for pair in pairs
     ]
     folder.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -164,7 +162,12 @@ def measure(phase: str) -> None:
     quiet_libraries()
     keep_freed_memory()
     shared = {"dataset": str(WORK / "data"), "output_dir": str(WORK / phase), "overwrite": True, "dtype": "bf16"}
-    step = {"max_steps": 1, "max_eval_samples": 2, "max_length": PROMPT + RESPONSE, "gradient_accumulation_steps": 1}
+    step = {
+        "max_steps": 2,
+        "max_eval_samples": 2,
+        "max_length": PROMPT + RESPONSE + 1,
+        "gradient_accumulation_steps": 1,
+    }
     sft = {"sft_checkpoint": str(WORK / "sft")}
     if phase == "sft":
         script, config = sft_train, replace(sft_train.Config(), base_model=str(WORK / "model"), **shared, **step)
@@ -221,22 +224,15 @@ def watch(script, memory: TensorMemory) -> None:
         memory.reset()
         return result
 
-    def before_step(optimizer, *_):
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                tensors = [weight.grad, *optimizer.state[weight].values()]
-                for tensor in tensors:
-                    if isinstance(tensor, torch.Tensor):
-                        memory.add(tensor, "optimizer", again=True)
-
     setattr(script, name, outer)
-    register_optimizer_step_pre_hook(before_step)
 
 
 def register(model: nn.Module, memory: TensorMemory) -> None:
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
         lora = "lora_" in name or weight.shape[0] == 1
         memory.add(weight.data, "adapters" if lora else "base", again=True)
+        if lora:
+            memory.lora_shapes.add(tuple(weight.shape))
         state = getattr(weight, "quant_state", None)
         while state is not None:
             for tensor in (state.absmax, state.code, getattr(state, "offset", None)):

@@ -1,8 +1,8 @@
 """Count the bytes of all live tensors by owner, op by op, and keep the largest moment.
 
-A tensor's owner is told by what it is: weights of the base, LoRA weights and heads, Adam's moments and gradients are
-registered; of the others the last dimension (vocabulary) tells logits and four dimensions with the key heads tell the KV
-cache; the rest are activations. Works on any device; made for a CPU, where no allocator counts.
+A tensor's owner is told by what it is: the base's weights and the adapters' are registered; of the others a float32
+tensor of an adapter's shape is its gradient or a moment of Adam's, the last dimension (vocabulary) tells logits, and four
+dimensions with the key heads tell the KV cache; the rest are activations. Works on any device; made for a CPU, where no allocator counts.
 """
 
 import weakref
@@ -28,7 +28,7 @@ class TensorMemory(TorchDispatchMode):
         self.live: Counter[str] = Counter()  # bytes by owner, now
         self.peak: Counter[str] = Counter()  # at the largest moment
         self.seen: dict[int, str] = {}  # owner by the address of the storage
-        self.optimizer_shapes: set[tuple[int, ...]] = set()
+        self.lora_shapes: set[tuple[int, ...]] = set()  # of the weights that train
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -41,6 +41,8 @@ class TensorMemory(TorchDispatchMode):
         shape = tuple(tensor.shape)
         if shape and shape[-1] == self.vocabulary:
             return "logits"
+        if shape in self.lora_shapes and tensor.dtype == torch.float32:
+            return "optimizer"
         if len(shape) == 4 and (shape[1], shape[3]) == self.cache_shape and not torch.is_grad_enabled():
             return "KV cache"
         return "activations"
