@@ -257,7 +257,7 @@ def answer(config: Config, shared, form, prompts: list[list[int]], name: str, sc
     scores = [None] * len(prompts)
     if scored:
         texts = [p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
-        scores = shared.score(texts, form.pad_token_id, batch_size=config.batch_size).tolist()
+        scores = shared.score(texts, config.batch_size).tolist()
         if not all(map(math.isfinite, scores)):
             raise UserError(f"the reward model gives {name} a score that is not finite: try --dtype fp32")
     return [

@@ -16,7 +16,7 @@ adapters on its upper layers. Each update, as in "The N+ implementation details 
 
 Next: python compare_outputs.py
 
-Shapes: b rows of a micro-batch, T tokens of its longest text, R tokens of its longest response, N response tokens.
+Shapes: b rows of a micro-batch, N tokens of their texts, R tokens of the longest response.
 """
 
 import time
@@ -214,23 +214,19 @@ def rollout(
 ) -> list[Response]:
     """Sample one response to each prompt from the policy."""
     shared.activate("policy")
-    shared.peft.eval()  # in train mode the layers are checkpointed, and run without the KV cache
     size = config.rollout_batch_size
-    responses = generate(shared, form, prompts, config.response_length, config.temperature, seeds, size)
-    shared.peft.train(config.gradient_checkpointing)  # there is no dropout that this would switch on
-    return responses
+    return generate(shared, form, prompts, config.response_length, config.temperature, seeds, size)
 
 
 @torch.no_grad()
 def measure(shared: SharedBase, micro: MicroBatch, temperature: float, baseline: float) -> None:
     """Fill in what each role says of a micro-batch; the lower layers run once for all of them, and for all epochs."""
-    micro.lower = shared.lower(micro.input_ids)
+    micro.lower = shared.lower(micro.texts)
     micro.logprobs, micro.entropy = token_logprobs(shared, "policy", micro, temperature)
     micro.ref_logprobs, _ = token_logprobs(shared, None, micro, temperature)
     micro.values = token_values(shared, micro, baseline)
     shared.activate("reward")
-    rows = torch.arange(len(micro.last), device=micro.last.device)
-    micro.scores = shared.heads["reward"](shared.upper(micro.lower)[rows, micro.last]).squeeze(-1)
+    micro.scores = shared.heads["reward"](shared.upper(micro.lower, micro.texts)[micro.texts.last]).squeeze(-1)
 
 
 def token_logprobs(
@@ -242,21 +238,18 @@ def token_logprobs(
     micro-batches: in bf16 another padding or batch size alone would move the ratio away from 1.
     """
     shared.activate(role, train=torch.is_grad_enabled())
-    hidden = shared.upper(micro.lower)  # [b, T, H]
-    rows = torch.arange(len(hidden), device=hidden.device)[:, None].expand_as(micro.positions)
     mask = micro.response_mask
-    flat, entropy_flat = chosen_logprobs(
-        hidden[rows[mask], micro.positions[mask]], shared.lm_head_weight(), micro.actions[mask], temperature
-    )  # [N]
+    hidden = shared.upper(micro.lower, micro.texts)[micro.positions[mask]]  # [response tokens, H]
+    flat = chosen_logprobs(hidden, shared.lm_head_weight(), micro.actions[mask], temperature)
     zeros = torch.zeros(mask.shape, device=mask.device)
-    return zeros.masked_scatter(mask, flat), zeros.masked_scatter(mask, entropy_flat)
+    return zeros.masked_scatter(mask, flat.logprobs), zeros.masked_scatter(mask, flat.entropy)
 
 
 def token_values(shared: SharedBase, micro: MicroBatch, baseline: float) -> Tensor:
     """[b, R] value before each sampled token. The head, copied from the reward model, speaks in raw scores: centre it."""
     shared.activate("value", train=torch.is_grad_enabled())
-    values = shared.heads["value"](shared.upper(micro.lower)).squeeze(-1)  # [b, T]
-    return (values.gather(1, micro.positions) - baseline) * micro.response_mask
+    values = shared.heads["value"](shared.upper(micro.lower, micro.texts)).squeeze(-1)  # [N]
+    return (values[micro.positions] - baseline) * micro.response_mask
 
 
 def set_advantages(batch: list[MicroBatch], kl_coef: float, baseline: float, config: Config) -> None:
@@ -458,14 +451,12 @@ def load_models(config: Config, sft: dict[str, Any]) -> tuple[SharedBase, Prompt
     form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))
     set_seed(config.seed)
     model = load_base(base, dtype, form.pad_token_id)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     shared = SharedBase(model, config.sft_checkpoint, dtype)
+    shared.decoder.gradient_checkpointing = config.gradient_checkpointing
     scorer = read_stacked(config.reward_checkpoint, shared)
     shared.add_role("reward", **scorer)
     shared.add_role("value", **scorer)
     shared.add_role("policy", config.lora_rank, config.lora_alpha, config.role_layers)
-    shared.check_split()
     return shared, form, base
 
 

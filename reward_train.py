@@ -22,6 +22,7 @@ from typing import Literal
 from rlhf.checkpoints import check_output, output_folder, read_run, write_run
 from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
+from rlhf.decoder import lay_out_pairs, unpad
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, same_base, save_stacked
 from rlhf.plan import SAMPLE, plan_reward, read_shape, show_data, show_end, show_plan
 from rlhf.reporting import TrainerLog, console, plot_curves, preference, wilson_interval
@@ -38,7 +39,9 @@ from rlhf.training import (
 import datasets
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import set_seed
+from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 
 
@@ -118,19 +121,17 @@ def main(config: Config) -> None:
     shared = SharedBase(model, config.sft_checkpoint, dtype)
     shared.add_role("reward", config.lora_rank, config.lora_alpha, config.role_layers)
     shared.heads["reward"] = model.score
-    shared.check_split()
-    shared.cut_gradients_below_roles()
+    shared.decoder.gradient_checkpointing = config.gradient_checkpointing
     shared.activate("reward", train=True)
 
     with output_folder(config.output_dir) as folder:
         # 3. Train.
-        trainer = make_trainer(config, shared.peft, form, train_set, dtype, folder)
+        trainer = make_trainer(config, shared, form, train_set, dtype, folder)
         trainer.train()
 
         # 4. Score the test split.
         if trainer.is_world_process_zero():
-            shared.peft.eval()
-            metrics = evaluate(shared, eval_set, form.pad_token_id, 2 * config.per_device_train_batch_size)
+            metrics = evaluate(shared, eval_set, 2 * config.per_device_train_batch_size)
             console.print(describe(metrics))
             if not metrics["score_std"] > 1e-3:
                 raise UserError(
@@ -182,7 +183,7 @@ def dry_run(config: Config, base, form, pairs, sft) -> None:
     show_end()
 
 
-def make_trainer(config: Config, model, form, train_set, dtype, folder: Path):
+def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, folder: Path):
     """TRL's RewardTrainer on an adapter that is already in place; keeps adapter and head in float32."""
     args = RewardConfig(
         **trainer_options(config, dtype, folder, len(train_set)),
@@ -190,20 +191,33 @@ def make_trainer(config: Config, model, form, train_set, dtype, folder: Path):
         center_rewards_coefficient=config.center_rewards_coefficient or None,
     )
     trainer = RewardTrainer(
-        model=model,
+        model=shared.peft,
         args=args,
         train_dataset=train_set,
         processing_class=form.tokenizer,
         callbacks=[TrainerLog(folder, "Reward model")],
     )
     keep_fp32(trainer.model)
+    read_prompts_once(shared)
     return ours_to_print(trainer)
 
 
-def evaluate(shared, eval_set, pad_token_id: int, batch_size: int) -> dict[str, float]:
+def read_prompts_once(shared: SharedBase) -> None:
+    """Let the model read a pair as one text, prompt, chosen, rejected, so that the prompt goes through it once."""
+
+    def forward(input_ids: Tensor, attention_mask: Tensor, **_) -> SequenceClassifierOutput:
+        """Scores [2 x pairs, 1] of padded texts [2 x pairs, T], all chosen ones first, as TRL's collator makes them."""
+        chosen, rejected = (unpad(*part) for part in zip(input_ids.chunk(2), attention_mask.chunk(2), strict=True))
+        texts = lay_out_pairs(list(zip(chosen, rejected, strict=True)), shared.device)
+        return SequenceClassifierOutput(logits=shared.read_head(texts)[:, None])
+
+    shared.peft.get_base_model().forward = forward
+
+
+def evaluate(shared: SharedBase, eval_set, batch_size: int) -> dict[str, float]:
     """Scores of the test pairs and what they say. A tie counts as half right: a constant scorer gets 0.5, not 1."""
     chosen_ids, rejected_ids = list(eval_set["chosen_ids"]), list(eval_set["rejected_ids"])
-    chosen, rejected = shared.score(chosen_ids + rejected_ids, pad_token_id, batch_size=batch_size).chunk(2)
+    chosen, rejected = shared.score_pairs(list(zip(chosen_ids, rejected_ids, strict=True)), batch_size)
     right = preference(chosen.tolist(), rejected.tolist())
     longer = preference(map(len, chosen_ids), map(len, rejected_ids))
     low, high = wilson_interval(sum(right), len(right))

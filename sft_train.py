@@ -21,6 +21,8 @@ from typing import Literal
 from rlhf.checkpoints import check_output, output_folder, write_run
 from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
+from rlhf.decoder import Decoder, lay_out, unpad
+from rlhf.logprobs import chosen_logprobs
 from rlhf.modeling import base_facts, choose_dtype, linear_names, load_base, load_tokenizer
 from rlhf.plan import SAMPLE, plan_sft, read_shape, show_data, show_end, show_plan
 from rlhf.reporting import TrainerLog, console, plot_curves
@@ -35,9 +37,12 @@ from rlhf.training import (
 )
 
 import datasets
+import torch
 from peft import LoraConfig, get_peft_model
-from transformers import set_seed
+from torch import Tensor
+from transformers import PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,28 @@ def make_trainer(config: Config, model, form, train_set, eval_set, dtype, folder
         callbacks=[TrainerLog(folder, "SFT")],
     )
     keep_fp32(trainer.model)
+    read_responses_only(trainer.model.get_base_model(), config.gradient_checkpointing)
     return ours_to_print(trainer)
+
+
+def read_responses_only(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
+    """Replace the fused forward that TRL gives `model`: no padding, and the LM head at the responses' tokens only."""
+    decoder = Decoder(model)
+    decoder.gradient_checkpointing = gradient_checkpointing
+
+    def forward(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_) -> FusedCausalLMOutput:
+        """What TRL asks for, of the tokens [N] that have a label, from padded rows [B, T]."""
+        texts = lay_out(unpad(input_ids, attention_mask), labels.device)
+        following = torch.cat([labels[attention_mask.bool()][1:], labels.new_tensor([-100])])
+        following[texts.last] = -100  # what follows there is the next text
+        labelled = following != -100
+        hidden = decoder.norm(decoder.run(decoder.embed(texts), texts)[labelled])
+        chosen = chosen_logprobs(hidden, model.get_output_embeddings().weight, following[labelled], 1.0)
+        return FusedCausalLMOutput(
+            log_probs=chosen.logprobs, entropy=chosen.entropy, is_top1=chosen.is_top1, label_mask=labelled
+        )
+
+    model.forward = forward
 
 
 if __name__ == "__main__":

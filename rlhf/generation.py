@@ -8,16 +8,17 @@ next `\\n\\nHuman:`, the token with which it did so.
 from dataclasses import dataclass
 
 from rlhf.data import PromptFormat
-from rlhf.modeling import SharedBase
+from rlhf.decoder import KVCache, lay_out, next_tokens
+from rlhf.modeling import SharedBase, by_length
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
 
 Seed = int | tuple[int, ...]
 
+PREFILL = 8  # prompts read at a time
 TAIL = 12  # tokens decoded to look for the stop text, which is shorter than that
 
 
@@ -59,9 +60,7 @@ def generate(
         One `Response` a prompt, in the prompts' order.
     """
     responses: list[Response | None] = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in by_length(list(map(len, prompts)), batch_size):
         for row, response in _generate_batch(shared, form, prompts, rows, max_new_tokens, temperature, seeds):
             responses[row] = response
     return responses
@@ -69,19 +68,16 @@ def generate(
 
 def _generate_batch(shared, form, prompts, rows, max_new_tokens, temperature, seeds):
     """Yield (row, Response) for each of `rows`, as they end."""
-    device, width = shared.device, max(len(prompts[row]) for row in rows)
-    # Padding on the left here: the next token then stands at the same place in every row.
-    step_ids = torch.tensor([[form.pad_token_id] * (width - len(prompts[r])) + prompts[r] for r in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(prompts[r])) + [1] * len(prompts[r]) for r in rows], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    draws = torch.stack([_uniforms(seeds[row], max_new_tokens) for row in rows]).to(device)  # [B, max_new_tokens]
-    cache = DynamicCache(config=shared.peft.base_model.model.config)
+    lengths = [len(prompts[row]) for row in rows]
+    draws = torch.stack([_uniforms(seeds[row], max_new_tokens) for row in rows]).to(
+        shared.device
+    )  # [B, max_new_tokens]
+    cache = KVCache(shared.decoder.model, len(rows), max(lengths) + max_new_tokens)
+    hidden = torch.cat([_read(shared, prompts, rows, part, cache) for part in range(0, len(rows), PREFILL)])  # [B, H]
+    cache.start(lengths)
     chosen: list[list[int]] = [[] for _ in rows]
 
     for step in range(max_new_tokens):
-        hidden = shared.decoder(
-            input_ids=step_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]  # [B, H], and not [B, 1, H]: of that a matmul would copy the weight for each row
         tokens = pick(F.linear(hidden, shared.lm_head_weight()), temperature, draws[:, step])
         keep = []
         for i, token in enumerate(tokens.tolist()):
@@ -94,13 +90,20 @@ def _generate_batch(shared, form, prompts, rows, max_new_tokens, temperature, se
         if not keep:
             return
         if len(keep) < len(rows):  # rows that ended leave the batch
-            index = torch.tensor(keep, device=device)
-            cache.batch_select_indices(index)
-            tokens, mask, positions, draws = tokens[index], mask[index], positions[index], draws[index]
+            index = torch.tensor(keep, device=shared.device)
+            cache.keep(index)
+            tokens, draws = tokens[index], draws[index]
             rows, chosen = [rows[i] for i in keep], [chosen[i] for i in keep]
-        step_ids = tokens[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        positions = positions[:, -1:] + 1
+        texts = next_tokens(tokens, cache.lengths, cache.longest)
+        hidden = shared.decoder.norm(shared.decoder.run(shared.decoder.embed(texts), texts, cache=cache))
+        cache.grow()
+
+
+def _read(shared, prompts, rows, start, cache) -> Tensor:
+    """Read some of the prompts into the cache: the final hidden state [b, H] of each one's last token."""
+    cache.reading = slice(start, start + PREFILL)
+    texts = lay_out([prompts[row] for row in rows[cache.reading]], shared.device)
+    return shared.decoder.norm(shared.decoder.run(shared.decoder.embed(texts), texts, cache=cache)[texts.last])
 
 
 def pick(logits: Tensor, temperature: float, draw: Tensor) -> Tensor:

@@ -1,157 +1,305 @@
-"""A Llama-like decoder's layers, with less kept for backward and fewer steps.
+"""A Llama decoder layer with few operations and little kept for backward.
 
-The weights are frozen but for LoRA, and memory, not arithmetic, decides what fits a card. So each function here keeps
-its inputs and computes the rest again, which is cheap: no float32 copy of a norm's input, no matrix of attention
-weights, no activated gate. Results are those of transformers' and PEFT's own layers; tests hold both side by side.
+The weights are frozen but for LoRA, and memory, not arithmetic, decides what fits a card. So what is kept of a layer is
+what cannot be had cheaply again: the inputs of its norms, the rotated q, k and v, the attention's output, gate and up.
+Linear maps that read the same input are one product, and all active adapters on them are one LoRA pair. Texts lie end to
+end; only attention sees them padded. Results are those of transformers' and PEFT's own layers; tests hold both side by
+side.
 
-Shapes: B texts, T tokens, S tokens attended to, N = B x T, I and O features in and out, R summed rank of the active
-adapters, D features a head.
+Shapes: B texts, T tokens of the longest, S tokens attended to, N tokens of all texts, I and O features in and out, R
+summed rank of the active adapters, D features a head, G query heads to each of K key heads.
 """
-
-import types
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import Function
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.activations import ACT2FN
-from transformers.masking_utils import eager_mask
-
-SiLU = type(ACT2FN["silu"])  # the class that transformers gives `hidden_act: silu`
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
-def lean_layers(model: nn.Module) -> None:
-    """Give the LoRA layers, the norms and the MLPs of `model` the forward passes of this module, in place.
+class LeanLayer:
+    """The forward pass of one of transformers' Llama-like decoder layers, for plain LoRA without dropout.
 
-    For plain LoRA without dropout. A norm or MLP of another form than Llama's is left alone.
+    Args:
+        layer: LlamaDecoderLayer, MistralDecoderLayer or Qwen2DecoderLayer, with or without PEFT's LoRA layers in it.
     """
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.forward = types.MethodType(_lora_forward, module)
-            module.stack = None
-        elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            module.forward = types.MethodType(_norm_forward, module)
-        elif type(module).__name__.endswith("MLP") and isinstance(getattr(module, "act_fn", None), SiLU):
-            module.forward = types.MethodType(_mlp_forward, module)
+
+    def __init__(self, layer: nn.Module):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer, self.attention = layer, attention
+        self.heads = (attention.config.num_attention_heads, attention.config.num_key_value_heads)
+        self.qkv = LinearMap(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o = LinearMap(attention.o_proj)
+        self.gate_up = LinearMap(mlp.gate_proj, mlp.up_proj)
+        self.down = LinearMap(mlp.down_proj)
+
+    def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], padded, mask: Tensor | None, cache=None) -> Tensor:
+        """Hidden states after the layer.
+
+        Args:
+            x: [N, H].
+            rope: cosines and sines of the tokens' positions, each [N, D].
+            padded: where each token stands in [B, T], a `decoder.Padded`.
+            mask: [B or 1, 1, T, S], added to the attention's scores; None: causal, on a GPU.
+            cache: a `decoder.KVCache` that keeps k and v and gives those of earlier tokens.
+        """
+        qkv = self.qkv(x, norm=self.layer.input_layernorm)  # [N, (GK + 2K) D]
+        q, k, v = _Rotate.apply(qkv, *rope, self.heads, padded)  # [B, heads, T, D] each
+        if cache is not None:
+            k, v = cache.update(self.attention.layer_idx, k, v)
+        if q.is_cuda:
+            out, _ = sdpa_attention_forward(self.attention, q, k, v, mask, scaling=self.attention.scaling)
+            out = out.transpose(1, 2)
+        else:
+            out = _Attention.apply(q, k, v, mask, self.attention.scaling)  # [B, GK, T, D]
+        x = self.o(_Join.apply(out, padded), residual=x)
+        return self.down(self.gate_up(x, norm=self.layer.post_attention_layernorm), residual=x, gated=True)
 
 
-# ---------------------------------------------------------------- LoRA
+# ---------------------------------------------------------------- linear maps with LoRA
 
 
-def _lora_forward(self: LoraLayer, x: Tensor) -> Tensor:
-    """All active adapters as one, [A1; A2] and [B1 B2], in what the base computes in; PEFT runs each in float32."""
-    out = self.base_layer(x)
-    names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
-    if not names:
-        return out
-    weights = [weight for name in names for weight in (self.lora_A[name].weight, self.lora_B[name].weight)]
-    a, b = _stack(self, names, weights, out.dtype)
-    return _AddLora.apply(out, x.to(out.dtype), a, b, [self.scaling[name] for name in names], *weights)
+class LinearMap:
+    """Linear layers that read the same input, as one: x -> [W1 x, W2 x, ...] + B A x.
 
-
-def _stack(
-    layer: LoraLayer, names: list[str], weights: list[nn.Parameter], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """[A1; A2] [R, I] and [s1 B1, s2 B2] [O, R] in `dtype`.
-
-    Between passes that train, and until a weight or the choice of adapters changes, they are made only once: a rollout
-    has a pass for each token.
+    A [R, I] stacks the active adapters' A; B [O, R] holds their scaled B where an adapter meets its layer, and 0
+    elsewhere. Both are in what the base computes in; PEFT runs each adapter in float32. Weights that are not quantised
+    move into one tensor, of which the layers then hold views.
     """
-    key = (names, dtype, [(weight.data_ptr(), weight._version) for weight in weights])
-    if layer.stack is None or layer.stack[0] != key or torch.is_grad_enabled():
-        with torch.no_grad():
-            a = torch.cat([weight.to(dtype) for weight in weights[::2]])
-            b = torch.cat([(weights[2 * i + 1] * layer.scaling[name]).to(dtype) for i, name in enumerate(names)], dim=1)
-        layer.stack = None if torch.is_grad_enabled() else (key, a, b)
-        return a, b
-    return layer.stack[1:]
+
+    def __init__(self, *layers: nn.Module):
+        self.layers = layers
+        self.bases = [layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers]
+        self.out_features = [base.out_features for base in self.bases]
+        self.weight, self.bias = None, None  # of all layers, if not quantised
+        if all(type(base) is nn.Linear for base in self.bases):
+            self.weight, self.bias = (self.join(name) for name in ("weight", "bias"))
+        self.key, self.pairs, self.a, self.b = None, [], None, None
+
+    def join(self, name: str) -> Tensor | None:
+        parts = [getattr(base, name) for base in self.bases]
+        if len(parts) == 1 or parts[0] is None:
+            return parts[0]
+        joined = torch.cat([part.data for part in parts])
+        for part, view in zip(parts, joined.split(self.out_features), strict=True):
+            part.data = view
+        return joined
+
+    def __call__(
+        self, x: Tensor, norm: nn.Module | None = None, gated: bool = False, residual: Tensor | None = None
+    ) -> Tensor:
+        """[N, O] of norm(x), or of silu(gate) * up where x is [gate, up] and `gated`; `residual` is added."""
+        prepare = _Gate if gated else _RMSNorm if norm is not None else _AsItIs
+        constants = (norm.weight, norm.variance_epsilon) if norm is not None else ()
+        weights = self.stack_adapters(x.dtype)
+        return _LinearMap.apply(x, residual, self, prepare, constants, *weights)
+
+    def stack_adapters(self, dtype: torch.dtype) -> list[Tensor]:
+        """Make A and B of the active adapters, whose weights [A1, B1, A2, ...] are returned.
+
+        Between passes that train they are made only once: a rollout has a pass for each token. In passes that train
+        they are always made anew, as a fused optimizer's step does not show in a weight's version.
+        """
+        layers = [(i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, LoraLayer)]
+        names = layers[0][1].active_adapters if layers and not layers[0][1].disable_adapters else []
+        lora = [(i, layer, name) for name in names for i, layer in layers if name in layer.lora_A]
+        weights = [w for _, layer, name in lora for w in (layer.lora_A[name].weight, layer.lora_B[name].weight)]
+        key = (dtype, [(w.data_ptr(), w._version) for w in weights])
+        if key != self.key or torch.is_grad_enabled():
+            self.key = None if torch.is_grad_enabled() else key
+            self.pairs, self.a, self.b = [], None, None  # the old ones go first
+            if weights:
+                ranks, device = [w.shape[0] for w in weights[::2]], weights[0].device
+                self.a = torch.empty(sum(ranks), weights[0].shape[1], dtype=dtype, device=device)
+                self.b = torch.zeros(sum(self.out_features), sum(ranks), dtype=dtype, device=device)
+            start = 0
+            for (i, layer, name), a, b in zip(lora, weights[::2], weights[1::2], strict=True):
+                columns = slice(start, start := start + a.shape[0])
+                rows = slice(sum(self.out_features[:i]), sum(self.out_features[: i + 1]))
+                self.pairs.append((columns, rows, layer.scaling[name]))
+                self.a[columns] = a.detach()
+                self.b[rows, columns] = b.detach() * layer.scaling[name]
+        return weights
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T"""
+        if self.weight is not None:
+            return F.linear(x, self.weight, self.bias)
+        parts = [base(x) for base in self.bases]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def product_transposed(self, grad: Tensor) -> Tensor:
+        """grad W"""
+        if self.weight is not None:
+            return grad @ self.weight
+        from bitsandbytes.functional import dequantize_4bit
+
+        result = None
+        for base, part in zip(self.bases, grad.split(self.out_features, dim=-1), strict=True):
+            weight = dequantize_4bit(base.weight.data, base.weight.quant_state).to(grad.dtype)  # [O, I]
+            result = part @ weight if result is None else result.addmm_(part, weight)
+        return result
 
 
-class _AddLora(Function):
-    """out + x A^T B^T, written into `out`; gradients go to the float32 weights that A and B were made of.
-
-    Kept: the layer's input, which the layers beside it share, and the [N, R] between A and B.
-    """
+class _LinearMap(Function):
+    """A `LinearMap` of what `prepare` makes of x. Kept: x and the [N, R] between A and B; `prepare` runs again in backward."""
 
     @staticmethod
-    def forward(ctx, out: Tensor, x: Tensor, a: Tensor, b: Tensor, scalings: list[float], *weights: Tensor) -> Tensor:
-        down = x.flatten(0, -2) @ a.T  # [N, R]
-        out.view(-1, out.shape[-1]).addmm_(down, b.T)
-        ctx.mark_dirty(out)
-        ctx.save_for_backward(x, down, a, b)
-        ctx.scalings, ctx.ranks = scalings, [weight.shape[0] for weight in weights[::2]]
+    def forward(ctx, x: Tensor, residual: Tensor | None, linear: LinearMap, prepare, constants, *weights) -> Tensor:
+        y, kept = prepare.forward(x, *constants)
+        out = linear.product(y)
+        down = None
+        if weights:
+            down = y @ linear.a.T  # [N, R]
+            out.addmm_(down, linear.b.T)
+        if residual is not None:
+            out += residual
+        ctx.save_for_backward(x, down, kept, linear.a, linear.b)
+        ctx.linear, ctx.prepare, ctx.constants, ctx.pairs = linear, prepare, constants, linear.pairs
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, down, a, b = ctx.saved_tensors
-        flat, x_flat = grad.flatten(0, -2), x.flatten(0, -2)
-        grad_down = flat @ b  # [N, R]
-        grad_x = (grad_down @ a).view_as(x) if ctx.needs_input_grad[1] else None
-        grads: list[Tensor | None] = []
-        start = 0
-        for i, (rank, scaling) in enumerate(zip(ctx.ranks, ctx.scalings, strict=True)):
-            part = slice(start, start + rank)
-            need_a, need_b = ctx.needs_input_grad[5 + 2 * i : 7 + 2 * i]
-            grads.append((grad_down[:, part].T @ x_flat).float() if need_a else None)
-            grads.append((flat.T @ down[:, part]).float().mul_(scaling) if need_b else None)
-            start += rank
-        return grad, grad_x, None, None, None, *grads
+        x, down, kept, a, b = ctx.saved_tensors
+        y, *again = ctx.prepare.again(x, kept, *ctx.constants)
+        need_weights = ctx.needs_input_grad[5:]
+        grad_down = grad @ b if down is not None else None  # [N, R]
+        grads = [None] * len(need_weights)
+        if any(need_weights):
+            # Adapters that train come last, so their rows of A are one block.
+            first = next(columns.start for i, (columns, *_) in enumerate(ctx.pairs) if need_weights[2 * i])
+            grad_a = (grad_down[:, first:].T @ y).float()
+            for i, (columns, rows, scaling) in enumerate(ctx.pairs):
+                if need_weights[2 * i]:
+                    grads[2 * i] = grad_a[columns.start - first : columns.stop - first]
+                    grads[2 * i + 1] = (grad[:, rows].T @ down[:, columns]).float().mul_(scaling)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_y = ctx.linear.product_transposed(grad)
+            if down is not None:
+                grad_y.addmm_(grad_down, a)
+            grad_x = ctx.prepare.backward(grad_y, x, kept, *again, *ctx.constants)
+        return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, *grads
 
 
-# ---------------------------------------------------------------- norm and MLP
+# ---------------------------------------------------------------- what a map does to its input first
 
 
-def _norm_forward(self: nn.Module, x: Tensor) -> Tensor:
-    return _RMSNorm.apply(x, self.weight, self.variance_epsilon)
+class _AsItIs:
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, None]:
+        return x, None
+
+    @staticmethod
+    def again(x: Tensor, kept: None) -> tuple[Tensor, None]:
+        return x, None
+
+    @staticmethod
+    def backward(grad: Tensor, x: Tensor, kept: None, again: None) -> Tensor:
+        return grad
 
 
-class _RMSNorm(Function):
-    """weight * x / rms(x), in float32 inside; the frozen weight gets no gradient. Kept: x."""
+class _RMSNorm:
+    """weight * x / rms(x), the division in float32. Kept: 1 / rms(x)."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # [N, 1]
+        scale = torch.rsqrt(length.square() / x.shape[-1] + eps)
+        return weight * (x * scale).to(x.dtype), scale
+
+    @staticmethod
+    def again(x: Tensor, scale: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        normed = x * scale  # float32
+        return weight * normed.to(x.dtype), normed
+
+    @staticmethod
+    def backward(grad: Tensor, x: Tensor, scale: Tensor, normed: Tensor, weight: Tensor, eps: float) -> Tensor:
+        grad = grad.float() * weight.float()
+        return grad.addcmul_(normed, (grad * normed).mean(-1, keepdim=True), value=-1).mul_(scale).to(x.dtype)
+
+
+class _Gate:
+    """silu(gate) * up, of x = [gate, up]."""
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, None]:
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up), None
+
+    @staticmethod
+    def again(x: Tensor, kept: None) -> tuple[Tensor, Tensor]:
+        gate, up = x.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        return activated * up, activated
+
+    @staticmethod
+    def backward(grad: Tensor, x: Tensor, kept: None, activated: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad)], dim=-1)
+
+
+class Norm(Function):
+    """`_RMSNorm` by itself: (x, weight, eps) -> [N, H]; the frozen weight gets no gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, scale)
-        return weight * (x32 * scale).to(x.dtype)
+        y, scale = _RMSNorm.forward(x, weight, eps)
+        ctx.save_for_backward(x, scale, weight)
+        return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight, scale = ctx.saved_tensors
-        normed = x.float() * scale
-        grad = grad.float() * weight.float()
-        grad = grad.addcmul_(normed, (grad * normed).mean(-1, keepdim=True), value=-1)
-        return grad.mul_(scale).to(x.dtype), None, None
-
-
-def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
-    return self.down_proj(_SiluMul.apply(self.gate_proj(x), self.up_proj(x)))
-
-
-class _SiluMul(Function):
-    """silu(gate) * up. Kept: gate and up."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        x, scale, weight = ctx.saved_tensors
+        return _RMSNorm.backward(grad, x, scale, x * scale, weight, 0.0), None, None
 
 
 # ---------------------------------------------------------------- attention
 
 
-def _attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_
-) -> tuple[Tensor, None]:
-    return _Attention.apply(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
+class _Rotate(Function):
+    """q, k and v, each [B, heads, T, D], out of [N, (GK + 2K) D]; q and k with rotary position embeddings (2104.09864)."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int], padded):
+        ctx.save_for_backward(cos, sin)
+        ctx.split, ctx.padded = [*heads, heads[1]], padded
+        turned = _rotate(qkv.view(len(qkv), -1, cos.shape[-1]), cos, sin, sum(heads), 1)  # [N, GK + 2K, D]
+        return tuple(part.transpose(1, 2).contiguous() for part in padded.spread(turned).split(ctx.split, dim=2))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        cos, sin = ctx.saved_tensors
+        grad = ctx.padded.gather(torch.cat([grad.transpose(1, 2) for grad in grads], dim=2))  # [N, GK + 2K, D]
+        return _rotate(grad, cos, sin, sum(ctx.split[:2]), -1).flatten(1), None, None, None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: int) -> Tensor:
+    """x [N, heads and others, D] with each pair (x[i], x[i + D / 2]) of the first `heads` turned by its token's angle.
+
+    `sign` -1 turns it back.
+    """
+    half, out = x.shape[-1] // 2, torch.empty_like(x)
+    first, turned, sin = x[:, :heads], out[:, :heads], sin[:, None]
+    torch.mul(first, cos[:, None], out=turned)
+    turned[..., :half].addcmul_(first[..., half:], sin[..., half:], value=-sign)
+    turned[..., half:].addcmul_(first[..., :half], sin[..., :half], value=sign)
+    out[:, heads:] = x[:, heads:]
+    return out
+
+
+class _Join(Function):
+    """[N, GK D] of the attention's output [B, GK, T, D]."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, padded) -> Tensor:
+        ctx.padded, ctx.heads = padded, out.shape[1]
+        return padded.gather(out.transpose(1, 2)).flatten(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.padded.spread(grad.view(len(grad), ctx.heads, -1)).transpose(1, 2), None
 
 
 class _Attention(Function):
@@ -163,13 +311,13 @@ class _Attention(Function):
 
     @staticmethod
     def weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """[B, K, G x T, S] in query's dtype: K key heads, G query heads to each."""
+        """[B, K, G x T, S] in query's dtype; the softmax is in float32 inside."""
         b, heads, t, d = query.shape
         scores = query.reshape(b, key.shape[1], -1, d) @ key.transpose(-1, -2)
         scores = scores.view(b, heads, t, -1).mul_(scaling)
         if mask is not None:
             scores.add_(mask)
-        return scores.softmax(-1, dtype=torch.float32).to(query.dtype).view(b, key.shape[1], -1, key.shape[2])
+        return scores.softmax(-1).view(b, key.shape[1], -1, key.shape[2])
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -188,8 +336,3 @@ class _Attention(Function):
         grad_query = (grad_scores @ key).view_as(query)
         grad_key = grad_scores.transpose(-1, -2) @ query.reshape(*weights.shape[:3], -1)
         return grad_query, grad_key, weights.transpose(-1, -2) @ grad, None, None
-
-
-CPU_ATTENTION = "lean"  # what to pass as `attn_implementation` on a CPU
-AttentionInterface.register(CPU_ATTENTION, _attention_forward)
-AttentionMaskInterface.register(CPU_ATTENTION, eager_mask)

@@ -1,9 +1,20 @@
 """Log-probabilities of chosen tokens straight from hidden states, without ever holding their logits."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 23  # logits alive at a time: 32 MiB in float32
+CHUNK_ELEMENTS = 1 << 23  # logits alive at a time
+CPU_BLOCK = 8  # rows in float32 at a time on a CPU, so that they stay in its cache
+
+
+class Chosen(NamedTuple):
+    """Of N chosen tokens, float32."""
+
+    logprobs: Tensor  # [N] nats
+    entropy: Tensor  # [N] nats, of the whole distribution
+    is_top1: Tensor  # [N] 1 where no other token is likelier
 
 
 class _ChosenLogprobs(torch.autograd.Function):
@@ -16,36 +27,47 @@ class _ChosenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, need_grad: bool):
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        block = rows if hidden.is_cuda else CPU_BLOCK
         logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        entropy, gradient = torch.empty_like(logprobs), torch.empty_like(hidden) if need_grad else None
+        entropy, is_top1 = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        gradient = torch.empty_like(hidden) if need_grad else None
         for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
-            log_softmax = matmul_fp32(hidden[part], weight.T).div_(temperature)  # [rows, V]
-            log_softmax -= log_softmax.logsumexp(-1, keepdim=True)
-            logprobs[part] = log_softmax.gather(-1, tokens[part, None]).squeeze(-1)
+            logits = matmul(hidden[start : start + rows], weight.T)  # [rows, V], in float32 on a GPU
+            for row in range(0, logits.shape[0], block):
+                part = slice(start + row, min(start + row + block, start + rows, hidden.shape[0]))
+                here = logits[row : row + block]  # [block, V]
+                scaled = here.float().div_(temperature)
+                softmax = scaled.softmax(-1)
+                # The logsumexp by way of the likeliest token, whose probability is never tiny.
+                top1 = scaled.amax(-1)
+                logsumexp = top1 - softmax.amax(-1).log()
+                chosen = scaled.gather(-1, tokens[part, None]).squeeze(-1)
+                logprobs[part], is_top1[part] = chosen - logsumexp, chosen == top1
+                entropy[part] = logsumexp - torch.linalg.vecdot(softmax, scaled)
+                if need_grad:
+                    here.copy_(softmax)
             if need_grad:
-                mean_weight = matmul_fp32(log_softmax.exp_().to(weight.dtype), weight)  # [rows, H]
+                mean_weight = matmul(logits.to(weight.dtype), weight)  # [rows, H]
+                part = slice(start, start + rows)
                 gradient[part] = (weight[tokens[part]] - mean_weight) / temperature
-            else:
-                entropy[part] = -(log_softmax.exp() * log_softmax).sum(-1)
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return logprobs, entropy, is_top1
 
     @staticmethod
-    def backward(ctx, grad_logprobs: Tensor, _):
+    def backward(ctx, grad_logprobs: Tensor, *_):
         (gradient,) = ctx.saved_tensors
         return (gradient * grad_logprobs[:, None]).to(gradient.dtype), None, None, None, None
 
 
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32; on a GPU straight from the 16-bit product's accumulator, unrounded."""
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; on a GPU in float32, straight from the 16-bit product's accumulator, unrounded."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
+    return a @ b
 
 
-def chosen_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def chosen_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> Chosen:
     """Log-probability of each chosen token at the sampling temperature, and the distribution's entropy.
 
     Args:
@@ -53,8 +75,7 @@ def chosen_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature:
         weight: [V, H], the frozen output embedding.
         tokens: [N].
     Returns:
-        log-probabilities [N] and entropies [N] in nats, float32. The entropies are filled in only where no gradient is
-        being recorded, as only reports need them.
+        a `Chosen`, of which only the log-probabilities have a gradient, for `hidden`.
     """
     need_grad = torch.is_grad_enabled() and hidden.requires_grad
-    return _ChosenLogprobs.apply(hidden, weight, tokens, temperature, need_grad)
+    return Chosen(*_ChosenLogprobs.apply(hidden, weight, tokens, temperature, need_grad))

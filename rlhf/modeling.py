@@ -4,21 +4,19 @@ The SFT adapter is frozen and active for every role, so the reference policy is 
 policy (LoRA B = 0) *is* the reference, bit for bit. A role adapts only the upper layers: what the lower layers compute
 for a text is the same for policy, reference, reward and value model, in every epoch, and is computed once.
 
-Shapes: B texts, T tokens, H hidden size, V vocabulary, N response tokens of a batch.
+Shapes: N tokens of a batch of texts, B texts, H hidden size, V vocabulary.
 """
 
-import contextlib
 import hashlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoints import check_same_base
 from rlhf.cli import UserError, one_line
 from rlhf.data import PromptFormat
+from rlhf.decoder import Decoder, Texts, lay_out, lay_out_pairs
 from rlhf.hub import hub_errors
-from rlhf.layers import CPU_ATTENTION, lean_layers
 
 import torch
 import torch.nn.functional as F
@@ -165,8 +163,6 @@ def load_base(base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_
     """
     device = PartialState().device
     options: dict[str, Any] = {"dtype": dtype, "revision": base["revision"], "use_safetensors": True}
-    if device.type == "cpu":
-        options["attn_implementation"] = CPU_ATTENTION
     if base["load_in_4bit"]:
         check_4bit(device)
         options["device_map"] = {"": device}
@@ -229,13 +225,13 @@ class SharedBase:
     def __init__(self, model: PreTrainedModel, folder: str, dtype: torch.dtype):
         self.dtype = dtype
         self.device = next(model.parameters()).device
-        self.decoder = model.get_decoder()
-        self.num_layers = self.first_role_layer = len(self.decoder.layers)
+        self.num_layers = self.first_role_layer = len(model.get_decoder().layers)
         self.heads: dict[str, ScalarHead] = {}
         config, state = read_adapter(folder)
         self.peft = PeftModel(model, config, adapter_name="sft")
         self.load("sft", state)
-        lean_layers(self.peft)
+        self.tuner_layers = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
+        self.decoder = Decoder(model)
         self.activate(None)
 
     def add_role(
@@ -289,9 +285,8 @@ class SharedBase:
         Call backward before the next switch: checkpointed layers recompute with the adapters that are then active.
         """
         names = ["sft", role] if role else ["sft"]
-        for module in self.peft.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.set_adapter(names, inference_mode=True)
+        for module in self.tuner_layers:
+            module.set_adapter(names, inference_mode=True)
         self.peft.base_model.active_adapter = names
         if train:
             for parameter in self.parameters(role):
@@ -309,83 +304,52 @@ class SharedBase:
 
     # -- forward
 
-    @contextlib.contextmanager
-    def _only(self, layers: slice) -> Iterator[None]:
-        """Run the decoder's own forward on some of its layers; the final norm only after the last."""
-        kept, norm = self.decoder.layers, self.decoder.norm
-        self.decoder.layers = kept[layers]
-        if layers.stop is not None:
-            self.decoder.norm = nn.Identity()
-        try:
-            yield
-        finally:
-            self.decoder.layers, self.decoder.norm = kept, norm
-
     @torch.no_grad()
-    def lower(self, input_ids: Tensor) -> Tensor:
-        """Hidden states below the first role layer, the same for every role.
+    def lower(self, texts: Texts) -> Tensor:
+        """Hidden states [N, H] below the first role layer, the same for every role, in the trunk's dtype."""
+        return self.decoder.run(self.decoder.embed(texts), texts, slice(0, self.first_role_layer))
 
-        Padding stands on the right, where causal attention never looks back at it, so there is no mask to pass.
+    def upper(self, lower: Tensor, texts: Texts) -> Tensor:
+        """Final hidden states [N, H] of the active role, from those that `lower` gave."""
+        return self.decoder.norm(self.decoder.run(lower, texts, slice(self.first_role_layer, None)))
 
-        Args:
-            input_ids: [B, T].
-        Returns:
-            [B, T, H], in the trunk's dtype.
-        """
-        if self.first_role_layer == 0:
-            return self.decoder.embed_tokens(input_ids).detach()  # a checkpointing hook may have marked it
-        with self._only(slice(0, self.first_role_layer)):
-            return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-
-    def upper(self, lower: Tensor) -> Tensor:
-        """Final hidden states [B, T, H] of the active role, from those that `lower` gave."""
-        with self._only(slice(self.first_role_layer, None)):
-            return self.decoder(inputs_embeds=lower, use_cache=False).last_hidden_state
-
-    def cut_gradients_below_roles(self) -> None:
-        """Stop backward at the first role layer, also where gradient checkpointing makes the embeddings require gradients."""
-        first = self.decoder.layers[self.first_role_layer]
-        first.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(), *inputs[1:]))
-
-    def check_split(self) -> None:
-        """Raise UserError unless lower + upper is the whole forward, bit for bit, on this architecture."""
-        ids = torch.arange(1, 9, device=self.device)[None]
-        with torch.no_grad():
-            whole = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
-        with torch.no_grad():
-            split = self.upper(self.lower(ids))
-        if not torch.equal(whole, split):
-            name = type(self.decoder).__name__
-            raise UserError(
-                f"{name} cannot be run in two halves: this pipeline is for Llama-like decoders (Llama, Mistral, Qwen2, SmolLM2)"
-            )
+    def read_head(self, texts: Texts, role: str = "reward") -> Tensor:
+        """What the head of the active `role` reads at the last token of each text [B], float32; of pairs [2 x B]."""
+        return self.heads[role](self.upper(self.lower(texts), texts)[texts.last]).squeeze(-1)
 
     def lm_head_weight(self) -> Tensor:
         """[V, H]"""
         return self.peft.base_model.model.get_output_embeddings().weight
 
     @torch.no_grad()
-    def score(
-        self, sequences: list[list[int]], pad_token_id: int, role: str = "reward", batch_size: int = 16
-    ) -> Tensor:
-        """The scalar head's reading at the last token of each text.
+    def score(self, sequences: list[list[int]], batch_size: int = 16) -> Tensor:
+        """The reward model's score of each text.
 
         Args:
             sequences: token ids, prompt and response, with EOS.
         Returns:
             [len(sequences)], float32, on the CPU.
         """
-        self.activate(role)
+        self.activate("reward")
         scores = torch.empty(len(sequences))
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # like lengths together: little padding
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            hidden = self.upper(
-                self.lower(pad_right([sequences[i] for i in rows], pad_token_id, self.device))
-            )  # [B, T, H]
-            last = torch.tensor([len(sequences[i]) - 1 for i in rows], device=self.device)
-            scores[rows] = self.heads[role](hidden[torch.arange(len(rows), device=self.device), last]).squeeze(-1).cpu()
+        for rows in by_length(list(map(len, sequences)), batch_size):
+            scores[rows] = self.read_head(lay_out([sequences[i] for i in rows], self.device)).cpu()
         return scores
+
+    @torch.no_grad()
+    def score_pairs(self, pairs: list[tuple[list[int], list[int]]], batch_size: int = 8) -> tuple[Tensor, Tensor]:
+        """The same of pairs that begin alike, where what they share is read once: [len(pairs)] twice."""
+        self.activate("reward")
+        scores = torch.empty(2, len(pairs))
+        for rows in by_length([len(a) + len(b) for a, b in pairs], batch_size):
+            scores[:, rows] = self.read_head(lay_out_pairs([pairs[i] for i in rows], self.device)).view(2, -1).cpu()
+        return scores[0], scores[1]
+
+
+def by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Batches of indices, like lengths together."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def pad_right(sequences: list[list[int]], pad: float, device: torch.device) -> Tensor:

@@ -1,13 +1,14 @@
 """The unit that goes through the model: a few rollouts of like length, and what each role says of them.
 
-Shapes: b rows, T tokens of the longest text, R sampled tokens of the longest response, H hidden size.
+Shapes: b rows, N tokens of their texts, R sampled tokens of the longest response, H hidden size.
 """
 
 from dataclasses import dataclass
 
 from rlhf.data import PromptFormat
+from rlhf.decoder import Texts, lay_out
 from rlhf.generation import Response
-from rlhf.modeling import pad_right
+from rlhf.modeling import by_length, pad_right
 
 import torch
 from torch import Tensor
@@ -22,14 +23,13 @@ class MicroBatch:
     """
 
     rows: list[int]  # which of the update's responses
-    input_ids: Tensor  # [b, T]
-    last: Tensor  # [b] index of EOS, where the score is read
-    positions: Tensor  # [b, R]
+    texts: Texts  # the score is read at EOS, their last token
+    positions: Tensor  # [b, R] of N
     actions: Tensor  # [b, R]
     response_mask: Tensor  # [b, R] True at sampled tokens
     ended: Tensor  # [b] True where the policy itself wrote EOS
     # Filled in by measure():
-    lower: Tensor = None  # [b, T, H] hidden states below the role adapters
+    lower: Tensor = None  # [N, H] hidden states below the role adapters
     scores: Tensor = None  # [b] what the reward model says
     logprobs: Tensor = None  # [b, R] under the policy that sampled
     ref_logprobs: Tensor = None  # [b, R]
@@ -43,21 +43,22 @@ class MicroBatch:
 def make_micro_batches(
     prompts: list[list[int]], responses: list[Response], form: PromptFormat, size: int, device: torch.device
 ) -> list[MicroBatch]:
-    """Sort by length, so that little is padded, and cut into micro-batches of `size`."""
+    """Sort by length, so that attention pads little, and cut into micro-batches of `size`."""
     texts = [p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     batch = []
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        starts = torch.tensor([len(prompts[i]) - 1 for i in rows], device=device)
+    for rows in by_length(list(map(len, texts)), size):
+        laid_out = lay_out([texts[i] for i in rows], device)
+        ends = laid_out.last.tolist()
+        starts = torch.tensor(
+            [end - len(texts[i]) + len(prompts[i]) for i, end in zip(rows, ends, strict=True)], device=device
+        )  # [b] the last token of each prompt
         lengths = torch.tensor([len(responses[i].ids) for i in rows], device=device)
         steps = torch.arange(int(lengths.max()), device=device)
         response_mask = steps < lengths[:, None]
         batch.append(
             MicroBatch(
                 rows=rows,
-                input_ids=pad_right([texts[i] for i in rows], form.pad_token_id, device),
-                last=torch.tensor([len(texts[i]) - 1 for i in rows], device=device),
+                texts=laid_out,
                 positions=(starts[:, None] + steps) * response_mask,
                 actions=pad_right([responses[i].ids for i in rows], form.pad_token_id, device),
                 response_mask=response_mask,

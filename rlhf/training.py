@@ -46,13 +46,12 @@ def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) ->
         "per_device_train_batch_size": config.per_device_train_batch_size,
         "per_device_eval_batch_size": 2 * config.per_device_train_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "gradient_checkpointing": False,  # the decoder's own is used
         "lr_scheduler_type": "cosine",
         "warmup_steps": round(config.warmup_ratio * num_steps(config, rows)),
         "max_grad_norm": config.max_grad_norm,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
+        "bf16": False,  # the base computes in bfloat16 by itself; autocast on top of it would only cost time
+        "fp16": dtype == torch.float16,  # for the gradient scaler
         "use_cpu": PartialState().device.type == "cpu",
         "dataloader_pin_memory": PartialState().device.type != "cpu",
         "logging_steps": config.logging_steps,

@@ -178,7 +178,8 @@ def test_micro_batches_by_hand():
 
 
 def test_chosen_logprobs_equal_log_softmax_in_value_entropy_and_gradient(monkeypatch):
-    monkeypatch.setattr("rlhf.logprobs.CHUNK_ELEMENTS", 3 * 11)  # three rows a chunk: uneven chunks
+    monkeypatch.setattr("rlhf.logprobs.CHUNK_ELEMENTS", 3 * 11)  # three rows a chunk, in blocks of two: both uneven
+    monkeypatch.setattr("rlhf.logprobs.CPU_BLOCK", 2)
     torch.manual_seed(0)
     hidden, weight, tokens = torch.randn(7, 5), torch.randn(11, 5), torch.randint(11, (7,))
     plain = hidden.clone().requires_grad_()
@@ -186,11 +187,12 @@ def test_chosen_logprobs_equal_log_softmax_in_value_entropy_and_gradient(monkeyp
     expected = log_softmax[torch.arange(7), tokens]
     (expected * torch.arange(7)).sum().backward()
     with torch.no_grad():
-        logprobs, entropy = chosen_logprobs(hidden, weight, tokens, 0.7)
+        logprobs, entropy, is_top1 = chosen_logprobs(hidden, weight, tokens, 0.7)
+    assert is_top1.tolist() == (log_softmax.argmax(-1) == tokens).tolist()
     torch.testing.assert_close(logprobs, expected)
     torch.testing.assert_close(entropy, -(log_softmax.exp() * log_softmax).sum(-1))
     ours = hidden.clone().requires_grad_()
-    logprobs, _ = chosen_logprobs(ours, weight, tokens, 0.7)
+    logprobs = chosen_logprobs(ours, weight, tokens, 0.7).logprobs
     torch.testing.assert_close(logprobs, expected)
     (logprobs * torch.arange(7)).sum().backward()
     torch.testing.assert_close(ours.grad, plain.grad)

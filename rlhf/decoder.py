@@ -1,0 +1,197 @@
+"""A Llama-like decoder run on texts of any lengths, laid end to end: no padding goes through its linear maps.
+
+Shapes: B texts, T tokens of the longest, N tokens of all texts, H hidden size, K key heads, D features a head.
+"""
+
+from dataclasses import dataclass
+
+from rlhf.cli import UserError
+from rlhf.layers import LeanLayer, Norm
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
+SiLU = type(ACT2FN["silu"])  # the class that transformers gives `hidden_act: silu`
+
+
+class Padded:
+    """Where each of N tokens stands in [B, T], texts in rows, padding on the right.
+
+    Args:
+        lengths: of the texts.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device):
+        self.rows, self.width = len(lengths), max(lengths)
+        self.place: Tensor | None = None  # [N] of B x T, unless nothing is padded
+        if sum(lengths) < self.rows * self.width:
+            real = torch.arange(self.width) < torch.tensor(lengths)[:, None]  # [B, T]
+            self.place = real.flatten().nonzero().squeeze(1).to(device)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[N, ...] -> [B, T, ...], with zeros for padding."""
+        if self.place is not None:
+            x = x.new_zeros(self.rows * self.width, *x.shape[1:]).index_copy_(0, self.place, x)
+        return x.view(self.rows, self.width, *x.shape[1:])
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> [N, ...]"""
+        x = x.reshape(self.rows * self.width, *x.shape[2:])
+        return x if self.place is None else x.index_select(0, self.place)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A batch of texts. Made by `lay_out`, `lay_out_pairs` or, for the next token of each text, `next_tokens`."""
+
+    ids: Tensor  # [N]
+    positions: Tensor  # [N] of each token in its text
+    padded: Padded
+    mask: Tensor | None = None  # [B or 1, 1, T, S], True where a token may look; None: at itself and all before it
+    last: Tensor | None = None  # [B] of N, each text's last token; of pairs [2 x B], all chosen ones first
+
+
+def lay_out(sequences: list[list[int]], device: torch.device) -> Texts:
+    """Texts from their token ids."""
+    lengths = [len(ids) for ids in sequences]
+    return Texts(
+        ids=torch.tensor([token for ids in sequences for token in ids], device=device),
+        positions=torch.cat([torch.arange(length) for length in lengths]).to(device),
+        padded=Padded(lengths, device),
+        last=(torch.tensor(lengths).cumsum(0) - 1).to(device),
+    )
+
+
+def unpad(padded: Tensor, mask: Tensor) -> list[list[int]]:
+    """Rows of different lengths out of [B, T], padded on the right where `mask` is 0."""
+    return [row[:length] for row, length in zip(padded.tolist(), mask.sum(1).tolist(), strict=True)]
+
+
+def lay_out_pairs(pairs: list[tuple[list[int], list[int]]], device: torch.device) -> Texts:
+    """Pairs of texts that begin alike, each as one: what they share, the rest of the first, the rest of the second.
+
+    The rest of the second does not see the rest of the first, and its positions follow what is shared; so both get the
+    hidden states that they get alone.
+    """
+    rows, parts, positions, last, start = [], [], [], [], 0
+    for first, second in pairs:
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+        )
+        shared = min(shared, len(first) - 1, len(second) - 1)  # both keep a last token of their own
+        rows.append([*first, *second[shared:]])
+        parts.append(torch.tensor([0] * shared + [1] * (len(first) - shared) + [2] * (len(second) - shared)))
+        positions += [*range(len(first)), *range(shared, len(second))]
+        last.append((start + len(first) - 1, start + len(rows[-1]) - 1))
+        start += len(rows[-1])
+    part = nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=3)  # [B, T]
+    looks = (part[:, None, :] == 0) | (part[:, :, None] == part[:, None, :])  # [B, T, T]
+    return Texts(
+        ids=torch.tensor([token for row in rows for token in row], device=device),
+        positions=torch.tensor(positions, device=device),
+        padded=Padded([len(row) for row in rows], device),
+        mask=looks.tril()[:, None].to(device),
+        last=torch.tensor(last).T.flatten().to(device),
+    )
+
+
+def next_tokens(tokens: Tensor, lengths: Tensor, longest: int) -> Texts:
+    """One more token [B] of each text of which `lengths` [B] tokens, `longest` at most, are in a cache."""
+    looks = torch.arange(longest + 1, device=tokens.device) <= lengths[:, None]  # [B, S]
+    return Texts(tokens, lengths, Padded([1] * len(tokens), tokens.device), looks[:, None, None])
+
+
+class KVCache:
+    """Keys and values of texts that are being written, [B, K, up to `width`, D] a layer, each text from the left."""
+
+    def __init__(self, model: PreTrainedModel, rows: int, width: int):
+        config = model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (rows, config.num_key_value_heads, width, head_dim)
+        weight = model.get_input_embeddings().weight
+        self.layers = [
+            tuple(torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+            for _ in range(config.num_hidden_layers)
+        ]
+        self.reading: slice | None = None  # rows whose prompts are being read; None: all rows get one token more
+        self.lengths: Tensor | None = None  # [B] tokens of each row, once the prompts are read
+        self.longest = 0
+
+    def start(self, lengths: list[int]) -> None:
+        """All prompts are read, and so long."""
+        self.reading, self.longest = None, max(lengths)
+        self.lengths = torch.tensor(lengths, device=self.layers[0][0].device)
+
+    def grow(self) -> None:
+        """Each row has got one token more."""
+        self.lengths, self.longest = self.lengths + 1, self.longest + 1
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k and v [B, K, T, D]; give what the tokens look at."""
+        keys, values = self.layers[layer]
+        if self.reading is not None:
+            keys[self.reading, :, : k.shape[2]], values[self.reading, :, : v.shape[2]] = k, v
+            return k, v
+        rows = torch.arange(len(k), device=k.device)
+        keys[rows, :, self.lengths], values[rows, :, self.lengths] = k.squeeze(2), v.squeeze(2)
+        return keys[:, :, : self.longest + 1], values[:, :, : self.longest + 1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these."""
+        for i, layer in enumerate(self.layers):
+            self.layers[i] = tuple(part[rows] for part in layer)
+        self.lengths = self.lengths[rows]
+
+
+class Decoder:
+    """The decoder of `model`, with or without adapters: `LeanLayer`s over transformers' modules and weights.
+
+    Raises:
+        UserError: it is not a Llama-like decoder.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.inner = model, model.get_decoder()
+        for layer in self.inner.layers:
+            if not isinstance(layer, LAYERS) or not isinstance(layer.mlp.act_fn, SiLU):
+                raise UserError(
+                    f"{type(layer).__name__} is not supported: this pipeline is for Llama-like decoders (Llama, Mistral, "
+                    "Qwen2, SmolLM2)"
+                )
+        self.window = getattr(model.config, "sliding_window", None)
+        self.layers = [LeanLayer(layer) for layer in self.inner.layers]
+        self.gradient_checkpointing = False  # whether a layer that trains is computed twice, and only its input kept
+
+    def embed(self, texts: Texts) -> Tensor:
+        """[N, H]"""
+        return self.inner.embed_tokens(texts.ids)
+
+    def run(self, x: Tensor, texts: Texts, layers: slice = slice(None), cache: KVCache | None = None) -> Tensor:
+        """Hidden states [N, H] after some of the layers, from those before them; without the final norm."""
+        if self.window is not None and self.window < max(texts.padded.width, cache.longest + 1 if cache else 0):
+            raise UserError(
+                f"texts of more than this model's attention window of {self.window} tokens: cut them shorter"
+            )
+        rope = tuple(part[0] for part in self.inner.rotary_emb(x[None], texts.positions[None]))  # [N, D] each
+        mask = texts.mask
+        if mask is None and not x.is_cuda:
+            mask = torch.ones(texts.padded.width, texts.padded.width, dtype=torch.bool).tril()[None, None]
+        if mask is not None:
+            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, float("-inf"))
+        for layer in self.layers[layers]:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, texts.padded, mask, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, rope, texts.padded, mask, cache)
+        return x
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The final norm."""
+        return Norm.apply(x, self.inner.norm.weight, self.inner.norm.variance_epsilon)
