@@ -110,9 +110,9 @@ class LinearMap:
             self.key = None if torch.is_grad_enabled() else key
             self.pairs, self.a, self.b = [], None, None  # the old ones go first
             if weights:
-                ranks, device = [w.shape[0] for w in weights[::2]], weights[0].device
-                self.a = torch.empty(sum(ranks), weights[0].shape[1], dtype=dtype, device=device)
-                self.b = torch.zeros(sum(self.out_features), sum(ranks), dtype=dtype, device=device)
+                shape = {"dtype": dtype, "device": weights[0].device}
+                self.a = torch.zeros(self.room(), weights[0].shape[1], **shape)
+                self.b = torch.zeros(sum(self.out_features), self.room(), **shape)
             start = 0
             for (i, layer, name), a, b in zip(lora, weights[::2], weights[1::2], strict=True):
                 columns = slice(start, start := start + a.shape[0])
@@ -121,6 +121,14 @@ class LinearMap:
                 self.a[columns] = a.detach()
                 self.b[rows, columns] = b.detach() * layer.scaling[name]
         return weights
+
+    def room(self) -> int:
+        """R: that of the first adapter and of the largest other one, whichever are active.
+
+        Each role then goes through products of the same shape, so a fresh policy (B = 0) equals its reference bit for bit.
+        """
+        ranks = [list(layer.r.values()) for layer in self.layers if isinstance(layer, LoraLayer)]
+        return sum(first + max(others, default=0) for first, *others in ranks)
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T"""

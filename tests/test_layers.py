@@ -1,27 +1,37 @@
-"""The lean layers against PEFT's and transformers' own, on the same weights."""
+"""The decoder on texts end to end against PEFT's and transformers' own, on the same weights, text by text."""
 
 import copy
 
-from rlhf.layers import CPU_ATTENTION, lean_layers
+from rlhf.decoder import Decoder, KVCache, Padded, lay_out, lay_out_pairs, next_tokens, unpad
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-IDS = torch.tensor([[5, 9, 17, 3, 40, 8], [7, 7, 30, 21, 2, 11]])
+CPU = torch.device("cpu")
+TEXTS = [[5, 9, 17, 3, 40, 8], [7, 7, 30], [21, 2, 11, 35], [50]]
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def two_adapters(tiny_model, **load):
+def two_adapters(model):
     """PEFT's model with an `sft` adapter on all layers and a `policy` on the upper two; both active, the policy trains."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, **load)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    peft = get_peft_model(model, LoraConfig(r=3, lora_alpha=12, target_modules=targets), adapter_name="sft")
-    peft.add_adapter("policy", LoraConfig(r=2, lora_alpha=1, target_modules=targets, layers_to_transform=[2, 3]))
+    torch.manual_seed(0)
+    peft = get_peft_model(model, LoraConfig(r=3, lora_alpha=12, target_modules=TARGETS), adapter_name="sft")
+    peft.add_adapter("policy", LoraConfig(r=2, lora_alpha=1, target_modules=TARGETS, layers_to_transform=[2, 3]))
     for name, weight in peft.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(weight, std=0.1)
@@ -31,86 +41,191 @@ def two_adapters(tiny_model, **load):
     return peft.eval()
 
 
-def lean(peft):
-    """A copy of `peft` with our layers and attention."""
-    model = copy.deepcopy(peft)
-    lean_layers(model)
-    model.set_attn_implementation(CPU_ATTENTION)
-    return model
+def tiny(tiny_model, **load):
+    return two_adapters(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, **load))
 
 
-def run(peft, **inputs):
-    """Logits, and the gradient of each weight that has one."""
+def own_logits(peft, texts=TEXTS):
+    """Logits [N, V] that transformers and PEFT give, one text at a time."""
+    return torch.cat([peft(input_ids=torch.tensor([ids])).logits[0] for ids in texts])
+
+
+def our_logits(peft, texts=TEXTS, decoder=None, laid_out=None):
+    decoder, laid_out = decoder or Decoder(peft.get_base_model()), laid_out or lay_out(texts, CPU)
+    hidden = decoder.norm(decoder.run(decoder.embed(laid_out), laid_out))
+    return hidden @ peft.get_base_model().get_output_embeddings().weight.T
+
+
+def gradients(peft, logits):
+    """The gradient of each weight that has one, of a sum that no two tokens share in alike."""
     peft.zero_grad()
-    logits = peft(input_ids=IDS, **inputs).logits
-    logits.log_softmax(-1)[..., 4].sum().backward()
-    return logits.detach(), {name: p.grad.clone() for name, p in peft.named_parameters() if p.grad is not None}
+    (logits.log_softmax(-1)[..., 4] * torch.arange(1, len(logits) + 1)).sum().backward()
+    return {name: p.grad.clone() for name, p in peft.named_parameters() if p.grad is not None}
 
 
-def assert_same(ours, own):
-    torch.testing.assert_close(ours[0], own[0], atol=1e-4, rtol=0)
-    assert ours[1].keys() == own[1].keys() and len(own[1]) == 2 * 7 * 2
-    for name, gradient in own[1].items():
+def assert_same(peft, ours, own, count=2 * 7 * 2):
+    torch.testing.assert_close(ours, own, atol=1e-4, rtol=0)
+    ours, own = gradients(peft, ours), gradients(peft, own)
+    assert ours.keys() == own.keys() and len(own) == count
+    for name, gradient in own.items():
         assert gradient.abs().max() > 0
-        torch.testing.assert_close(ours[1][name], gradient, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours[name], gradient, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("texts", [TEXTS, [[5, 9, 17], [7, 7, 30]]], ids=["ragged", "of one length"])
 @pytest.mark.parametrize("base", ["fp32", "nf4", "checkpointed"])
-def test_logits_and_gradients_equal_pefts(tiny_model, base):
+def test_logits_and_gradients_equal_pefts(tiny_model, base, texts):
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    own = two_adapters(tiny_model, **({"quantization_config": nf4} if base == "nf4" else {}))
-    ours = lean(own)
-    if base == "checkpointed":
-        ours.train()
-        ours.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_same(run(ours), run(own))
+    peft = tiny(tiny_model, **({"quantization_config": nf4} if base == "nf4" else {}))
+    decoder = Decoder(peft.get_base_model())
+    decoder.gradient_checkpointing = base == "checkpointed"
+    assert_same(peft, our_logits(peft, texts, decoder), own_logits(peft, texts))
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [(LlamaForCausalLM, None), (MistralForCausalLM, MistralConfig), (Qwen2ForCausalLM, Qwen2Config)],
+)
+def test_other_families(tiny_model, make, config):
+    """Qwen2 has biases on q, k and v, Mistral a head size of its own."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    extra = {"head_dim": 6} if make is MistralForCausalLM else {}
+    torch.manual_seed(0)
+    model = make(config(**sizes, **heads, **extra)) if config else AutoModelForCausalLM.from_pretrained(tiny_model)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    peft = two_adapters(model)
+    own = own_logits(peft).detach()
+    assert_same(peft, our_logits(peft), own_logits(peft))
+    torch.testing.assert_close(own_logits(peft).detach(), own)  # their weights moved into joined ones, and are the same
+
+
+def test_another_architecture_and_a_text_beyond_the_attention_window_are_refused():
+    from rlhf.cli import UserError
+
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    with pytest.raises(UserError, match="Qwen3DecoderLayer is not supported"):
+        Decoder(Qwen3ForCausalLM(Qwen3Config(**sizes, **heads)))
+    model = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=4))
+    decoder, short, long = Decoder(model), lay_out([[1, 2, 3, 4]], CPU), lay_out([[1, 2, 3, 4, 5]], CPU)
+    decoder.run(decoder.embed(short), short)
+    with pytest.raises(UserError, match="attention window of 4 tokens"):
+        decoder.run(decoder.embed(long), long)
 
 
 def test_switching_adapters_and_optimizer_steps_are_seen(tiny_model):
-    own = two_adapters(tiny_model)
-    ours = lean(own)
-    run(ours)  # the stacks are made now
-    for peft in (own, ours):
-        optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=0.01, fused=True)
-        run(peft)
-        optimizer.step()
-    assert_same(run(ours), run(own))
+    """Also after passes without gradients, for which A and B are kept: a fused step does not show in a weight's version."""
+    own = tiny(tiny_model)
+    ours = copy.deepcopy(own)
+    decoder = Decoder(ours.get_base_model())
     with torch.no_grad():
+        our_logits(ours, decoder=decoder)
+    for peft, logits in ((own, lambda: own_logits(own)), (ours, lambda: our_logits(ours, decoder=decoder))):
+        optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=0.01, fused=True)
+        before = logits().detach()
+        for _ in range(2):
+            gradients(peft, logits())
+            optimizer.step()
+        assert (logits() - before).abs().max() > 0.01
+    with torch.no_grad():
+        torch.testing.assert_close(our_logits(ours, decoder=decoder), own_logits(own), atol=1e-4, rtol=0)
         for names in (["sft"], ["policy"], ["sft", "policy"]):
             for peft in (own, ours):
                 peft.base_model.set_adapter(names)
-            torch.testing.assert_close(ours(input_ids=IDS).logits, own(input_ids=IDS).logits, atol=1e-4, rtol=0)
+            torch.testing.assert_close(our_logits(ours, decoder=decoder), own_logits(own), atol=1e-4, rtol=0)
         with own.disable_adapter(), ours.disable_adapter():
-            torch.testing.assert_close(ours(input_ids=IDS).logits, own(input_ids=IDS).logits, atol=1e-4, rtol=0)
+            torch.testing.assert_close(our_logits(ours, decoder=decoder), own_logits(own), atol=1e-4, rtol=0)
 
 
-def test_padding_and_the_kv_cache(tiny_model):
-    """A padded text, and one read token by token, give the logits that transformers' own attention gives."""
-    own = two_adapters(tiny_model)
-    own.set_attn_implementation("eager")
-    ours, mask = lean(own), torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
-    assert_same(run(ours, attention_mask=mask), run(own, attention_mask=mask))
+def test_the_cache(tiny_model):
+    """Texts of different lengths read as prompts, two rows and then the rest, and then token by token, less a row that left."""
+    peft = tiny(tiny_model)
+    decoder, prompts, more = Decoder(peft.get_base_model()), [ids[:-1] for ids in TEXTS[:3]], [[8, 30, 35], [4, 5, 6]]
+    cache = KVCache(decoder.model, 3, 16)
+    head = peft.get_base_model().get_output_embeddings().weight.T
+
+    def logits(texts):
+        return decoder.norm(decoder.run(decoder.embed(texts), texts, cache=cache)) @ head
+
     with torch.no_grad():
-        whole = own(input_ids=IDS, attention_mask=mask).logits
-        start = ours(input_ids=IDS[:, :3], attention_mask=mask[:, :3], use_cache=True)
-        cache, logits = start.past_key_values, [start.logits]
-        for t in range(3, 6):
-            step = ours(input_ids=IDS[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache)
-            logits.append(step.logits)
-    real = mask.bool()
-    torch.testing.assert_close(torch.cat(logits, dim=1)[real], whole[real], atol=1e-4, rtol=1e-4)
+        for rows in (slice(0, 2), slice(2, 4)):
+            cache.reading, texts = rows, lay_out(prompts[rows], CPU)
+            torch.testing.assert_close(logits(texts), own_logits(peft, prompts[rows]), atol=1e-4, rtol=0)
+        cache.start(list(map(len, prompts)))
+        for tokens in more:
+            written = [ids + [token] for ids, token in zip(prompts, tokens, strict=True)]
+            texts = next_tokens(torch.tensor(tokens), cache.lengths, cache.longest)
+            expected = torch.stack([own_logits(peft, [ids])[-1] for ids in written])
+            torch.testing.assert_close(logits(texts), expected, atol=1e-4, rtol=0)
+            cache.grow()
+            prompts = written
+        cache.keep(torch.tensor([2, 0]))
+        texts = next_tokens(torch.tensor([9, 10]), cache.lengths, cache.longest)
+        expected = torch.stack([own_logits(peft, [ids])[-1] for ids in (written[2] + [9], written[0] + [10])])
+        torch.testing.assert_close(logits(texts), expected, atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------- laying out
+
+
+def test_laying_out_by_hand():
+    texts = lay_out([[5, 6, 7], [8]], CPU)
+    assert texts.ids.tolist() == [5, 6, 7, 8] and texts.positions.tolist() == [0, 1, 2, 0]
+    assert texts.last.tolist() == [2, 3] and texts.mask is None
+    assert texts.padded.spread(texts.ids).tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert texts.padded.gather(torch.tensor([[5, 6, 7], [8, 9, 9]])).tolist() == [5, 6, 7, 8]
+    even = Padded([2, 2], CPU)
+    assert even.place is None and even.spread(torch.arange(4)).tolist() == [[0, 1], [2, 3]]
+    assert unpad(torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])) == [[5, 6, 7], [8]]
+
+
+def test_laying_out_pairs_by_hand():
+    texts = lay_out_pairs([([5, 6, 7], [5, 8, 9, 2]), ([1], [1, 2])], CPU)
+    assert texts.ids.tolist() == [5, 6, 7, 8, 9, 2, 1, 1, 2]
+    assert texts.positions.tolist() == [0, 1, 2, 1, 2, 3, 0, 0, 1]
+    assert texts.last.tolist() == [2, 6, 5, 8]  # of both first ones, of both second ones
+    looks = texts.mask[0, 0].int().tolist()
+    assert looks == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0],
+        [1, 0, 0, 1, 1, 0],
+        [1, 0, 0, 1, 1, 1],
+    ]
+
+
+def test_pairs_that_share_their_prompt_equal_the_texts_apart(tiny_model):
+    pairs = [
+        ([5, 9, 17, 3, 40], [5, 9, 17, 8, 2, 11]),
+        ([7, 30, 4], [7, 30, 5]),
+        ([7, 8, 9], [7, 8, 9, 10]),
+        ([3], [4]),
+    ]
+    peft = tiny(tiny_model)
+    apart = [first for first, _ in pairs] + [second for _, second in pairs]
+    ends = torch.tensor(list(map(len, apart))).cumsum(0) - 1
+    texts = lay_out_pairs(pairs, CPU)
+    assert len(texts.ids) == 19 < sum(map(len, apart)) == 26
+    assert_same(peft, our_logits(peft, laid_out=texts)[texts.last], own_logits(peft, apart)[ends])
 
 
 def test_what_is_kept_for_backward(tiny_model):
-    """Of a layer three tensors of the MLP's width, and no matrix of attention weights."""
+    """Of a layer one tensor of twice the MLP's width, [gate, up], and no matrix of attention weights."""
     kept = {}
 
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
         return tensor
 
+    texts = [[5, 9, 17, 3, 40, 8] * 8] * 7 + [[1, 2, 3]]
+    tokens = 7 * 48 + 3
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        lean(two_adapters(tiny_model))(input_ids=IDS.repeat(4, 8)).logits.sum()
+        our_logits(tiny(tiny_model), texts).sum()
     shapes = [tuple(tensor.shape) for tensor in kept.values()]
-    assert shapes.count((8, 48, 64)) == 3 * 2  # the two layers above the first weight that trains
-    assert not [shape for shape in shapes if shape[-2:] == (48, 48) and shape != (8, 1, 48, 48)]  # the mask
+    assert shapes.count((tokens, 2 * 64)) == 2  # the two layers above the first weight that trains
+    assert not [shape for shape in shapes if shape[-1] == 64 and shape[0] >= tokens]
+    assert not [shape for shape in shapes if shape[-2:] == (48, 48) and shape != (1, 1, 48, 48)]  # the mask

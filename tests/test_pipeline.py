@@ -7,10 +7,14 @@ import json
 import re
 import shlex
 
+import reward_train
+import sft_train
 from rlhf.cli import parse
 from rlhf.data import PromptFormat, load_pairs, tokenize_pairs
-from rlhf.modeling import SharedBase, load_base, load_tokenizer, pad_right, read_stacked
+from rlhf.decoder import lay_out
+from rlhf.modeling import SharedBase, base_facts, load_base, load_tokenizer, pad_right, read_stacked
 
+import datasets
 import pytest
 import torch
 from conftest import ROOT
@@ -131,28 +135,28 @@ def test_auto_classes_give_the_same_logits_and_scores(trained, ppo, tiny_data, t
     pairs = tokenize_pairs(load_pairs(str(tiny_data), "test"), form, 192, "test")
     texts = [p.prompt_ids + p.chosen_ids for p in pairs]
     ids, pad = pad_right(texts, form.pad_token_id, torch.device("cpu")), form.pad_token_id
+    laid_out = lay_out(texts, torch.device("cpu"))
     monkeypatch.chdir(tmp_path)
     with torch.no_grad():
         for role, folder in ((None, trained.sft), ("policy", ppo)):
             shared.activate(role)
-            ours = shared.upper(shared.lower(ids)) @ shared.lm_head_weight().T
+            ours = shared.upper(shared.lower(laid_out), laid_out) @ shared.lm_head_weight().T
             theirs = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
-            torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+            torch.testing.assert_close(theirs[ids != pad], ours, rtol=0, atol=1e-4)
         model = AutoPeftModelForSequenceClassification.from_pretrained(
             trained.reward, num_labels=1, pad_token_id=pad, dtype=torch.float32
         )
         torch.testing.assert_close(
-            model(ids, attention_mask=ids != pad).logits[:, 0], shared.score(texts, pad), rtol=0, atol=1e-4
+            model(ids, attention_mask=ids != pad).logits[:, 0], shared.score(texts), rtol=0, atol=1e-4
         )
 
 
 def test_reward_scores_are_those_of_run_json(trained, tiny_data):
-    reward_train = importlib.import_module("reward_train")
     shared, form = open_shared(trained)
     shared.add_role("reward", **read_stacked(str(trained.reward), shared))
     run = json.loads((trained.reward / "run.json").read_text())
     pairs = tokenize_pairs(load_pairs(str(tiny_data), "test"), form, run["hyperparameters"]["max_length"], "test")
-    metrics = reward_train.evaluate(shared, reward_train.both_responses(pairs, form.eos_token_id), form.pad_token_id, 3)
+    metrics = reward_train.evaluate(shared, reward_train.both_responses(pairs, form.eos_token_id), 3)
     assert metrics == pytest.approx(run["metrics"], abs=1e-4)
 
 
@@ -160,15 +164,14 @@ def test_reward_scores_are_those_of_run_json(trained, tiny_data):
 
 
 @pytest.mark.parametrize("in_4bit", [False, True])
-def test_halves_padding_roles_and_gradients(trained, in_4bit):
-    """Lower + upper is the whole forward; padding and batch mates change nothing; only the active role gets gradients."""
+def test_batch_mates_roles_and_gradients(trained, in_4bit):
+    """Batch mates change nothing; only the active role gets gradients."""
     run = json.loads((trained.sft / "run.json").read_text())
     tokenizer = load_tokenizer(str(trained.sft))
     base = load_base(run["base"] | {"load_in_4bit": in_4bit}, torch.float32, tokenizer.pad_token_id)
     shared = SharedBase(base, str(trained.sft), torch.float32)
     shared.add_role("policy", 4, 8, 2)
     shared.add_role("value", 4, 8, 3, head=torch.ones(1, 32))
-    shared.check_split()
     form = PromptFormat("hh", tokenizer)
 
     from rlhf.generation import generate
@@ -182,7 +185,7 @@ def test_halves_padding_roles_and_gradients(trained, in_4bit):
     alone = make_micro_batches(prompts, responses, form, 1, shared.device)
     for micro in (together, *alone):
         with torch.no_grad():
-            micro.lower = shared.lower(micro.input_ids)
+            micro.lower = shared.lower(micro.texts)
             micro.logprobs, _ = ppo_train.token_logprobs(shared, "policy", micro, 1.0)
             micro.ref_logprobs, _ = ppo_train.token_logprobs(shared, None, micro, 1.0)
             micro.values = ppo_train.token_values(shared, micro, baseline=0.5)
@@ -222,11 +225,11 @@ def test_logprobs_are_those_of_a_plain_forward(trained):
     ]
     for i, response in enumerate(responses):
         (micro,) = make_micro_batches([prompt], [response], form, 1, shared.device)
-        assert micro.input_ids[0].tolist() == [*prompt, *word, eos]  # what the reward model reads ends with EOS
-        assert micro.last.item() == len(prompt) + len(word)
+        assert micro.texts.ids.tolist() == [*prompt, *word, eos]  # what the reward model reads ends with EOS
+        assert micro.texts.last.item() == len(prompt) + len(word)
         assert micro.ended.tolist() == [i == 0]
         with torch.no_grad():
-            micro.lower = shared.lower(micro.input_ids)
+            micro.lower = shared.lower(micro.texts)
             logprobs, _ = ppo_train.token_logprobs(shared, "policy", micro, temperature=0.5)
             shared.activate("policy")
             logits = shared.peft(input_ids=torch.tensor([prompt + response.ids])).logits[0] / 0.5
@@ -250,19 +253,96 @@ def test_bf16_starts_at_ratio_one_and_kl_zero(trained, tiny_data, call_main, tmp
 
 
 def test_backward_of_the_reward_model_stops_at_its_lowest_layer(trained, call_main, tmp_path, monkeypatch):
-    from transformers.models.llama.modeling_llama import LlamaAttention
+    from rlhf.layers import LeanLayer
 
     passes = dict.fromkeys(range(4), 0)
-    forward = LlamaAttention.forward
+    forward, evaluate = LeanLayer.__call__, reward_train.evaluate
 
     def counted(self, *args, **kwargs):
-        passes[self.layer_idx] += self.training
+        passes[self.attention.layer_idx] += 1
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(LlamaAttention, "forward", counted)
+    def uncounted(*args):
+        monkeypatch.setattr(LeanLayer, "__call__", forward)
+        return evaluate(*args)
+
+    monkeypatch.setattr(LeanLayer, "__call__", counted)
+    monkeypatch.setattr(reward_train, "evaluate", uncounted)
     argv = [*trained.reward_flags, "--output-dir", tmp_path / "r", "--max-steps", "3", "--gradient-checkpointing"]
     assert call_main("reward_train", argv).returncode == 0
     assert passes == {0: 3, 1: 3, 2: 6, 3: 6}  # checkpointed layers run again in backward; two have the adapter
+
+
+def gradients(model):
+    got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return got
+
+
+def assert_close(ours: dict, own: dict):
+    assert ours.keys() == own.keys() and any(gradient.abs().max() > 0 for gradient in own.values())
+    for name, gradient in own.items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_the_sft_loss_and_its_gradients_are_those_of_transformers(tiny_model, tiny_data, form, tmp_path):
+    config = dataclasses.replace(
+        sft_train.Config(),
+        per_device_train_batch_size=5,
+        gradient_accumulation_steps=1,
+        lora_rank=4,
+        load_in_4bit=False,
+    )
+    base = load_base(base_facts(str(tiny_model), None, False), torch.float32, form.pad_token_id)
+    rows = sft_train.response_only(tokenize_pairs(load_pairs(str(tiny_data), "test"), form, 192, "test"))
+    rows = datasets.Dataset.from_list([*rows.to_list()[:4], {"input_ids": [1, 9], "labels": [-100, 9]}])
+    trainer = sft_train.make_trainer(config, base, form, rows, rows, torch.float32, tmp_path)
+    torch.manual_seed(0)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss.backward()
+    ours = gradients(trainer.model)
+    del trainer.model.get_base_model().forward  # what is left is transformers'
+    own = trainer.model(**batch).loss
+    own.backward()
+    torch.testing.assert_close(loss, own, atol=1e-5, rtol=0)
+    assert_close(ours, gradients(trainer.model))
+
+
+def test_the_reward_loss_and_its_gradients_are_those_of_pairs_apart(trained, tiny_data, tmp_path):
+    """Against transformers' classification model, which reads each padded text by itself."""
+    config = dataclasses.replace(
+        reward_train.Config(),
+        per_device_train_batch_size=5,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+    )
+    run = json.loads((trained.sft / "run.json").read_text())
+    tokenizer = load_tokenizer(str(trained.sft))
+    form = PromptFormat("hh", tokenizer)
+    model = load_base(run["base"], torch.float32, tokenizer.pad_token_id, with_head=True)
+    shared = SharedBase(model, str(trained.sft), torch.float32)
+    shared.add_role("reward", 4, 8, 2)
+    shared.heads["reward"] = model.score
+    torch.manual_seed(0)
+    for parameter in shared.parameters("reward"):
+        parameter.data.normal_(std=0.1)
+    pairs = tokenize_pairs(load_pairs(str(tiny_data), "test"), form, 192, "test")
+    rows = reward_train.both_responses(pairs, form.eos_token_id)
+    trainer = reward_train.make_trainer(config, shared, form, rows, torch.float32, tmp_path)
+    shared.activate("reward", train=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss.backward()
+    ours = gradients(trainer.model)
+    del model.forward
+    own = trainer.compute_loss(trainer.model, dict(batch))
+    own.backward()
+    torch.testing.assert_close(loss, own, atol=1e-5, rtol=0)
+    assert_close(ours, gradients(trainer.model))
 
 
 def test_gradient_checkpointing_changes_nothing(trained, tiny_data, call_main, tmp_path):

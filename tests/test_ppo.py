@@ -160,18 +160,18 @@ def test_micro_batches_by_hand():
     ]
     short, long = make_micro_batches(prompts, responses, form, 2, torch.device("cpu"))
     assert short.rows == [1, 2] and long.rows == [0]
-    assert short.input_ids.tolist() == [[5, 13, 14, 2], [5, 6, 15, 2]]
-    assert long.input_ids.tolist() == [[5, 6, 7, 11, 12, 2]]
-    assert short.last.tolist() == [3, 3] and long.last.tolist() == [5]
+    assert short.texts.ids.tolist() == [5, 13, 14, 2, 5, 6, 15, 2] and short.texts.last.tolist() == [3, 7]
+    assert long.texts.ids.tolist() == [5, 6, 7, 11, 12, 2] and long.texts.last.tolist() == [5]
     assert short.actions.tolist() == [[13, 14], [15, 9]] and long.actions.tolist() == [[11, 12, 2]]
-    assert short.positions.tolist() == [[0, 1], [1, 2]] and long.positions.tolist() == [[2, 3, 4]]
+    assert short.positions.tolist() == [[0, 1], [5, 6]] and long.positions.tolist() == [[2, 3, 4]]
     assert short.ended.tolist() == [False, False] and long.ended.tolist() == [True]
 
     (ragged,) = make_micro_batches(prompts, responses, form, 3, torch.device("cpu"))
     assert ragged.rows == [1, 2, 0]
     assert ragged.response_mask.tolist() == [[TRUE, TRUE, FALSE], [TRUE, TRUE, FALSE], [TRUE, TRUE, TRUE]]
-    assert ragged.input_ids.tolist() == [[5, 13, 14, 2, 0, 0], [5, 6, 15, 2, 0, 0], [5, 6, 7, 11, 12, 2]]
-    assert ragged.last.tolist() == [3, 3, 5]
+    assert ragged.texts.ids.tolist() == [5, 13, 14, 2, 5, 6, 15, 2, 5, 6, 7, 11, 12, 2]
+    assert ragged.texts.last.tolist() == [3, 7, 13]
+    assert ragged.positions.tolist() == [[0, 1, 0], [5, 6, 0], [10, 11, 12]]
 
 
 # ---------------------------------------------------------------- log-probabilities
