@@ -42,7 +42,7 @@ WORK = ROOT / "benchmarks" / "work"
 TRL = WORK / "trl-1.12.0"
 BATCH = 16  # episodes of a TRL update
 SAME_ALGORITHM = [
-    *["--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "4", "--num-mini-batches", "1"],
+    *["--per-device-train-batch-size", "8", "--gradient-accumulation-steps", "2", "--num-mini-batches", "1"],
     *["--num-ppo-epochs", "4", "--role-layers", "0", "--rollout-batch-size", "16"],
     *["--warmup-updates", "0", "--critic-warmup-updates", "0", "--kl-stop", "1e9", "--kl-controller", "fixed"],
 ]
