@@ -3,8 +3,10 @@
 # make lint       ruff
 # make gpu-check  two minutes of all four scripts with the 4-bit base on your CUDA card
 # make bench      our PPO beside TRL 1.12's, on the demo's checkpoints (about an hour)
+# make bench-growth  how a PPO update's time and memory grow with batch, response and vocabulary (a quarter of an hour)
+# make bench-train   SFT and reward training beside the stock `trl sft` and `trl reward`, on Dahoas/rm-static
 # make bench-3b   memory by owner with Llama-3.2-3B's shapes and random weights
-.PHONY: demo test lint gpu-check bench bench-3b
+.PHONY: demo test lint gpu-check bench bench-growth bench-train bench-3b
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -30,6 +32,12 @@ gpu-check: $(BIN)/.installed $(MODEL)/model.safetensors
 
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/ppo_vs_trl.py
+
+bench-growth: $(BIN)/.installed
+	$(BIN)/python benchmarks/growth.py
+
+bench-train: $(BIN)/.installed $(MODEL)/model.safetensors
+	$(BIN)/python benchmarks/train_vs_trl.py
 
 bench-3b: $(BIN)/.installed $(MODEL)/model.safetensors
 	$(BIN)/python benchmarks/llama_3b.py

@@ -173,10 +173,10 @@ def both_responses(pairs, eos_token_id: int):
 def dry_run(config: Config, base, form, pairs, sft) -> None:
     """Rows, tokens, steps and the memory plan."""
     sample = tokenize_pairs(pairs[:SAMPLE], form, config.max_length, "train")
-    lengths = [2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in sample]
+    lengths = [len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in sample]  # the prompt is read once
     show_data("training pairs", len(pairs), lengths)
     console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {effective_batch(config)} pairs")
-    plan = plan_reward(read_shape(base, config.dtype), config, sft["hyperparameters"]["lora_rank"])
+    plan = plan_reward(read_shape(base, config.dtype), config, sft["hyperparameters"]["lora_rank"], max(lengths))
     show_plan(
         plan, config.card_gb, "--per-device-train-batch-size or --max-length, and turn on --gradient-checkpointing"
     )

@@ -162,9 +162,10 @@ def response_only(pairs):
 def dry_run(config: Config, base, form, pairs) -> None:
     """Rows, tokens, steps and the memory plan."""
     sample = tokenize_pairs(pairs[:SAMPLE], form, config.max_length, "train")
-    show_data("training rows", len(pairs), [len(p.prompt_ids) + len(p.chosen_ids) for p in sample])
+    lengths = [len(p.prompt_ids) + len(p.chosen_ids) for p in sample]
+    show_data("training rows", len(pairs), lengths)
     console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {effective_batch(config)} rows")
-    plan = plan_sft(read_shape(base, config.dtype), config)
+    plan = plan_sft(read_shape(base, config.dtype), config, max(lengths))
     show_plan(
         plan, config.card_gb, "--max-length or --lora-rank, and turn on --load-in-4bit and --gradient-checkpointing"
     )

@@ -25,6 +25,7 @@ import sft_train  # noqa: E402
 from rlhf.checkpoints import peak_memory_gib, read_run  # noqa: E402
 from rlhf.cli import keep_freed_memory, quiet_libraries, run  # noqa: E402
 from rlhf.data import Pair, PromptFormat, tokenize_pairs, tokenize_prompt  # noqa: E402
+from rlhf.layers import LinearMap  # noqa: E402
 from rlhf.modeling import load_tokenizer  # noqa: E402
 from rlhf.plan import OWNERS, plan_ppo, plan_reward, plan_sft, read_shape, show_plan  # noqa: E402
 from rlhf.reporting import console  # noqa: E402
@@ -87,9 +88,9 @@ def main(config: Config) -> None:
     facts = read_run(str(WORK / "sft"), "sft")["base"]
     shape = read_shape(facts, "auto")
     for name, plan in (
-        ("sft_train.py", plan_sft(shape, sft_train.Config())),
-        ("reward_train.py", plan_reward(shape, reward_train.Config(), 16)),
-        ("ppo_train.py", plan_ppo(shape, ppo_train.Config(), 16, 16, 14)),
+        ("sft_train.py", plan_sft(shape, sft_train.Config(), 512)),
+        ("reward_train.py", plan_reward(shape, reward_train.Config(), 16, 512 + 128)),
+        ("ppo_train.py", plan_ppo(shape, ppo_train.Config(), 16, 16, 14, 384)),
     ):
         console.print(name)
         show_plan(plan, 12.0, "the batch sizes")
@@ -198,13 +199,14 @@ def measure(phase: str) -> None:
     facts = read_run(str(WORK / "sft"), "sft")["base"]
     shape = read_shape(facts, "bf16", fused_attention=False)
     plan = {
-        "sft": lambda: plan_sft(shape, config),
-        "reward": lambda: plan_reward(shape, config, 16),
-        "ppo": lambda: plan_ppo(shape, config, 16, 16, reward_train.Config().role_layers),
+        "sft": lambda: plan_sft(shape, config, PROMPT + RESPONSE),
+        "reward": lambda: plan_reward(shape, config, 16, PROMPT + 2 * RESPONSE),
+        "ppo": lambda: plan_ppo(shape, config, 16, 16, reward_train.Config().role_layers, PROMPT),
     }[phase]()
     result = {
         "counted_gb": {owner: memory.peak[owner] / 1e9 for owner in OWNERS},
         "planned_gb": {owner: plan.get(owner, 0) / 1e9 for owner in OWNERS},
+        "loading_gb": memory.loading / 1e9,
         "peak_rss_gb": peak_memory_gib() * 2**30 / 1e9,
         "seconds": time.monotonic() - started,
     }
@@ -212,7 +214,7 @@ def measure(phase: str) -> None:
 
 
 def watch(script, memory: TensorMemory) -> None:
-    """Tell `memory` whose tensors are whose, as soon as the script's model is loaded."""
+    """Tell `memory` whose tensors are whose, as soon as the script's model is loaded, and when adapters are stacked."""
     name = "load_models" if script is ppo_train else "make_trainer"
     inner = getattr(script, name)
 
@@ -221,10 +223,20 @@ def watch(script, memory: TensorMemory) -> None:
         models = [result[0].peft, *result[0].heads.values()] if script is ppo_train else [result.model]
         for model in models:
             register(model, memory)
+        memory.loading = sum(memory.peak.values())
         memory.reset()
         return result
 
     setattr(script, name, outer)
+    stack = LinearMap.stack_adapters
+
+    def stack_and_tell(self, dtype):
+        weights = stack(self, dtype)
+        for tensor in (self.a, self.b) if weights else ():
+            memory.add(tensor, "adapters", again=True)
+        return weights
+
+    LinearMap.stack_adapters = stack_and_tell
 
 
 def register(model: nn.Module, memory: TensorMemory) -> None:
@@ -250,7 +262,10 @@ def show(phase: str, result: dict[str, Any]) -> None:
     counted, planned = (sum(result[what].values()) for what in ("counted_gb", "planned_gb"))
     table.add_row("all", f"{counted:.2f}", f"{planned:.2f}")
     console.print(table)
-    console.print(f"plan / count {planned / counted:.2f}; the process held {result['peak_rss_gb']:.2f} GB at its peak")
+    console.print(
+        f"plan / count {planned / counted:.2f}; while loading {result['loading_gb']:.2f} GB of tensors; "
+        f"the process held {result['peak_rss_gb']:.2f} GB at its peak"
+    )
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class Texts:
     ids: Tensor  # [N]
     positions: Tensor  # [N] of each token in its text
     padded: Padded
+    longest: int  # tokens of the longest text
     mask: Tensor | None = None  # [B or 1, 1, T, S], True where a token may look; None: at itself and all before it
     last: Tensor | None = None  # [B] of N, each text's last token; of pairs [2 x B], all chosen ones first
 
@@ -65,6 +66,7 @@ def lay_out(sequences: list[list[int]], device: torch.device) -> Texts:
         ids=torch.tensor([token for ids in sequences for token in ids], device=device),
         positions=torch.cat([torch.arange(length) for length in lengths]).to(device),
         padded=Padded(lengths, device),
+        longest=max(lengths),
         last=(torch.tensor(lengths).cumsum(0) - 1).to(device),
     )
 
@@ -87,17 +89,20 @@ def lay_out_pairs(pairs: list[tuple[list[int], list[int]]], device: torch.device
         )
         shared = min(shared, len(first) - 1, len(second) - 1)  # both keep a last token of their own
         rows.append([*first, *second[shared:]])
-        parts.append(torch.tensor([0] * shared + [1] * (len(first) - shared) + [2] * (len(second) - shared)))
+        parts.append([0] * shared + [1] * (len(first) - shared) + [2] * (len(second) - shared))
         positions += [*range(len(first)), *range(shared, len(second))]
         last.append((start + len(first) - 1, start + len(rows[-1]) - 1))
         start += len(rows[-1])
-    part = nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=3)  # [B, T]
+    part = nn.utils.rnn.pad_sequence(list(map(torch.tensor, parts)), batch_first=True, padding_value=3).to(
+        device
+    )  # [B, T]
     looks = (part[:, None, :] == 0) | (part[:, :, None] == part[:, None, :])  # [B, T, T]
     return Texts(
         ids=torch.tensor([token for row in rows for token in row], device=device),
         positions=torch.tensor(positions, device=device),
         padded=Padded([len(row) for row in rows], device),
-        mask=looks.tril()[:, None].to(device),
+        longest=max(len(ids) for pair in pairs for ids in pair),
+        mask=looks.tril()[:, None],
         last=torch.tensor(last).T.flatten().to(device),
     )
 
@@ -105,7 +110,7 @@ def lay_out_pairs(pairs: list[tuple[list[int], list[int]]], device: torch.device
 def next_tokens(tokens: Tensor, lengths: Tensor, longest: int) -> Texts:
     """One more token [B] of each text of which `lengths` [B] tokens, `longest` at most, are in a cache."""
     looks = torch.arange(longest + 1, device=tokens.device) <= lengths[:, None]  # [B, S]
-    return Texts(tokens, lengths, Padded([1] * len(tokens), tokens.device), looks[:, None, None])
+    return Texts(tokens, lengths, Padded([1] * len(tokens), tokens.device), longest + 1, looks[:, None, None])
 
 
 class KVCache:
@@ -121,13 +126,16 @@ class KVCache:
             for _ in range(config.num_hidden_layers)
         ]
         self.reading: slice | None = None  # rows whose prompts are being read; None: all rows get one token more
-        self.lengths: Tensor | None = None  # [B] tokens of each row, once the prompts are read
+        # Once the prompts are read:
+        self.lengths: Tensor | None = None  # [B] tokens of each row
+        self.rows: Tensor | None = None  # [B] 0, 1, 2, ...
         self.longest = 0
 
     def start(self, lengths: list[int]) -> None:
         """All prompts are read, and so long."""
         self.reading, self.longest = None, max(lengths)
         self.lengths = torch.tensor(lengths, device=self.layers[0][0].device)
+        self.rows = torch.arange(len(lengths), device=self.lengths.device)
 
     def grow(self) -> None:
         """Each row has got one token more."""
@@ -139,15 +147,14 @@ class KVCache:
         if self.reading is not None:
             keys[self.reading, :, : k.shape[2]], values[self.reading, :, : v.shape[2]] = k, v
             return k, v
-        rows = torch.arange(len(k), device=k.device)
-        keys[rows, :, self.lengths], values[rows, :, self.lengths] = k.squeeze(2), v.squeeze(2)
+        keys[self.rows, :, self.lengths], values[self.rows, :, self.lengths] = k.squeeze(2), v.squeeze(2)
         return keys[:, :, : self.longest + 1], values[:, :, : self.longest + 1]
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
         for i, layer in enumerate(self.layers):
             self.layers[i] = tuple(part[rows] for part in layer)
-        self.lengths = self.lengths[rows]
+        self.lengths, self.rows = self.lengths[rows], self.rows[: len(rows)]
 
 
 class Decoder:
@@ -167,6 +174,8 @@ class Decoder:
                 )
         self.window = getattr(model.config, "sliding_window", None)
         self.layers = [LeanLayer(layer) for layer in self.inner.layers]
+        # cuDNN's attention makes a plan for every new shape, and may take another for training than for measuring.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.gradient_checkpointing = False  # whether a layer that trains is computed twice, and only its input kept
 
     def embed(self, texts: Texts) -> Tensor:
@@ -175,14 +184,16 @@ class Decoder:
 
     def run(self, x: Tensor, texts: Texts, layers: slice = slice(None), cache: KVCache | None = None) -> Tensor:
         """Hidden states [N, H] after some of the layers, from those before them; without the final norm."""
-        if self.window is not None and self.window < max(texts.padded.width, cache.longest + 1 if cache else 0):
+        if self.window is not None and texts.longest > self.window:
             raise UserError(
                 f"texts of more than this model's attention window of {self.window} tokens: cut them shorter"
             )
         rope = tuple(part[0] for part in self.inner.rotary_emb(x[None], texts.positions[None]))  # [N, D] each
         mask = texts.mask
-        if mask is None and not x.is_cuda:
-            mask = torch.ones(texts.padded.width, texts.padded.width, dtype=torch.bool).tril()[None, None]
+        if mask is None and not self.fused_causal(x):
+            mask = torch.ones(texts.padded.width, texts.padded.width, dtype=torch.bool, device=x.device).tril()[
+                None, None
+            ]
         if mask is not None:
             mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, float("-inf"))
         for layer in self.layers[layers]:
@@ -191,6 +202,14 @@ class Decoder:
             else:
                 x = layer(x, rope, texts.padded, mask, cache)
         return x
+
+    @staticmethod
+    def fused_causal(x: Tensor) -> bool:
+        """Whether a kernel without a matrix of weights takes grouped heads and needs no mask: flash attention.
+
+        Elsewhere on a GPU, with a mask, the memory-efficient one is taken.
+        """
+        return x.is_cuda and x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
     def norm(self, x: Tensor) -> Tensor:
         """The final norm."""

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from rlhf.data import PromptFormat
 from rlhf.decoder import KVCache, lay_out, next_tokens
+from rlhf.logprobs import matmul
 from rlhf.modeling import SharedBase, by_length
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Seed = int | tuple[int, ...]
@@ -78,7 +78,7 @@ def _generate_batch(shared, form, prompts, rows, max_new_tokens, temperature, se
     chosen: list[list[int]] = [[] for _ in rows]
 
     for step in range(max_new_tokens):
-        tokens = pick(F.linear(hidden, shared.lm_head_weight()), temperature, draws[:, step])
+        tokens = pick(matmul(hidden, shared.lm_head_weight().T), temperature, draws[:, step])
         keep = []
         for i, token in enumerate(tokens.tolist()):
             chosen[i].append(token)

@@ -41,7 +41,7 @@ class LeanLayer:
             x: [N, H].
             rope: cosines and sines of the tokens' positions, each [N, D].
             padded: where each token stands in [B, T], a `decoder.Padded`.
-            mask: [B or 1, 1, T, S], added to the attention's scores; None: causal, on a GPU.
+            mask: [B or 1, 1, T, S], added to the attention's scores; None: causal, for a fused kernel.
             cache: a `decoder.KVCache` that keeps k and v and gives those of earlier tokens.
         """
         qkv = self.qkv(x, norm=self.layer.input_layernorm)  # [N, (GK + 2K) D]
@@ -78,6 +78,7 @@ class LinearMap:
         self.key, self.pairs, self.a, self.b = None, [], None, None
 
     def join(self, name: str) -> Tensor | None:
+        """Move the layers' weights or biases into one tensor; the model must be on its device already."""
         parts = [getattr(base, name) for base in self.bases]
         if len(parts) == 1 or parts[0] is None:
             return parts[0]
@@ -105,14 +106,15 @@ class LinearMap:
         names = layers[0][1].active_adapters if layers and not layers[0][1].disable_adapters else []
         lora = [(i, layer, name) for name in names for i, layer in layers if name in layer.lora_A]
         weights = [w for _, layer, name in lora for w in (layer.lora_A[name].weight, layer.lora_B[name].weight)]
-        key = (dtype, [(w.data_ptr(), w._version) for w in weights])
+        room = self.room()
+        key = (dtype, room, [(w.data_ptr(), w._version) for w in weights])
         if key != self.key or torch.is_grad_enabled():
             self.key = None if torch.is_grad_enabled() else key
             self.pairs, self.a, self.b = [], None, None  # the old ones go first
             if weights:
-                shape = {"dtype": dtype, "device": weights[0].device}
-                self.a = torch.zeros(self.room(), weights[0].shape[1], **shape)
-                self.b = torch.zeros(sum(self.out_features), self.room(), **shape)
+                like = {"dtype": dtype, "device": weights[0].device}
+                self.a = torch.zeros(room, weights[0].shape[1], **like)
+                self.b = torch.zeros(sum(self.out_features), room, **like)
             start = 0
             for (i, layer, name), a, b in zip(lora, weights[::2], weights[1::2], strict=True):
                 columns = slice(start, start := start + a.shape[0])
@@ -131,11 +133,13 @@ class LinearMap:
         return sum(first + max(others, default=0) for first, *others in ranks)
 
     def product(self, x: Tensor) -> Tensor:
-        """x W^T"""
+        """x W^T, and the bias if there is one"""
         if self.weight is not None:
             return F.linear(x, self.weight, self.bias)
-        parts = [base(x) for base in self.bases]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        out = x.new_empty(len(x), sum(self.out_features))
+        for base, part in zip(self.bases, out.split(self.out_features, dim=-1), strict=True):
+            part.copy_(base(x))
+        return out
 
     def product_transposed(self, grad: Tensor) -> Tensor:
         """grad W"""
@@ -147,6 +151,7 @@ class LinearMap:
         for base, part in zip(self.bases, grad.split(self.out_features, dim=-1), strict=True):
             weight = dequantize_4bit(base.weight.data, base.weight.quant_state).to(grad.dtype)  # [O, I]
             result = part @ weight if result is None else result.addmm_(part, weight)
+            del weight  # before the next one is made
         return result
 
 
@@ -177,7 +182,7 @@ class _LinearMap(Function):
         if any(need_weights):
             # Adapters that train come last, so their rows of A are one block.
             first = next(columns.start for i, (columns, *_) in enumerate(ctx.pairs) if need_weights[2 * i])
-            grad_a = (grad_down[:, first:].T @ y).float()
+            grad_a = (grad_down[:, first : ctx.pairs[-1][0].stop].T @ y).float()
             for i, (columns, rows, scaling) in enumerate(ctx.pairs):
                 if need_weights[2 * i]:
                     grads[2 * i] = grad_a[columns.start - first : columns.stop - first]

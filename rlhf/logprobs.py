@@ -43,7 +43,7 @@ class _ChosenLogprobs(torch.autograd.Function):
                 logsumexp = top1 - softmax.amax(-1).log()
                 chosen = scaled.gather(-1, tokens[part, None]).squeeze(-1)
                 logprobs[part], is_top1[part] = chosen - logsumexp, chosen == top1
-                entropy[part] = logsumexp - torch.linalg.vecdot(softmax, scaled)
+                entropy[part] = logsumexp - (softmax * scaled).sum(-1)
                 if need_grad:
                     here.copy_(softmax)
             if need_grad:

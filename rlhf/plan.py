@@ -1,4 +1,4 @@
-"""What a run will hold in memory, by owner, worked out from its flags and the model's config before anything is loaded.
+"""What a run will hold in memory, by owner, worked out from flags, data and the model's config before anything is loaded.
 
 The largest moment of a run counts: for PPO that of the rollout, when the KV cache is full, or that of a micro-batch's
 backward pass. Bytes are of tensors; a card needs some 0.5 GB more for the driver's context, and an allocator's gaps.
@@ -10,8 +10,9 @@ from typing import Any
 
 from rlhf.cli import UserError
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
+from rlhf.generation import PREFILL
 from rlhf.hub import hub_errors
-from rlhf.logprobs import CHUNK_ELEMENTS
+from rlhf.logprobs import CHUNK_ELEMENTS, CPU_BLOCK
 from rlhf.modeling import load_tokenizer, same_base
 from rlhf.reporting import console
 
@@ -59,29 +60,46 @@ class Shape:
     def kv_cache(self, rows: int, tokens: int) -> float:
         return rows * tokens * self.layers * 2 * self.kv_heads * self.head_dim * self.width
 
+    def stacks(self, sft_rank: int, role_rank: int, role_layers: int) -> float:
+        """The pairs A, B that rlhf/layers.py makes of a role's adapters, in what the base computes in."""
+        h, i, q, kv = self.hidden, self.intermediate, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        a_and_b = 3 * (h + q + 2 * kv) + (q + h) + 2 * (h + 2 * i) + (i + h)  # numbers of a layer for each rank
+        role_layers = role_layers or self.layers
+        return a_and_b * (self.layers * sft_rank + role_layers * role_rank) * self.width
+
     def backward(self, rows: int, tokens: int, layers: int, rank: int, checkpointing: bool) -> float:
         """Most held at once between forward and the end of backward of `rows` texts through `layers` layers.
 
         What a layer keeps is what rlhf/layers.py keeps; checkpointed layers keep their input, and one is at work.
         """
         n, q, kv = rows * tokens, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        kept = n * self.width * (4 * self.hidden + 2 * q + 2 * kv + 3 * self.intermediate + 7 * rank)
+        # Both norms' inputs, q, k, v, the attention's output (twice where a fused kernel keeps its own), gate and up.
+        numbers = 2 * self.hidden + (3 if self.fused_attention else 2) * q + 2 * kv + 2 * self.intermediate + 7 * rank
+        kept = n * (numbers * self.width + 8)  # 8: both norms' scales
         layers = layers or self.layers
-        return (layers * n * self.hidden * self.width + kept if checkpointing else layers * kept) + self.work(
-            rows, tokens
-        )
+        standing = layers * n * self.hidden * self.width + kept if checkpointing else layers * kept
+        mlp = 7 * n * self.intermediate * self.width  # its output, its activation, and their gradients
+        return standing + max(mlp, self.attention(rows, tokens, 3)) + self.matrix()
 
-    def work(self, rows: int, tokens: int) -> float:
-        """What one layer needs while it computes: the MLP's gradients or inputs, attention weights, a dequantised matrix."""
+    def forward(self, rows: int, tokens: int) -> float:
+        """What one layer needs while it computes without gradients."""
         mlp = 3 * rows * tokens * self.intermediate * self.width
-        attention = 0 if self.fused_attention else rows * self.heads * tokens**2 * (4 + 2 * self.width)
-        matrix = self.hidden * self.intermediate * self.width if self.in_4bit else 0
-        return max(mlp, attention) + matrix
+        return max(mlp, self.attention(rows, tokens, 2)) + self.matrix()
+
+    def attention(self, rows: int, tokens: int, matrices: int) -> float:
+        """Its weights, where no fused kernel does without them."""
+        return 0 if self.fused_attention else matrices * rows * self.heads * tokens**2 * self.width
+
+    def matrix(self) -> float:
+        """The largest weight of a layer, dequantised."""
+        return self.hidden * self.intermediate * self.width if self.in_4bit else 0
 
     def logits(self, tokens: int) -> float:
-        """Of `tokens` chosen tokens, in chunks: in 16 bit, in float32, and their exponentials."""
+        """Of `tokens` chosen tokens, in chunks; on a GPU also in float32, with their softmax."""
         elements = min(tokens * self.vocabulary, max(CHUNK_ELEMENTS, self.vocabulary))
-        return elements * (4 + 2 * self.width)
+        if self.fused_attention:
+            return elements * (8 + self.width)
+        return elements * self.width + 2 * CPU_BLOCK * self.vocabulary * 4
 
 
 def read_shape(base: dict[str, Any], dtype: str, fused_attention: bool = True) -> Shape:
@@ -114,39 +132,40 @@ def read_shape(base: dict[str, Any], dtype: str, fused_attention: bool = True) -
 # ---------------------------------------------------------------- the three phases
 
 
-def plan_sft(shape: Shape, config: Any) -> Bytes:
-    rows, tokens = config.per_device_train_batch_size, config.max_length
-    weights = shape.lora(config.lora_rank, 0)
-    kept = shape.backward(rows, tokens, 0, config.lora_rank, config.gradient_checkpointing)
-    return trained(shape, weights, weights, kept) | {"logits": trl_logits(shape, rows * tokens)}
+def plan_sft(shape: Shape, config: Any, longest: int) -> Bytes:
+    """`longest`: tokens of the longest text."""
+    rows, weights = config.per_device_train_batch_size, shape.lora(config.lora_rank, 0)
+    kept = shape.backward(rows, longest, 0, config.lora_rank, config.gradient_checkpointing)
+    stacks = shape.stacks(config.lora_rank, 0, 0)
+    return trained(shape, weights, stacks, weights, kept) | {"logits": shape.logits(rows * longest)}
 
 
-def plan_reward(shape: Shape, config: Any, sft_rank: int) -> Bytes:
-    rows, tokens = 2 * config.per_device_train_batch_size, config.max_length  # chosen and rejected
-    weights = shape.lora(config.lora_rank, config.role_layers)
+def plan_reward(shape: Shape, config: Any, sft_rank: int, longest: int) -> Bytes:
+    """`longest`: tokens of the longest pair, the prompt counted once."""
+    rows, weights = config.per_device_train_batch_size, shape.lora(config.lora_rank, config.role_layers)
     rank = sft_rank + config.lora_rank
-    kept = shape.backward(rows, tokens, config.role_layers, rank, config.gradient_checkpointing)
-    return trained(shape, shape.lora(sft_rank, 0) + weights, weights, kept) | {"logits": 0}
+    kept = shape.backward(rows, longest, config.role_layers, rank, config.gradient_checkpointing)
+    stacks = shape.stacks(sft_rank, config.lora_rank, config.role_layers)
+    return trained(shape, shape.lora(sft_rank, 0) + weights, stacks, weights, kept)
 
 
-def plan_ppo(shape: Shape, config: Any, sft_rank: int, reward_rank: int, reward_layers: int) -> Bytes:
-    """The larger of a full rollout and of a micro-batch's backward pass."""
+def plan_ppo(shape: Shape, config: Any, sft_rank: int, reward_rank: int, reward_layers: int, longest: int) -> Bytes:
+    """The larger of a full rollout and of a micro-batch's backward pass; `longest`: tokens of the longest prompt."""
     scorer, policy = shape.lora(reward_rank, reward_layers), shape.lora(config.lora_rank, config.role_layers)
-    adapters = shape.lora(sft_rank, 0) + 2 * scorer + policy
     role_layers = max(config.role_layers or shape.layers, reward_layers or shape.layers)
-    prompt, length = config.max_prompt_length, config.max_prompt_length + config.response_length
+    role_rank, length = max(config.lora_rank, reward_rank), longest + config.response_length
     rows, micro = min(config.rollout_batch_size, config.batch_size), config.per_device_train_batch_size
-    stacks = (shape.lora(sft_rank, 0) + policy) * shape.width
-    standing = trained(shape, adapters, scorer + policy, 0)
+    stacks = shape.stacks(sft_rank, role_rank, role_layers)
+    standing = trained(shape, shape.lora(sft_rank, 0) + 2 * scorer + policy, stacks, scorer + policy, 0)
     rollout = standing | {
-        "adapters": standing["adapters"] + stacks,
         "KV cache": shape.kv_cache(rows, length),
-        "activations": shape.work(rows, 1),
-        "logits": rows * shape.vocabulary * (shape.width + 4 + 8 + 8),  # 16 bit, softmax, its sum in float64
+        "activations": shape.forward(rows, 1),
+        # Logits (on a GPU in float32), softmax, its sum in float64, and that times the total.
+        "logits": rows * shape.vocabulary * ((4 if shape.fused_attention else shape.width) + 4 + 8 + 8),
     }
-    prefill = rollout | {"KV cache": shape.kv_cache(rows, prompt), "activations": shape.work(rows, prompt)}
+    prefill = rollout | {"activations": shape.forward(min(rows, PREFILL), longest), "logits": 0}
     lower = config.batch_size * length * shape.hidden * shape.width  # of the layers below the roles, for all epochs
-    rank = sft_rank + max(config.lora_rank, reward_rank)
+    rank = sft_rank + role_rank
     backward = standing | {
         "activations": lower + shape.backward(micro, length, role_layers, rank, config.gradient_checkpointing),
         "logits": shape.logits(micro * config.response_length),
@@ -154,20 +173,16 @@ def plan_ppo(shape: Shape, config: Any, sft_rank: int, reward_rank: int, reward_
     return max((rollout, prefill, backward), key=lambda plan: sum(plan.values()))
 
 
-def trained(shape: Shape, adapters: int, trainable: int, activations: float) -> Bytes:
-    """Weights in float32, a gradient and Adam's two moments for each that trains."""
+def trained(shape: Shape, adapters: int, stacks: float, trainable: int, activations: float) -> Bytes:
+    """Weights in float32, a gradient and Adam's two moments for each that trains; the active ones stacked."""
     return {
         "base": shape.base(),
-        "adapters": 4 * adapters,
+        "adapters": 4 * adapters + stacks,
         "optimizer": 12 * trainable,
         "KV cache": 0,
         "activations": activations,
+        "logits": 0,
     }
-
-
-def trl_logits(shape: Shape, tokens: int) -> float:
-    """TRL's loss: tiles of 1024 tokens and a slice of the vocabulary, and the hidden states' gradient in float32."""
-    return min(tokens, 1024) * min(shape.vocabulary, 8192) * 4 + tokens * shape.hidden * 4
 
 
 # ---------------------------------------------------------------- the report
@@ -215,7 +230,8 @@ def dry_run_ppo(config: Any, sft: dict[str, Any], reward: dict[str, Any]) -> Non
     )
     shape = read_shape(base, config.dtype)
     ranks = [run["hyperparameters"]["lora_rank"] for run in (sft, reward)]
-    plan = plan_ppo(shape, config, *ranks, reward["hyperparameters"]["role_layers"])
+    longest = max(map(len, prompts))
+    plan = plan_ppo(shape, config, *ranks, reward["hyperparameters"]["role_layers"], longest)
     show_plan(
         plan, config.card_gb, "--rollout-batch-size (KV cache), --response-length or --per-device-train-batch-size"
     )

@@ -13,8 +13,15 @@ from transformers import PrinterCallback, Trainer
 
 
 def device() -> torch.device:
-    """The device of this process: a CUDA card if there is one, unless accelerate was told otherwise."""
-    return PartialState().device
+    """The device of this process: a CUDA card if there is one, unless accelerate was told otherwise.
+
+    Raises:
+        UserError: it is neither a CUDA card nor a CPU.
+    """
+    device = PartialState().device
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"{device.type} is not supported: set ACCELERATE_USE_CPU=1 to compute on the CPU")
+    return device
 
 
 def check_one_process() -> None:
@@ -80,6 +87,8 @@ def check_numbers(config: Any) -> None:
         "logging_steps",
     )
     check_one_process()
+    if device().type == "cuda" and torch.cuda.device_count() > 1:
+        raise UserError("several GPUs are visible and TRL's trainers want one: set CUDA_VISIBLE_DEVICES=0")
     check_tracker(config.log_with)
     check_at_least_one(config, *sizes, "per_device_train_batch_size", "gradient_accumulation_steps")
 

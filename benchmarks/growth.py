@@ -1,0 +1,257 @@
+"""How time and memory of a PPO update grow with the batch, the response length and the vocabulary.
+
+    make demo     # trains the SFT and the reward model that this starts from
+    make bench-growth
+
+Each point is one update in a process of its own, after a small one to warm up: rollout, scores, log-probabilities,
+values, and one PPO epoch, with `--preset demo`'s adapters, prompts of 64 tokens, responses of exactly the given length
+(EOS is made a token that is never sampled), rollouts and micro-batches of 8. The larger vocabulary is the model's own,
+padded. Memory is what the process held at its peak less what it held with everything loaded.
+
+Writes results/growth.json and results/growth.png.
+"""
+
+import json
+import math
+import multiprocessing
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import ppo_train  # noqa: E402
+from rlhf.checkpoints import read_run  # noqa: E402
+from rlhf.cli import UserError, keep_freed_memory, quiet_libraries, run  # noqa: E402
+from rlhf.ppo_batch import make_micro_batches  # noqa: E402
+from rlhf.reporting import console  # noqa: E402
+
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from ppo_vs_trl import hardware  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+PROMPT, MICRO_BATCH = 64, 8  # tokens, rows
+BATCHES, RESPONSES = (8, 16, 32, 64), (32, 64, 128, 256)
+BATCH, RESPONSE = 16, 64  # where the other is varied
+
+
+@dataclass(frozen=True)
+class Config:
+    sft_checkpoint: str = "runs/demo/sft"
+    reward_checkpoint: str = "runs/demo/reward"
+    dataset: str = "demo/data"
+    vocabularies: tuple[int, ...] = (49_152, 128_256)  # the first is the model's
+    output: str = "benchmarks/results/growth.json"
+
+
+def main(config: Config) -> None:
+    (ROOT / config.output).parent.mkdir(parents=True, exist_ok=True)
+    sizes = sorted({*((batch, RESPONSE) for batch in BATCHES), *((BATCH, response) for response in RESPONSES)})
+    points = []
+    context = multiprocessing.get_context("spawn")
+    for batch, response in sizes:
+        for vocabulary in config.vocabularies:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=measure, args=(config, batch, response, vocabulary, theirs))
+            process.start()
+            theirs.close()
+            try:
+                points.append(ours.recv())
+            except EOFError:
+                raise UserError(f"batch {batch}, response {response}, vocabulary {vocabulary} failed") from None
+            process.join()
+            console.print(describe(points[-1]))
+    results = {"hardware": hardware(), "points": points} | summary(points, config.vocabularies)
+    (ROOT / config.output).write_text(json.dumps(results, indent=2) + "\n")
+    plot(points, config.vocabularies, (ROOT / config.output).with_suffix(".png"))
+    show(results, config.vocabularies)
+    console.print(f"Saved {config.output} and its .png.")
+
+
+# ---------------------------------------------------------------- a point
+
+
+def measure(config: Config, batch: int, response: int, vocabulary: int, pipe) -> None:
+    """One update of `batch` responses; sends its seconds by phase and its memory."""
+    quiet_libraries()
+    keep_freed_memory()
+    settings = replace(
+        ppo_train.PRESETS["demo"],
+        sft_checkpoint=config.sft_checkpoint,
+        reward_checkpoint=config.reward_checkpoint,
+        dataset=config.dataset,
+        response_length=response,
+        rollout_batch_size=MICRO_BATCH,
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=batch // MICRO_BATCH,
+        num_mini_batches=1,
+        num_ppo_epochs=1,
+        critic_warmup_updates=0,
+        kl_stop=math.inf,
+    )
+    load = ppo_train.load_base
+
+    def load_padded(*args):
+        model = load(*args)
+        own = model.config.vocab_size
+        if vocabulary > own:
+            model.resize_token_embeddings(vocabulary, mean_resizing=False)
+            model.get_input_embeddings().weight.data[own:].zero_()
+        return model.requires_grad_(False)
+
+    ppo_train.load_base = load_padded
+    shared, form, _ = ppo_train.load_models(settings, read_run(settings.sft_checkpoint, "sft"))
+    form.eos_token_id, form.stop_text = form.pad_token_id, None
+    prompts, _ = ppo_train.load_prompts(settings, form)
+    flat = [token for prompt in prompts for token in prompt]
+    prompts = [flat[i * PROMPT : (i + 1) * PROMPT] for i in range(batch)]
+    groups = [{"name": name, "params": shared.parameters(name)} for name in ("policy", "value")]
+    optimizer = torch.optim.AdamW(groups, lr=1e-6, fused=True)
+    update(replace(settings, response_length=8, gradient_accumulation_steps=1), shared, form, optimizer, prompts[:8])
+    with PeakMemory() as memory:
+        seconds = update(settings, shared, form, optimizer, prompts)
+    pipe.send(
+        {
+            "batch": batch,
+            "response": response,
+            "vocabulary": vocabulary,
+            "tokens": batch * (PROMPT + response),
+            "seconds": seconds,
+            "memory_gb": (memory.peak - memory.before) / 1e9,
+            "loaded_gb": memory.before / 1e9,
+        }
+    )
+
+
+def update(settings, shared, form, optimizer, prompts) -> dict[str, float]:
+    """Seconds of each phase of one update."""
+    clock = [time.monotonic()]
+    responses = ppo_train.rollout(settings, shared, form, prompts, list(range(len(prompts))))
+    assert {len(response.ids) for response in responses} == {settings.response_length}
+    clock.append(time.monotonic())
+    batch = make_micro_batches(prompts, responses, form, MICRO_BATCH, shared.device)
+    for micro in batch:
+        ppo_train.measure(shared, micro, settings.temperature, 0.0)
+    clock.append(time.monotonic())
+    ppo_train.set_advantages(batch, 0.05, 0.0, settings)
+    scaler = torch.amp.GradScaler(shared.device.type, enabled=False)
+    ppo_train.optimise(settings, shared, batch, 0.0, optimizer, scaler, 1)
+    clock.append(time.monotonic())
+    return {name: clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "measure", "optimise"))}
+
+
+class PeakMemory:
+    """The most that this process holds within the context, looked at every 5 ms."""
+
+    def __enter__(self):
+        self.before = self.peak = resident()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while not self.done.wait(0.005):
+            self.peak = max(self.peak, resident())
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+# ---------------------------------------------------------------- the report
+
+
+def series(points: list[dict[str, Any]], vocabulary: int, what: str) -> list[dict[str, Any]]:
+    """The points along the batch or the response length."""
+    fixed, at = ("response", RESPONSE) if what == "batch" else ("batch", BATCH)
+    return [p for p in points if p["vocabulary"] == vocabulary and p[fixed] == at]
+
+
+def exponent(points: list[dict[str, Any]]) -> float:
+    """k of seconds ~ tokens^k, by least squares in logarithms."""
+    tokens, seconds = ([math.log(value) for value in column] for column in zip(*map(total, points), strict=True))
+    return float(np.polyfit(tokens, seconds, 1)[0])
+
+
+def total(point: dict[str, Any]) -> tuple[int, float]:
+    return point["tokens"], sum(point["seconds"].values())
+
+
+def summary(points: list[dict[str, Any]], vocabularies: tuple[int, ...]) -> dict[str, Any]:
+    held = {(p["batch"], p["response"], p["vocabulary"]): p["memory_gb"] for p in points}
+    small, large = min(vocabularies), max(vocabularies)
+    return {
+        "exponents": {
+            what: {str(v): exponent(series(points, v, what)) for v in vocabularies} for what in ("batch", "response")
+        },
+        "memory_of_larger_over_smaller_vocabulary": {
+            f"{batch} x {response}": gb / held[batch, response, small]
+            for (batch, response, v), gb in held.items()
+            if v == large and large != small
+        },
+    }
+
+
+def describe(p: dict[str, Any]) -> str:
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in p["seconds"].items())
+    return (
+        f"batch {p['batch']}, response {p['response']}, vocabulary {p['vocabulary']}: {total(p)[1]:.1f} s ({seconds}), "
+        f"{p['memory_gb']:.2f} GB above {p['loaded_gb']:.2f}"
+    )
+
+
+def show(results: dict[str, Any], vocabularies: tuple[int, ...]) -> None:
+    table = Table(
+        "batch", "response", "tokens", *(f"s, V {v}" for v in vocabularies), *(f"GB, V {v}" for v in vocabularies)
+    )
+    rows: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for point in results["points"]:
+        rows.setdefault((point["batch"], point["response"]), []).append(point)
+    for (batch, response), row in rows.items():
+        times, held = [f"{total(p)[1]:.1f}" for p in row], [f"{p['memory_gb']:.2f}" for p in row]
+        table.add_row(str(batch), str(response), str(row[0]["tokens"]), *times, *held)
+    console.print(table)
+    for what, by in results["exponents"].items():
+        console.print(
+            f"seconds ~ tokens^k along the {what}: " + ", ".join(f"k = {k:.2f} (V {v})" for v, k in by.items())
+        )
+
+
+def plot(points: list[dict[str, Any]], vocabularies: tuple[int, ...], path: Path) -> None:
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharey="row")
+    for column, what in enumerate(("batch", "response")):
+        for vocabulary, marker in zip(vocabularies, "os^v", strict=False):
+            row = series(points, vocabulary, what)
+            label = f"vocabulary {vocabulary:,}"
+            axes[0, column].loglog([p["tokens"] for p in row], [total(p)[1] for p in row], f"-{marker}", label=label)
+            axes[1, column].plot([p[what] for p in row], [p["memory_gb"] for p in row], f"-{marker}", label=label)
+        first = series(points, vocabularies[0], what)
+        line = [total(first[0])[1] * p["tokens"] / first[0]["tokens"] for p in first]
+        axes[0, column].loglog([p["tokens"] for p in first], line, ":", color="gray", label="linear")
+        axes[0, column].set(xlabel=f"tokens, by the {what}", ylabel="seconds an update")
+        axes[1, column].set(
+            xlabel=f"{what}" + (", tokens" if what == "response" else ", responses"),
+            ylabel="GB above the models",
+            ylim=(0, None),
+        )
+        axes[0, column].legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    run(main, Config, {}, __doc__)
