@@ -1,12 +1,12 @@
-"""How time and memory of a PPO update grow with the batch, the response length and the vocabulary.
+"""How time and memory of a PPO update grow with the batch, the length and the vocabulary.
 
     make demo     # trains the SFT and the reward model that this starts from
     make bench-growth
 
 Each point is one update in a process of its own, after a small one to warm up: rollout, scores, log-probabilities,
-values, and one PPO epoch, with `--preset demo`'s adapters, prompts of 64 tokens, responses of exactly the given length
-(EOS is made a token that is never sampled), rollouts and micro-batches of 8. The larger vocabulary is the model's own,
-padded. Memory is what the process held at its peak less what it held with everything loaded.
+values, and one PPO epoch, with `--preset demo`'s adapters. Responses have exactly the given length (EOS is made a token that is
+never sampled) and prompts the same; rollouts and micro-batches are of 8. The larger vocabulary is the model's own,
+padded. Memory is what the process held at its peak, less what it held with everything loaded.
 
 Writes results/growth.json and results/growth.png.
 """
@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import ppo_train  # noqa: E402
 from rlhf.checkpoints import read_run  # noqa: E402
-from rlhf.cli import UserError, keep_freed_memory, quiet_libraries, run  # noqa: E402
+from rlhf.cli import UserError, quiet_libraries, run  # noqa: E402
 from rlhf.ppo_batch import make_micro_batches  # noqa: E402
 from rlhf.reporting import console  # noqa: E402
 
@@ -39,9 +39,10 @@ from rich.table import Table  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-PROMPT, MICRO_BATCH = 64, 8  # tokens, rows
-BATCHES, RESPONSES = (8, 16, 32, 64), (32, 64, 128, 256)
+MICRO_BATCH = 8
+BATCHES, RESPONSES = (8, 16, 32, 64), (32, 64, 128, 256)  # rows; tokens of the prompt, and of the response
 BATCH, RESPONSE = 16, 64  # where the other is varied
+PHASES = ("rollout", "measure", "optimise")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,6 @@ def main(config: Config) -> None:
 def measure(config: Config, batch: int, response: int, vocabulary: int, pipe) -> None:
     """One update of `batch` responses; sends its seconds by phase and its memory."""
     quiet_libraries()
-    keep_freed_memory()
     settings = replace(
         ppo_train.PRESETS["demo"],
         sft_checkpoint=config.sft_checkpoint,
@@ -113,7 +113,7 @@ def measure(config: Config, batch: int, response: int, vocabulary: int, pipe) ->
     form.eos_token_id, form.stop_text = form.pad_token_id, None
     prompts, _ = ppo_train.load_prompts(settings, form)
     flat = [token for prompt in prompts for token in prompt]
-    prompts = [flat[i * PROMPT : (i + 1) * PROMPT] for i in range(batch)]
+    prompts = [flat[i * response : (i + 1) * response] for i in range(batch)]
     groups = [{"name": name, "params": shared.parameters(name)} for name in ("policy", "value")]
     optimizer = torch.optim.AdamW(groups, lr=1e-6, fused=True)
     update(replace(settings, response_length=8, gradient_accumulation_steps=1), shared, form, optimizer, prompts[:8])
@@ -124,10 +124,11 @@ def measure(config: Config, batch: int, response: int, vocabulary: int, pipe) ->
             "batch": batch,
             "response": response,
             "vocabulary": vocabulary,
-            "tokens": batch * (PROMPT + response),
+            "tokens": 2 * batch * response,
             "seconds": seconds,
             "memory_gb": (memory.peak - memory.before) / 1e9,
             "loaded_gb": memory.before / 1e9,
+            "embedding_gb": shared.lm_head_weight().nbytes / 1e9,
         }
     )
 
@@ -146,7 +147,7 @@ def update(settings, shared, form, optimizer, prompts) -> dict[str, float]:
     scaler = torch.amp.GradScaler(shared.device.type, enabled=False)
     ppo_train.optimise(settings, shared, batch, 0.0, optimizer, scaler, 1)
     clock.append(time.monotonic())
-    return {name: clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "measure", "optimise"))}
+    return {name: clock[i + 1] - clock[i] for i, name in enumerate(PHASES)}
 
 
 class PeakMemory:
@@ -182,26 +183,32 @@ def series(points: list[dict[str, Any]], vocabulary: int, what: str) -> list[dic
     return [p for p in points if p["vocabulary"] == vocabulary and p[fixed] == at]
 
 
-def exponent(points: list[dict[str, Any]]) -> float:
-    """k of seconds ~ tokens^k, by least squares in logarithms."""
-    tokens, seconds = ([math.log(value) for value in column] for column in zip(*map(total, points), strict=True))
-    return float(np.polyfit(tokens, seconds, 1)[0])
+def exponents(points: list[dict[str, Any]]) -> dict[str, float]:
+    """k of seconds ~ tokens^k, by least squares in logarithms, of each phase and of the whole update."""
+    tokens = np.log([p["tokens"] for p in points])
+    seconds = {phase: [p["seconds"][phase] for p in points] for phase in PHASES} | {"update": list(map(total, points))}
+    return {name: float(np.polyfit(tokens, np.log(column), 1)[0]) for name, column in seconds.items()}
 
 
-def total(point: dict[str, Any]) -> tuple[int, float]:
-    return point["tokens"], sum(point["seconds"].values())
+def total(point: dict[str, Any]) -> float:
+    return sum(point["seconds"].values())
+
+
+def peak(point: dict[str, Any]) -> float:
+    """GB of the process at its peak, less the embedding."""
+    return point["loaded_gb"] + point["memory_gb"] - point["embedding_gb"]
 
 
 def summary(points: list[dict[str, Any]], vocabularies: tuple[int, ...]) -> dict[str, Any]:
-    held = {(p["batch"], p["response"], p["vocabulary"]): p["memory_gb"] for p in points}
+    peaks = {(p["batch"], p["response"], p["vocabulary"]): peak(p) for p in points}
     small, large = min(vocabularies), max(vocabularies)
     return {
         "exponents": {
-            what: {str(v): exponent(series(points, v, what)) for v in vocabularies} for what in ("batch", "response")
+            what: {str(v): exponents(series(points, v, what)) for v in vocabularies} for what in ("batch", "response")
         },
-        "memory_of_larger_over_smaller_vocabulary": {
-            f"{batch} x {response}": gb / held[batch, response, small]
-            for (batch, response, v), gb in held.items()
+        "peak_of_larger_over_smaller_vocabulary": {
+            f"{batch} x {response}": gb / peaks[batch, response, small]
+            for (batch, response, v), gb in peaks.items()
             if v == large and large != small
         },
     }
@@ -210,7 +217,7 @@ def summary(points: list[dict[str, Any]], vocabularies: tuple[int, ...]) -> dict
 def describe(p: dict[str, Any]) -> str:
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in p["seconds"].items())
     return (
-        f"batch {p['batch']}, response {p['response']}, vocabulary {p['vocabulary']}: {total(p)[1]:.1f} s ({seconds}), "
+        f"batch {p['batch']}, response {p['response']}, vocabulary {p['vocabulary']}: {total(p):.1f} s ({seconds}), "
         f"{p['memory_gb']:.2f} GB above {p['loaded_gb']:.2f}"
     )
 
@@ -223,33 +230,42 @@ def show(results: dict[str, Any], vocabularies: tuple[int, ...]) -> None:
     for point in results["points"]:
         rows.setdefault((point["batch"], point["response"]), []).append(point)
     for (batch, response), row in rows.items():
-        times, held = [f"{total(p)[1]:.1f}" for p in row], [f"{p['memory_gb']:.2f}" for p in row]
+        times, held = [f"{total(p):.1f}" for p in row], [f"{p['memory_gb']:.2f}" for p in row]
         table.add_row(str(batch), str(response), str(row[0]["tokens"]), *times, *held)
     console.print(table)
     for what, by in results["exponents"].items():
-        console.print(
-            f"seconds ~ tokens^k along the {what}: " + ", ".join(f"k = {k:.2f} (V {v})" for v, k in by.items())
-        )
+        for vocabulary, fits in by.items():
+            line = ", ".join(f"{k:.2f} ({phase})" for phase, k in fits.items())
+            console.print(f"along the {what}, V {vocabulary}: seconds ~ tokens^k, k = {line}")
+    ratios = results["peak_of_larger_over_smaller_vocabulary"].values()
+    console.print(
+        f"peak of the larger vocabulary over the smaller's, less the embedding: {min(ratios):.2f} to {max(ratios):.2f}"
+    )
 
 
 def plot(points: list[dict[str, Any]], vocabularies: tuple[int, ...], path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharey="row")
-    for column, what in enumerate(("batch", "response")):
+    units = {
+        "batch": f"responses of {RESPONSE} tokens",
+        "response": f"tokens of each of {BATCH} responses, and of its prompt",
+    }
+    for column, what in enumerate(units):
+        time_axis, memory_axis = axes[:, column]
         for vocabulary, marker in zip(vocabularies, "os^v", strict=False):
             row = series(points, vocabulary, what)
-            label = f"vocabulary {vocabulary:,}"
-            axes[0, column].loglog([p["tokens"] for p in row], [total(p)[1] for p in row], f"-{marker}", label=label)
-            axes[1, column].plot([p[what] for p in row], [p["memory_gb"] for p in row], f"-{marker}", label=label)
+            x, label = [p[what] for p in row], f"vocabulary {vocabulary:,}"
+            time_axis.loglog(x, [total(p) for p in row], f"-{marker}", label=label)
+            memory_axis.plot(x, [p["memory_gb"] for p in row], f"-{marker}", label=label)
         first = series(points, vocabularies[0], what)
-        line = [total(first[0])[1] * p["tokens"] / first[0]["tokens"] for p in first]
-        axes[0, column].loglog([p["tokens"] for p in first], line, ":", color="gray", label="linear")
-        axes[0, column].set(xlabel=f"tokens, by the {what}", ylabel="seconds an update")
-        axes[1, column].set(
-            xlabel=f"{what}" + (", tokens" if what == "response" else ", responses"),
-            ylabel="GB above the models",
-            ylim=(0, None),
-        )
-        axes[0, column].legend()
+        line = [total(first[0]) * p[what] / first[0][what] for p in first]
+        time_axis.loglog(x, line, ":", color="gray", label="linear")
+        time_axis.set(xlabel=units[what], ylabel="seconds an update" if column == 0 else "", xticks=x, xticklabels=x)
+        time_axis.minorticks_off()
+        time_axis.legend()
+        memory_axis.set(xlabel=units[what], ylabel="GB above the loaded models" if column == 0 else "")
+    axes[0, 0].yaxis.set_major_formatter("{x:g}")
+    axes[0, 0].set_yticks([5, 10, 20, 50, 100])
+    axes[1, 0].set_ylim(bottom=0)
     figure.savefig(path, dpi=120)
 
 

@@ -23,7 +23,7 @@ import ppo_train  # noqa: E402
 import reward_train  # noqa: E402
 import sft_train  # noqa: E402
 from rlhf.checkpoints import peak_memory_gib, read_run  # noqa: E402
-from rlhf.cli import keep_freed_memory, quiet_libraries, run  # noqa: E402
+from rlhf.cli import quiet_libraries, run  # noqa: E402
 from rlhf.data import Pair, PromptFormat, tokenize_pairs, tokenize_prompt  # noqa: E402
 from rlhf.layers import LinearMap  # noqa: E402
 from rlhf.modeling import load_tokenizer  # noqa: E402
@@ -161,7 +161,6 @@ def write_data(folder: Path, tokenizer: str) -> None:
 def measure(phase: str) -> None:
     """Run one script for one step under the count; writes PHASE.json."""
     quiet_libraries()
-    keep_freed_memory()
     shared = {"dataset": str(WORK / "data"), "output_dir": str(WORK / phase), "overwrite": True, "dtype": "bf16"}
     step = {
         "max_steps": 2,
@@ -228,6 +227,14 @@ def watch(script, memory: TensorMemory) -> None:
         return result
 
     setattr(script, name, outer)
+    if hasattr(script, "save_stacked"):
+        save = script.save_stacked
+
+        def stop_and_save(*args):
+            memory.stopped = True  # saving copies the adapters, on the CPU
+            save(*args)
+
+        script.save_stacked = stop_and_save
     stack = LinearMap.stack_adapters
 
     def stack_and_tell(self, dtype):

@@ -27,6 +27,7 @@ class TensorMemory(TorchDispatchMode):
         self.vocabulary, self.cache_shape = vocabulary, cache_shape
         self.live: Counter[str] = Counter()  # bytes by owner, now
         self.peak: Counter[str] = Counter()  # at the largest moment
+        self.stopped = False  # whether the largest moment is final
         self.seen: dict[int, str] = {}  # owner by the address of the storage
         self.lora_shapes: set[tuple[int, ...]] = set()  # of the weights that train
 
@@ -64,7 +65,7 @@ class TensorMemory(TorchDispatchMode):
         self.seen[address] = owner
         self.live[owner] += size
         weakref.finalize(storage, self.drop, address, size)
-        if sum(self.live.values()) > sum(self.peak.values()):
+        if not self.stopped and sum(self.live.values()) > sum(self.peak.values()):
             self.peak = self.live.copy()
 
     def drop(self, address: int, size: int) -> None:

@@ -1,8 +1,6 @@
 """How a script reads its hyperparameters and how it fails: one clear line, exit code 2, no traceback."""
 
 import argparse
-import contextlib
-import ctypes
 import errno
 import os
 import shlex
@@ -38,7 +36,6 @@ def run(main: Callable[[Config], None], config_class: type[Config], presets: dic
     """Parse the flags and call `main`; turn what the user can mend into one line and exit code 2."""
     config = parse(config_class, presets, doc)
     quiet_libraries()
-    keep_freed_memory()
     try:
         main(config)
     except UserError as error:
@@ -114,16 +111,3 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|peft|trl|accelerate)\..*")
-
-
-def keep_freed_memory() -> None:
-    """Let glibc's malloc reuse freed memory and not hand it back to the system after every large tensor.
-
-    On a CPU the pages of each activation would else be mapped, zeroed and unmapped again at every step: seen to take
-    a third of an SFT step's time. Does nothing on another C library.
-    """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

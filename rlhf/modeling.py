@@ -298,9 +298,9 @@ class SharedBase:
         return lora + (list(self.heads[role].parameters()) if role in self.heads else [])
 
     def adapter_state(self, role: str) -> dict[str, Tensor]:
-        """A copy of `role`'s LoRA weights under PEFT's names."""
+        """A copy of `role`'s LoRA weights under PEFT's names, on the CPU."""
         state = get_peft_model_state_dict(self.peft, adapter_name=role)
-        return {name: weight.detach().clone() for name, weight in state.items() if "lora_" in name}
+        return {name: weight.detach().to("cpu", copy=True) for name, weight in state.items() if "lora_" in name}
 
     # -- forward
 
@@ -390,7 +390,7 @@ def save_stacked(folder: Path, shared: SharedBase, role: str, form: PromptFormat
         if key in ours:
             other = ours[key].float() * (config.lora_alpha / config.r if "lora_B" in key else 1)
             weight = torch.cat([weight, other], dim=1 if "lora_B" in key else 0)
-        state[key] = weight.cpu().contiguous()
+        state[key] = weight.contiguous()
     rank = sft_config.r + config.r
     layers = "|".join(str(i) for i in config.layers_to_transform)
     pattern = {rf"layers\.({layers})\..*": rank}
