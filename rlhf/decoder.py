@@ -93,9 +93,8 @@ def lay_out_pairs(pairs: list[tuple[list[int], list[int]]], device: torch.device
         positions += [*range(len(first)), *range(shared, len(second))]
         last.append((start + len(first) - 1, start + len(rows[-1]) - 1))
         start += len(rows[-1])
-    part = nn.utils.rnn.pad_sequence(list(map(torch.tensor, parts)), batch_first=True, padding_value=3).to(
-        device
-    )  # [B, T]
+    part = nn.utils.rnn.pad_sequence(list(map(torch.tensor, parts)), batch_first=True, padding_value=3)  # [B, T]
+    part = part.to(device)
     looks = (part[:, None, :] == 0) | (part[:, :, None] == part[:, None, :])  # [B, T, T]
     return Texts(
         ids=torch.tensor([token for row in rows for token in row], device=device),
@@ -191,9 +190,8 @@ class Decoder:
         rope = tuple(part[0] for part in self.inner.rotary_emb(x[None], texts.positions[None]))  # [N, D] each
         mask = texts.mask
         if mask is None and not self.fused_causal(x):
-            mask = torch.ones(texts.padded.width, texts.padded.width, dtype=torch.bool, device=x.device).tril()[
-                None, None
-            ]
+            square = (1, 1, texts.padded.width, texts.padded.width)
+            mask = torch.ones(square, dtype=torch.bool, device=x.device).tril()
         if mask is not None:
             mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, float("-inf"))
         for layer in self.layers[layers]:

@@ -69,9 +69,8 @@ def generate(
 def _generate_batch(shared, form, prompts, rows, max_new_tokens, temperature, seeds):
     """Yield (row, Response) for each of `rows`, as they end."""
     lengths = [len(prompts[row]) for row in rows]
-    draws = torch.stack([_uniforms(seeds[row], max_new_tokens) for row in rows]).to(
-        shared.device
-    )  # [B, max_new_tokens]
+    draws = torch.stack([_uniforms(seeds[row], max_new_tokens) for row in rows])  # [B, max_new_tokens]
+    draws = draws.to(shared.device)
     cache = KVCache(shared.decoder.model, len(rows), max(lengths) + max_new_tokens)
     hidden = torch.cat([_read(shared, prompts, rows, part, cache) for part in range(0, len(rows), PREFILL)])  # [B, H]
     cache.start(lengths)

@@ -313,9 +313,9 @@ class SharedBase:
         """Final hidden states [N, H] of the active role, from those that `lower` gave."""
         return self.decoder.norm(self.decoder.run(lower, texts, slice(self.first_role_layer, None)))
 
-    def read_head(self, texts: Texts, role: str = "reward") -> Tensor:
-        """What the head of the active `role` reads at the last token of each text [B], float32; of pairs [2 x B]."""
-        return self.heads[role](self.upper(self.lower(texts), texts)[texts.last]).squeeze(-1)
+    def read_head(self, texts: Texts) -> Tensor:
+        """What the reward model, if active, says at the last token of each text [B], float32; of pairs [2 x B]."""
+        return self.heads["reward"](self.upper(self.lower(texts), texts)[texts.last]).squeeze(-1)
 
     def lm_head_weight(self) -> Tensor:
         """[V, H]"""
