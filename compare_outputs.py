@@ -5,14 +5,16 @@ terminal, and the same in `reports/compare.md` and `reports/compare.json`.
 
 1. Load the base as the SFT checkpoint says (NF4 or 16 bit), with the adapters of all phases that are trained.
 2. Let each model answer: the base with all adapters off, SFT, and PPO; greedy, or with the same draws for all.
-3. Score every answer with the reward model and sum up: score, win rate against the base, length, endings, repetition.
+3. Score every answer with the reward model and sum up: score, length, endings, repetition; and for each pair of models
+   the win rate with its interval, over all prompts and at equal length, and in words what it shows.
 
     python compare_outputs.py
     python compare_outputs.py --preset demo
-    python compare_outputs.py --num-test-prompts 200 --show 4
+    python compare_outputs.py --num-test-prompts 200 --show 4 --reward-checkpoint checkpoints/gold
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -28,7 +30,7 @@ from rlhf.cli import UserError, run
 from rlhf.data import PromptFormat
 from rlhf.generation import generate
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, read_stacked, same_base
-from rlhf.reporting import console, plain, preference, wilson_interval
+from rlhf.reporting import at_equal_length, console, distinct_2, mean_interval, plain, preference, repeated_3grams
 from rlhf.training import device
 
 from rich.table import Table
@@ -82,14 +84,8 @@ PROMPTS = (
 
 RULE = "─" * 80
 ENDINGS = {"eos": "ended by EOS", "stop_text": "ended by the next Human: turn", "length": "cut at the length limit"}
-COLUMNS = (
-    "Model",
-    "Mean\nscore",
-    "Win rate against base\n(95 % interval)",
-    "Mean\ntokens",
-    "Ended\nby EOS",
-    "Repeated\n3-grams",
-)
+COLUMNS = ("Model", "Mean\nscore", "Mean\ntokens", "Ended\nby EOS", "Repeated\n3-grams", "Distinct\n2-grams")
+PAIR_COLUMNS = ("Who wins", "Win rate\n(95 % interval)", "At equal length\n(95 % interval)")
 REPORTED = ("adapter_sha256", "epochs", "updates", "metrics")  # of each phase's run.json
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 
@@ -124,6 +120,8 @@ def main(config: Config) -> None:
         "runs": {phase: {key: run[key] for key in REPORTED if key in run} for phase, run in runs.items()},
         "commit": git_commit(),
         "summary": summarize(answers),
+        "pairs": compare_pairs(answers),
+        "notes": notes(runs),
         "prompts": [
             {"turns": turns, "answers": {name: answers[name][i] for name in titles}}
             for i, (turns, _) in enumerate(prompts)
@@ -267,28 +265,74 @@ def answer(config: Config, shared, form, prompts: list[list[int]], name: str, sc
 
 
 def summarize(answers: dict[str, list[Answer]]) -> dict[str, dict[str, float]]:
-    """For each model: means and shares over the prompts, and its win rate against the base (a tie counts half)."""
+    """For each model: means and shares over the prompts."""
     summary = {}
     for name, given in answers.items():
         row, count = {}, len(given)
         if given[0]["score"] is not None:
             row["mean_score"] = sum(a["score"] for a in given) / count
-            if name != "base":
-                wins = sum(preference([a["score"] for a in given], [a["score"] for a in answers["base"]]))
-                row["win_rate"] = wins / count
-                row["win_rate_low"], row["win_rate_high"] = wilson_interval(wins, count)
         row["mean_tokens"] = sum(a["tokens"] for a in given) / count
         row["ended_by_eos"] = sum(a["ended_by"] == "eos" for a in given) / count
         row["repeated_3grams"] = sum(repeated_3grams(a["text"]) for a in given) / count
+        row["distinct_2grams"] = distinct_2(a["text"] for a in given)
         summary[name] = row
     return summary
 
 
-def repeated_3grams(text: str) -> float:
-    """Of the 3-grams of words in `text`, the share that occurred in it before; 0 for fewer than 3 words."""
-    words = text.split()
-    grams = list(zip(words, words[1:], words[2:], strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+def compare_pairs(answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
+    """For each two models: how often the later one's answer scores higher (a tie counts half), and what that shows.
+
+    The intervals are bootstraps over prompts to which one win and one loss were added (Agresti and Caffo 2000): without
+    them three wins of three would seem certain.
+    """
+    pairs = []
+    for (first, ours), (second, theirs) in itertools.combinations(reversed(answers.items()), 2):
+        if ours[0]["score"] is None:
+            continue
+        wins = preference([a["score"] for a in ours], [a["score"] for a in theirs])
+        longer = [a["tokens"] - b["tokens"] for a, b in zip(ours, theirs, strict=True)]
+        low, high = mean_interval([*wins, 0.0, 1.0])
+        share, _, _ = at_equal_length(wins, longer)
+        _, share_low, share_high = at_equal_length([*wins, 0.0, 1.0], [*longer, 0.0, 0.0])
+        pair = {"first": first, "second": second, "win_rate": sum(wins) / len(wins)}
+        pair |= {"win_rate_low": low, "win_rate_high": high, "at_equal_length": share}
+        pair |= {"at_equal_length_low": share_low, "at_equal_length_high": share_high}
+        pairs.append(pair | {"verdict": verdict(pair, len(wins))})
+    return pairs
+
+
+def verdict(pair: dict[str, Any], prompts: int) -> str:
+    """What a pair's win rate shows, in words; significant is what the 95 % interval keeps away from 50 %."""
+    first, second = pair["first"], pair["second"]
+    word, also = (direction(pair[f"{key}_low"], pair[f"{key}_high"]) for key in ("win_rate", "at_equal_length"))
+    if not word:
+        return f"{first} against {second}: {prompts} prompts show no significant difference"
+    end = "also at equal length" if also == word else "but not at equal length"
+    return f"{first} is significantly {word} than {second}, {end}"
+
+
+def direction(low: float, high: float) -> str | None:
+    return "better" if low > 0.5 else "worse" if high < 0.5 else None
+
+
+def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """What a reader of the win rates should know: who judged, and what PPO's own run warned of."""
+    if "ppo" not in runs:
+        return []
+    found = []
+    if "reward" in runs and runs["ppo"]["parents"].get("reward") == runs["reward"]["adapter_sha256"]:
+        found.append(
+            "The judge is the reward model that PPO trained against: PPO's win rate says that it learned to please it, not "
+            "that people agree. Name a judge of other pairs with --reward-checkpoint."
+        )
+    metrics = runs["ppo"].get("metrics")
+    warned = metrics.get("warnings") if isinstance(metrics, dict) else None
+    found += (
+        [f"PPO's run warned: {' '.join(plain(str(text)).split())}" for text in warned]
+        if isinstance(warned, list)
+        else []
+    )
+    return found
 
 
 # ---------------------------------------------------------------- the report
@@ -326,38 +370,66 @@ def summary_rows(summary: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
     rows = []
     for name, row in summary.items():
         score = f"{row['mean_score']:.2f}" if "mean_score" in row else "-"
-        wins, low, high, eos, repeated = (
-            f"{100 * row.get(key, math.nan):.0f}"
-            for key in ("win_rate", "win_rate_low", "win_rate_high", "ended_by_eos", "repeated_3grams")
+        eos, repeated, distinct = (
+            f"{100 * row[key]:.0f} %" for key in ("ended_by_eos", "repeated_3grams", "distinct_2grams")
         )
-        wins = f"{wins} % ({low} to {high} %)" if "win_rate" in row else "-"
-        rows.append((name, score, wins, f"{row['mean_tokens']:.1f}", f"{eos} %", f"{repeated} %"))
+        rows.append((name, score, f"{row['mean_tokens']:.1f}", eos, repeated, distinct))
     return rows
+
+
+def pair_rows(pairs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The cells of the win rates, one tuple of PAIR_COLUMNS a pair."""
+    return [
+        (
+            f"{pair['first']} against {pair['second']}",
+            *(
+                f"{100 * pair[key]:.0f} % ({100 * pair[f'{key}_low']:.0f} to {100 * pair[f'{key}_high']:.0f} %)"
+                for key in ("win_rate", "at_equal_length")
+            ),
+        )
+        for pair in pairs
+    ]
 
 
 def print_summary(report: Report) -> None:
     count = len(report["prompts"])
-    table = Table(title=f"Summary of {count} prompt{'s' * (count != 1)}", width=len(RULE))
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "Model" else "right")
-    for cells in summary_rows(report["summary"]):
-        table.add_row(*cells)
-    console.print(table, width=len(RULE), soft_wrap=False)
+    tables = [(f"Summary of {count} prompt{'s' * (count != 1)}", COLUMNS, summary_rows(report["summary"]))]
+    if report["pairs"]:
+        tables.append(("Win rates, by the reward model's score", PAIR_COLUMNS, pair_rows(report["pairs"])))
+    for title, columns, rows in tables:
+        table = Table(title=title, width=len(RULE))
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="right" if i else "left")
+        for cells in rows:
+            table.add_row(*cells)
+        console.print(table, width=len(RULE), soft_wrap=False)
+    for line in conclusions(report):
+        print(wrap(f"- {line}"))
+
+
+def conclusions(report: Report) -> list[str]:
+    return [f"{pair['verdict']}." for pair in report["pairs"]] + report["notes"]
 
 
 def render_markdown(report: Report) -> str:
     """The whole comparison as Markdown: the summary, then every prompt with every answer."""
     titles = report["models"]
-    head = [column.replace("\n", " ") for column in COLUMNS]
-    table = [head, ("---",) + ("---:",) * (len(COLUMNS) - 1), *summary_rows(report["summary"])]
     lines = [f"# Comparing Model Outputs: {' vs '.join(titles)}", "", *(f"- {title}" for title in titles.values())]
-    lines += ["", *(f"| {' | '.join(cells)} |" for cells in table)]
+    lines += ["", *markdown_table(COLUMNS, summary_rows(report["summary"]))]
+    if report["pairs"]:
+        lines += ["", *markdown_table(PAIR_COLUMNS, pair_rows(report["pairs"]))]
+        lines += ["", *(f"- {line}" for line in conclusions(report))]
     for number, entry in enumerate(report["prompts"], start=1):
         lines += ["", f"## Prompt {number}", "", fenced(prompt_text(entry["turns"]))]
         for name, title in titles.items():
             given = entry["answers"][name]
             lines += ["", f"### {title}", "", fenced(given["text"]), "", score_line(given)]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    head = [column.replace("\n", " ") for column in columns]
+    return [f"| {' | '.join(cells)} |" for cells in (head, ("---",) + ("---:",) * (len(columns) - 1), *rows)]
 
 
 def fenced(text: str) -> str:

@@ -24,17 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.checkpoints import check_child, check_output, output_folder, read_run, write_run
-from rlhf.cli import UserError, check_at_least_one, check_tracker, next_command, run
+from rlhf.checkpoints import check_child, check_other_pairs, check_output, output_folder, read_run, write_run
+from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
 from rlhf.generation import Response, Seed, generate
 from rlhf.logprobs import chosen_logprobs
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, read_stacked, same_base, save_stacked
 from rlhf.plan import dry_run_ppo
 from rlhf.ppo_batch import MicroBatch, make_micro_batches, mean_kl
-from rlhf.ppo_log import CURVES, Evaluation, Log, add_means, batch_metrics, compare, describe, mean_stats
+from rlhf.ppo_eval import Evaluation, compare, describe, plot_frontier, warnings
+from rlhf.ppo_log import CURVES, Log, add_means, batch_metrics, mean_stats
 from rlhf.reporting import console, plot_curves
-from rlhf.training import check_one_process, device
+from rlhf.training import check_ppo_numbers, device
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ from transformers import set_seed
 class Config:
     sft_checkpoint: str = "checkpoints/sft"  # its base model, precision and prompt format are taken over
     reward_checkpoint: str = "checkpoints/reward"  # trained from that SFT checkpoint
+    gold_checkpoint: str | None = None  # a judge of held-out responses: a reward model of the pairs' other --half
     base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
     dataset: str = "Dahoas/rm-static"  # only its prompts are used
     output_dir: str = "checkpoints/ppo"  # a folder that is empty or not there yet
@@ -137,17 +139,14 @@ PRESETS = {
 
 def main(config: Config) -> None:
     started = time.monotonic()
-    check_sizes(config)
-    check_one_process()
-    check_tracker(config.log_with)
-    inputs = (config.sft_checkpoint, config.reward_checkpoint, config.base_model, config.dataset)
-    check_output(config.output_dir, config.overwrite, *inputs)
-    sft, reward = read_run(config.sft_checkpoint, "sft"), read_run(config.reward_checkpoint, "reward")
-    check_child(reward, config.reward_checkpoint, sft, config.sft_checkpoint)
+    check_ppo_numbers(config)
+    checkpoints = (config.sft_checkpoint, config.reward_checkpoint, config.gold_checkpoint)
+    check_output(config.output_dir, config.overwrite, *checkpoints, config.base_model, config.dataset)
+    runs = read_parents(config)
     if config.dry_run:
-        dry_run_ppo(config, sft, reward)
+        dry_run_ppo(config, runs)
         return
-    shared, form, base = load_models(config, sft)
+    shared, form, base = load_models(config, runs["sft"])
     prompts, eval_prompts = load_prompts(config, form)
     groups = [
         {"name": "policy", "params": shared.parameters("policy"), "peak_lr": config.learning_rate},
@@ -187,10 +186,11 @@ def main(config: Config) -> None:
                 last = evaluate(config, shared, form, eval_prompts)
                 log.evaluation(update, last, eval_prompts, form)
 
-        metrics = compare(first, last)
+        metrics = compare(first, last) | {"warnings": warnings(first, last)}
         console.print(describe(metrics))
-        save(config, folder, shared, form, base, {"sft": sft, "reward": reward}, metrics, started)
+        save(config, folder, shared, form, base, runs, metrics, started)
         plot_curves(folder, "update", CURVES)
+        plot_frontier(folder)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     phases = {"sft": config.sft_checkpoint, "reward": config.reward_checkpoint, "ppo": config.output_dir}
     console.print(f"Next: {next_command('compare_outputs.py', **phases)}")
@@ -225,8 +225,14 @@ def measure(shared: SharedBase, micro: MicroBatch, temperature: float, baseline:
     micro.logprobs, micro.entropy = token_logprobs(shared, "policy", micro, temperature)
     micro.ref_logprobs, _ = token_logprobs(shared, None, micro, temperature)
     micro.values = token_values(shared, micro, baseline)
-    shared.activate("reward")
-    micro.scores = shared.heads["reward"](shared.upper(micro.lower, micro.texts)[micro.texts.last]).squeeze(-1)
+    micro.scores = score(shared, "reward", micro)
+
+
+@torch.no_grad()
+def score(shared: SharedBase, role: str, micro: MicroBatch) -> Tensor:
+    """[b] what a reward model says at the EOS of each text."""
+    shared.activate(role)
+    return shared.heads[role](shared.upper(micro.lower, micro.texts)[micro.texts.last]).squeeze(-1)
 
 
 def token_logprobs(
@@ -416,32 +422,30 @@ def set_learning_rates(optimizer, update: int, config: Config) -> None:
 def evaluate(config: Config, shared: SharedBase, form: PromptFormat, prompts: list[list[int]]) -> Evaluation:
     """Sample from the policy on held-out prompts, always with the same seeds."""
     responses = rollout(config, shared, form, prompts, [(0, 4, i) for i in range(len(prompts))])
-    scores, kl, entropy = torch.zeros(3, len(prompts))
+    scores, kl, entropy, gold_scores = torch.zeros(4, len(prompts))
     for micro in make_micro_batches(prompts, responses, form, config.per_device_train_batch_size, shared.device):
         measure(shared, micro, config.temperature, baseline=0.0)
         scores[micro.rows] = micro.scores.cpu()
         kl[micro.rows] = (micro.logprobs - micro.ref_logprobs).sum(1).cpu()
         entropy[micro.rows] = (micro.entropy.sum(1) / micro.response_mask.sum(1)).cpu()
-    lengths = torch.tensor([float(len(response.ids)) for response in responses])
-    eos = torch.tensor([float(response.ended_by == "eos") for response in responses])
-    return Evaluation(scores, kl, entropy, lengths, eos, responses)
+        if config.gold_checkpoint:
+            gold_scores[micro.rows] = score(shared, "gold", micro).cpu()
+    texts = [form.decode(response.text_ids) for response in responses]
+    return Evaluation(responses, texts, scores, kl, entropy, gold_scores if config.gold_checkpoint else None)
 
 
 # ---------------------------------------------------------------- before and after
 
 
-def check_sizes(config: Config) -> None:
-    check_at_least_one(config, "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
-    check_at_least_one(config, "num_ppo_epochs", "total_episodes", "rollout_batch_size", "eval_steps", "max_steps")
-    check_at_least_one(config, "max_prompt_length", "response_length", "max_train_samples", "max_eval_samples")
-    check_at_least_one(config, "lora_rank", "lora_alpha")
-    if config.total_episodes % config.batch_size:
-        raise UserError(
-            f"--total-episodes {config.total_episodes} is not a multiple of an update's {config.batch_size} episodes "
-            f"({config.per_device_train_batch_size} x {config.gradient_accumulation_steps} x {config.num_mini_batches})"
-        )
-    if min(config.temperature, config.kl_stop) <= 0 or config.seed < 0:
-        raise UserError("--temperature and --kl-stop must be above 0, and --seed not below")
+def read_parents(config: Config) -> dict[str, dict[str, Any]]:
+    """The run.json of each checkpoint that the run starts from, by role, after all were seen to fit together."""
+    runs = {"sft": read_run(config.sft_checkpoint, "sft"), "reward": read_run(config.reward_checkpoint, "reward")}
+    check_child(runs["reward"], config.reward_checkpoint, runs["sft"], config.sft_checkpoint)
+    if config.gold_checkpoint:
+        runs["gold"] = read_run(config.gold_checkpoint, "reward", "--gold-checkpoint")
+        check_child(runs["gold"], config.gold_checkpoint, runs["sft"], config.sft_checkpoint)
+        check_other_pairs(runs["gold"], config.gold_checkpoint, runs["reward"], config.reward_checkpoint)
+    return runs
 
 
 def load_models(config: Config, sft: dict[str, Any]) -> tuple[SharedBase, PromptFormat, dict[str, Any]]:
@@ -457,6 +461,8 @@ def load_models(config: Config, sft: dict[str, Any]) -> tuple[SharedBase, Prompt
     shared.add_role("reward", **scorer)
     shared.add_role("value", **scorer)
     shared.add_role("policy", config.lora_rank, config.lora_alpha, config.role_layers)
+    if config.gold_checkpoint:
+        shared.add_role("gold", **read_stacked(config.gold_checkpoint, shared))
     return shared, form, base
 
 
@@ -467,7 +473,7 @@ def load_prompts(config: Config, form: PromptFormat) -> list[list[list[int]]]:
     return [tokenize_prompts(rows, form, config.max_prompt_length) for rows in (pairs, held_out)]
 
 
-def save(config, folder: Path, shared, form, base, parents: dict, metrics: dict[str, float], started: float) -> None:
+def save(config, folder: Path, shared, form, base, runs: dict, metrics: dict[str, Any], started: float) -> None:
     """The policy as one ordinary adapter, the value model beside it, and run.json."""
     save_stacked(folder, shared, "policy", form, base)
     save_stacked(folder / "value", shared, "value", form, base)
@@ -479,7 +485,7 @@ def save(config, folder: Path, shared, form, base, parents: dict, metrics: dict[
         started,
         base=base,
         prompt_format=form.name,
-        parents={phase: run["adapter_sha256"] for phase, run in parents.items()},
+        parents={role: run["adapter_sha256"] for role, run in runs.items()},
         data={"source": config.dataset},
         updates=config.num_updates,
         episodes=config.num_updates * config.batch_size,

@@ -1,15 +1,16 @@
 """Phase 2: a reward model that learns which of two responses people prefer.
 
 In: `checkpoints/sft` and a preference data set. Out: `checkpoints/reward`, a LoRA adapter with a scalar head that PEFT
-opens as a sequence classification model.
+opens as a sequence classification model, and what it gets right in `evaluation.json` and `evaluation.png`.
 
 1. Tokenise each prompt with its chosen and its rejected response, both closed by EOS.
 2. Load the base the SFT adapter was trained on, stack a LoRA adapter on its upper layers, add a float32 scalar head.
 3. Train with TRL's RewardTrainer: -log sigmoid(score(chosen) - score(rejected)) (Bradley-Terry).
-4. Score the test split: accuracy with its interval, margin, loss, and what "the longer response wins" would get.
+4. Score the test split: accuracy, calibration, and how much of it is length (rlhf/reward_eval.py).
 
     python reward_train.py
     python reward_train.py --preset demo
+    python reward_train.py --eval-only    # 4 alone, of the reward model in --output-dir
 
 Next: python ppo_train.py
 """
@@ -19,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlhf.checkpoints import check_output, output_folder, read_run, write_run
+from rlhf.checkpoints import check_child, check_output, output_folder, read_run, write_run
 from rlhf.cli import UserError, next_command, run
-from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
+from rlhf.data import PromptFormat, TokenPair, fingerprint, load_pairs, tokenize_pairs
 from rlhf.decoder import lay_out_pairs, unpad
-from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, same_base, save_stacked
+from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, read_stacked, same_base, save_stacked
 from rlhf.plan import SAMPLE, plan_reward, read_shape, show_data, show_end, show_plan
-from rlhf.reporting import TrainerLog, console, plot_curves, preference, wilson_interval
+from rlhf.reporting import TrainerLog, console, plot_curves
+from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
 from rlhf.training import (
     check_numbers,
     device,
@@ -37,8 +39,7 @@ from rlhf.training import (
 )
 
 import datasets
-import torch
-import torch.nn.functional as F
+import numpy as np
 from torch import Tensor
 from transformers import set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -52,10 +53,12 @@ class Config:
     dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
     output_dir: str = "checkpoints/reward"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
+    eval_only: bool = False  # train nothing: score the test split with the reward model that output_dir holds
     dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
     card_gb: float = 12.0  # the card that --dry-run plans for
 
     max_length: int = 512  # tokens of prompt and response; prompts are cut from the left at a turn boundary
+    half: Literal["both", "first", "second"] = "both"  # of the training prompts; the other can train a judge for PPO
     max_train_samples: int | None = None  # the first so many rows; None: all
     max_eval_samples: int | None = 2000  # the first so many test rows; None: all
 
@@ -98,6 +101,9 @@ PRESETS = {
 
 def main(config: Config) -> None:
     check_numbers(config)
+    if config.eval_only:
+        eval_only(config)
+        return
     check_output(config.output_dir, config.overwrite, config.sft_checkpoint, config.base_model, config.dataset)
     sft = read_run(config.sft_checkpoint, "sft")
 
@@ -107,13 +113,13 @@ def main(config: Config) -> None:
     form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))
 
     # 1. Tokenise both responses of each pair.
-    train_pairs = load_pairs(config.dataset, "train", config.max_train_samples)
+    train_pairs = load_pairs(config.dataset, "train", config.max_train_samples, config.half)
     eval_pairs = load_pairs(config.dataset, "test", config.max_eval_samples)
     if config.dry_run:
         dry_run(config, base, form, train_pairs, sft)
         return
     train_set = both_responses(tokenize_pairs(train_pairs, form, config.max_length, "train"), form.eos_token_id)
-    eval_set = both_responses(tokenize_pairs(eval_pairs, form, config.max_length, "test"), form.eos_token_id)
+    eval_set = tokenize_pairs(eval_pairs, form, config.max_length, "test")
 
     # 2. The SFT adapter stays frozen below the reward model's own.
     set_seed(config.seed)
@@ -131,7 +137,8 @@ def main(config: Config) -> None:
 
         # 4. Score the test split.
         if trainer.is_world_process_zero():
-            metrics = evaluate(shared, eval_set, 2 * config.per_device_train_batch_size)
+            scored = score(shared, eval_set, form.eos_token_id, 2 * config.per_device_train_batch_size)
+            metrics = judge(scored)
             console.print(describe(metrics))
             if not metrics["score_std"] > 1e-3:
                 raise UserError(
@@ -139,6 +146,7 @@ def main(config: Config) -> None:
                     "it has learned nothing and was not saved; raise --learning-rate or train longer"
                 )
             save_stacked(folder, shared, "reward", form, base)
+            write_evaluation(folder, metrics, scored)
             plot_curves(folder, "step", {"loss": ["loss"], "accuracy": ["accuracy"], "margin": ["margin"]})
             write_run(
                 folder,
@@ -149,22 +157,31 @@ def main(config: Config) -> None:
                 base=base,
                 prompt_format=sft["prompt_format"],
                 parents={"sft": sft["adapter_sha256"]},
-                data={"source": config.dataset, "train_rows": len(train_set), "sha256": fingerprint(train_pairs)},
+                data={
+                    "source": config.dataset,
+                    "half": config.half,
+                    "train_rows": len(train_set),
+                    "sha256": fingerprint(train_pairs),
+                },
                 steps=trainer.state.global_step,
-                metrics=metrics,
+                metrics={name: value for name, value in metrics.items() if not isinstance(value, list)},
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     console.print(f"Next: {next_command('ppo_train.py', sft=config.sft_checkpoint, reward=config.output_dir)}")
 
 
-def both_responses(pairs, eos_token_id: int):
-    """Token ids of prompt + chosen and prompt + rejected, each closed by EOS, where the score is read."""
+def closed(ids: list[int], eos_token_id: int) -> list[int]:
+    """A response closed by EOS, where the score is read; one that was cut to fit has none yet."""
+    return ids if ids[-1] == eos_token_id else [*ids, eos_token_id]
 
-    def close(ids: list[int]) -> list[int]:
-        return ids if ids[-1] == eos_token_id else [*ids, eos_token_id]
 
+def both_responses(pairs: list[TokenPair], eos_token_id: int) -> datasets.Dataset:
+    """Token ids of prompt + chosen and of prompt + rejected."""
     rows = [
-        {"chosen_ids": p.prompt_ids + close(p.chosen_ids), "rejected_ids": p.prompt_ids + close(p.rejected_ids)}
+        {
+            "chosen_ids": p.prompt_ids + closed(p.chosen_ids, eos_token_id),
+            "rejected_ids": p.prompt_ids + closed(p.rejected_ids, eos_token_id),
+        }
         for p in pairs
     ]
     return datasets.Dataset.from_list(rows)
@@ -214,34 +231,32 @@ def read_prompts_once(shared: SharedBase) -> None:
     shared.peft.get_base_model().forward = forward
 
 
-def evaluate(shared: SharedBase, eval_set, batch_size: int) -> dict[str, float]:
-    """Scores of the test pairs and what they say. A tie counts as half right: a constant scorer gets 0.5, not 1."""
-    chosen_ids, rejected_ids = list(eval_set["chosen_ids"]), list(eval_set["rejected_ids"])
-    chosen, rejected = shared.score_pairs(list(zip(chosen_ids, rejected_ids, strict=True)), batch_size)
-    right = preference(chosen.tolist(), rejected.tolist())
-    longer = preference(map(len, chosen_ids), map(len, rejected_ids))
-    low, high = wilson_interval(sum(right), len(right))
-    return {
-        "eval_pairs": len(right),
-        "eval_accuracy": sum(right) / len(right),
-        "eval_accuracy_low": low,
-        "eval_accuracy_high": high,
-        "eval_margin": (chosen - rejected).mean().item(),
-        "eval_loss": -F.logsigmoid(chosen - rejected).mean().item(),
-        "longer_wins_accuracy": sum(longer) / len(longer),
-        "score_mean": torch.cat([chosen, rejected]).mean().item(),
-        "score_std": torch.cat([chosen, rejected]).std().item(),
-    }
+def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int, batch_size: int) -> ScoredPairs:
+    """Scores of the test pairs, with what else the evaluation looks at."""
+    answers = [[closed(ids, eos_token_id) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs]
+    texts = [(p.prompt_ids + a, p.prompt_ids + b) for p, (a, b) in zip(pairs, answers, strict=True)]
+    chosen, rejected = (scores.double().numpy() for scores in shared.score_pairs(texts, batch_size))
+    tokens = np.array([[len(a), len(b)] for a, b in answers])
+    turns = np.array([sum(role == "user" for role, _ in p.pair.turns) for p in pairs])
+    return ScoredPairs(chosen, rejected, *tokens.T, turns)
 
 
-def describe(m: dict[str, float]) -> str:
-    return (
-        f"test pairs {m['eval_pairs']}: accuracy {m['eval_accuracy']:.3f} "
-        f"(95 % interval {m['eval_accuracy_low']:.3f} to {m['eval_accuracy_high']:.3f}; a tie counts half), "
-        f"mean margin {m['eval_margin']:.3f}, loss {m['eval_loss']:.4f}\n"
-        f'"the longer response wins" would score {m["longer_wins_accuracy"]:.3f}; '
-        f"scores have mean {m['score_mean']:.2f}, standard deviation {m['score_std']:.2f}"
-    )
+def eval_only(config: Config) -> None:
+    """Score the test split with a finished reward model; its evaluation.json and .png are written anew."""
+    sft = read_run(config.sft_checkpoint, "sft")
+    reward = read_run(config.output_dir, "reward", flag="--output-dir")
+    check_child(reward, config.output_dir, sft, config.sft_checkpoint)
+    base = same_base(sft, config.sft_checkpoint, config.base_model)
+    form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))
+    pairs = tokenize_pairs(load_pairs(config.dataset, "test", config.max_eval_samples), form, config.max_length, "test")
+    dtype = choose_dtype(config.dtype, device())
+    shared = SharedBase(load_base(base, dtype, form.pad_token_id), config.sft_checkpoint, dtype)
+    shared.add_role("reward", **read_stacked(config.output_dir, shared))
+    scored = score(shared, pairs, form.eos_token_id, 2 * config.per_device_train_batch_size)
+    metrics = judge(scored)
+    console.print(describe(metrics))
+    write_evaluation(Path(config.output_dir), metrics, scored)
+    console.print(f"Saved evaluation.json and evaluation.png in {config.output_dir}.")
 
 
 if __name__ == "__main__":

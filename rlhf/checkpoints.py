@@ -102,13 +102,13 @@ def write_run(folder: Path, phase: str, config: Any, dtype: torch.dtype, started
     (folder / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_run(folder: str, phase: str) -> dict[str, Any]:
-    """Read and check the `run.json` of a finished phase.
+def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]:
+    """Read and check the `run.json` of a finished phase; `flag` is the one that names its folder, if not the usual one.
 
     Raises UserError when the phase is missing (naming the command that makes it), is another phase, or is damaged.
     """
     path = Path(folder) / "run.json"
-    todo = f"run `python {SCRIPTS[phase]}` first, or name its output folder with --{phase}-checkpoint"
+    todo = f"run `python {SCRIPTS[phase]}` first, or name its output folder with {flag or f'--{phase}-checkpoint'}"
     if not Path(folder).exists():
         raise UserError(f"there is no {phase} checkpoint at {folder}: {todo}")
     if not path.is_file():
@@ -165,6 +165,16 @@ def check_child(run: dict[str, Any], folder: str, parent: dict[str, Any], parent
         raise UserError(
             f"{folder} was not trained from the SFT checkpoint at {parent_folder}; accepted is an adapter stacked on "
             f"that one: run `python {SCRIPTS[run['phase']]} --sft-checkpoint {parent_folder}`"
+        )
+
+
+def check_other_pairs(gold: dict[str, Any], folder: str, reward: dict[str, Any], reward_folder: str) -> None:
+    """Raise UserError if the judge at `folder` trained on pairs that the reward model at `reward_folder` has seen."""
+    theirs, ours = gold.get("data") or {}, reward.get("data") or {}
+    if theirs.get("source") == ours.get("source") and {theirs.get("half"), ours.get("half")} != {"first", "second"}:
+        raise UserError(
+            f"{folder} is no judge of its own: it may have trained on the pairs of {reward_folder}; train one with "
+            "`python reward_train.py --half first` and the other with --half second"
         )
 
 

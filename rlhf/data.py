@@ -70,8 +70,8 @@ class BadRow(Exception):
 # ---------------------------------------------------------------- sources
 
 
-def load_pairs(source: str, split: str, max_samples: int | None = None) -> list[Pair]:
-    """Read the usable pairs of a split ("train" or "test"), at most the first `max_samples`.
+def load_pairs(source: str, split: str, max_samples: int | None = None, half: str = "both") -> list[Pair]:
+    """Read the usable pairs of a split ("train" or "test"), at most the first `max_samples`; of one `half` if it says so.
 
     One file without splits gives every twentieth prompt, chosen by a hash of its text, to the test split. Bad rows
     are dropped; one line on the terminal says how many and why.
@@ -89,10 +89,12 @@ def load_pairs(source: str, split: str, max_samples: int | None = None) -> list[
             continue
         if Path(source).is_file() and in_test_split(pair) != (split == "test"):
             continue
+        if half != "both" and half != half_of(pair):
+            continue
         pairs.append(pair)
         if len(pairs) == max_samples:
             break
-    report_drops(f"{source}, {split}", len(pairs), drops)
+    report_drops(f"{source}, {split}" + (f", {half} half" if half != "both" else ""), len(pairs), drops)
     if not pairs:
         raise UserError(f"{source} has no usable row in its {split} split; {ACCEPTED}")
     return pairs
@@ -314,9 +316,19 @@ def require_text(value: Any) -> str:
 
 
 def in_test_split(pair: Pair) -> bool:
-    """True for about one prompt in twenty, the same ones every time; by the first user turn, so that no dialogue is in both."""
+    """True for about one prompt in twenty, the same ones every time."""
+    return first_turn_sha256(pair)[0] < 256 // 20
+
+
+def half_of(pair: Pair) -> str:
+    """ "first" or "second": the half of the data that a pair belongs to, the same one every time."""
+    return "first" if first_turn_sha256(pair)[1] < 128 else "second"
+
+
+def first_turn_sha256(pair: Pair) -> bytes:
+    """A hash of what the user said first, so that no dialogue is on both sides of a split."""
     first = next(text for role, text in pair.turns if role == "user")
-    return hashlib.sha256(first.encode("utf-8", "replace")).digest()[0] < 256 // 20
+    return hashlib.sha256(first.encode("utf-8", "replace")).digest()
 
 
 def report_drops(what: str, kept: int, drops: Counter[str]) -> None:

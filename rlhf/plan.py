@@ -149,14 +149,19 @@ def plan_reward(shape: Shape, config: Any, sft_rank: int, longest: int) -> Bytes
     return trained(shape, shape.lora(sft_rank, 0) + weights, stacks, weights, kept)
 
 
-def plan_ppo(shape: Shape, config: Any, sft_rank: int, reward_rank: int, reward_layers: int, longest: int) -> Bytes:
-    """The larger of a full rollout and of a micro-batch's backward pass; `longest`: tokens of the longest prompt."""
+def plan_ppo(
+    shape: Shape, config: Any, sft_rank: int, reward_rank: int, reward_layers: int, longest: int, gold: int = 0
+) -> Bytes:
+    """The larger of a full rollout and of a micro-batch's backward pass.
+
+    `longest`: tokens of the longest prompt; `gold`: weights of the judge's adapter.
+    """
     scorer, policy = shape.lora(reward_rank, reward_layers), shape.lora(config.lora_rank, config.role_layers)
     role_layers = max(config.role_layers or shape.layers, reward_layers or shape.layers)
     role_rank, length = max(config.lora_rank, reward_rank), longest + config.response_length
     rows, micro = min(config.rollout_batch_size, config.batch_size), config.per_device_train_batch_size
     stacks = shape.stacks(sft_rank, role_rank, role_layers)
-    standing = trained(shape, shape.lora(sft_rank, 0) + 2 * scorer + policy, stacks, scorer + policy, 0)
+    standing = trained(shape, shape.lora(sft_rank, 0) + 2 * scorer + policy + gold, stacks, scorer + policy, 0)
     rollout = standing | {
         "KV cache": shape.kv_cache(rows, length),
         "activations": shape.forward(rows, 1),
@@ -217,8 +222,9 @@ def show_end() -> None:
     console.print("Dry run: no weights were loaded, and nothing was written.")
 
 
-def dry_run_ppo(config: Any, sft: dict[str, Any], reward: dict[str, Any]) -> None:
-    """What `ppo_train.py` would do with these flags and these checkpoints (their run.json)."""
+def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
+    """What `ppo_train.py` would do with these flags and these checkpoints: their run.json, by role."""
+    sft = runs["sft"]
     base = same_base(sft, config.sft_checkpoint, config.base_model)
     form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))
     pairs = load_pairs(config.dataset, "train", config.max_train_samples)
@@ -229,9 +235,12 @@ def dry_run_ppo(config: Any, sft: dict[str, Any], reward: dict[str, Any]) -> Non
         f"{config.num_ppo_epochs * config.num_mini_batches} optimizer steps each"
     )
     shape = read_shape(base, config.dtype)
-    ranks = [run["hyperparameters"]["lora_rank"] for run in (sft, reward)]
-    longest = max(map(len, prompts))
-    plan = plan_ppo(shape, config, *ranks, reward["hyperparameters"]["role_layers"], longest)
+    adapters = {
+        role: (run["hyperparameters"]["lora_rank"], run["hyperparameters"].get("role_layers", 0))
+        for role, run in runs.items()
+    }
+    gold = shape.lora(*adapters["gold"]) if "gold" in adapters else 0
+    plan = plan_ppo(shape, config, adapters["sft"][0], *adapters["reward"], max(map(len, prompts)), gold)
     show_plan(
         plan, config.card_gb, "--rollout-batch-size (KV cache), --response-length or --per-device-train-batch-size"
     )

@@ -1,42 +1,30 @@
-"""What a PPO run tells: metrics.jsonl, samples.jsonl, a progress bar, printed samples, and the gain over SFT at its end."""
+"""What a PPO run tells on its way: metrics.jsonl, samples.jsonl, a progress bar, printed samples and warnings."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 from rlhf.data import PromptFormat
-from rlhf.generation import Response
 from rlhf.ppo_batch import MicroBatch, mean_kl
-from rlhf.reporting import JsonLines, mean_interval, plain, progress
+from rlhf.ppo_eval import Evaluation, warnings
+from rlhf.reporting import JsonLines, plain, progress
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 CURVES = {
-    "score": ["objective/scores", "eval/scores"],
+    "score": ["objective/scores", "eval/scores", "eval/gold_scores"],
     "KL to SFT, nats a response": ["objective/kl", "eval/kl"],
     "response length, tokens": ["val/response_length", "eval/response_length"],
-    "losses": ["loss/policy_avg", "loss/value_avg"],
+    "losses, and what the values explain of the returns": [
+        "loss/policy_avg",
+        "loss/value_avg",
+        "val/explained_variance",
+    ],
     "entropy, nats a token": ["policy/entropy_avg", "eval/entropy"],
     "approxkl and clipped share": ["policy/approxkl_avg", "policy/clipfrac_avg"],
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """One number a held-out prompt, [n] on the CPU, and the responses they are of."""
-
-    scores: Tensor
-    kl: Tensor  # nats a response
-    entropy: Tensor  # nats a token
-    response_length: Tensor  # tokens
-    eos_rate: Tensor  # 1 where the response ended by EOS
-    responses: list[Response]
-
-    def means(self) -> dict[str, float]:
-        names = [field.name for field in dataclasses.fields(self) if field.name != "responses"]
-        return {name: getattr(self, name).mean().item() for name in names}
 
 
 class Log:
@@ -44,6 +32,7 @@ class Log:
 
     def __init__(self, config: Any, folder: Path, total: int):
         self.bar, self.num_printed_samples, self.tracker = progress(), config.num_printed_samples, None
+        self.sft: Evaluation | None = None  # the first evaluation, which later ones are held against
         self.metrics, self.samples = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "samples.jsonl")
         self.task = self.bar.add_task("PPO", total=total, note="")
         if config.log_with:
@@ -77,9 +66,14 @@ class Log:
         self.row({"update": update, **{f"eval/{name}": value for name, value in means.items()}})
         shown = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
         self.bar.console.print(f"update {update}, held-out: {shown}")
+        self.sft = self.sft or result
+        for warning in warnings(self.sft, result):
+            self.bar.console.print(f"warning: {warning}")
         for i, (prompt, response) in enumerate(zip(prompts, result.responses, strict=True)):
-            text = {"prompt": form.decode(prompt), "response": form.decode(response.text_ids)}
+            text = {"prompt": form.decode(prompt), "response": result.texts[i]}
             numbers = {"score": result.scores[i].item(), "kl": result.kl[i].item()}
+            if result.gold_scores is not None:
+                numbers["gold_score"] = result.gold_scores[i].item()
             self.samples.write({"update": update, **text, **numbers, "ended_by": response.ended_by})
             if i < self.num_printed_samples:
                 self.bar.console.print(f"  > {plain(text['prompt'][-160:])}", markup=False)
@@ -94,6 +88,7 @@ def batch_metrics(
     scores, ended = torch.cat([m.scores for m in batch]), torch.cat([m.ended for m in batch])
     kl, tokens = mean_kl(batch), sum(m.response_mask.sum().item() for m in batch)
     penalty = config.missing_eos_penalty * (~ended).float().mean().item()
+    returns, values = (torch.cat([getattr(m, name)[m.response_mask] for m in batch]) for name in ("returns", "values"))
     return {
         "update": update,
         "episode": update * config.batch_size,
@@ -104,6 +99,7 @@ def batch_metrics(
         "policy/entropy_avg": sum(m.entropy.sum().item() for m in batch) / tokens,
         "val/num_eos_tokens": ended.sum().item(),
         "val/response_length": tokens / len(ended),
+        "val/explained_variance": 1 - ((returns - values).var() / returns.var()).item(),
         **{f"time/{name}": clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "measure", "optimise"))},
     }
 
@@ -118,28 +114,3 @@ def mean_stats(history: list[dict[str, float]]) -> dict[str, float]:
     """Means over an update's optimizer steps, and how many there were."""
     means = {name: sum(stats[name] for stats in history) / len(history) for name in history[0]}
     return means | {"policy/optimizer_steps": len(history)}
-
-
-def compare(sft: Evaluation, ppo: Evaluation) -> dict[str, float]:
-    """SFT against PPO on the same prompts and seeds: means of both, and the paired gain in score with its interval."""
-    gain = ppo.scores - sft.scores
-    low, high = mean_interval(gain.tolist())
-    return {
-        "eval_prompts": len(gain),
-        **{f"sft_{name}": value for name, value in sft.means().items()},
-        **{f"ppo_{name}": value for name, value in ppo.means().items()},
-        "sft_score_std": sft.scores.std().item(),
-        "score_gain": gain.mean().item(),
-        "score_gain_low": low,
-        "score_gain_high": high,
-    }
-
-
-def describe(m: dict[str, float]) -> str:
-    return (
-        f"held-out prompts {m['eval_prompts']}: score {m['sft_scores']:.2f} (SFT) -> {m['ppo_scores']:.2f} (PPO), "
-        f"gain {m['score_gain']:.2f} (paired 95 % interval {m['score_gain_low']:.2f} to {m['score_gain_high']:.2f}; "
-        f"the standard deviation of SFT's scores is {m['sft_score_std']:.2f})\n"
-        f"KL {m['ppo_kl']:.2f} nats a response, length {m['sft_response_length']:.1f} -> "
-        f"{m['ppo_response_length']:.1f} tokens, ended by EOS {m['sft_eos_rate']:.0%} -> {m['ppo_eos_rate']:.0%}"
-    )

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics and samples as JSON lines, curves as a PNG, numbers with their intervals."""
+"""What a run leaves to look at: metrics as JSON lines, curves as a PNG, numbers with their intervals, how texts vary."""
 
 import json
 import math
@@ -107,14 +107,53 @@ def wilson_interval(successes: float, count: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def mean_interval(values: Iterable[float], samples: int = 10_000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a mean, from a fixed seed."""
+def bootstrap(values: Iterable[float], seed: int = 0, samples: int = 10_000) -> np.ndarray:
+    """The means of `samples` draws with replacement; independent samples want different seeds."""
     values = np.asarray(list(values), dtype=float)
-    draws = np.random.default_rng(0).integers(0, len(values), size=(samples, len(values)))
-    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
+    draws = np.random.default_rng(seed).integers(0, len(values), size=(samples, len(values)))
+    return values[draws].mean(axis=1)
+
+
+def mean_interval(values: Iterable[float]) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a mean."""
+    low, high = np.quantile(bootstrap(values), [0.025, 0.975])
     return float(low), float(high)
+
+
+def at_equal_length(outcome: Iterable[float], difference: Iterable[float]) -> tuple[float, float, float]:
+    """The mean of `outcome`, one number a prompt, if both answers to it were equally long, and its 95 % interval.
+
+    A least-squares line of the outcome over the difference in length, read at 0; the interval is a bootstrap over prompts.
+    """
+    points = np.array([list(outcome), list(difference)], dtype=float)
+
+    def at_zero(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        from_mean = x - x.mean(-1, keepdims=True)
+        square = (from_mean**2).mean(-1)
+        slope = np.divide((from_mean * y).mean(-1), square, out=np.zeros_like(square), where=square > 0)
+        return y.mean(-1) - slope * x.mean(-1)
+
+    draws = np.random.default_rng(0).integers(0, points.shape[1], size=(2000, points.shape[1]))
+    low, high = np.quantile(at_zero(*points[:, draws]), [0.025, 0.975])
+    return float(at_zero(*points)), float(low), float(high)
 
 
 def preference(first: Iterable[float], second: Iterable[float]) -> list[float]:
     """1 where `first` is larger, 0 where `second` is, and a tie counts half."""
     return [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(first, second, strict=True)]
+
+
+# ---------------------------------------------------------------- texts
+
+
+def repeated_3grams(text: str) -> float:
+    """Of the 3-grams of words in `text`, the share that occurred in it before; 0 for fewer than 3 words."""
+    words = text.split()
+    grams = list(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct_2(texts: Iterable[str]) -> float:
+    """Of all pairs of neighbouring words in `texts`, the share that is different (1510.03055): low if all sound alike."""
+    pairs = [pair for text in texts for words in [text.split()] for pair in zip(words, words[1:], strict=False)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0

@@ -1,4 +1,4 @@
-"""What the SFT and the reward script tell TRL's trainers alike."""
+"""What the SFT and the reward script tell TRL's trainers alike, and which numbers the training scripts refuse."""
 
 import math
 from pathlib import Path
@@ -91,6 +91,22 @@ def check_numbers(config: Any) -> None:
         raise UserError("several GPUs are visible and TRL's trainers want one: set CUDA_VISIBLE_DEVICES=0")
     check_tracker(config.log_with)
     check_at_least_one(config, *sizes, "per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def check_ppo_numbers(config: Any) -> None:
+    """The same for the PPO script."""
+    sizes = "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs"
+    lengths = "max_prompt_length", "response_length", "max_train_samples", "max_eval_samples", "lora_rank", "lora_alpha"
+    check_one_process()
+    check_tracker(config.log_with)
+    check_at_least_one(config, *sizes, *lengths, "total_episodes", "rollout_batch_size", "eval_steps", "max_steps")
+    if config.total_episodes % config.batch_size:
+        raise UserError(
+            f"--total-episodes {config.total_episodes} is not a multiple of an update's {config.batch_size} episodes "
+            f"({config.per_device_train_batch_size} x {config.gradient_accumulation_steps} x {config.num_mini_batches})"
+        )
+    if min(config.temperature, config.kl_stop) <= 0 or config.seed < 0:
+        raise UserError("--temperature and --kl-stop must be above 0, and --seed not below")
 
 
 def keep_fp32(model: nn.Module) -> None:

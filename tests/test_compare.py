@@ -22,8 +22,9 @@ def given(text="a b", tokens=2, ended_by="eos", score=None):
 
 def report(turns, **answers):
     titles = {name: TITLES[name] for name in answers}
-    summary = compare.summarize({name: [answer] for name, answer in answers.items()})
-    return {"models": titles, "summary": summary, "prompts": [{"turns": turns, "answers": answers}]}
+    lists = {name: [answer] for name, answer in answers.items()}
+    numbers = {"summary": compare.summarize(lists), "pairs": compare.compare_pairs(lists), "notes": []}
+    return {"models": titles, **numbers, "prompts": [{"turns": turns, "answers": answers}]}
 
 
 @pytest.fixture(scope="session")
@@ -155,68 +156,112 @@ def test_questions():
 # ---------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize(
-    ("text", "share"),
-    [
-        ("", 0.0),
-        ("a b", 0.0),
-        ("a b c", 0.0),
-        ("a b c a b c", 0.25),  # abc bca cab abc
-        ("no no no no no", 2 / 3),  # three times the same
-        ("a b c\nd a  b c", 0.2),  # abc bcd cda dab abc: white space does not count
-    ],
-)
-def test_repeated_3grams(text, share):
-    assert compare.repeated_3grams(text) == pytest.approx(share)
-
-
 def test_summary():
     answers = {
         "base": [given(score=s, tokens=4, ended_by="length") for s in (0.0, 1.0, 2.0, 3.0)],
-        "SFT": [given(score=s) for s in (1.0, 1.0, 1.0, 5.0)],  # wins, tie, loses, wins
+        "SFT": [given(score=s) for s in (1.0, 1.0, 1.0, 5.0)],
     }
     answers["SFT"][0] = given("a b c a b c", 10, "stop_text", 1.0)
     summary = compare.summarize(answers)
-    assert summary["base"] == {"mean_score": 1.5, "mean_tokens": 4, "ended_by_eos": 0, "repeated_3grams": 0}
-    # Wilson for 2.5 of 4, by hand: centre (0.625 + 3.8415 / 8) / 1.96036 = 0.5638,
-    # half width 1.96 * sqrt(0.625 * 0.375 / 4 + 3.8415 / 64) / 1.96036 = 0.3443
-    assert summary["SFT"] == pytest.approx(
-        {
+    assert summary == {
+        "base": {
+            "mean_score": 1.5,
+            "mean_tokens": 4,
+            "ended_by_eos": 0,
+            "repeated_3grams": 0,
+            "distinct_2grams": 0.25,  # a b, four times
+        },
+        "SFT": {
             "mean_score": 2.0,
-            "win_rate": 0.625,
-            "win_rate_low": 0.2194,
-            "win_rate_high": 0.9081,
             "mean_tokens": 4.0,
             "ended_by_eos": 0.75,
             "repeated_3grams": 0.0625,
+            "distinct_2grams": 3 / 8,  # ab bc ca of ab bc ca ab bc ab ab ab
         },
-        abs=1e-3,
-    )
+    }
     assert compare.summary_rows(summary) == [
-        ("base", "1.50", "-", "4.0", "0 %", "0 %"),
-        ("SFT", "2.00", "62 % (22 to 91 %)", "4.0", "75 %", "6 %"),
+        ("base", "1.50", "4.0", "0 %", "0 %", "25 %"),
+        ("SFT", "2.00", "4.0", "75 %", "6 %", "38 %"),
     ]
 
 
+def wins(*outcomes, longer=None):
+    """Answers of base and SFT where SFT wins (1), ties (0.5) or loses (0), and is longer by so many tokens."""
+    longer = longer or [0] * len(outcomes)
+    sft = [given(score=o - 0.5, tokens=10 + n) for o, n in zip(outcomes, longer, strict=True)]
+    return {"base": [given(score=0.0, tokens=10)] * len(outcomes), "SFT": sft}
+
+
+def test_win_rate_and_its_words():
+    (pair,) = compare.compare_pairs(wins(1, 0.5, 0, 1))  # wins, tie, loses, wins
+    assert (pair["first"], pair["second"], pair["win_rate"], pair["at_equal_length"]) == ("SFT", "base", 0.625, 0.625)
+    assert 0.1 < pair["win_rate_low"] < 0.4 < 0.7 < pair["win_rate_high"] < 1
+    assert pair["verdict"] == "SFT against base: 4 prompts show no significant difference"
+    (pair,) = compare.compare_pairs(wins(*[1] * 70, *[0] * 30))
+    # of 71 wins in 102: the normal interval is 0.696 -+ 1.96 * sqrt(0.696 * 0.304 / 102) = 0.607 to 0.785
+    assert pair["win_rate_low"] == pytest.approx(0.607, abs=0.015)
+    assert pair["win_rate_high"] == pytest.approx(0.785, abs=0.015)
+    assert pair["verdict"] == "SFT is significantly better than base, also at equal length"
+    (pair,) = compare.compare_pairs(wins(*[0] * 70, *[1] * 30))
+    assert pair["verdict"] == "SFT is significantly worse than base, also at equal length"
+
+
+def test_a_few_wins_are_not_certain():
+    (pair,) = compare.compare_pairs(wins(1, 1))
+    assert pair["win_rate"] == 1 and pair["win_rate_low"] < 0.5 and "no significant difference" in pair["verdict"]
+
+
+def test_wins_by_length_are_no_wins_at_equal_length():
+    (pair,) = compare.compare_pairs(wins(*[1] * 80, *[0] * 20, longer=[30] * 80 + [-20] * 20))
+    # the line through (30, 1) and (-20, 0): at 0 it is 0.4
+    assert pair["win_rate"] == 0.8 and pair["at_equal_length"] == pytest.approx(0.4)
+    assert pair["verdict"] == "SFT is significantly better than base, but not at equal length"
+
+
+def test_every_two_models_are_compared():
+    answers = {name: [given(score=s)] for name, s in (("base", 0.0), ("SFT", 1.0), ("PPO", 0.5))}
+    pairs = [(p["first"], p["second"], p["win_rate"]) for p in compare.compare_pairs(answers)]
+    assert pairs == [("PPO", "SFT", 0.0), ("PPO", "base", 1.0), ("SFT", "base", 1.0)]
+
+
 def test_no_scores_without_a_reward_model():
-    summary = compare.summarize({"base": [given()], "SFT": [given()]})
-    assert compare.summary_rows(summary)[1] == ("SFT", "-", "-", "2.0", "100 %", "0 %")
+    answers = {"base": [given()], "SFT": [given()]}
+    assert compare.summary_rows(compare.summarize(answers))[1] == ("SFT", "-", "2.0", "100 %", "0 %", "100 %")
+    assert compare.compare_pairs(answers) == []
+
+
+@pytest.mark.parametrize("metrics", [{"warnings": ["the score rose\n, but \x1b"]}, {}, None, {"warnings": 3}])
+def test_notes_say_who_judges_and_what_ppo_warned_of(metrics):
+    runs = {"reward": {"adapter_sha256": "a"}, "ppo": {"parents": {"reward": "a"}, "metrics": metrics}}
+    judge, *warned = compare.notes(runs)
+    assert judge.startswith("The judge is the reward model that PPO trained against")
+    assert warned == (
+        ["PPO's run warned: the score rose , but \ufffd"] if metrics and metrics.get("warnings") != 3 else []
+    )
+    runs["reward"]["adapter_sha256"] = "another"
+    assert compare.notes(runs) == warned
+    assert compare.notes({"sft": {}}) == []
 
 
 def test_summary_table(capsys):
     compare.print_summary(report((("user", "Hi"),), base=given(score=-12.345), PPO=given(tokens=128, score=1.0)))
     lines = capsys.readouterr().out.splitlines()
-    assert {len(line) for line in lines} == {80}
+    assert max(map(len, lines)) <= 80
+    assert {len(line) for line in lines if line and line[0] in "│┃┏└├"} == {80}
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
     assert cells == [
-        ["base", "-12.35", "-", "2.0", "100 %", "0 %"],
-        ["PPO", "1.00", "100 % (21 to 100 %)", "128.0", "100 %", "0 %"],
+        ["base", "-12.35", "2.0", "100 %", "0 %", "100 %"],
+        ["PPO", "1.00", "128.0", "100 %", "0 %", "100 %"],
+        ["PPO against base", "100 % (0 to 100 %)", "100 % (0 to 100 %)"],
     ]
     heads = [[cell.strip() for cell in line.strip("┃").split("┃")] for line in lines if line.startswith("┃")]
     assert heads == [
-        ["", "Mean", "Win rate against base", "Mean", "Ended", "Repeated"],
-        ["Model", "score", "(95 % interval)", "tokens", "by EOS", "3-grams"],
+        ["", "Mean", "Mean", "Ended", "Repeated", "Distinct"],
+        ["Model", "score", "tokens", "by EOS", "3-grams", "2-grams"],
+        ["", "Win rate", "At equal length"],
+        ["Who wins", "(95 % interval)", "(95 % interval)"],
     ]
+    assert lines[-1] == "- PPO against base: 1 prompts show no significant difference."
 
 
 # ---------------------------------------------------------------- Markdown
@@ -238,10 +283,16 @@ def test_markdown():
 - 🔵 BASE MODEL (Llama-3.2-3B - No Fine-tuning)
 - 🟢 FINE-TUNED SFT MODEL (After 2 Epochs of Training)
 
-| Model | Mean score | Win rate against base (95 % interval) | Mean tokens | Ended by EOS | Repeated 3-grams |
+| Model | Mean score | Mean tokens | Ended by EOS | Repeated 3-grams | Distinct 2-grams |
 | --- | ---: | ---: | ---: | ---: | ---: |
-| base | 1.00 | - | 2.0 | 100 % | 0 % |
-| SFT | 2.00 | 100 % (21 to 100 %) | 2.0 | 100 % | 0 % |
+| base | 1.00 | 2.0 | 100 % | 0 % | 100 % |
+| SFT | 2.00 | 2.0 | 100 % | 0 % | 100 % |
+
+| Who wins | Win rate (95 % interval) | At equal length (95 % interval) |
+| --- | ---: | ---: |
+| SFT against base | 100 % (0 to 100 %) | 100 % (0 to 100 %) |
+
+- SFT against base: 1 prompts show no significant difference.
 
 ## Prompt 1
 
@@ -366,7 +417,7 @@ def test_only_some_phases(call_main, argv, tmp_path):
     assert "There is no reward checkpoint at none: there are no scores and no win rates" in result.stdout
     assert "base vs SFT vs PPO" in result.stdout and "score -" not in result.stdout
     saved = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
-    assert saved["prompts"][0]["answers"]["PPO"]["score"] is None and "win_rate" not in saved["summary"]["PPO"]
+    assert saved["prompts"][0]["answers"]["PPO"]["score"] is None and saved["pairs"] == []
 
     result = call_main("compare_outputs", [*argv, "--sft-checkpoint", "none"])
     assert result.returncode == 2 and "run `python sft_train.py` first" in result.stderr

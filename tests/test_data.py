@@ -259,6 +259,24 @@ def test_dialogues_with_one_opening_are_in_one_split(tmp_path):
     assert not first["train"] & first["test"]
 
 
+def test_halves_are_all_of_it_and_share_no_dialogue(tmp_path, capsys):
+    rows = [
+        {"prompt": f"\n\nHuman: {n}\n\nAssistant:{tail}", "chosen": "a", "rejected": "b"}
+        for n in range(300)
+        for tail in ("", " x\n\nHuman: y\n\nAssistant:")
+    ]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    halves = {half: load_pairs(str(tmp_path), "train", half=half) for half in ("first", "second")}
+    assert "train, first half: " in capsys.readouterr().out
+    assert sorted(map(len, halves.values()))[0] >= 240  # of 600
+    both = load_pairs(str(tmp_path), "train")
+    assert len(halves["first"]) + len(halves["second"]) == len(both) == 600
+    assert set(halves["first"]) | set(halves["second"]) == set(both)
+    first, second = ({pair.turns[0] for pair in pairs} for pairs in halves.values())
+    assert not first & second
+    assert load_pairs(str(tmp_path), "train", 5, "second") == halves["second"][:5]
+
+
 def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
     write_jsonl(
         tmp_path / "train.jsonl",

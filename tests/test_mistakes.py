@@ -436,6 +436,11 @@ def test_no_earlier_stage(refused, tmp_path):
     refused("reward_train", ["--sft-checkpoint", tmp_path / "x"], tmp_path / "x", "python sft_train.py")
 
 
+def test_eval_only_of_what_is_not_there(trained, call_main, tmp_path):
+    result = call_main("reward_train", [*trained.reward_flags, "--output-dir", tmp_path / "none", "--eval-only"])
+    assert_one_line(result.returncode, result.stderr, "there is no reward checkpoint", "--output-dir")
+
+
 def test_a_folder_without_run_json(refused, sft, tiny_model):
     (sft / "run.json").unlink()
     refused("reward_train", ["--sft-checkpoint", sft], sft, "run.json", "sft_train.py")

@@ -7,12 +7,14 @@ import json
 import re
 import shlex
 
+import ppo_train
 import reward_train
 import sft_train
 from rlhf.cli import parse
 from rlhf.data import PromptFormat, load_pairs, tokenize_pairs
 from rlhf.decoder import lay_out
 from rlhf.modeling import SharedBase, base_facts, load_base, load_tokenizer, pad_right, read_stacked
+from rlhf.reward_eval import judge
 
 import datasets
 import pytest
@@ -76,8 +78,8 @@ def test_exactly_these_files(trained, ppo):
     adapter = {"adapter_config.json", "adapter_model.safetensors"} | tokenizer
     run = {"run.json", "metrics.jsonl", "curves.png"}
     assert {p.name for p in trained.sft.iterdir()} == adapter | run
-    assert {p.name for p in trained.reward.iterdir()} == adapter | run
-    assert {p.name for p in ppo.iterdir()} == adapter | run | {"samples.jsonl", "value"}
+    assert {p.name for p in trained.reward.iterdir()} == adapter | run | {"evaluation.json", "evaluation.png"}
+    assert {p.name for p in ppo.iterdir()} == adapter | run | {"samples.jsonl", "frontier.png", "value"}
     assert {p.name for p in (ppo / "value").iterdir()} == adapter
     assert not list(ppo.parent.glob("*.partial")) and not list(ppo.parent.glob("*.old"))
 
@@ -94,6 +96,36 @@ def test_metrics_and_samples_of_ppo(ppo):
     assert {row["update"] for row in map(json.loads, (ppo / "samples.jsonl").read_text().splitlines())} == {0, 2, 3}
     run = json.loads((ppo / "run.json").read_text())
     assert run["updates"] == 3 and run["episodes"] == 24
+
+
+def test_a_judge_scores_and_changes_nothing_else(trained, ppo, tiny_data, call_main, tmp_path):
+    """--gold-checkpoint: its scores are those of its own checkpoint; policy and metrics stay what they were."""
+    gold, folder, argv = tmp_path / "gold", tmp_path / "ppo", ppo_flags(trained, tiny_data, tmp_path / "ppo")
+    flags = [*trained.reward_flags, "--output-dir", gold, "--seed", "5"]
+    assert call_main("reward_train", flags).returncode == 0
+    refused = call_main("ppo_train", [*argv, "--gold-checkpoint", gold])
+    assert refused.returncode == 2 and "is no judge of its own" in refused.stderr and "--half second" in refused.stderr
+
+    edited = json.loads((gold / "run.json").read_text())
+    edited["data"]["source"] = "other pairs"
+    (gold / "run.json").write_text(json.dumps(edited))
+    result = call_main("ppo_train", [*argv, "--gold-checkpoint", gold])
+    assert result.returncode == 0, result.stderr
+    assert "gold score" in result.stdout
+    run, alone = (json.loads((f / "run.json").read_text()) for f in (folder, ppo))
+    assert run["adapter_sha256"] == alone["adapter_sha256"]
+    assert run["metrics"]["ppo_scores"] == alone["metrics"]["ppo_scores"]
+    assert run["parents"]["gold"] == edited["adapter_sha256"]
+
+    config = parse(ppo_train.Config, {}, "", [*argv, "--gold-checkpoint", str(gold)])
+    shared, form, _ = ppo_train.load_models(config, json.loads((trained.sft / "run.json").read_text()))
+    prompts = ppo_train.load_prompts(config, form)[1]
+    result = ppo_train.evaluate(config, shared, form, prompts)
+    judge_alone, _ = open_shared(trained)
+    judge_alone.add_role("reward", **read_stacked(str(gold), judge_alone))
+    texts = [p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, result.responses, strict=True)]
+    torch.testing.assert_close(result.gold_scores, judge_alone.score(texts), rtol=0, atol=1e-4)
+    assert (result.gold_scores - result.scores).abs().max() > 1e-2
 
 
 def test_only_the_policy_moved(trained, ppo):
@@ -156,8 +188,8 @@ def test_reward_scores_are_those_of_run_json(trained, tiny_data):
     shared.add_role("reward", **read_stacked(str(trained.reward), shared))
     run = json.loads((trained.reward / "run.json").read_text())
     pairs = tokenize_pairs(load_pairs(str(tiny_data), "test"), form, run["hyperparameters"]["max_length"], "test")
-    metrics = reward_train.evaluate(shared, reward_train.both_responses(pairs, form.eos_token_id), 3)
-    assert metrics == pytest.approx(run["metrics"], abs=1e-4)
+    metrics = judge(reward_train.score(shared, pairs, form.eos_token_id, 3))
+    assert {name: metrics[name] for name in run["metrics"]} == pytest.approx(run["metrics"], abs=1e-4)
 
 
 # ---------------------------------------------------------------- passes through the shared base
@@ -256,7 +288,7 @@ def test_backward_of_the_reward_model_stops_at_its_lowest_layer(trained, call_ma
     from rlhf.layers import LeanLayer
 
     passes = dict.fromkeys(range(4), 0)
-    forward, evaluate = LeanLayer.__call__, reward_train.evaluate
+    forward, score = LeanLayer.__call__, reward_train.score
 
     def counted(self, *args, **kwargs):
         passes[self.attention.layer_idx] += 1
@@ -264,10 +296,10 @@ def test_backward_of_the_reward_model_stops_at_its_lowest_layer(trained, call_ma
 
     def uncounted(*args):
         monkeypatch.setattr(LeanLayer, "__call__", forward)
-        return evaluate(*args)
+        return score(*args)
 
     monkeypatch.setattr(LeanLayer, "__call__", counted)
-    monkeypatch.setattr(reward_train, "evaluate", uncounted)
+    monkeypatch.setattr(reward_train, "score", uncounted)
     argv = [*trained.reward_flags, "--output-dir", tmp_path / "r", "--max-steps", "3", "--gradient-checkpointing"]
     assert call_main("reward_train", argv).returncode == 0
     assert passes == {0: 3, 1: 3, 2: 6, 3: 6}  # checkpointed layers run again in backward; two have the adapter

@@ -1,0 +1,131 @@
+"""Held-out prompts before and after PPO: the gain over SFT, whether a judge sees it too, and how much of it is length."""
+
+import dataclasses
+from pathlib import Path
+
+from rlhf.generation import Response
+from rlhf.reporting import at_equal_length, distinct_2, mean_interval, read_jsonl, repeated_3grams
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One number a held-out prompt, [n] on the CPU, and the responses they are of."""
+
+    responses: list[Response]
+    texts: list[str]
+    scores: Tensor  # by the reward model that PPO trains against
+    kl: Tensor  # nats a response
+    entropy: Tensor  # nats a token
+    gold_scores: Tensor | None = None  # by a judge that trained on other pairs
+
+    @property
+    def response_length(self) -> Tensor:
+        """Tokens."""
+        return torch.tensor([float(len(response.ids)) for response in self.responses])
+
+    @property
+    def eos_rate(self) -> Tensor:
+        """1 where the response ended by EOS."""
+        return torch.tensor([float(response.ended_by == "eos") for response in self.responses])
+
+    def means(self) -> dict[str, float]:
+        means = {"scores": self.scores}
+        if self.gold_scores is not None:
+            means["gold_scores"] = self.gold_scores
+        means |= {
+            "kl": self.kl,
+            "entropy": self.entropy,
+            "response_length": self.response_length,
+            "eos_rate": self.eos_rate,
+            "repeated_3grams": torch.tensor([repeated_3grams(text) for text in self.texts]),
+        }
+        return {name: values.mean().item() for name, values in means.items()} | {"distinct_2": distinct_2(self.texts)}
+
+
+def compare(sft: Evaluation, ppo: Evaluation) -> dict[str, float]:
+    """SFT against PPO on the same prompts and seeds: means of both, and the paired gains with their intervals."""
+    longer = (ppo.response_length - sft.response_length).tolist()
+    numbers = {
+        "eval_prompts": len(ppo.scores),
+        **{f"sft_{name}": value for name, value in sft.means().items()},
+        **{f"ppo_{name}": value for name, value in ppo.means().items()},
+    }
+    judges = {"score": (sft.scores, ppo.scores)}
+    if sft.gold_scores is not None:
+        judges["gold"] = (sft.gold_scores, ppo.gold_scores)
+    for name, (before, after) in judges.items():
+        gain = (after - before).tolist()
+        numbers |= interval(f"{name}_gain", (sum(gain) / len(gain), *mean_interval(gain)))
+        numbers |= interval(f"{name}_gain_at_equal_length", at_equal_length(gain, longer))
+        numbers[f"sft_{name}_std"] = before.std().item()
+    return numbers
+
+
+def interval(name: str, values: tuple[float, float, float]) -> dict[str, float]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+
+
+def warnings(sft: Evaluation, ppo: Evaluation) -> list[str]:
+    """What the score alone does not tell, one line each: a gold score that falls, a gain by length, entropy that is gone."""
+    m, found = compare(sft, ppo), []
+    rose = m["score_gain_low"] > 0
+    if rose and m.get("gold_gain", 0.0) < 0:
+        found.append(
+            f"the score rose by {m['score_gain']:.2f}, but the gold score fell by {-m['gold_gain']:.2f} (interval of its "
+            f"gain {m['gold_gain_low']:.2f} to {m['gold_gain_high']:.2f}): the policy may exploit the reward model; "
+            "raise --kl-coef, or stop earlier"
+        )
+    if rose and m["score_gain_at_equal_length"] < m["score_gain"] / 2:
+        found.append(
+            f"length explains most of the gain: of {m['score_gain']:.2f}, {m['score_gain_at_equal_length']:.2f} is left "
+            f"where both responses are equally long; the mean went from {m['sft_response_length']:.0f} to "
+            f"{m['ppo_response_length']:.0f} tokens"
+        )
+    if m["ppo_entropy"] < m["sft_entropy"] / 2:
+        found.append(
+            f"entropy collapses: {m['sft_entropy']:.2f} nats a token before, {m['ppo_entropy']:.2f} now; "
+            "lower --learning-rate, or raise --kl-coef"
+        )
+    return found
+
+
+def describe(m: dict[str, float]) -> str:
+    lines = []
+    for name, word in (("score", "score"), ("gold", "gold score")):
+        if f"{name}_gain" in m:
+            key = "scores" if name == "score" else "gold_scores"
+            lines.append(
+                f"held-out prompts {m['eval_prompts']}: {word} {m[f'sft_{key}']:.2f} (SFT) -> {m[f'ppo_{key}']:.2f} (PPO), "
+                f"gain {m[f'{name}_gain']:.2f} (paired 95 % interval {m[f'{name}_gain_low']:.2f} to "
+                f"{m[f'{name}_gain_high']:.2f}; {m[f'{name}_gain_at_equal_length']:.2f} at equal length; "
+                f"the standard deviation of SFT's is {m[f'sft_{name}_std']:.2f})"
+            )
+    lines.append(
+        f"KL {m['ppo_kl']:.2f} nats a response, length {m['sft_response_length']:.1f} -> "
+        f"{m['ppo_response_length']:.1f} tokens, ended by EOS {m['sft_eos_rate']:.0%} -> {m['ppo_eos_rate']:.0%}, "
+        f"repeated 3-grams {m['sft_repeated_3grams']:.1%} -> {m['ppo_repeated_3grams']:.1%}, "
+        f"distinct-2 {m['sft_distinct_2']:.2f} -> {m['ppo_distinct_2']:.2f}"
+    )
+    return "\n".join(lines)
+
+
+def plot_frontier(folder: Path) -> None:
+    """frontier.png: what was gained in score, and in gold score if there is a judge, for how much KL, over the run."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "eval/kl" in row]
+    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for name, label in (("eval/scores", "reward model"), ("eval/gold_scores", "gold, trained on other pairs")):
+        if name in rows[0]:
+            axis.plot(
+                [r["eval/kl"] for r in rows], [r[name] - rows[0][name] for r in rows], "o-", markersize=3, label=label
+            )
+    axis.axhline(0, color="k", linewidth=0.8)
+    axis.set(xlabel="KL to SFT, nats a response", ylabel="gain over SFT", title="Held-out score against KL")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(folder / "frontier.png", dpi=130)

@@ -1,0 +1,71 @@
+"""What PPO's evaluation says of hand-made scores, and when it warns."""
+
+import dataclasses
+import json
+
+from rlhf.generation import Response
+from rlhf.ppo_eval import Evaluation, compare, describe, plot_frontier, warnings
+
+import pytest
+import torch
+from torch import tensor
+
+
+def evaluation(scores, lengths=None, gold=None, entropy=2.0, text="a b c"):
+    lengths = lengths or [4] * len(scores)
+    return Evaluation(
+        responses=[Response([7] * (n - 1) + [2], n - 1, "eos") for n in lengths],
+        texts=[text] * len(scores),
+        scores=tensor(scores),
+        kl=torch.zeros(len(scores)),
+        entropy=torch.full((len(scores),), entropy),
+        gold_scores=None if gold is None else tensor(gold),
+    )
+
+
+SFT = evaluation([0.0, 1.0, 2.0, 3.0], gold=[0.0, 0.0, 1.0, 1.0])
+
+
+def test_gains_by_hand():
+    ppo = evaluation([1.0, 3.0, 3.0, 5.0], [5, 6, 5, 6], [0.5, 0.0, 1.0, 1.0])
+    m = compare(SFT, ppo)
+    assert (m["eval_prompts"], m["sft_scores"], m["ppo_scores"], m["score_gain"]) == (4, 1.5, 3.0, 1.5)
+    assert 1 <= m["score_gain_low"] < 1.5 < m["score_gain_high"] <= 2
+    assert m["score_gain_at_equal_length"] == pytest.approx(0)  # a token more for each point
+    assert m["sft_score_std"] == pytest.approx(1.290994)
+    assert (m["sft_gold_scores"], m["gold_gain"]) == (0.5, 0.125)
+    assert m["ppo_response_length"] == 5.5 and m["ppo_eos_rate"] == 1.0
+    assert m["ppo_distinct_2"] == 0.25 and m["ppo_repeated_3grams"] == 0.0
+    assert "gold score 0.50 (SFT) -> 0.62 (PPO), gain 0.12" in describe(m)
+
+
+def test_without_a_judge_nothing_is_said_of_gold():
+    sft, ppo = (dataclasses.replace(e, gold_scores=None) for e in (SFT, evaluation([1.0, 3.0, 3.0, 5.0])))
+    m = compare(sft, ppo)
+    assert not any("gold" in name for name in m) and "gold" not in describe(m)
+
+
+@pytest.mark.parametrize(
+    ("ppo", "warned"),
+    [
+        (evaluation([1.0, 2.0, 3.0, 5.0], gold=[0.0, 0.0, 1.0, 1.5]), []),
+        (evaluation([1.0, 2.0, 3.0, 5.0], gold=[0.0, 0.0, 0.5, 1.0]), ["gold score fell by 0.12"]),
+        (evaluation([-3.0, 2.0, 3.0, 1.0], gold=[0.0, 0.0, 0.5, 1.0]), []),  # the score did not rise
+        (evaluation([1.0, 3.0, 3.0, 5.0], [5, 6, 5, 6], [0.0, 0.0, 1.0, 1.5]), ["length explains most of the gain"]),
+        (evaluation([1.0, 3.0, 3.0, 5.0], [3, 4, 4, 5], [0.0, 0.0, 1.0, 1.5]), []),  # longer and shorter ones gain
+        (evaluation([0.0, 1.0, 2.0, 3.0], gold=[0.0, 0.0, 1.0, 1.0], entropy=0.9), ["entropy collapses: 2.00"]),
+        (evaluation([0.0, 1.0, 2.0, 3.0], gold=[0.0, 0.0, 1.0, 1.0], entropy=1.1), []),
+    ],
+)
+def test_warnings(ppo, warned):
+    found = warnings(SFT, ppo)
+    assert len(found) == len(warned)
+    for line, words in zip(found, warned, strict=True):
+        assert words in line and "\n" not in line
+
+
+def test_the_frontier_is_drawn(tmp_path):
+    rows = [{"update": n, "eval/kl": n, "eval/scores": 2 * n, "eval/gold_scores": -n} for n in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"update": 3}]))
+    plot_frontier(tmp_path)
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,49 @@
+"""Numbers with their intervals, and how varied texts are."""
+
+from rlhf.reporting import at_equal_length, distinct_2, mean_interval, repeated_3grams, wilson_interval
+
+import numpy as np
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("", 0.0),
+        ("a b", 0.0),
+        ("a b c", 0.0),
+        ("a b c a b c", 0.25),  # abc bca cab abc
+        ("no no no no no", 2 / 3),  # three times the same
+        ("a b c\nd a  b c", 0.2),  # abc bcd cda dab abc: white space does not count
+    ],
+)
+def test_repeated_3grams(text, share):
+    assert repeated_3grams(text) == pytest.approx(share)
+
+
+def test_distinct_2_counts_over_all_texts():
+    assert distinct_2(["a b c", "a b", "x"]) == pytest.approx(2 / 3)  # ab bc ab
+    assert distinct_2(["", "x"]) == 0.0
+
+
+def test_wilson_interval_by_hand():
+    # 2.5 of 4: centre (0.625 + 3.8415 / 8) / 1.96036 = 0.5638,
+    # half width 1.96 * sqrt(0.625 * 0.375 / 4 + 3.8415 / 64) / 1.96036 = 0.3443
+    assert wilson_interval(2.5, 4) == pytest.approx((0.2194, 0.9081), abs=1e-3)
+    assert wilson_interval(0, 10)[0] == 0 and wilson_interval(10, 10)[1] == pytest.approx(1)
+
+
+def test_mean_interval_is_that_of_the_normal_law_for_many_values():
+    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
+    low, high = mean_interval(values)
+    error = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.02)
+
+
+def test_at_equal_length_reads_the_line_at_zero():
+    assert at_equal_length([1, 2, 3], [0, 1, 2])[0] == pytest.approx(1)  # outcome = 1 + difference
+    assert at_equal_length([4, 6], [5, 5]) == pytest.approx((5, 4, 6))  # one length only: the mean
+    random = np.random.default_rng(0)
+    longer = random.normal(10, 5, 1000)
+    value, low, high = at_equal_length(0.3 + 0.1 * longer + random.normal(0, 1, 1000), longer)
+    assert low < 0.3 < high and value == pytest.approx(0.3, abs=0.15) and high - low < 0.4
