@@ -117,7 +117,7 @@ def test_a_judge_scores_and_changes_nothing_else(trained, ppo, tiny_data, call_m
     assert run["metrics"]["ppo_scores"] == alone["metrics"]["ppo_scores"]
     assert run["parents"]["gold"] == edited["adapter_sha256"]
 
-    config = parse(ppo_train.Config, {}, "", [*argv, "--gold-checkpoint", str(gold)])
+    config = parse(ppo_train.Config, {}, ppo_train.__doc__, [*argv, "--gold-checkpoint", str(gold)])
     shared, form, _ = ppo_train.load_models(config, json.loads((trained.sft / "run.json").read_text()))
     prompts = ppo_train.load_prompts(config, form)[1]
     result = ppo_train.evaluate(config, shared, form, prompts)
