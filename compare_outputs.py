@@ -214,13 +214,18 @@ def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
     else:
         with data.open_text(path) as file:
             rows, turns_of = [line for line in file if line.strip()], data.parse_dialogue
-    prompts, drops = [], Counter()
+    prompts, drops, seen = [], Counter(), set()
     for row in rows:
         try:
             turns = turns_of(row)
-            prompts.append((turns, data.tokenize_prompt(turns, form, config.max_prompt_length)))
+            prompt = turns, data.tokenize_prompt(turns, form, config.max_prompt_length)
         except data.BadRow as reason:
             drops[str(reason)] += 1
+            continue
+        if config.num_test_prompts and turns in seen:  # pairs that share a prompt
+            continue
+        seen.add(turns)
+        prompts.append(prompt)
     if drops:
         data.report_drops("prompts", len(prompts), drops)
     if not prompts:
@@ -282,8 +287,8 @@ def summarize(answers: dict[str, list[Answer]]) -> dict[str, dict[str, float]]:
 def compare_pairs(answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
     """For each two models: how often the later one's answer scores higher (a tie counts half), and what that shows.
 
-    The intervals are bootstraps over prompts to which one win and one loss were added (Agresti and Caffo 2000): without
-    them three wins of three would seem certain.
+    The intervals are bootstraps over prompts to which two wins and two losses of average length were added, as in Agresti
+    and Coull (1998): without them three wins of three would seem certain.
     """
     pairs = []
     for (first, ours), (second, theirs) in itertools.combinations(reversed(answers.items()), 2):
@@ -291,12 +296,15 @@ def compare_pairs(answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
             continue
         wins = preference([a["score"] for a in ours], [a["score"] for a in theirs])
         longer = [a["tokens"] - b["tokens"] for a, b in zip(ours, theirs, strict=True)]
-        low, high = mean_interval([*wins, 0.0, 1.0])
-        share, _, _ = at_equal_length(wins, longer)
-        _, share_low, share_high = at_equal_length([*wins, 0.0, 1.0], [*longer, 0.0, 0.0])
-        pair = {"first": first, "second": second, "win_rate": sum(wins) / len(wins)}
-        pair |= {"win_rate_low": low, "win_rate_high": high, "at_equal_length": share}
-        pair |= {"at_equal_length_low": share_low, "at_equal_length_high": share_high}
+        more_wins, more_longer = [*wins, 0, 0, 1, 1], [*longer, *[sum(longer) / len(longer)] * 4]
+        share, *_ = at_equal_length(wins, longer)
+        _, *interval = at_equal_length(more_wins, more_longer)
+        pair = {"first": first, "second": second}
+        for key, values in {
+            "win_rate": (sum(wins) / len(wins), *mean_interval(more_wins)),
+            "at_equal_length": (min(max(value, 0.0), 1.0) for value in (share, *interval)),  # a line may leave 0 to 1
+        }.items():
+            pair |= zip((key, f"{key}_low", f"{key}_high"), values, strict=True)
         pairs.append(pair | {"verdict": verdict(pair, len(wins))})
     return pairs
 
@@ -306,7 +314,7 @@ def verdict(pair: dict[str, Any], prompts: int) -> str:
     first, second = pair["first"], pair["second"]
     word, also = (direction(pair[f"{key}_low"], pair[f"{key}_high"]) for key in ("win_rate", "at_equal_length"))
     if not word:
-        return f"{first} against {second}: {prompts} prompts show no significant difference"
+        return f"{first} against {second}: no significant difference on {prompts} prompt{'s' * (prompts != 1)}"
     end = "also at equal length" if also == word else "but not at equal length"
     return f"{first} is significantly {word} than {second}, {end}"
 

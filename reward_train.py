@@ -18,7 +18,7 @@ Next: python ppo_train.py
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf.checkpoints import check_child, check_output, output_folder, read_run, write_run
 from rlhf.cli import UserError, next_command, run
@@ -53,7 +53,7 @@ class Config:
     dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
     output_dir: str = "checkpoints/reward"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
-    eval_only: bool = False  # train nothing: score the test split with the reward model that output_dir holds
+    eval_only: bool = False  # train nothing: score the test split with the reward model in output_dir
     dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
     card_gb: float = 12.0  # the card that --dry-run plans for
 
@@ -137,16 +137,8 @@ def main(config: Config) -> None:
 
         # 4. Score the test split.
         if trainer.is_world_process_zero():
-            scored = score(shared, eval_set, form.eos_token_id, 2 * config.per_device_train_batch_size)
-            metrics = judge(scored)
-            console.print(describe(metrics))
-            if not metrics["score_std"] > 1e-3:
-                raise UserError(
-                    f"the reward model gives every text about the same score (standard deviation {metrics['score_std']:.1e}): "
-                    "it has learned nothing and was not saved; raise --learning-rate or train longer"
-                )
+            metrics = evaluate(config, shared, form, eval_set, folder)
             save_stacked(folder, shared, "reward", form, base)
-            write_evaluation(folder, metrics, scored)
             plot_curves(folder, "step", {"loss": ["loss"], "accuracy": ["accuracy"], "margin": ["margin"]})
             write_run(
                 folder,
@@ -164,7 +156,7 @@ def main(config: Config) -> None:
                     "sha256": fingerprint(train_pairs),
                 },
                 steps=trainer.state.global_step,
-                metrics={name: value for name, value in metrics.items() if not isinstance(value, list)},
+                metrics={name: value for name, value in metrics.items() if not isinstance(value, list | str)},
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     console.print(f"Next: {next_command('ppo_train.py', sft=config.sft_checkpoint, reward=config.output_dir)}")
@@ -231,6 +223,22 @@ def read_prompts_once(shared: SharedBase) -> None:
     shared.peft.get_base_model().forward = forward
 
 
+def evaluate(config: Config, shared: SharedBase, form, eval_set: list[TokenPair], folder: Path) -> dict[str, Any]:
+    """Score the test pairs, say what the scores are worth, and write it to `folder`. Raises UserError if they are worth nothing."""
+    scored = score(shared, eval_set, form.eos_token_id, 2 * config.per_device_train_batch_size)
+    metrics = judge(scored) | {"source": config.dataset, "max_length": config.max_length}
+    if not np.isfinite(metrics["score_std"]):
+        raise UserError("the reward model gives scores that are not finite: lower --learning-rate, or try --dtype fp32")
+    console.print(describe(metrics))
+    if not metrics["score_std"] > 1e-3:
+        raise UserError(
+            f"the reward model gives every text about the same score (standard deviation {metrics['score_std']:.1e}): "
+            "it has learned nothing; raise --learning-rate or train longer"
+        )
+    write_evaluation(folder, metrics, scored)
+    return metrics
+
+
 def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int, batch_size: int) -> ScoredPairs:
     """Scores of the test pairs, with what else the evaluation looks at."""
     answers = [[closed(ids, eos_token_id) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs]
@@ -242,21 +250,23 @@ def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int, batch_s
 
 
 def eval_only(config: Config) -> None:
-    """Score the test split with a finished reward model; its evaluation.json and .png are written anew."""
+    """Score the test split with a finished reward model, and write its evaluation.json and .png anew."""
+    folder = Path(config.output_dir)
+    if config.dry_run:
+        raise UserError("--eval-only and --dry-run: give one of them")
     sft = read_run(config.sft_checkpoint, "sft")
-    reward = read_run(config.output_dir, "reward", flag="--output-dir")
-    check_child(reward, config.output_dir, sft, config.sft_checkpoint)
+    check_child(read_run(config.output_dir, "reward", "--output-dir"), config.output_dir, sft, config.sft_checkpoint)
+    if (folder / "evaluation.json").exists() and not config.overwrite:
+        raise UserError(f"{folder}/evaluation.json exists: add --overwrite to replace it (nothing else is touched)")
     base = same_base(sft, config.sft_checkpoint, config.base_model)
     form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))
-    pairs = tokenize_pairs(load_pairs(config.dataset, "test", config.max_eval_samples), form, config.max_length, "test")
+    test_pairs = load_pairs(config.dataset, "test", config.max_eval_samples)
+    eval_set = tokenize_pairs(test_pairs, form, config.max_length, "test")
     dtype = choose_dtype(config.dtype, device())
     shared = SharedBase(load_base(base, dtype, form.pad_token_id), config.sft_checkpoint, dtype)
     shared.add_role("reward", **read_stacked(config.output_dir, shared))
-    scored = score(shared, pairs, form.eos_token_id, 2 * config.per_device_train_batch_size)
-    metrics = judge(scored)
-    console.print(describe(metrics))
-    write_evaluation(Path(config.output_dir), metrics, scored)
-    console.print(f"Saved evaluation.json and evaluation.png in {config.output_dir}.")
+    evaluate(config, shared, form, eval_set, folder)
+    console.print(f"Saved {folder}/evaluation.json and {folder}/evaluation.png.")
 
 
 if __name__ == "__main__":

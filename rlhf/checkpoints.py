@@ -171,7 +171,8 @@ def check_child(run: dict[str, Any], folder: str, parent: dict[str, Any], parent
 def check_other_pairs(gold: dict[str, Any], folder: str, reward: dict[str, Any], reward_folder: str) -> None:
     """Raise UserError if the judge at `folder` trained on pairs that the reward model at `reward_folder` has seen."""
     theirs, ours = gold.get("data") or {}, reward.get("data") or {}
-    if theirs.get("source") == ours.get("source") and {theirs.get("half"), ours.get("half")} != {"first", "second"}:
+    same = theirs.get("source") == ours.get("source") or theirs.get("sha256") == ours.get("sha256")
+    if same and {theirs.get("half"), ours.get("half")} != {"first", "second"}:
         raise UserError(
             f"{folder} is no judge of its own: it may have trained on the pairs of {reward_folder}; train one with "
             "`python reward_train.py --half first` and the other with --half second"

@@ -150,18 +150,26 @@ def plan_reward(shape: Shape, config: Any, sft_rank: int, longest: int) -> Bytes
 
 
 def plan_ppo(
-    shape: Shape, config: Any, sft_rank: int, reward_rank: int, reward_layers: int, longest: int, gold: int = 0
+    shape: Shape,
+    config: Any,
+    sft_rank: int,
+    reward_rank: int,
+    reward_layers: int,
+    longest: int,
+    gold: tuple[int, int] = (0, 1),
 ) -> Bytes:
     """The larger of a full rollout and of a micro-batch's backward pass.
 
-    `longest`: tokens of the longest prompt; `gold`: weights of the judge's adapter.
+    `longest`: tokens of the longest prompt; `gold`: rank and layers of the judge's adapter, rank 0 if there is none.
     """
     scorer, policy = shape.lora(reward_rank, reward_layers), shape.lora(config.lora_rank, config.role_layers)
     role_layers = max(config.role_layers or shape.layers, reward_layers or shape.layers)
-    role_rank, length = max(config.lora_rank, reward_rank), longest + config.response_length
+    role_rank, length = max(config.lora_rank, reward_rank, gold[0]), longest + config.response_length
     rows, micro = min(config.rollout_batch_size, config.batch_size), config.per_device_train_batch_size
     stacks = shape.stacks(sft_rank, role_rank, role_layers)
-    standing = trained(shape, shape.lora(sft_rank, 0) + 2 * scorer + policy + gold, stacks, scorer + policy, 0)
+    standing = trained(
+        shape, shape.lora(sft_rank, 0) + 2 * scorer + policy + shape.lora(*gold), stacks, scorer + policy, 0
+    )
     rollout = standing | {
         "KV cache": shape.kv_cache(rows, length),
         "activations": shape.forward(rows, 1),
@@ -239,7 +247,7 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
         role: (run["hyperparameters"]["lora_rank"], run["hyperparameters"].get("role_layers", 0))
         for role, run in runs.items()
     }
-    gold = shape.lora(*adapters["gold"]) if "gold" in adapters else 0
+    gold = adapters.get("gold", (0, 1))
     plan = plan_ppo(shape, config, adapters["sft"][0], *adapters["reward"], max(map(len, prompts)), gold)
     show_plan(
         plan, config.card_gb, "--rollout-batch-size (KV cache), --response-length or --per-device-train-batch-size"

@@ -60,7 +60,7 @@ def compare(sft: Evaluation, ppo: Evaluation) -> dict[str, float]:
         gain = (after - before).tolist()
         numbers |= interval(f"{name}_gain", (sum(gain) / len(gain), *mean_interval(gain)))
         numbers |= interval(f"{name}_gain_at_equal_length", at_equal_length(gain, longer))
-        numbers[f"sft_{name}_std"] = before.std().item()
+        numbers[f"sft_{name}_std"] = before.std().item() if len(before) > 1 else 0.0
     return numbers
 
 
@@ -69,16 +69,19 @@ def interval(name: str, values: tuple[float, float, float]) -> dict[str, float]:
 
 
 def warnings(sft: Evaluation, ppo: Evaluation) -> list[str]:
-    """What the score alone does not tell, one line each: a gold score that falls, a gain by length, entropy that is gone."""
+    """What the score alone does not tell, one line each: a gold score that falls, a gain by length, entropy that is gone.
+
+    Gains count where their intervals say so.
+    """
     m, found = compare(sft, ppo), []
     rose = m["score_gain_low"] > 0
-    if rose and m.get("gold_gain", 0.0) < 0:
+    if rose and m.get("gold_gain_high", 0.0) < 0:
         found.append(
-            f"the score rose by {m['score_gain']:.2f}, but the gold score fell by {-m['gold_gain']:.2f} (interval of its "
-            f"gain {m['gold_gain_low']:.2f} to {m['gold_gain_high']:.2f}): the policy may exploit the reward model; "
+            f"the score rose by {m['score_gain']:.2f}, but the gold score fell by {-m['gold_gain']:.2f} "
+            f"({-m['gold_gain_high']:.2f} to {-m['gold_gain_low']:.2f}): the policy exploits the reward model; "
             "raise --kl-coef, or stop earlier"
         )
-    if rose and m["score_gain_at_equal_length"] < m["score_gain"] / 2:
+    if rose and m["score_gain_at_equal_length_low"] <= 0 and m["score_gain_at_equal_length"] < m["score_gain"] / 2:
         found.append(
             f"length explains most of the gain: of {m['score_gain']:.2f}, {m['score_gain_at_equal_length']:.2f} is left "
             f"where both responses are equally long; the mean went from {m['sft_response_length']:.0f} to "

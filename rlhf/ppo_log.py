@@ -99,7 +99,7 @@ def batch_metrics(
         "policy/entropy_avg": sum(m.entropy.sum().item() for m in batch) / tokens,
         "val/num_eos_tokens": ended.sum().item(),
         "val/response_length": tokens / len(ended),
-        "val/explained_variance": 1 - ((returns - values).var() / returns.var()).item(),
+        "val/explained_variance": 1 - ((returns - values).var() / returns.var().clamp(min=1e-8)).item(),
         **{f"time/{name}": clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "measure", "optimise"))},
     }
 

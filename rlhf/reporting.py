@@ -109,9 +109,10 @@ def wilson_interval(successes: float, count: int) -> tuple[float, float]:
 
 def bootstrap(values: Iterable[float], seed: int = 0, samples: int = 10_000) -> np.ndarray:
     """The means of `samples` draws with replacement; independent samples want different seeds."""
-    values = np.asarray(list(values), dtype=float)
-    draws = np.random.default_rng(seed).integers(0, len(values), size=(samples, len(values)))
-    return values[draws].mean(axis=1)
+    values, random = np.asarray(list(values), dtype=float), np.random.default_rng(seed)
+    block = max(1, 1_000_000 // len(values))  # draws in memory at a time
+    sizes = [min(block, samples - start) for start in range(0, samples, block)]
+    return np.concatenate([values[random.integers(0, len(values), (size, len(values)))].mean(1) for size in sizes])
 
 
 def mean_interval(values: Iterable[float]) -> tuple[float, float]:

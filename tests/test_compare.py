@@ -6,7 +6,9 @@ import shutil
 
 import compare_outputs as compare
 
+import numpy as np
 import pytest
+from conftest import write_jsonl
 
 RULE = "─" * 80
 TITLES = {
@@ -196,19 +198,34 @@ def test_win_rate_and_its_words():
     (pair,) = compare.compare_pairs(wins(1, 0.5, 0, 1))  # wins, tie, loses, wins
     assert (pair["first"], pair["second"], pair["win_rate"], pair["at_equal_length"]) == ("SFT", "base", 0.625, 0.625)
     assert 0.1 < pair["win_rate_low"] < 0.4 < 0.7 < pair["win_rate_high"] < 1
-    assert pair["verdict"] == "SFT against base: 4 prompts show no significant difference"
+    assert pair["verdict"] == "SFT against base: no significant difference on 4 prompts"
     (pair,) = compare.compare_pairs(wins(*[1] * 70, *[0] * 30))
-    # of 71 wins in 102: the normal interval is 0.696 -+ 1.96 * sqrt(0.696 * 0.304 / 102) = 0.607 to 0.785
-    assert pair["win_rate_low"] == pytest.approx(0.607, abs=0.015)
-    assert pair["win_rate_high"] == pytest.approx(0.785, abs=0.015)
+    # of 72 wins in 104: the normal interval is 0.692 -+ 1.96 * sqrt(0.692 * 0.308 / 104) = 0.604 to 0.781
+    assert pair["win_rate_low"] == pytest.approx(0.604, abs=0.015)
+    assert pair["win_rate_high"] == pytest.approx(0.781, abs=0.015)
     assert pair["verdict"] == "SFT is significantly better than base, also at equal length"
     (pair,) = compare.compare_pairs(wins(*[0] * 70, *[1] * 30))
     assert pair["verdict"] == "SFT is significantly worse than base, also at equal length"
 
 
-def test_a_few_wins_are_not_certain():
-    (pair,) = compare.compare_pairs(wins(1, 1))
-    assert pair["win_rate"] == 1 and pair["win_rate_low"] < 0.5 and "no significant difference" in pair["verdict"]
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_few_wins_are_not_certain(count):
+    (pair,) = compare.compare_pairs(wins(*[1] * count))
+    assert pair["win_rate"] == 1 and pair["win_rate_low"] <= 0.5 and "no significant difference" in pair["verdict"]
+
+
+def test_longer_answers_that_win_at_any_length_win_at_equal_length():
+    random = np.random.default_rng(0)
+    outcomes, longer = [1] * 160 + [0] * 40, random.normal(30, 8, 200).tolist()
+    (pair,) = compare.compare_pairs(wins(*outcomes, longer=longer))
+    assert pair["verdict"] == "SFT is significantly better than base, also at equal length"
+    (pair,) = compare.compare_pairs(wins(*[1] * 100, longer=random.normal(40, 5, 100).tolist()))
+    assert pair["at_equal_length"] == 1 and pair["at_equal_length_low"] > 0.5
+
+
+def test_a_share_stays_between_0_and_1():
+    (pair,) = compare.compare_pairs(wins(1, 1, 1, 1, 0, 0, 0, 0, longer=[10, 11, 9, 10, 50, 51, 49, 50]))
+    assert pair["at_equal_length"] == 1 and 0 <= pair["at_equal_length_low"] < pair["at_equal_length_high"] <= 1
 
 
 def test_wins_by_length_are_no_wins_at_equal_length():
@@ -261,7 +278,7 @@ def test_summary_table(capsys):
         ["", "Win rate", "At equal length"],
         ["Who wins", "(95 % interval)", "(95 % interval)"],
     ]
-    assert lines[-1] == "- PPO against base: 1 prompts show no significant difference."
+    assert lines[-1] == "- PPO against base: no significant difference on 1 prompt."
 
 
 # ---------------------------------------------------------------- Markdown
@@ -292,7 +309,7 @@ def test_markdown():
 | --- | ---: | ---: |
 | SFT against base | 100 % (0 to 100 %) | 100 % (0 to 100 %) |
 
-- SFT against base: 1 prompts show no significant difference.
+- SFT against base: no significant difference on 1 prompt.
 
 ## Prompt 1
 
@@ -400,6 +417,9 @@ def test_prompt_files(form, tmp_path):
         config = compare.Config(prompts=str(tmp_path / path), max_prompt_length=60)
         return [turns for turns, _ in compare.read_prompts(config, form)]
 
+    config = compare.Config(dataset=str(tmp_path), num_test_prompts=9)
+    write_jsonl(tmp_path / "test.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": x} for x in "bc"])
+    assert [turns for turns, _ in compare.read_prompts(config, form)] == [(("user", "Hi"),)]  # of two pairs
     assert turns("p.txt") == [(("user", "First?"),), (("user", "Second?"),)]
     assert turns("p.jsonl") == [(("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))]
 

@@ -218,7 +218,15 @@ def test_full_length_rows_agree_in_everything(name, record):
     else:  # rewards over the standard deviation, the mean kept
         rewards = token_rewards(scores, kl, micro.response_mask, 0.1)
         (white,) = ppo_train.whiten([rewards], [micro.response_mask], shift_mean=False)
-        close(rewards.mean() + unbiased(micro, white - rewards.mean()), trl["rewards"])
+        theirs = rewards.mean() + unbiased(micro, white - rewards.mean())
+        close(theirs, trl["rewards"])
+        settings = CASES[name][1]
+        advantages, returns = ppo_train.gae(
+            theirs, micro.values, micro.response_mask, settings["gamma"], settings["lam"]
+        )
+        close(returns, trl["returns"])
+        (advantages,) = ppo_train.whiten([advantages], [micro.response_mask])
+        close(unbiased(micro, advantages), trl["advantages"])
 
 
 def test_k3_agrees(record):
@@ -260,7 +268,7 @@ def test_trl_pays_the_score_and_trains_the_value_one_place_past_eos(record):
 
 
 def test_trl_averages_approxkl_over_padding(record):
-    """TRL's is half the mean square over all places, padding too; ours is k3 over real tokens: the same to second order."""
+    """TRL's is half the mean square (k2) over all places, padding too; ours is k3 over real tokens."""
     inputs, trl = record["ragged"]["inputs"], record["ragged"]["outputs"]
     micro = ours("ragged", inputs)
     difference = (micro.new_logprobs - micro.logprobs)[micro.response_mask]

@@ -49,8 +49,9 @@ def test_without_a_judge_nothing_is_said_of_gold():
     ("ppo", "warned"),
     [
         (evaluation([1.0, 2.0, 3.0, 5.0], gold=[0.0, 0.0, 1.0, 1.5]), []),
-        (evaluation([1.0, 2.0, 3.0, 5.0], gold=[0.0, 0.0, 0.5, 1.0]), ["gold score fell by 0.12"]),
-        (evaluation([-3.0, 2.0, 3.0, 1.0], gold=[0.0, 0.0, 0.5, 1.0]), []),  # the score did not rise
+        (evaluation([1.0, 2.0, 3.0, 5.0], gold=[-0.5, -0.5, 0.5, 0.5]), ["gold score fell by 0.50 (0.50 to 0.50)"]),
+        (evaluation([1.0, 2.0, 3.0, 5.0], gold=[0.0, 0.0, 0.5, 1.0]), []),  # it fell no more than chance would have it
+        (evaluation([-3.0, 2.0, 3.0, 1.0], gold=[-0.5, -0.5, 0.5, 0.5]), []),  # the score did not rise
         (evaluation([1.0, 3.0, 3.0, 5.0], [5, 6, 5, 6], [0.0, 0.0, 1.0, 1.5]), ["length explains most of the gain"]),
         (evaluation([1.0, 3.0, 3.0, 5.0], [3, 4, 4, 5], [0.0, 0.0, 1.0, 1.5]), []),  # longer and shorter ones gain
         (evaluation([0.0, 1.0, 2.0, 3.0], gold=[0.0, 0.0, 1.0, 1.0], entropy=0.9), ["entropy collapses: 2.00"]),
@@ -62,6 +63,12 @@ def test_warnings(ppo, warned):
     assert len(found) == len(warned)
     for line, words in zip(found, warned, strict=True):
         assert words in line and "\n" not in line
+
+
+def test_one_prompt_gives_finite_numbers():
+    m = compare(evaluation([0.0]), evaluation([1.0]))
+    json.dumps(m, allow_nan=False)
+    assert m["score_gain"] == 1 and m["sft_score_std"] == 0
 
 
 def test_the_frontier_is_drawn(tmp_path):

@@ -76,9 +76,11 @@ def test_eval_only_writes_what_training_wrote(trained, call_main, tmp_path):
     shutil.copytree(trained.reward, folder)
     before = json.loads((folder / "evaluation.json").read_text())
     weights, run = (folder / "adapter_model.safetensors").read_bytes(), (folder / "run.json").read_bytes()
-    (folder / "evaluation.json").unlink()
     (folder / "evaluation.png").write_bytes(b"")
-    result = call_main("reward_train", [*trained.reward_flags, "--output-dir", folder, "--eval-only"])
+    argv = [*trained.reward_flags, "--output-dir", folder, "--eval-only"]
+    refused = call_main("reward_train", argv)
+    assert refused.returncode == 2 and "evaluation.json exists: add --overwrite" in refused.stderr
+    result = call_main("reward_train", [*argv, "--overwrite"])
     assert result.returncode == 0 and "test pairs 8" in result.stdout
     after = json.loads((folder / "evaluation.json").read_text())
     assert after.keys() == before.keys() and after["by_turns"] == before["by_turns"]

@@ -1,0 +1,422 @@
+"""What helps a reward model that has few pairs: one change at a time, several seeds each, beside TRL's stock trainer.
+
+    python benchmarks/reward_ablation.py --sft-checkpoint runs/results/sft --dataset Dahoas/rm-static
+
+Every run trains on the same pairs and is scored on the same test pairs. Intervals are bootstraps over seeds and test
+pairs; differences are paired over test pairs. Finished runs are kept in --work and not done again. Variants that
+reward_train.py has no flag for are made here, around it: what is not worth a flag is not in the script.
+
+`averaged` is one model, the mean of the adapters of `one_head`, runs that differ in seed but start from one head (WARM,
+2401.12187). `stock` is the `trl reward` command at its defaults, with the same LoRA on the same pairs, from the same SFT
+model merged into its base: once for as long as `recipe` trained, and once for a whole epoch (`stock_epoch`).
+"""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import reward_train  # noqa: E402
+from rlhf.checkpoints import read_run, sha256  # noqa: E402
+from rlhf.cli import UserError, run  # noqa: E402
+from rlhf.data import PromptFormat, load_pairs, tokenize_pairs  # noqa: E402
+from rlhf.decoder import lay_out_pairs, unpad  # noqa: E402
+from rlhf.logprobs import chosen_logprobs  # noqa: E402
+from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, pad_right, read_stacked  # noqa: E402
+from rlhf.reporting import console  # noqa: E402
+from rlhf.reward_eval import ScoredPairs, judge  # noqa: E402
+from rlhf.training import device  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification  # noqa: E402
+from rich.table import Table  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers.modeling_outputs import SequenceClassifierOutput  # noqa: E402
+from trl import RewardTrainer  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One change of the recipe."""
+
+    changes: dict[str, Any] = field(default_factory=dict)  # of reward_train.Config
+    label_smoothing: float = 0.0  # the share of labels taken to be wrong
+    balance_lengths: bool = False  # pairs weigh so that longer and shorter winners count alike
+    text_loss: float = (
+        0.0  # weight of the language modelling loss of chosen responses, from where the two part (GRM, 2406.10216)
+    )
+    head_std: float | None = None  # of the head's initialisation; None: 1 / sqrt(H + 1)
+    one_head: bool = False  # the same initial head for all seeds
+    without_sft: bool = False  # straight on the base
+
+
+MEANS = ("length_balanced_accuracy", "eval_loss", "calibration_error", "score_length_correlation")
+VARIANTS = {
+    "recipe": Variant(),
+    "half_lr": Variant({"learning_rate": 1e-4}),
+    "double_lr": Variant({"learning_rate": 4e-4}),
+    "all_layers": Variant({"role_layers": 0}),
+    "two_epochs": Variant({"num_train_epochs": 2.0}),
+    "not_centred": Variant({"center_rewards_coefficient": 0.0}),
+    "head_zero": Variant(head_std=0.0),
+    "smoothed": Variant(label_smoothing=0.1),
+    "balanced": Variant(balance_lengths=True),
+    "text_loss": Variant(text_loss=0.1),
+    "without_sft": Variant(without_sft=True),
+    "one_head": Variant(one_head=True),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    sft_checkpoint: str = "runs/results/sft"
+    dataset: str = "Dahoas/rm-static"
+    half: str = "both"  # of the training prompts
+    pairs: int = 1500  # the first so many training pairs
+    max_length: int = 256  # tokens
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    stock: bool = True  # TRL's stock trainer, too
+    seeds: int = 3
+    work: str = "runs/results/reward"  # a folder a run; what is there is not trained again
+    output: str = "runs/results/reward_ablation.json"
+
+
+def recipe(config: Config, name: str, seed: int) -> reward_train.Config:
+    """The settings of a run: the demo's, one epoch, at the default learning rate."""
+    changes = {"learning_rate": 2e-4, "num_train_epochs": 1.0} | VARIANTS[name].changes
+    folder = Path(config.work) / f"{name}_{seed}"
+    sft = str(Path(config.work) / "no_sft") if VARIANTS[name].without_sft else config.sft_checkpoint
+    sources = {"sft_checkpoint": sft, "dataset": config.dataset, "half": config.half, "output_dir": str(folder)}
+    sizes = {"max_length": config.max_length, "max_train_samples": config.pairs, "max_eval_samples": None}
+    return replace(reward_train.PRESETS["demo"], **sources, **sizes, overwrite=True, seed=seed, **changes)
+
+
+def main(config: Config) -> None:
+    unknown = set(config.variants) - set(VARIANTS)
+    if unknown or "recipe" not in config.variants or config.seeds < 1:
+        raise UserError(f"--variants are recipe and any of {', '.join(VARIANTS)}; --seeds at least 1")
+    work = Path(config.work)
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    keep_config(work, config, ("sft_checkpoint", "dataset", "half", "pairs", "max_length"))
+    if any(VARIANTS[name].without_sft for name in config.variants):
+        blank_sft(config.sft_checkpoint, work / "no_sft")
+    for seed in range(config.seeds):
+        for name in config.variants:
+            if not (work / f"{name}_{seed}" / "scores.json").exists():
+                console.print(f"{name}, seed {seed} ...")
+                try:
+                    train(config, name, seed)
+                except UserError as error:  # it diverged, or learned nothing: that is a result
+                    raise UserError(f"{name}, seed {seed}: {error}; leave it out of --variants") from None
+    names = list(config.variants)
+    if "one_head" in names and config.seeds > 1:
+        average(config)
+        names.append("averaged")
+    if config.stock:
+        names += stock(config)
+    results = summary(config, names)
+    Path(config.output).write_text(json.dumps(results, indent=2) + "\n")
+    show(results)
+    console.print(f"Saved {config.output}.")
+
+
+# ---------------------------------------------------------------- our runs
+
+
+def train(config: Config, name: str, seed: int) -> None:
+    """reward_train.py with a variant's changes, and the scores of all test pairs beside its checkpoint."""
+    variant = VARIANTS[name]
+
+    class Trainer(RewardTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+            margin = chosen - rejected
+            if variant.balance_lengths:
+                a, b = inputs["attention_mask"].sum(1).chunk(2)
+                weights = self.weight_of_sign.to(margin.device)[(a - b).sign() + 1]
+                loss = loss + ((weights - 1) * -F.logsigmoid(margin)).mean()
+            if variant.label_smoothing:  # -(1 - e) logsigmoid(m) - e logsigmoid(-m) = -logsigmoid(m) + e m
+                loss = loss + variant.label_smoothing * margin.mean()
+            if variant.text_loss:
+                loss = loss + variant.text_loss * outputs.hidden_states
+            return (loss, outputs) if return_outputs else loss
+
+    def make_trainer(settings, shared, form, train_set, *rest):
+        head = shared.heads["reward"].weight
+        if variant.head_std is not None:
+            torch.nn.init.normal_(head, std=variant.head_std)
+        if variant.one_head:
+            one = torch.randn(head.shape, generator=torch.Generator().manual_seed(0)) * (head.shape[1] + 1) ** -0.5
+            head.data.copy_(one)
+        trainer = original(settings, shared, form, train_set, *rest)
+        longer = [np.sign(len(row["chosen_ids"]) - len(row["rejected_ids"])) for row in train_set]
+        counts = [max(1, longer.count(sign)) for sign in (-1, 0, 1)]
+        half = (counts[0] + counts[2]) / 2
+        trainer.weight_of_sign = torch.tensor([half / counts[0], 1.0, half / counts[2]])
+        if variant.text_loss:
+            read_text_too(shared)
+        return trainer
+
+    def write_evaluation(folder, metrics, pairs):
+        write(folder, metrics, pairs)
+        save_scores(folder, pairs)
+
+    original, write = reward_train.make_trainer, reward_train.write_evaluation
+    changes = {"RewardTrainer": Trainer, "make_trainer": make_trainer, "write_evaluation": write_evaluation}
+    with mock.patch.multiple(reward_train, **changes):
+        reward_train.main(recipe(config, name, seed))
+
+
+def read_text_too(shared: SharedBase) -> None:
+    """As reward_train.read_prompts_once, and as `hidden_states` the text loss of chosen responses, from where the two part."""
+    model = shared.peft.get_base_model()
+    if not model.config.tie_word_embeddings:
+        raise UserError(
+            "text_loss needs a base whose output embedding is its input embedding: leave it out of --variants"
+        )
+    weight = model.get_input_embeddings().weight
+
+    def forward(input_ids, attention_mask, **_) -> SequenceClassifierOutput:
+        chosen, rejected = (unpad(*part) for part in zip(input_ids.chunk(2), attention_mask.chunk(2), strict=True))
+        texts = lay_out_pairs(list(zip(chosen, rejected, strict=True)), shared.device)
+        hidden = shared.upper(shared.lower(texts), texts)
+        ends, places = texts.last.chunk(2)[0].tolist(), []
+        for end, a, b in zip(ends, chosen, rejected, strict=True):
+            first_other = next(
+                (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)) - 1
+            )
+            places += range(end - len(a) + first_other, end)  # from where the responses part
+        places = torch.tensor(places, device=shared.device)
+        logprobs = chosen_logprobs(hidden[places], weight, texts.ids[places + 1], 1.0).logprobs
+        scores = shared.heads["reward"](hidden[texts.last])
+        return SequenceClassifierOutput(logits=scores, hidden_states=-logprobs.mean())
+
+    model.forward = forward
+
+
+def blank_sft(folder: str, blank: Path) -> None:
+    """The SFT checkpoint with LoRA B at 0: the base itself, in the place of an SFT model."""
+    if blank.exists():
+        return
+    partial = blank.with_name(f"{blank.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(folder, partial)
+    weights = partial / "adapter_model.safetensors"
+    save_file({name: w * ("lora_B" not in name) for name, w in load_file(weights).items()}, weights, {"format": "pt"})
+    facts = json.loads((partial / "run.json").read_text()) | {"adapter_sha256": sha256(weights)}
+    (partial / "run.json").write_text(json.dumps(facts))
+    partial.rename(blank)
+
+
+def average(config: Config) -> None:
+    """The mean of the adapters and heads of `one_head` over the seeds, as one reward model."""
+    folder = Path(config.work) / f"averaged_{config.seeds}"
+    if (folder / "scores.json").exists():
+        return
+    shared, form = open_base(config)
+    parts = [read_stacked(f"{config.work}/one_head_{seed}", shared) for seed in range(config.seeds)]
+    state = {
+        key: torch.cat([part["state"][key] for part in parts], 1 if "lora_B" in key else 0)
+        / (len(parts) if "lora_B" in key else 1)
+        for key in parts[0]["state"]
+    }
+    rank = sum(part["rank"] for part in parts)
+    head = torch.stack([part["head"] for part in parts]).mean(0)
+    shared.add_role("reward", rank, rank, parts[0]["num_layers"], state, head)
+    pairs = load_pairs(config.dataset, "test")
+    tokens = tokenize_pairs(pairs, form, config.max_length, "test")
+    folder.mkdir(exist_ok=True)
+    save_scores(folder, reward_train.score(shared, tokens, form.eos_token_id, 16))
+
+
+def open_base(config: Config) -> tuple[SharedBase, PromptFormat]:
+    sft = read_run(config.sft_checkpoint, "sft")
+    form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))
+    dtype = choose_dtype("auto", device())
+    return SharedBase(load_base(sft["base"], dtype, form.pad_token_id), config.sft_checkpoint, dtype), form
+
+
+def keep_config(work: Path, config: Any, names: tuple[str, ...]) -> None:
+    """Note what all runs in `work` share. Raises UserError when runs of other settings are there."""
+    work.mkdir(parents=True, exist_ok=True)
+    settings, path = {name: getattr(config, name) for name in names}, work / "config.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise UserError(f"{work} holds runs of other settings ({path.read_text()}): choose another --work")
+    path.write_text(json.dumps(settings))
+
+
+def save_scores(folder: Path, pairs: ScoredPairs) -> None:
+    (folder / "scores.json").write_text(json.dumps({name: array.tolist() for name, array in vars(pairs).items()}))
+
+
+# ---------------------------------------------------------------- TRL's
+
+
+def stock(config: Config) -> list[str]:
+    """Train and score TRL's stock reward models; the names of those that are there."""
+    work = Path(config.work)
+    tokenizer = load_tokenizer(config.sft_checkpoint)
+    form = PromptFormat(read_run(config.sft_checkpoint, "sft")["prompt_format"], tokenizer)
+    if not (work / "merged").exists():
+        model = AutoPeftModelForCausalLM.from_pretrained(config.sft_checkpoint, dtype=torch.float32)
+        model.merge_and_unload().to(torch.bfloat16).save_pretrained(work / "merged.partial")
+        tokenizer.save_pretrained(work / "merged.partial")
+        (work / "merged.partial").rename(work / "merged")
+    if not (work / "pairs").exists():
+        write_texts(config, form)
+    for seed in range(config.seeds):
+        if not (work / f"stock_epoch_{seed}" / "scores.json").exists():
+            stock_run(config, form, f"stock_epoch_{seed}", seed, [])
+        if not (work / f"stock_{seed}" / "scores.json").exists():
+            whole = json.loads((work / f"stock_epoch_{seed}" / "run.json").read_text())
+            steps = max(1, round(train_seconds(work / f"recipe_{seed}") / whole["seconds"] * whole["steps"]))
+            stock_run(config, form, f"stock_{seed}", seed, ["--max_steps", str(steps)])
+    return ["stock", "stock_epoch"]
+
+
+def write_texts(config: Config, form: PromptFormat) -> None:
+    """The pairs as the stock command takes them: the very tokens of ours, as text."""
+    partial = Path(config.work) / "pairs.partial"
+    partial.mkdir(exist_ok=True)
+    pairs = load_pairs(config.dataset, "train", config.pairs, config.half)
+    rows = []
+    for p in tokenize_pairs(pairs, form, config.max_length, "train"):
+        answers = [ids[:-1] if ids[-1] == form.eos_token_id else ids for ids in (p.chosen_ids, p.rejected_ids)]
+        chosen, rejected = (form.tokenizer.decode(p.prompt_ids + ids) for ids in answers)
+        rows.append(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
+    (partial / "train.jsonl").write_text("".join(rows))
+    partial.rename(Path(config.work) / "pairs")
+
+
+def stock_run(config: Config, form: PromptFormat, name: str, seed: int, more: list[str]) -> None:
+    console.print(f"{name} ...")
+    folder = Path(config.work) / name
+    log = folder.with_suffix(".log")
+    command = [
+        *[str(Path(sys.executable).with_name("trl")), "reward", "--model_name_or_path", f"{config.work}/merged"],
+        *["--dataset_name", f"{config.work}/pairs", "--output_dir", str(folder), "--num_train_epochs", "1"],
+        *["--use_peft", "--lora_r", "16", "--lora_alpha", "32", "--lora_target_modules", "all-linear"],
+        *["--lora_task_type", "SEQ_CLS", "--save_strategy", "no", "--gradient_checkpointing", "False"],
+        *["--report_to", "none", "--seed", str(seed), *more],
+        *(["--use_cpu", "True"] if device().type == "cpu" else []),
+    ]
+    with log.open("w") as file:
+        if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode:
+            raise UserError(f"the stock trainer failed; see {log}")
+    seconds = float(re.findall(r"'train_runtime': '?([\d.e+]+)", log.read_text())[-1])
+    pairs = len((Path(config.work) / "pairs" / "train.jsonl").read_text().splitlines())
+    steps = int(more[1]) if more else math.ceil(pairs / 8)
+    (folder / "run.json").write_text(json.dumps({"seconds": seconds, "steps": steps}))
+    save_scores(folder, stock_scores(config, form, folder))
+
+
+@torch.no_grad()
+def stock_scores(config: Config, form: PromptFormat, folder: Path) -> ScoredPairs:
+    """What the stock model says of the test pairs: their very tokens, padded on the right, eight pairs at a time."""
+    model = AutoPeftModelForSequenceClassification.from_pretrained(
+        folder, num_labels=1, pad_token_id=form.pad_token_id, dtype=torch.float32
+    ).eval()
+    pairs = tokenize_pairs(load_pairs(config.dataset, "test"), form, config.max_length, "test")
+    eos, scores = form.eos_token_id, []
+    answers = [[reward_train.closed(ids, eos) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs]
+    for start in range(0, len(pairs), 8):
+        part = range(start, min(start + 8, len(pairs)))
+        ids = pad_right([pairs[i].prompt_ids + answer for i in part for answer in answers[i]], form.pad_token_id, "cpu")
+        scores.append(model(ids, attention_mask=(ids != form.pad_token_id).long()).logits.float().view(-1, 2))
+    chosen, rejected = torch.cat(scores).double().numpy().T
+    tokens = np.array([[len(a), len(b)] for a, b in answers])
+    turns = np.array([sum(role == "user" for role, _ in p.pair.turns) for p in pairs])
+    return ScoredPairs(chosen, rejected, *tokens.T, turns)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def summary(config: Config, names: list[str]) -> dict[str, Any]:
+    """For each variant the means over its seeds, with intervals, beside the recipe's."""
+    scored, work = {}, Path(config.work)
+    for name in names:
+        seeds = [config.seeds] if name == "averaged" else range(config.seeds)
+        files = [work / f"{name}_{seed}" / "scores.json" for seed in seeds]
+        scored[name] = [ScoredPairs(**{k: np.array(v) for k, v in json.loads(f.read_text()).items()}) for f in files]
+    right = {name: np.array([pairs.right for pairs in runs]) for name, runs in scored.items()}  # [seeds, pairs]
+    longer = scored["recipe"][0].longer[None]
+    rows = {}
+    for name, runs in scored.items():
+        judged = [judge(pairs) for pairs in runs]
+        rows[name] = {
+            "accuracy_by_seed": [j["eval_accuracy"] for j in judged],
+            **interval("accuracy", right[name]),
+            **interval("above_longer_wins", right[name], longer),
+            **({} if name == "recipe" else interval("above_recipe", right[name], right["recipe"])),
+            **{key: float(np.mean([j[key] for j in judged if j[key] is not None])) for key in MEANS},
+        }
+        if name != "averaged":
+            rows[name]["seconds"] = float(
+                np.mean([train_seconds(work / f"{name}_{seed}") for seed in range(config.seeds)])
+            )
+    for name in {"stock", "stock_epoch"} & set(names):
+        rows["recipe"] |= interval(f"above_{name}", right["recipe"], right[name])
+    return {"config": asdict(config), "longer_wins": float(longer.mean()), "variants": rows}
+
+
+def interval(name: str, values: np.ndarray, against: np.ndarray | None = None, samples: int = 2000) -> dict[str, float]:
+    """Mean of `values` [seeds, pairs], less that of `against`; bootstrap over the seeds of each, and over the pairs."""
+    random, draws = np.random.default_rng(0), []
+    for _ in range(samples):
+        pairs = random.integers(0, values.shape[1], values.shape[1])
+        means = [
+            part[random.integers(0, len(part), len(part))].mean(0)[pairs].mean()
+            for part in (values, against)
+            if part is not None
+        ]
+        draws.append(means[0] - sum(means[1:]))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    mean = values.mean() - (0 if against is None else against.mean())
+    return {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def train_seconds(folder: Path) -> float:
+    """What training alone took, without loading and scoring."""
+    metrics = folder / "metrics.jsonl"
+    if not metrics.exists():
+        return json.loads((folder / "run.json").read_text())["seconds"]  # of the stock trainer
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return next(row["train_runtime"] for row in rows if "train_runtime" in row)
+
+
+def show(results: dict[str, Any]) -> None:
+    table = Table(
+        "", "accuracy (95 %)", "by seed", "above recipe (95 %)", "length-balanced", "loss", "length corr.", "s"
+    )
+    for name, r in results["variants"].items():
+        table.add_row(
+            name,
+            f"{r['accuracy']:.3f} ({r['accuracy_low']:.3f} to {r['accuracy_high']:.3f})",
+            " ".join(f"{value:.3f}" for value in r["accuracy_by_seed"]),
+            f"{r['above_recipe']:+.3f} ({r['above_recipe_low']:+.3f} to {r['above_recipe_high']:+.3f})"
+            if "above_recipe" in r
+            else "",
+            f"{r['length_balanced_accuracy']:.3f}",
+            f"{r['eval_loss']:.3f}",
+            f"{r['score_length_correlation']:.2f}",
+            f"{r['seconds']:.0f}" if "seconds" in r else "",
+        )
+    console.print(table)
+    console.print(f'"the longer response wins" gets {results["longer_wins"]:.3f}')
+
+
+if __name__ == "__main__":
+    run(main, Config, {}, __doc__)
