@@ -2,7 +2,7 @@
 # make test       the tests
 # make lint       ruff
 # make gpu-check  two minutes of all four scripts with the 4-bit base on your CUDA card
-# make bench      our PPO beside TRL 1.12's, on the demo's checkpoints (half an hour)
+# make bench      our PPO beside TRL 1.12's, on the demo's checkpoints (an hour and a half)
 # make bench-growth  how a PPO update's time and memory grow with batch, response and vocabulary (a quarter of an hour)
 # make bench-train   SFT and reward training beside the stock `trl sft` and `trl reward`, on Dahoas/rm-static
 # make bench-3b   memory by owner with Llama-3.2-3B's shapes and random weights

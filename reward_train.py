@@ -156,7 +156,7 @@ def main(config: Config) -> None:
                     "sha256": fingerprint(train_pairs),
                 },
                 steps=trainer.state.global_step,
-                metrics={name: value for name, value in metrics.items() if not isinstance(value, list | str)},
+                metrics={name: value for name, value in metrics.items() if not isinstance(value, list)},
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     console.print(f"Next: {next_command('ppo_train.py', sft=config.sft_checkpoint, reward=config.output_dir)}")
@@ -226,7 +226,7 @@ def read_prompts_once(shared: SharedBase) -> None:
 def evaluate(config: Config, shared: SharedBase, form, eval_set: list[TokenPair], folder: Path) -> dict[str, Any]:
     """Score the test pairs, say what the scores are worth, and write it to `folder`. Raises UserError if they are worth nothing."""
     scored = score(shared, eval_set, form.eos_token_id, 2 * config.per_device_train_batch_size)
-    metrics = judge(scored) | {"source": config.dataset, "max_length": config.max_length}
+    metrics = judge(scored)
     if not np.isfinite(metrics["score_std"]):
         raise UserError("the reward model gives scores that are not finite: lower --learning-rate, or try --dtype fp32")
     console.print(describe(metrics))
@@ -235,7 +235,7 @@ def evaluate(config: Config, shared: SharedBase, form, eval_set: list[TokenPair]
             f"the reward model gives every text about the same score (standard deviation {metrics['score_std']:.1e}): "
             "it has learned nothing; raise --learning-rate or train longer"
         )
-    write_evaluation(folder, metrics, scored)
+    write_evaluation(folder, {"dataset": config.dataset, "max_length": config.max_length} | metrics, scored)
     return metrics
 
 

@@ -220,12 +220,12 @@ def test_longer_answers_that_win_at_any_length_win_at_equal_length():
     (pair,) = compare.compare_pairs(wins(*outcomes, longer=longer))
     assert pair["verdict"] == "SFT is significantly better than base, also at equal length"
     (pair,) = compare.compare_pairs(wins(*[1] * 100, longer=random.normal(40, 5, 100).tolist()))
-    assert pair["at_equal_length"] == 1 and pair["at_equal_length_low"] > 0.5
+    assert pair["at_equal_length"] == pytest.approx(1) and pair["at_equal_length_low"] > 0.5
 
 
 def test_a_share_stays_between_0_and_1():
     (pair,) = compare.compare_pairs(wins(1, 1, 1, 1, 0, 0, 0, 0, longer=[10, 11, 9, 10, 50, 51, 49, 50]))
-    assert pair["at_equal_length"] == 1 and 0 <= pair["at_equal_length_low"] < pair["at_equal_length_high"] <= 1
+    assert pair["at_equal_length"] == 1 and 0 <= pair["at_equal_length_low"] <= pair["at_equal_length_high"] <= 1
 
 
 def test_wins_by_length_are_no_wins_at_equal_length():
@@ -269,7 +269,7 @@ def test_summary_table(capsys):
     assert cells == [
         ["base", "-12.35", "2.0", "100 %", "0 %", "100 %"],
         ["PPO", "1.00", "128.0", "100 %", "0 %", "100 %"],
-        ["PPO against base", "100 % (0 to 100 %)", "100 % (0 to 100 %)"],
+        ["PPO against base", "100 % (20 to 100 %)", "100 % (20 to 100 %)"],
     ]
     heads = [[cell.strip() for cell in line.strip("┃").split("┃")] for line in lines if line.startswith("┃")]
     assert heads == [
@@ -307,7 +307,7 @@ def test_markdown():
 
 | Who wins | Win rate (95 % interval) | At equal length (95 % interval) |
 | --- | ---: | ---: |
-| SFT against base | 100 % (0 to 100 %) | 100 % (0 to 100 %) |
+| SFT against base | 100 % (20 to 100 %) | 100 % (20 to 100 %) |
 
 - SFT against base: no significant difference on 1 prompt.
 

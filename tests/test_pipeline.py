@@ -107,7 +107,7 @@ def test_a_judge_scores_and_changes_nothing_else(trained, ppo, tiny_data, call_m
     assert refused.returncode == 2 and "is no judge of its own" in refused.stderr and "--half second" in refused.stderr
 
     edited = json.loads((gold / "run.json").read_text())
-    edited["data"]["source"] = "other pairs"
+    edited["data"] |= {"source": "other pairs", "sha256": "another"}
     (gold / "run.json").write_text(json.dumps(edited))
     result = call_main("ppo_train", [*argv, "--gold-checkpoint", gold])
     assert result.returncode == 0, result.stderr
