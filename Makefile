@@ -6,8 +6,7 @@
 # make bench-growth  how a PPO update's time and memory grow with batch, response and vocabulary (a quarter of an hour)
 # make bench-train   SFT and reward training beside the stock `trl sft` and `trl reward`, on Dahoas/rm-static
 # make bench-3b   memory by owner with Llama-3.2-3B's shapes and random weights
-# make results    the evidence of docs/results.md: reward models and PPO on Dahoas/rm-static (hours; goes on where it was)
-.PHONY: demo test lint gpu-check bench bench-growth bench-train bench-3b results
+.PHONY: demo test lint gpu-check bench bench-growth bench-train bench-3b
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -42,10 +41,6 @@ bench-train: $(BIN)/.installed $(MODEL)/model.safetensors
 
 bench-3b: $(BIN)/.installed $(MODEL)/model.safetensors
 	$(BIN)/python benchmarks/llama_3b.py
-
-DATA ?= Dahoas/rm-static
-results: $(BIN)/.installed $(MODEL)/model.safetensors
-	$(BIN)/python benchmarks/results.py --dataset $(DATA)
 
 $(MODEL)/model.safetensors: | $(BIN)/.installed
 	$(BIN)/python demo/get_model.py $(MODEL)
