@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 RECORD = Path(__file__).parent / "trl_1_12.json"
-SOURCE = Path(__file__).parent.parent / "benchmarks/work/trl-1.12.0/trl/experimental/ppo/ppo_trainer.py"
+TRL = Path(__file__).parent.parent / "benchmarks" / "work" / "trl-1.12.0" / "trl"
+SOURCE = TRL / "experimental" / "ppo" / "ppo_trainer.py"
 EOS, PAD, PENALTY = 2, 0, 1.0
 CASES = {  # lengths of the rows that end by EOS; settings
     "full": ([6, 6], {"gamma": 0.97, "lam": 0.9, "kl_coef": 0.1, "kl_estimator": "k1", "whiten_rewards": False}),
