@@ -9,7 +9,7 @@ adapters on its upper layers. Each update, as in "The N+ implementation details 
 2. Measure: score each response, and compute each token's log-probability under policy and reference, and its value.
 3. Reward: per token -kl_coef * (logprob - ref_logprob); at the last token also the score. Advantages by GAE, whitened.
 4. Optimise: several epochs of clipped policy and value losses over exact minibatches, stopped early by KL.
-5. Adapt the KL coefficient; every few updates, look at held-out prompts.
+5. Adapt the KL coefficient; every few updates, look at held-out prompts, where a gold reward model may judge, too.
 
     python ppo_train.py
     python ppo_train.py --preset demo
@@ -330,6 +330,21 @@ def step(optimizer, scaler, max_grad_norm: float, update: int) -> dict[str, floa
     return norms
 
 
+def evaluate(config: Config, shared: SharedBase, form: PromptFormat, prompts: list[list[int]]) -> Evaluation:
+    """Sample from the policy on held-out prompts, always with the same seeds."""
+    responses = rollout(config, shared, form, prompts, [(0, 4, i) for i in range(len(prompts))])
+    scores, kl, entropy, gold_scores = torch.zeros(4, len(prompts))
+    for micro in make_micro_batches(prompts, responses, form, config.per_device_train_batch_size, shared.device):
+        measure(shared, micro, config.temperature, baseline=0.0)
+        scores[micro.rows] = micro.scores.cpu()
+        kl[micro.rows] = (micro.logprobs - micro.ref_logprobs).sum(1).cpu()
+        entropy[micro.rows] = (micro.entropy.sum(1) / micro.response_mask.sum(1)).cpu()
+        if config.gold_checkpoint:
+            gold_scores[micro.rows] = score(shared, "gold", micro).cpu()
+    texts = [form.decode(response.text_ids) for response in responses]
+    return Evaluation(responses, texts, scores, kl, entropy, gold_scores if config.gold_checkpoint else None)
+
+
 # ---------------------------------------------------------------- the formulas
 
 
@@ -417,21 +432,6 @@ def set_learning_rates(optimizer, update: int, config: Config) -> None:
         trained = update - (config.critic_warmup_updates if group["name"] == "policy" else 0)
         warmup = min(1.0, max(0, trained) / max(1, config.warmup_updates))
         group["lr"] = group["peak_lr"] * warmup * (1 - (update - 1) / config.num_updates)
-
-
-def evaluate(config: Config, shared: SharedBase, form: PromptFormat, prompts: list[list[int]]) -> Evaluation:
-    """Sample from the policy on held-out prompts, always with the same seeds."""
-    responses = rollout(config, shared, form, prompts, [(0, 4, i) for i in range(len(prompts))])
-    scores, kl, entropy, gold_scores = torch.zeros(4, len(prompts))
-    for micro in make_micro_batches(prompts, responses, form, config.per_device_train_batch_size, shared.device):
-        measure(shared, micro, config.temperature, baseline=0.0)
-        scores[micro.rows] = micro.scores.cpu()
-        kl[micro.rows] = (micro.logprobs - micro.ref_logprobs).sum(1).cpu()
-        entropy[micro.rows] = (micro.entropy.sum(1) / micro.response_mask.sum(1)).cpu()
-        if config.gold_checkpoint:
-            gold_scores[micro.rows] = score(shared, "gold", micro).cpu()
-    texts = [form.decode(response.text_ids) for response in responses]
-    return Evaluation(responses, texts, scores, kl, entropy, gold_scores if config.gold_checkpoint else None)
 
 
 # ---------------------------------------------------------------- before and after
