@@ -107,11 +107,11 @@ def wilson_interval(successes: float, count: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def bootstrap(values: Iterable[float], seed: int = 0, samples: int = 10_000) -> np.ndarray:
-    """The means of `samples` draws with replacement; independent samples want different seeds."""
+def bootstrap(values: Iterable[float], seed: int = 0) -> np.ndarray:
+    """The means of 10,000 draws with replacement; independent samples want different seeds."""
     values, random = np.asarray(list(values), dtype=float), np.random.default_rng(seed)
     block = max(1, 1_000_000 // len(values))  # draws in memory at a time
-    sizes = [min(block, samples - start) for start in range(0, samples, block)]
+    sizes = [min(block, 10_000 - start) for start in range(0, 10_000, block)]
     return np.concatenate([values[random.integers(0, len(values), (size, len(values)))].mean(1) for size in sizes])
 
 
