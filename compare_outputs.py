@@ -86,6 +86,11 @@ RULE = "─" * 80
 ENDINGS = {"eos": "ended by EOS", "stop_text": "ended by the next Human: turn", "length": "cut at the length limit"}
 COLUMNS = ("Model", "Mean\nscore", "Mean\ntokens", "Ended\nby EOS", "Repeated\n3-grams", "Distinct\n2-grams")
 PAIR_COLUMNS = ("Who wins", "Win rate\n(95 % interval)", "At equal length\n(95 % interval)")
+OWN_JUDGE = (
+    "The judge is the reward model that PPO trained against: PPO's win rate says that it learned to please it, not that "
+    "people agree. Name a judge of other pairs with --reward-checkpoint."
+)
+OTHER_JUDGE = "The judge is another reward model than the one that PPO trained against."
 REPORTED = ("adapter_sha256", "epochs", "updates", "metrics")  # of each phase's run.json
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 
@@ -163,8 +168,6 @@ def read_runs(config: Config) -> dict[str, dict[str, Any]]:
         check_child(runs[phase], folder, runs["sft"], config.sft_checkpoint)
     if "ppo" in runs:
         check_number(runs["ppo"], "updates")
-    if "ppo" in runs and "reward" in runs and runs["ppo"]["parents"].get("reward") != runs["reward"]["adapter_sha256"]:
-        print(f"Note: PPO was trained against another reward model than {config.reward_checkpoint}, which scores here.")
     return runs
 
 
@@ -204,7 +207,8 @@ def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
     """The prompts as turns and as token ids. Bad rows and prompts that are too long are dropped and reported."""
     path = Path(config.prompts or "")
     if config.num_test_prompts:
-        rows, turns_of = data.load_pairs(config.dataset, "test", config.num_test_prompts), lambda pair: pair.turns
+        pairs = data.load_pairs(config.dataset, "test", config.num_test_prompts)
+        rows, turns_of = dict.fromkeys(pair.turns for pair in pairs), lambda turns: turns
     elif config.prompts is None:
         rows, turns_of = PROMPTS, data.parse_dialogue
     elif not path.is_file():
@@ -214,18 +218,13 @@ def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
     else:
         with data.open_text(path) as file:
             rows, turns_of = [line for line in file if line.strip()], data.parse_dialogue
-    prompts, drops, seen = [], Counter(), set()
+    prompts, drops = [], Counter()
     for row in rows:
         try:
             turns = turns_of(row)
-            prompt = turns, data.tokenize_prompt(turns, form, config.max_prompt_length)
+            prompts.append((turns, data.tokenize_prompt(turns, form, config.max_prompt_length)))
         except data.BadRow as reason:
             drops[str(reason)] += 1
-            continue
-        if config.num_test_prompts and turns in seen:  # pairs that share a prompt
-            continue
-        seen.add(turns)
-        prompts.append(prompt)
     if drops:
         data.report_drops("prompts", len(prompts), drops)
     if not prompts:
@@ -328,11 +327,9 @@ def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
     if "ppo" not in runs:
         return []
     found = []
-    if "reward" in runs and runs["ppo"]["parents"].get("reward") == runs["reward"]["adapter_sha256"]:
-        found.append(
-            "The judge is the reward model that PPO trained against: PPO's win rate says that it learned to please it, not "
-            "that people agree. Name a judge of other pairs with --reward-checkpoint."
-        )
+    if "reward" in runs:
+        same = runs["ppo"]["parents"].get("reward") == runs["reward"]["adapter_sha256"]
+        found.append(OWN_JUDGE if same else OTHER_JUDGE)
     metrics = runs["ppo"].get("metrics")
     warned = metrics.get("warnings") if isinstance(metrics, dict) else None
     found += (

@@ -256,7 +256,7 @@ def test_notes_say_who_judges_and_what_ppo_warned_of(metrics):
         ["PPO's run warned: the score rose , but \ufffd"] if metrics and metrics.get("warnings") != 3 else []
     )
     runs["reward"]["adapter_sha256"] = "another"
-    assert compare.notes(runs) == warned
+    assert compare.notes(runs) == [compare.OTHER_JUDGE, *warned]
     assert compare.notes({"sft": {}}) == []
 
 
