@@ -12,6 +12,7 @@ from rlhf.data import (
     PromptFormat,
     TokenPair,
     fingerprint,
+    half_of,
     load_pairs,
     parse_row,
     tokenize_pairs,
@@ -269,6 +270,8 @@ def test_halves_are_all_of_it_and_share_no_dialogue(tmp_path, capsys):
     halves = {half: load_pairs(str(tmp_path), "train", half=half) for half in ("first", "second")}
     assert "train, first half: " in capsys.readouterr().out
     assert sorted(map(len, halves.values()))[0] >= 240  # of 600
+    assert {half_of(pair) for pair in halves["first"]} == {"first"}
+    assert [half_of(Pair((("user", text),), "a", "b")) for text in "0123"] == ["second", "second", "first", "first"]
     both = load_pairs(str(tmp_path), "train")
     assert len(halves["first"]) + len(halves["second"]) == len(both) == 600
     assert set(halves["first"]) | set(halves["second"]) == set(both)

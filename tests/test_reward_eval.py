@@ -35,6 +35,11 @@ def test_four_pairs_by_hand():
     ]
 
 
+def test_pairs_of_equal_length_are_in_neither_kind():
+    m = judge(scored([1, 0, 1], [0, 1, 0], [10, 5, 8], [5, 10, 8]))  # the third is right, and alike in length
+    assert m["length_balanced_accuracy"] == 0.5
+
+
 def test_a_model_that_sees_length_alone():
     random = np.random.default_rng(0)
     tokens = random.integers(2, 100, (2, 300))
