@@ -60,7 +60,7 @@ def main(config: Config) -> None:
     }
     results = {
         "hardware": hardware(),
-        "config": {name: str(value) for name, value in vars(config).items()},
+        "config": {name: str(value) for name, value in vars(config).items()} | {"dataset": Path(config.dataset).name},
         "tokens_per_second": median,
         "sft_ratio": median["sft_train.py"] / median["trl sft"],
         "reward_ratio": median["reward_train.py"] / median["trl reward"],
