@@ -2,9 +2,11 @@
 
     python benchmarks/reward_ablation.py --sft-checkpoint runs/results/sft --dataset Dahoas/rm-static
 
-Every run trains on the same pairs and is scored on the same test pairs. Intervals are bootstraps over seeds and test
-pairs; differences are paired over test pairs. Finished runs are kept in --work and not done again. Variants that
-reward_train.py has no flag for are made here, around it: what is not worth a flag is not in the script.
+Every run trains on the same pairs, those of the first half of the dialogues, and is scored on the same test pairs and
+on the same validation pairs, training rows of the other half: choose a recipe by these, so that the test pairs still say
+what it is worth. Intervals are bootstraps over seeds and pairs; differences are paired over pairs. Finished runs are kept
+in --work and not done again. Variants that reward_train.py has no flag for are made here, around it: what is not worth a
+flag is not in the script.
 
 `averaged` is one model, the mean of the adapters of `one_head`, runs that differ in seed but start from one head (WARM,
 2401.12187). `stock` is the `trl reward` command at its defaults, with the same LoRA on the same pairs, from the same SFT
@@ -43,7 +45,6 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from rich.table import Table  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers.modeling_outputs import SequenceClassifierOutput  # noqa: E402
-from trl import RewardTrainer  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Variant:
     without_sft: bool = False  # straight on the base
 
 
+STOCK = ("stock", "stock_epoch")  # TRL's trainer, for as long as `recipe` trained, and for an epoch
 MEANS = ("length_balanced_accuracy", "eval_loss", "calibration_error", "score_length_correlation")
 VARIANTS = {
     "recipe": Variant(),
@@ -82,8 +84,8 @@ VARIANTS = {
 class Config:
     sft_checkpoint: str = "runs/results/sft"
     dataset: str = "Dahoas/rm-static"
-    half: str = "both"  # of the training prompts
-    pairs: int = 1500  # the first so many training pairs
+    pairs: int = 1500  # the first so many training pairs of the first half
+    validation_pairs: int = 600  # the first so many of the second half
     max_length: int = 256  # tokens
     variants: tuple[str, ...] = tuple(VARIANTS)
     stock: bool = True  # TRL's stock trainer, too
@@ -97,7 +99,7 @@ def recipe(config: Config, name: str, seed: int) -> reward_train.Config:
     changes = {"learning_rate": 2e-4, "num_train_epochs": 1.0} | VARIANTS[name].changes
     folder = Path(config.work) / f"{name}_{seed}"
     sft = str(Path(config.work) / "no_sft") if VARIANTS[name].without_sft else config.sft_checkpoint
-    sources = {"sft_checkpoint": sft, "dataset": config.dataset, "half": config.half, "output_dir": str(folder)}
+    sources = {"sft_checkpoint": sft, "dataset": config.dataset, "half": "first", "output_dir": str(folder)}
     sizes = {"max_length": config.max_length, "max_train_samples": config.pairs, "max_eval_samples": None}
     return replace(reward_train.PRESETS["demo"], **sources, **sizes, overwrite=True, seed=seed, **changes)
 
@@ -108,7 +110,7 @@ def main(config: Config) -> None:
         raise UserError(f"--variants are recipe and any of {', '.join(VARIANTS)}; --seeds at least 1")
     work = Path(config.work)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    keep_config(work, config, ("sft_checkpoint", "dataset", "half", "pairs", "max_length"))
+    keep_config(work, config, ("sft_checkpoint", "dataset", "pairs", "validation_pairs", "max_length"))
     if any(VARIANTS[name].without_sft for name in config.variants):
         blank_sft(config.sft_checkpoint, work / "no_sft")
     for seed in range(config.seeds):
@@ -135,10 +137,10 @@ def main(config: Config) -> None:
 
 
 def train(config: Config, name: str, seed: int) -> None:
-    """reward_train.py with a variant's changes, and the scores of all test pairs beside its checkpoint."""
+    """reward_train.py with a variant's changes, and the scores of test and validation pairs beside its checkpoint."""
     variant = VARIANTS[name]
 
-    class Trainer(RewardTrainer):
+    class Trainer(reward_train.Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
@@ -171,10 +173,15 @@ def train(config: Config, name: str, seed: int) -> None:
 
     def write_evaluation(folder, metrics, pairs):
         write(folder, metrics, pairs)
-        save_scores(folder, pairs)
+        save_scores(folder / "scores.json", pairs)
 
-    original, write = reward_train.make_trainer, reward_train.write_evaluation
-    changes = {"RewardTrainer": Trainer, "make_trainer": make_trainer, "write_evaluation": write_evaluation}
+    def evaluate(settings, shared, form, eval_set, folder):
+        save_validation(config, shared, form, folder)
+        return judge_test(settings, shared, form, eval_set, folder)
+
+    original, write, judge_test = reward_train.make_trainer, reward_train.write_evaluation, reward_train.evaluate
+    changes = {"Trainer": Trainer, "make_trainer": make_trainer, "write_evaluation": write_evaluation}
+    changes["evaluate"] = evaluate
     with mock.patch.multiple(reward_train, **changes):
         reward_train.main(recipe(config, name, seed))
 
@@ -235,10 +242,10 @@ def average(config: Config) -> None:
     rank = sum(part["rank"] for part in parts)
     head = torch.stack([part["head"] for part in parts]).mean(0)
     shared.add_role("reward", rank, rank, parts[0]["num_layers"], state, head)
-    pairs = load_pairs(config.dataset, "test")
-    tokens = tokenize_pairs(pairs, form, config.max_length, "test")
     folder.mkdir(exist_ok=True)
-    save_scores(folder, reward_train.score(shared, tokens, form.eos_token_id, 16))
+    save_validation(config, shared, form, folder)
+    tokens = tokenize_pairs(load_pairs(config.dataset, "test"), form, config.max_length, "test")
+    save_scores(folder / "scores.json", reward_train.score(shared, tokens, form.eos_token_id, 16))
 
 
 def open_base(config: Config) -> tuple[SharedBase, PromptFormat]:
@@ -257,8 +264,18 @@ def keep_config(work: Path, config: Any, names: tuple[str, ...]) -> None:
     path.write_text(json.dumps(settings))
 
 
-def save_scores(folder: Path, pairs: ScoredPairs) -> None:
-    (folder / "scores.json").write_text(json.dumps({name: array.tolist() for name, array in vars(pairs).items()}))
+def save_validation(config: Config, shared: SharedBase, form: PromptFormat, folder: Path) -> None:
+    pairs = load_pairs(config.dataset, "train", config.validation_pairs, "second")
+    tokens = tokenize_pairs(pairs, form, config.max_length, "validation")
+    save_scores(folder / "validation.json", reward_train.score(shared, tokens, form.eos_token_id, 16))
+
+
+def save_scores(path: Path, pairs: ScoredPairs) -> None:
+    path.write_text(json.dumps({name: array.tolist() for name, array in vars(pairs).items()}))
+
+
+def read_scores(path: Path) -> ScoredPairs:
+    return ScoredPairs(**{name: np.array(values) for name, values in json.loads(path.read_text()).items()})
 
 
 # ---------------------------------------------------------------- TRL's
@@ -283,14 +300,14 @@ def stock(config: Config) -> list[str]:
             whole = json.loads((work / f"stock_epoch_{seed}" / "run.json").read_text())
             steps = max(1, round(train_seconds(work / f"recipe_{seed}") / whole["seconds"] * whole["steps"]))
             stock_run(config, form, f"stock_{seed}", seed, ["--max_steps", str(steps)])
-    return ["stock", "stock_epoch"]
+    return list(STOCK)
 
 
 def write_texts(config: Config, form: PromptFormat) -> None:
     """The pairs as the stock command takes them: the very tokens of ours, as text."""
     partial = Path(config.work) / "pairs.partial"
     partial.mkdir(exist_ok=True)
-    pairs = load_pairs(config.dataset, "train", config.pairs, config.half)
+    pairs = load_pairs(config.dataset, "train", config.pairs, "first")
     rows = []
     for p in tokenize_pairs(pairs, form, config.max_length, "train"):
         answers = [ids[:-1] if ids[-1] == form.eos_token_id else ids for ids in (p.chosen_ids, p.rejected_ids)]
@@ -319,7 +336,7 @@ def stock_run(config: Config, form: PromptFormat, name: str, seed: int, more: li
     pairs = len((Path(config.work) / "pairs" / "train.jsonl").read_text().splitlines())
     steps = int(more[1]) if more else math.ceil(pairs / 8)
     (folder / "run.json").write_text(json.dumps({"seconds": seconds, "steps": steps}))
-    save_scores(folder, stock_scores(config, form, folder))
+    save_scores(folder / "scores.json", stock_scores(config, form, folder))
 
 
 @torch.no_grad()
@@ -346,29 +363,31 @@ def stock_scores(config: Config, form: PromptFormat, folder: Path) -> ScoredPair
 
 def summary(config: Config, names: list[str]) -> dict[str, Any]:
     """For each variant the means over its seeds, with intervals, beside the recipe's."""
-    scored, work = {}, Path(config.work)
-    for name in names:
-        seeds = [config.seeds] if name == "averaged" else range(config.seeds)
-        files = [work / f"{name}_{seed}" / "scores.json" for seed in seeds]
-        scored[name] = [ScoredPairs(**{k: np.array(v) for k, v in json.loads(f.read_text()).items()}) for f in files]
-    right = {name: np.array([pairs.right for pairs in runs]) for name, runs in scored.items()}  # [seeds, pairs]
-    longer = scored["recipe"][0].longer[None]
-    rows = {}
-    for name, runs in scored.items():
-        judged = [judge(pairs) for pairs in runs]
-        rows[name] = {
-            "accuracy_by_seed": [j["eval_accuracy"] for j in judged],
-            **interval("accuracy", right[name]),
-            **interval("above_longer_wins", right[name], longer),
-            **({} if name == "recipe" else interval("above_recipe", right[name], right["recipe"])),
-            **{key: float(np.mean([j[key] for j in judged if j[key] is not None])) for key in MEANS},
+    work, rows = Path(config.work), {name: {} for name in names}
+    seeds = {name: [config.seeds] if name == "averaged" else range(config.seeds) for name in names}
+    for file, prefix in (("validation.json", "validation_"), ("scores.json", "")):
+        scored = {
+            name: [read_scores(work / f"{name}_{seed}" / file) for seed in seeds[name]]
+            for name in names
+            if file == "scores.json" or name not in STOCK
         }
+        right = {name: np.array([pairs.right for pairs in runs]) for name, runs in scored.items()}  # [seeds, pairs]
+        longer = scored["recipe"][0].longer[None]
+        for name, runs in scored.items():
+            judged = [judge(pairs) for pairs in runs]
+            numbers = {
+                "accuracy_by_seed": [j["eval_accuracy"] for j in judged],
+                **interval("accuracy", right[name]),
+                **interval("above_longer_wins", right[name], longer),
+                **({} if name == "recipe" else interval("above_recipe", right[name], right["recipe"])),
+                **{key: float(np.mean([j[key] for j in judged if j[key] is not None])) for key in MEANS},
+            }
+            rows[name] |= {f"{prefix}{key}": value for key, value in numbers.items()}
+    for name in names:
         if name != "averaged":
-            rows[name]["seconds"] = float(
-                np.mean([train_seconds(work / f"{name}_{seed}") for seed in range(config.seeds)])
-            )
-    for name in {"stock", "stock_epoch"} & set(names):
-        rows["recipe"] |= interval(f"above_{name}", right["recipe"], right[name])
+            rows[name]["seconds"] = float(np.mean([train_seconds(work / f"{name}_{seed}") for seed in seeds[name]]))
+        if name in STOCK:
+            rows["recipe"] |= interval(f"above_{name}", right["recipe"], right[name])
     return {"config": asdict(config), "longer_wins": float(longer.mean()), "variants": rows}
 
 
@@ -398,24 +417,27 @@ def train_seconds(folder: Path) -> float:
 
 
 def show(results: dict[str, Any]) -> None:
-    table = Table(
-        "", "accuracy (95 %)", "by seed", "above recipe (95 %)", "length-balanced", "loss", "length corr.", "s"
-    )
+    table = Table("", "validation (95 %)", "above recipe", "loss", "test (95 %)", "by seed", "above recipe", "loss")
+    for name in ("length-balanced", "length corr.", "s"):
+        table.add_column(name)
     for name, r in results["variants"].items():
-        table.add_row(
-            name,
-            f"{r['accuracy']:.3f} ({r['accuracy_low']:.3f} to {r['accuracy_high']:.3f})",
-            " ".join(f"{value:.3f}" for value in r["accuracy_by_seed"]),
-            f"{r['above_recipe']:+.3f} ({r['above_recipe_low']:+.3f} to {r['above_recipe_high']:+.3f})"
-            if "above_recipe" in r
-            else "",
-            f"{r['length_balanced_accuracy']:.3f}",
-            f"{r['eval_loss']:.3f}",
-            f"{r['score_length_correlation']:.2f}",
-            f"{r['seconds']:.0f}" if "seconds" in r else "",
-        )
+        cells = []
+        for prefix in ("validation_", ""):
+            if f"{prefix}accuracy" not in r:
+                cells += ["", "", ""]
+                continue
+            cells.append(span(r, f"{prefix}accuracy", ".3f"))
+            cells += [" ".join(f"{value:.3f}" for value in r["accuracy_by_seed"])] if not prefix else []
+            cells.append("" if name == "recipe" else span(r, f"{prefix}above_recipe", "+.3f"))
+            cells.append(f"{r[f'{prefix}eval_loss']:.3f}")
+        cells += [f"{r[key]:.3f}" for key in ("length_balanced_accuracy", "score_length_correlation")]
+        table.add_row(name, *cells, f"{r['seconds']:.0f}" if "seconds" in r else "")
     console.print(table)
-    console.print(f'"the longer response wins" gets {results["longer_wins"]:.3f}')
+    console.print(f'"the longer response wins" gets {results["longer_wins"]:.3f} on the test pairs')
+
+
+def span(r: dict[str, Any], key: str, form: str) -> str:
+    return f"{r[key]:{form}} ({r[f'{key}_low']:{form}} to {r[f'{key}_high']:{form}})"
 
 
 if __name__ == "__main__":
