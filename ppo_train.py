@@ -21,20 +21,22 @@ Shapes: b rows of a micro-batch, N tokens of their texts, R tokens of the longes
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.checkpoints import check_child, check_other_pairs, check_output, output_folder, read_run, write_run
+from rlhf.checkpoints import check_output, is_finished, output_folder, read_parents
 from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
 from rlhf.generation import Response, Seed, generate
 from rlhf.logprobs import chosen_logprobs
-from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, read_stacked, same_base, save_stacked
+from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, read_stacked, same_base
 from rlhf.plan import dry_run_ppo
-from rlhf.ppo_batch import MicroBatch, make_micro_batches, mean_kl
-from rlhf.ppo_eval import Evaluation, compare, describe, plot_frontier, warnings
-from rlhf.ppo_log import CURVES, Log, add_means, batch_metrics, mean_stats
-from rlhf.reporting import console, plot_curves
+from rlhf.ppo_batch import MicroBatch, fit, make_micro_batches, mean_kl, num_tokens, pick
+from rlhf.ppo_eval import Evaluation, compare, describe, warnings
+from rlhf.ppo_log import Log, add_means, batch_metrics, mean_stats
+from rlhf.ppo_state import State, save
+from rlhf.processes import gather, moments, num_processes, share, sum_gradients, total, totals
+from rlhf.reporting import console
+from rlhf.resume import check_stop
 from rlhf.training import check_ppo_numbers, device
 
 import numpy as np
@@ -52,6 +54,7 @@ class Config:
     dataset: str = "Dahoas/rm-static"  # only its prompts are used
     output_dir: str = "checkpoints/ppo"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
+    resume: bool = False  # go on with a run that was stopped or cut short
     dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
     card_gb: float = 12.0  # the card that --dry-run plans for
 
@@ -94,14 +97,17 @@ class Config:
     missing_eos_penalty: float = 1.0  # taken from the score of a response that did not end by EOS
 
     eval_steps: int = 10  # updates between looks at the held-out prompts
+    save_steps: int = 1  # updates between states to resume from; a crash costs at most so many
+    save_total_limit: int = 2  # states kept
     num_printed_samples: int = 2  # held-out responses shown at each look
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
     seed: int = 0  # of initialisation, shuffling and sampling
 
     @property
     def batch_size(self) -> int:
-        """Episodes of an update."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_mini_batches
+        """Episodes of an update, of all processes."""
+        micro = self.per_device_train_batch_size * num_processes()
+        return micro * self.gradient_accumulation_steps * self.num_mini_batches
 
     @property
     def num_updates(self) -> int:
@@ -140,8 +146,10 @@ PRESETS = {
 def main(config: Config) -> None:
     started = time.monotonic()
     check_ppo_numbers(config)
-    checkpoints = (config.sft_checkpoint, config.reward_checkpoint, config.gold_checkpoint)
-    check_output(config.output_dir, config.overwrite, *checkpoints, config.base_model, config.dataset)
+    inputs = config.sft_checkpoint, config.reward_checkpoint, config.gold_checkpoint, config.base_model, config.dataset
+    check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
+    if is_finished(config):
+        return
     runs = read_parents(config)
     if config.dry_run:
         dry_run_ppo(config, runs)
@@ -154,14 +162,19 @@ def main(config: Config) -> None:
     ]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(shared.device.type, enabled=shared.dtype == torch.float16)
-    kl_coef = config.kl_coef
 
-    with output_folder(config.output_dir) as folder, Log(config, folder, config.num_updates) as log:
-        first = last = evaluate(config, shared, form, eval_prompts)  # of the SFT policy, as the new one equals it
-        baseline = first.scores.mean().item()
-        log.evaluation(0, first, eval_prompts, form)
+    with (
+        output_folder(config.output_dir, config.resume) as folder,
+        Log(config, folder, config.num_updates) as log,
+        State(config, folder, runs, (prompts, eval_prompts), shared, optimizer, scaler, log) as state,
+    ):
+        if not state.sft:
+            state.sft = evaluate(config, shared, form, eval_prompts)  # as the new policy equals SFT's
+            log.evaluation(0, state.sft, eval_prompts, form)
+        first = last = state.sft
+        baseline, kl_coef = first.scores.mean().item(), state.kl_coef
 
-        for update in range(1, config.num_updates + 1):
+        for update in range(state.update + 1, config.num_updates + 1):
             # 1. Rollout
             clock = [time.monotonic()]
             queries, seeds = draw_prompts(prompts, update, config)
@@ -169,8 +182,7 @@ def main(config: Config) -> None:
             clock.append(time.monotonic())
             # 2. Measure
             batch = make_micro_batches(queries, responses, form, config.per_device_train_batch_size, shared.device)
-            for micro in batch:
-                measure(shared, micro, config.temperature, baseline)
+            fit(measure, shared, batch, config.temperature, baseline)
             clock.append(time.monotonic())
             # 3. Reward
             set_advantages(batch, kl_coef, baseline, config)
@@ -185,12 +197,11 @@ def main(config: Config) -> None:
             if update % config.eval_steps == 0 or update == config.num_updates:
                 last = evaluate(config, shared, form, eval_prompts)
                 log.evaluation(update, last, eval_prompts, form)
+            state.done(update, kl_coef)
 
         metrics = compare(first, last) | {"warnings": warnings(first, last)}
         console.print(describe(metrics))
         save(config, folder, shared, form, base, runs, metrics, started)
-        plot_curves(folder, "update", CURVES)
-        plot_frontier(folder)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     phases = {"sft": config.sft_checkpoint, "reward": config.reward_checkpoint, "ppo": config.output_dir}
     console.print(f"Next: {next_command('compare_outputs.py', **phases)}")
@@ -214,18 +225,20 @@ def rollout(
 ) -> list[Response]:
     """Sample one response to each prompt from the policy."""
     shared.activate("policy")
-    size = config.rollout_batch_size
-    return generate(shared, form, prompts, config.response_length, config.temperature, seeds, size)
+    settings = config.response_length, config.temperature, share(seeds), config.rollout_batch_size
+    return gather(generate(shared, form, share(prompts), *settings))
 
 
 @torch.no_grad()
-def measure(shared: SharedBase, micro: MicroBatch, temperature: float, baseline: float) -> None:
-    """Fill in what each role says of a micro-batch; the lower layers run once for all of them, and for all epochs."""
-    micro.lower = shared.lower(micro.texts)
-    micro.logprobs, micro.entropy = token_logprobs(shared, "policy", micro, temperature)
-    micro.ref_logprobs, _ = token_logprobs(shared, None, micro, temperature)
-    micro.values = token_values(shared, micro, baseline)
-    micro.scores = score(shared, "reward", micro)
+def measure(shared: SharedBase, batch: list[MicroBatch], temperature: float, baseline: float) -> None:
+    """Fill in what each role says of the micro-batches; the lower layers run once for all of them, and for all epochs."""
+    for micro in batch:
+        check_stop()
+        micro.lower = shared.lower(micro.texts)
+        micro.logprobs, micro.entropy = token_logprobs(shared, "policy", micro, temperature)
+        micro.ref_logprobs, _ = token_logprobs(shared, None, micro, temperature)
+        micro.values = token_values(shared, micro, baseline)
+        micro.scores = score(shared, "reward", micro)
 
 
 @torch.no_grad()
@@ -279,43 +292,57 @@ def optimise(
 ) -> dict[str, float]:
     """Several epochs over the batch; each minibatch is one step of policy and value. Returns mean statistics.
 
-    A minibatch is a random set of whole micro-batches. Losses are sums over its real tokens, divided by their number.
+    A minibatch is a random set of whole micro-batches.
     """
     random = np.random.default_rng((config.seed, 3, update))
     history: list[dict[str, float]] = []
     for _ in range(config.num_ppo_epochs):
-        order = random.permutation(len(batch))
+        order = random.permutation(config.gradient_accumulation_steps * config.num_mini_batches)
         for start in range(0, len(order), config.gradient_accumulation_steps):
-            minibatch = [batch[i] for i in order[start : start + config.gradient_accumulation_steps]]
-            tokens = sum(micro.response_mask.sum().item() for micro in minibatch)
-            stats: dict[str, float] = {}
-            if update > config.critic_warmup_updates:
-                for micro in minibatch:
-                    logprobs, _ = token_logprobs(shared, "policy", micro, config.temperature)
-                    if not history:
-                        check_ratio(logprobs, micro.logprobs)
-                    losses, parts = policy_loss(
-                        logprobs, micro.logprobs, micro.advantages, micro.response_mask, config.cliprange
-                    )
-                    scaler.scale(losses.sum() / tokens).backward()
-                    add_means(stats, parts, micro.response_mask, tokens)
-                if stats["policy/approxkl_avg"] > config.kl_stop:
-                    optimizer.zero_grad()
-                    return mean_stats(history)
-            for micro in minibatch:
-                values = token_values(shared, micro, baseline)
-                losses, parts = value_loss(
-                    values, micro.values, micro.returns, micro.response_mask, config.cliprange_value
-                )
-                scaler.scale(losses.sum() / tokens).backward()
-                add_means(stats, parts, micro.response_mask, tokens)
-            stats |= step(optimizer, scaler, config.max_grad_norm, update)
-            history.append(stats)
+            check_stop(together=True)
+            chosen = order[start : start + config.gradient_accumulation_steps]
+            train_policy, check = update > config.critic_warmup_updates, not history
+            stats = fit(backward, shared, batch, chosen, config, baseline, scaler, train_policy, check)
+            if stats.get("policy/approxkl_avg", 0.0) > config.kl_stop:
+                optimizer.zero_grad()
+                return mean_stats(history)
+            history.append(stats | step(optimizer, scaler, config.max_grad_norm, update))
     return mean_stats(history)
+
+
+def backward(
+    shared: SharedBase, batch: list[MicroBatch], chosen, config: Config, baseline: float, scaler, train_policy, check
+) -> dict[str, float]:
+    """Add the gradients of policy and value over the `chosen` micro-batches, and return statistics.
+
+    Losses are sums over real tokens, divided by their number. Above `kl_stop` the value's are not computed any more.
+    With `check` the policy still is the one that sampled, and that is seen to.
+    """
+    minibatch = pick(batch, chosen)
+    tokens = num_tokens(minibatch)
+    stats: dict[str, float] = {}
+    for micro in minibatch if train_policy else []:
+        logprobs, _ = token_logprobs(shared, "policy", micro, config.temperature)
+        if check:
+            check_ratio(logprobs, micro.logprobs)
+        losses, parts = policy_loss(logprobs, micro.logprobs, micro.advantages, micro.response_mask, config.cliprange)
+        scaler.scale(losses.sum() / tokens).backward()
+        add_means(stats, parts, micro.response_mask, tokens)
+    stats, critic = totals(stats), {}
+    if stats.get("policy/approxkl_avg", 0.0) > config.kl_stop:
+        return stats
+    for micro in minibatch:
+        values = token_values(shared, micro, baseline)
+        losses, parts = value_loss(values, micro.values, micro.returns, micro.response_mask, config.cliprange_value)
+        scaler.scale(losses.sum() / tokens).backward()
+        add_means(critic, parts, micro.response_mask, tokens)
+    return stats | totals(critic)
 
 
 def step(optimizer, scaler, max_grad_norm: float, update: int) -> dict[str, float]:
     """Clip the gradients of policy and value, each to `max_grad_norm`, and step. Raises UserError if they are not finite."""
+    for group in optimizer.param_groups:
+        sum_gradients(group["params"])
     scaler.unscale_(optimizer)
     norms = {}
     for group in optimizer.param_groups:
@@ -333,14 +360,17 @@ def step(optimizer, scaler, max_grad_norm: float, update: int) -> dict[str, floa
 def evaluate(config: Config, shared: SharedBase, form: PromptFormat, prompts: list[list[int]]) -> Evaluation:
     """Sample from the policy on held-out prompts, always with the same seeds."""
     responses = rollout(config, shared, form, prompts, [(0, 4, i) for i in range(len(prompts))])
-    scores, kl, entropy, gold_scores = torch.zeros(4, len(prompts))
-    for micro in make_micro_batches(prompts, responses, form, config.per_device_train_batch_size, shared.device):
-        measure(shared, micro, config.temperature, baseline=0.0)
-        scores[micro.rows] = micro.scores.cpu()
-        kl[micro.rows] = (micro.logprobs - micro.ref_logprobs).sum(1).cpu()
-        entropy[micro.rows] = (micro.entropy.sum(1) / micro.response_mask.sum(1)).cpu()
+    numbers = torch.zeros(4, len(prompts), device=shared.device)
+    scores, kl, entropy, gold_scores = numbers
+    batch = make_micro_batches(prompts, responses, form, config.per_device_train_batch_size, shared.device)
+    fit(measure, shared, batch, config.temperature, 0.0)
+    for micro in batch:
+        scores[micro.rows] = micro.scores
+        kl[micro.rows] = (micro.logprobs - micro.ref_logprobs).sum(1)
+        entropy[micro.rows] = micro.entropy.sum(1) / micro.response_mask.sum(1)
         if config.gold_checkpoint:
-            gold_scores[micro.rows] = score(shared, "gold", micro).cpu()
+            gold_scores[micro.rows] = score(shared, "gold", micro)
+    scores, kl, entropy, gold_scores = total(numbers).cpu()
     texts = [form.decode(response.text_ids) for response in responses]
     return Evaluation(responses, texts, scores, kl, entropy, gold_scores if config.gold_checkpoint else None)
 
@@ -382,8 +412,8 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, la
 def whiten(tensors: list[Tensor], masks: list[Tensor], shift_mean: bool = True) -> list[Tensor]:
     """Scale to variance 1 over all real tokens of the batch, and to mean 0 unless `shift_mean` is False."""
     flat = torch.cat([tensor[mask] for tensor, mask in zip(tensors, masks, strict=True)])
-    mean, scale = flat.mean(), (flat.var(unbiased=False) + 1e-8).rsqrt()
-    shift = 0.0 if shift_mean else mean
+    mean, variance = moments(flat)
+    shift, scale = 0.0 if shift_mean else mean, (variance + 1e-8).rsqrt()
     return [((tensor - mean) * scale + shift) * mask for tensor, mask in zip(tensors, masks, strict=True)]
 
 
@@ -437,17 +467,6 @@ def set_learning_rates(optimizer, update: int, config: Config) -> None:
 # ---------------------------------------------------------------- before and after
 
 
-def read_parents(config: Config) -> dict[str, dict[str, Any]]:
-    """The run.json of each checkpoint that the run starts from, by role, after all were seen to fit together."""
-    runs = {"sft": read_run(config.sft_checkpoint, "sft"), "reward": read_run(config.reward_checkpoint, "reward")}
-    check_child(runs["reward"], config.reward_checkpoint, runs["sft"], config.sft_checkpoint)
-    if config.gold_checkpoint:
-        runs["gold"] = read_run(config.gold_checkpoint, "reward", "--gold-checkpoint")
-        check_child(runs["gold"], config.gold_checkpoint, runs["sft"], config.sft_checkpoint)
-        check_other_pairs(runs["gold"], config.gold_checkpoint, runs["reward"], config.reward_checkpoint)
-    return runs
-
-
 def load_models(config: Config, sft: dict[str, Any]) -> tuple[SharedBase, PromptFormat, dict[str, Any]]:
     """The shared base with its four roles, the prompt format, and what identifies the base."""
     dtype = choose_dtype(config.dtype, device())
@@ -471,26 +490,6 @@ def load_prompts(config: Config, form: PromptFormat) -> list[list[list[int]]]:
     pairs = load_pairs(config.dataset, "train", config.max_train_samples)
     held_out = load_pairs(config.dataset, "test", config.max_eval_samples)
     return [tokenize_prompts(rows, form, config.max_prompt_length) for rows in (pairs, held_out)]
-
-
-def save(config, folder: Path, shared, form, base, runs: dict, metrics: dict[str, Any], started: float) -> None:
-    """The policy as one ordinary adapter, the value model beside it, and run.json."""
-    save_stacked(folder, shared, "policy", form, base)
-    save_stacked(folder / "value", shared, "value", form, base)
-    write_run(
-        folder,
-        "ppo",
-        config,
-        shared.dtype,
-        started,
-        base=base,
-        prompt_format=form.name,
-        parents={role: run["adapter_sha256"] for role, run in runs.items()},
-        data={"source": config.dataset},
-        updates=config.num_updates,
-        episodes=config.num_updates * config.batch_size,
-        metrics=metrics,
-    )
 
 
 if __name__ == "__main__":

@@ -20,21 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.checkpoints import check_child, check_output, output_folder, read_run, write_run
+from rlhf.checkpoints import check_child, check_output, is_finished, output_folder, read_run, write_run
 from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, TokenPair, fingerprint, load_pairs, tokenize_pairs
 from rlhf.decoder import lay_out_pairs, unpad
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, read_stacked, same_base, save_stacked
 from rlhf.plan import SAMPLE, plan_reward, read_shape, show_data, show_end, show_plan
-from rlhf.reporting import TrainerLog, console, plot_curves
+from rlhf.reporting import console, plot_curves
 from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
 from rlhf.training import (
+    Resumable,
     check_numbers,
     device,
     effective_batch,
     keep_fp32,
     num_steps,
-    ours_to_print,
     trainer_options,
 )
 
@@ -53,6 +53,7 @@ class Config:
     dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
     output_dir: str = "checkpoints/reward"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
+    resume: bool = False  # go on with a run that was stopped or cut short
     eval_only: bool = False  # train nothing: score the test split with the reward model in output_dir
     dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
     card_gb: float = 12.0  # the card that --dry-run plans for
@@ -76,7 +77,8 @@ class Config:
     warmup_ratio: float = 0.05  # share of the steps; then cosine to 0
     center_rewards_coefficient: float = 0.01  # keeps the scores near mean 0 (2312.09244)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    logging_steps: int = 10  # optimizer steps between lines of metrics.jsonl
+    save_steps: int = 50  # optimizer steps between states to resume from; a crash costs at most so many
+    save_total_limit: int = 2  # states kept
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
     seed: int = 0  # of initialisation and shuffling
 
@@ -94,7 +96,6 @@ PRESETS = {
         per_device_train_batch_size=8,
         gradient_accumulation_steps=1,
         warmup_ratio=0.1,
-        logging_steps=5,
     ),
 }
 
@@ -104,7 +105,10 @@ def main(config: Config) -> None:
     if config.eval_only:
         eval_only(config)
         return
-    check_output(config.output_dir, config.overwrite, config.sft_checkpoint, config.base_model, config.dataset)
+    inputs = config.sft_checkpoint, config.base_model, config.dataset
+    check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
+    if is_finished(config):
+        return
     sft = read_run(config.sft_checkpoint, "sft")
 
     started = time.monotonic()
@@ -130,10 +134,18 @@ def main(config: Config) -> None:
     shared.decoder.gradient_checkpointing = config.gradient_checkpointing
     shared.activate("reward", train=True)
 
-    with output_folder(config.output_dir) as folder:
+    with output_folder(config.output_dir, config.resume) as folder:
         # 3. Train.
         trainer = make_trainer(config, shared, form, train_set, dtype, folder)
-        trainer.train()
+        data = {
+            "source": config.dataset,
+            "half": config.half,
+            "train_rows": len(train_set),
+            "sha256": fingerprint(train_pairs),
+        }
+        same = {"sft checkpoint": sft["adapter_sha256"], "dtype": str(dtype), "data": data["sha256"]}
+        trainer.prepare(config, folder, same, "Reward model")
+        trainer.run()
 
         # 4. Score the test split.
         if trainer.is_world_process_zero():
@@ -149,12 +161,7 @@ def main(config: Config) -> None:
                 base=base,
                 prompt_format=sft["prompt_format"],
                 parents={"sft": sft["adapter_sha256"]},
-                data={
-                    "source": config.dataset,
-                    "half": config.half,
-                    "train_rows": len(train_set),
-                    "sha256": fingerprint(train_pairs),
-                },
+                data=data,
                 steps=trainer.state.global_step,
                 metrics={name: value for name, value in metrics.items() if not isinstance(value, list)},
             )
@@ -192,6 +199,10 @@ def dry_run(config: Config, base, form, pairs, sft) -> None:
     show_end()
 
 
+class Trainer(Resumable, RewardTrainer):
+    """TRL's, with states to resume from."""
+
+
 def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, folder: Path):
     """TRL's RewardTrainer on an adapter that is already in place; keeps adapter and head in float32."""
     args = RewardConfig(
@@ -199,16 +210,15 @@ def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, fol
         max_length=None,
         center_rewards_coefficient=config.center_rewards_coefficient or None,
     )
-    trainer = RewardTrainer(
+    trainer = Trainer(
         model=shared.peft,
         args=args,
         train_dataset=train_set,
         processing_class=form.tokenizer,
-        callbacks=[TrainerLog(folder, "Reward model")],
     )
     keep_fp32(trainer.model)
     read_prompts_once(shared)
-    return ours_to_print(trainer)
+    return trainer
 
 
 def read_prompts_once(shared: SharedBase) -> None:

@@ -18,21 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlhf.checkpoints import check_output, output_folder, write_run
+from rlhf.checkpoints import check_output, is_finished, output_folder, write_run
 from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
 from rlhf.decoder import Decoder, lay_out, unpad
 from rlhf.logprobs import chosen_logprobs
 from rlhf.modeling import base_facts, choose_dtype, linear_names, load_base, load_tokenizer
 from rlhf.plan import SAMPLE, plan_sft, read_shape, show_data, show_end, show_plan
-from rlhf.reporting import TrainerLog, console, plot_curves
+from rlhf.reporting import console, plot_curves
 from rlhf.training import (
+    Resumable,
     check_numbers,
     device,
     effective_batch,
     keep_fp32,
     num_steps,
-    ours_to_print,
     trainer_options,
 )
 
@@ -52,6 +52,7 @@ class Config:
     dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
     output_dir: str = "checkpoints/sft"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
+    resume: bool = False  # go on with a run that was stopped or cut short
     dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
     card_gb: float = 12.0  # the card that --dry-run plans for
     prompt_format: Literal["hh", "model"] = "hh"  # hh: "\n\nHuman: ..."; model: an Instruct base's own chat template
@@ -73,7 +74,8 @@ class Config:
     gradient_accumulation_steps: int = 16  # effective batch: 1 x 16
     warmup_ratio: float = 0.03  # share of the steps; then cosine to 0
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    logging_steps: int = 10  # optimizer steps between lines of metrics.jsonl
+    save_steps: int = 50  # optimizer steps between states to resume from; a crash costs at most so many
+    save_total_limit: int = 2  # states kept
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
     seed: int = 0  # of initialisation and shuffling
 
@@ -91,14 +93,15 @@ PRESETS = {
         per_device_train_batch_size=8,
         gradient_accumulation_steps=1,
         warmup_ratio=0.1,
-        logging_steps=5,
     ),
 }
 
 
 def main(config: Config) -> None:
     check_numbers(config)
-    check_output(config.output_dir, config.overwrite, config.base_model, config.dataset)
+    check_output(config.output_dir, config.overwrite, config.base_model, config.dataset, resume=config.resume)
+    if is_finished(config):
+        return
 
     started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
@@ -117,11 +120,14 @@ def main(config: Config) -> None:
     # 2. and 3.
     set_seed(config.seed)
     model = load_base(base, dtype, form.pad_token_id)
-    with output_folder(config.output_dir) as folder:
+    with output_folder(config.output_dir, config.resume) as folder:
         trainer = make_trainer(config, model, form, train_set, eval_set, dtype, folder)
-        before = trainer.evaluate()["eval_loss"]
+        data = {"source": config.dataset, "train_rows": len(train_set), "sha256": fingerprint(train_pairs)}
+        same = {"base": [base["config_sha256"], base["weights_sha256"]], "dtype": str(dtype), "data": data["sha256"]}
+        trainer.prepare(config, folder, same, "SFT")
+        before = trainer.first_row("eval_loss") or trainer.evaluate()["eval_loss"]
         console.print(f"eval loss before: {before:.4f}")
-        trainer.train()
+        trainer.run()
         after = trainer.evaluate()["eval_loss"]
         console.print(f"eval loss after:  {after:.4f}")
         if not math.isfinite(after):
@@ -142,7 +148,7 @@ def main(config: Config) -> None:
                 base=base,
                 prompt_format=config.prompt_format,
                 parents={},
-                data={"source": config.dataset, "train_rows": len(train_set), "sha256": fingerprint(train_pairs)},
+                data=data,
                 epochs=round(trainer.state.epoch or 0, 2),
                 steps=trainer.state.global_step,
                 metrics={"eval_loss_before": before, "eval_loss": after},
@@ -172,22 +178,25 @@ def dry_run(config: Config, base, form, pairs) -> None:
     show_end()
 
 
+class Trainer(Resumable, SFTTrainer):
+    """TRL's, with states to resume from."""
+
+
 def make_trainer(config: Config, model, form, train_set, eval_set, dtype, folder: Path):
     """TRL's SFTTrainer on `model` with a fresh LoRA adapter; keeps the adapter in float32."""
     lora = LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=linear_names(model), task_type="CAUSAL_LM"
     )
-    trainer = SFTTrainer(
+    trainer = Trainer(
         model=get_peft_model(model, lora),
         args=SFTConfig(**trainer_options(config, dtype, folder, len(train_set)), max_length=None),
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=form.tokenizer,
-        callbacks=[TrainerLog(folder, "SFT")],
     )
     keep_fp32(trainer.model)
     read_responses_only(trainer.model.get_base_model(), config.gradient_checkpointing)
-    return ours_to_print(trainer)
+    return trainer
 
 
 def read_responses_only(model: PreTrainedModel, gradient_checkpointing: bool) -> None:

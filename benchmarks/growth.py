@@ -141,7 +141,7 @@ def update(settings, shared, form, optimizer, prompts) -> dict[str, float]:
     clock.append(time.monotonic())
     batch = make_micro_batches(prompts, responses, form, MICRO_BATCH, shared.device)
     for micro in batch:
-        ppo_train.measure(shared, micro, settings.temperature, 0.0)
+        ppo_train.measure(shared, [micro], settings.temperature, 0.0)
     clock.append(time.monotonic())
     ppo_train.set_advantages(batch, 0.05, 0.0, settings)
     scaler = torch.amp.GradScaler(shared.device.type, enabled=False)

@@ -10,19 +10,21 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 from rlhf.cli import UserError, is_disk_full, one_line
+from rlhf.processes import agree, is_main, this_process, wait
+from rlhf.reporting import console
 
 import torch
-from accelerate import PartialState
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 SCRIPTS = {"sft": "sft_train.py", "reward": "reward_train.py", "ppo": "ppo_train.py"}
@@ -33,11 +35,18 @@ BASE_FACTS = {
     "weights_sha256": str | None,
     "load_in_4bit": bool,
 }
+LOGGING = frozenset(  # settings that change nothing of what a run makes
+    ("output_dir", "overwrite", "resume", "eval_only", "dry_run", "card_gb", "save_steps", "save_total_limit")
+    + ("num_printed_samples", "log_with")
+)
 MAX_RUN_JSON = 1 << 20  # bytes; ours have a few thousand
 
 
-def check_output(folder: str, overwrite: bool, *inputs: str | None) -> None:
-    """Refuse, before any work is done, an output folder that holds something, or one of the run's own `inputs`."""
+def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool = False) -> None:
+    """Refuse, before any work is done, an output folder that holds something, or one of the run's own `inputs`.
+
+    A run that was cut short and can go on is not thrown away unasked either.
+    """
     path = Path(folder)
     if path.name in ("", ".."):
         raise UserError(f"--output-dir '{folder}' must name a folder of its own")
@@ -47,35 +56,104 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None) -> None:
     for source in filter(None, inputs):
         if Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
             raise UserError(f"--output-dir {folder} holds {source}, which this run reads: choose another")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    if resume or overwrite:
+        return
+    if path.is_dir() and any(path.iterdir()):
         raise UserError(f"{folder} is not empty: add --overwrite to replace it, or choose another --output-dir")
+    if any(partial_of(path).glob("step-*/manifest.json")):
+        raise UserError(
+            f"{partial_of(path)} holds a run that was cut short: add --resume to go on, or --overwrite to start anew"
+        )
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a run writes until it is finished."""
+    return folder.with_name(folder.name + ".partial")
 
 
 @contextlib.contextmanager
-def output_folder(folder: str) -> Iterator[Path]:
+def output_folder(folder: str, resume: bool = False) -> Iterator[Path]:
     """Yield `folder.partial` to write to; when the block ends well, rename it to `folder`, replacing what is there.
 
-    When the block raises, an existing `folder` stays as it was. After a crash the partial one stays beside it, with its
-    metrics, until the next run of the phase.
+    When the block raises, an existing `folder` stays as it was, and the partial one stays beside it if it has a state to
+    go on from, or after a crash; the next run of the phase clears it, unless it is given `resume`.
     """
     final = Path(folder)
-    partial, old = final.with_name(final.name + ".partial"), final.with_name(final.name + ".old")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_of(final)
+    if is_main() and not resume:
+        shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
     except PermissionError as error:
         raise UserError(f"--output-dir {folder} cannot be made ({one_line(error)}): choose another") from None
+    wait()
     try:
         yield partial
     except Exception as error:
-        if isinstance(error, UserError) or is_disk_full(error):
+        if (
+            is_main()
+            and (isinstance(error, UserError) or is_disk_full(error))
+            and not any(partial.glob("step-*/manifest.json"))
+        ):
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    partial.rename(final)
+    wait()
+    if is_main():
+        put_in_place(final)
+    wait()
+
+
+def put_in_place(final: Path) -> None:
+    """Rename the finished `final.partial` to `final`, replacing what is there. Done again after a crash, it does the rest."""
+    partial, old = partial_of(final), final.with_name(final.name + ".old")
+    if partial.exists():
+        sync(partial)
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+        partial.rename(final)
+        sync(final.parent, deep=False)
+    for state in final.glob("step-*"):
+        shutil.rmtree(state)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def is_finished(config: Any) -> bool:
+    """Whether the run that --resume would go on with is finished; if a crash kept it from its place, it is put there now.
+
+    Raises UserError when what is finished is another run.
+    """
+    return config.resume and agree(is_main() and look_for_run(config))
+
+
+def look_for_run(config: Any) -> bool:
+    final = Path(config.output_dir)
+    partial = partial_of(final)
+    folder = partial if partial.exists() else final
+    if not (folder / "run.json").exists():
+        if folder == final and final.is_dir() and any(final.iterdir()):
+            raise UserError(f"--resume: {final} holds no run of this script: choose another --output-dir")
+        return False
+    theirs = json.loads((folder / "run.json").read_text(encoding="utf-8"))["hyperparameters"]
+    check_same(theirs, dataclasses.asdict(config), LOGGING, f"{final} is finished, and")
+    put_in_place(final)
+    console.print(f"{final} is finished: there is nothing to resume.")
+    return True
+
+
+def check_same(theirs: dict[str, Any], ours: dict[str, Any], harmless: Container[str], what: str) -> None:
+    """Raise UserError when a run would go on with other settings or inputs than it began with, `harmless` ones aside."""
+    ours = json.loads(json.dumps(ours))  # as JSON has them
+    other = [
+        f"another {name} ({theirs.get(name)} there, {ours.get(name)} now)"
+        for name in sorted({*ours, *theirs})
+        if name not in harmless and theirs.get(name) != ours.get(name)
+    ]
+    if other:
+        raise UserError(
+            f"--resume: {what} began with {', '.join(other)}: give it what it began with, or start anew with --overwrite "
+            "in the place of --resume"
+        )
 
 
 def write_run(folder: Path, phase: str, config: Any, dtype: torch.dtype, started: float, **facts: Any) -> None:
@@ -89,7 +167,7 @@ def write_run(folder: Path, phase: str, config: Any, dtype: torch.dtype, started
         "phase": phase,
         **facts,
         "adapter_sha256": sha256(folder / "adapter_model.safetensors"),
-        "device": str(PartialState().device),
+        "device": str(this_process().device),
         "dtype": str(dtype),
         "seconds": round(time.monotonic() - started),
         "hyperparameters": dataclasses.asdict(config),
@@ -99,7 +177,9 @@ def write_run(folder: Path, phase: str, config: Any, dtype: torch.dtype, started
         "peak_memory_gib": peak_memory_gib(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    (folder / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial = folder / "run.json.partial"
+    partial.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.rename(folder / "run.json")
 
 
 def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]:
@@ -168,6 +248,17 @@ def check_child(run: dict[str, Any], folder: str, parent: dict[str, Any], parent
         )
 
 
+def read_parents(config: Any) -> dict[str, dict[str, Any]]:
+    """The run.json of each checkpoint that PPO starts from, by role, after all were seen to fit together."""
+    runs = {"sft": read_run(config.sft_checkpoint, "sft"), "reward": read_run(config.reward_checkpoint, "reward")}
+    check_child(runs["reward"], config.reward_checkpoint, runs["sft"], config.sft_checkpoint)
+    if config.gold_checkpoint:
+        runs["gold"] = read_run(config.gold_checkpoint, "reward", "--gold-checkpoint")
+        check_child(runs["gold"], config.gold_checkpoint, runs["sft"], config.sft_checkpoint)
+        check_other_pairs(runs["gold"], config.gold_checkpoint, runs["reward"], config.reward_checkpoint)
+    return runs
+
+
 def check_other_pairs(gold: dict[str, Any], folder: str, reward: dict[str, Any], reward_folder: str) -> None:
     """Raise UserError if the judge at `folder` trained on pairs that the reward model at `reward_folder` has seen."""
     theirs, ours = gold.get("data") or {}, reward.get("data") or {}
@@ -177,6 +268,16 @@ def check_other_pairs(gold: dict[str, Any], folder: str, reward: dict[str, Any],
             f"{folder} is no judge of its own: it may have trained on the pairs of {reward_folder}; train one with "
             "`python reward_train.py --half first` and the other with --half second"
         )
+
+
+def sync(path: Path, deep: bool = True) -> None:
+    """Flush a file or a folder, if `deep` with all that is in it, to the disk."""
+    for part in [*(path.rglob("*") if deep else ()), path]:
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,10 @@ Config = TypeVar("Config")
 
 class UserError(Exception):
     """Something the user can mend. The text says what is wrong, where, and what to do."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM asked the run to end; its number is the argument."""
 
 
 def parse(config_class: type[Config], presets: dict[str, Config], doc: str, args: list[str] | None = None) -> Config:
@@ -40,12 +45,20 @@ def run(main: Callable[[Config], None], config_class: type[Config], presets: dic
         main(config)
     except UserError as error:
         fail(str(error))
+    except Stopped as stopped:
+        number = stopped.args[0]
+        print(
+            f"\nStopped by {signal.Signals(number).name}. To go on: add --resume to the same command.", file=sys.stderr
+        )
+        sys.exit(128 + number)
     except Exception as error:
         if is_disk_full(error):
-            fail("the disk is full: free some space or choose another --output-dir; nothing was replaced")
+            later = "then --resume goes on from the last state" if hasattr(config, "resume") else "nothing was replaced"
+            fail(f"the disk is full: free some space or choose another --output-dir; {later}")
         raise
     except KeyboardInterrupt:
-        print("\nStopped; nothing was saved.", file=sys.stderr)
+        later = "; --resume goes on from the last state, if there was one" if hasattr(config, "resume") else ""
+        print(f"\nStopped; nothing was saved{later}.", file=sys.stderr)
         sys.exit(130)
 
 
@@ -74,7 +87,8 @@ def check_tracker(name: str | None) -> None:
 
 
 def fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    who = "" if os.environ.get("RANK", "0") == "0" else f"process {os.environ['RANK']}: "
+    print(f"{who}error: {message}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -11,6 +11,7 @@ from rlhf.data import PromptFormat
 from rlhf.decoder import KVCache, lay_out, next_tokens
 from rlhf.logprobs import matmul
 from rlhf.modeling import SharedBase, by_length
+from rlhf.resume import check_stop
 
 import numpy as np
 import torch
@@ -60,9 +61,19 @@ def generate(
         One `Response` a prompt, in the prompts' order.
     """
     responses: list[Response | None] = [None] * len(prompts)
-    for rows in by_length(list(map(len, prompts)), batch_size):
-        for row, response in _generate_batch(shared, form, prompts, rows, max_new_tokens, temperature, seeds):
-            responses[row] = response
+    size = min(batch_size, shared.rows_that_fit.get("rollout", batch_size))
+    waiting = by_length(list(map(len, prompts)), size)[::-1]
+    while waiting:
+        rows = waiting.pop()
+        try:
+            for row, response in _generate_batch(shared, form, prompts, rows, max_new_tokens, temperature, seeds):
+                responses[row] = response
+        except torch.OutOfMemoryError:
+            half = (len(rows) + 1) // 2
+            if half == len(rows):
+                raise
+            shared.ran_out("rollout", len(rows), half)
+            waiting += [rows[half:], rows[:half]]
     return responses
 
 
@@ -77,6 +88,7 @@ def _generate_batch(shared, form, prompts, rows, max_new_tokens, temperature, se
     chosen: list[list[int]] = [[] for _ in rows]
 
     for step in range(max_new_tokens):
+        check_stop()
         tokens = pick(matmul(hidden, shared.lm_head_weight().T), temperature, draws[:, step])
         keep = []
         for i, token in enumerate(tokens.tolist()):

@@ -17,6 +17,7 @@ from rlhf.cli import UserError, one_line
 from rlhf.data import PromptFormat
 from rlhf.decoder import Decoder, Texts, lay_out, lay_out_pairs
 from rlhf.hub import hub_errors
+from rlhf.reporting import console
 
 import torch
 import torch.nn.functional as F
@@ -227,6 +228,7 @@ class SharedBase:
         self.device = next(model.parameters()).device
         self.num_layers = self.first_role_layer = len(model.get_decoder().layers)
         self.heads: dict[str, ScalarHead] = {}
+        self.rows_that_fit: dict[str, int] = {}  # in a "rollout" or a "micro-batch", once more have run out of memory
         config, state = read_adapter(folder)
         self.peft = PeftModel(model, config, adapter_name="sft")
         self.load("sft", state)
@@ -291,6 +293,14 @@ class SharedBase:
         if train:
             for parameter in self.parameters(role):
                 parameter.requires_grad_(True)
+
+    def ran_out(self, what: str, rows: int, fewer: int) -> None:
+        """Note that memory was too small for so many rows, drop the gradients of what did not fit, and free what can be."""
+        self.rows_that_fit[what] = fewer
+        console.print(f"out of memory: a {what} has {fewer} rows at most from now on, not {rows}")
+        self.peft.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def parameters(self, role: str) -> list[nn.Parameter]:
         """The weights that belong to `role`: its LoRA matrices and its head."""

@@ -3,15 +3,22 @@
 Shapes: b rows, N tokens of their texts, R sampled tokens of the longest response, H hidden size.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from rlhf.data import PromptFormat
 from rlhf.decoder import Texts, lay_out
 from rlhf.generation import Response
-from rlhf.modeling import by_length, pad_right
+from rlhf.modeling import SharedBase, by_length, pad_right
+from rlhf.processes import moments, num_processes, share, totals
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+BY_ROW = ("rows", "positions", "actions", "response_mask", "ended", "scores", "logprobs", "ref_logprobs", "entropy")
+BY_ROW += ("values", "advantages", "returns")
 
 
 @dataclass
@@ -22,6 +29,7 @@ class MicroBatch:
     tokens that were sampled, with the one that ended the text; `positions` is where the model stood when it chose them.
     """
 
+    number: int  # of the micro-batch in the update; the parts of one that did not fit in memory have the same
     rows: list[int]  # which of the update's responses
     texts: Texts  # the score is read at EOS, their last token
     positions: Tensor  # [b, R] of N
@@ -43,10 +51,16 @@ class MicroBatch:
 def make_micro_batches(
     prompts: list[list[int]], responses: list[Response], form: PromptFormat, size: int, device: torch.device
 ) -> list[MicroBatch]:
-    """Sort by length, so that attention pads little, and cut into micro-batches of `size`."""
+    """Sort by length, so that attention pads little, and cut into micro-batches of `size` rows for this process.
+
+    The n-th micro-batches of all processes belong together: they are one of n times `size` rows in a run of one process.
+    """
     texts = [p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
     batch = []
-    for rows in by_length(list(map(len, texts)), size):
+    for number, together in enumerate(by_length(list(map(len, texts)), size * num_processes())):
+        rows = share(together)
+        if not rows:
+            continue
         laid_out = lay_out([texts[i] for i in rows], device)
         ends = laid_out.last.tolist()
         starts = torch.tensor(
@@ -57,6 +71,7 @@ def make_micro_batches(
         response_mask = steps < lengths[:, None]
         batch.append(
             MicroBatch(
+                number=number,
                 rows=rows,
                 texts=laid_out,
                 positions=(starts[:, None] + steps) * response_mask,
@@ -68,6 +83,55 @@ def make_micro_batches(
     return batch
 
 
+def num_tokens(batch: list[MicroBatch]) -> float:
+    """Sampled tokens, of all processes."""
+    return totals({"tokens": sum(micro.response_mask.sum().item() for micro in batch)})["tokens"]
+
+
 def mean_kl(batch: list[MicroBatch]) -> float:
-    """Nats a response."""
-    return torch.cat([(m.logprobs - m.ref_logprobs).sum(1) for m in batch]).mean().item()
+    """Nats a response, over all processes."""
+    return moments(torch.cat([(m.logprobs - m.ref_logprobs).sum(1) for m in batch]))[0].item()
+
+
+def pick(batch: list[MicroBatch], numbers: Iterable[int]) -> list[MicroBatch]:
+    """The micro-batches of these numbers, in their order."""
+    return [micro for number in numbers for micro in batch if micro.number == number]
+
+
+# ---------------------------------------------------------------- memory
+
+
+def fit(work: Callable[..., T], shared: SharedBase, batch: list[MicroBatch], *more: Any) -> T:
+    """`work(shared, batch, *more)`. When memory runs out, again, with each micro-batch in two of half the rows, in `batch` too.
+
+    Gradients of what did not fit are dropped first. Later batches are cut as small from the start.
+    """
+    while True:
+        largest = max(len(micro.rows) for micro in batch)
+        if largest > shared.rows_that_fit.get("micro-batch", largest):
+            batch[:] = [half for micro in batch for half in halves(micro)]
+            continue
+        try:
+            return work(shared, batch, *more)
+        except torch.OutOfMemoryError:
+            if largest == 1 or num_processes() > 1:
+                raise
+        shared.ran_out("micro-batch", largest, (largest + 1) // 2)
+
+
+def halves(micro: MicroBatch) -> list[MicroBatch]:
+    """The first and the last rows of a micro-batch, with all that was measured; one of a single row stays as it is."""
+    count = (len(micro.rows) + 1) // 2
+    if count == len(micro.rows):
+        return [micro]
+    lengths = micro.texts.last.diff(prepend=micro.texts.last.new_tensor([-1])).tolist()  # tokens of each text
+    border = sum(lengths[:count])
+    parts = []
+    for rows, tokens in ((slice(0, count), slice(0, border)), (slice(count, None), slice(border, None))):
+        texts = list(micro.texts.ids[tokens].split(lengths[rows]))
+        cut = {name: value[rows] for name, value in vars(micro).items() if value is not None and name in BY_ROW}
+        cut["positions"] = (cut["positions"] - tokens.start) * cut["response_mask"]
+        lower = None if micro.lower is None else micro.lower[tokens]
+        laid_out = lay_out([ids.tolist() for ids in texts], micro.texts.ids.device)
+        parts.append(replace(micro, texts=laid_out, lower=lower, **cut))
+    return parts

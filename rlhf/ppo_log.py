@@ -1,12 +1,14 @@
 """What a PPO run tells on its way: metrics.jsonl, samples.jsonl, a progress bar, printed samples and warnings."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 from rlhf.data import PromptFormat
-from rlhf.ppo_batch import MicroBatch, mean_kl
+from rlhf.ppo_batch import MicroBatch, mean_kl, num_tokens
 from rlhf.ppo_eval import Evaluation, warnings
+from rlhf.processes import is_main, moments, totals
 from rlhf.reporting import JsonLines, plain, progress
 
 import torch
@@ -33,9 +35,10 @@ class Log:
     def __init__(self, config: Any, folder: Path, total: int):
         self.bar, self.num_printed_samples, self.tracker = progress(), config.num_printed_samples, None
         self.sft: Evaluation | None = None  # the first evaluation, which later ones are held against
-        self.metrics, self.samples = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "samples.jsonl")
+        files = "metrics.jsonl", "samples.jsonl"
+        self.metrics, self.samples = (JsonLines(folder / name if is_main() else Path(os.devnull)) for name in files)
         self.task = self.bar.add_task("PPO", total=total, note="")
-        if config.log_with:
+        if config.log_with and is_main():
             self.tracker = Accelerator(log_with=config.log_with, project_dir=folder)
             settings = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
             self.tracker.init_trackers("human-feedback-llama-ppo", settings)
@@ -48,6 +51,18 @@ class Log:
         self.bar.stop()
         if self.tracker:
             self.tracker.end_training()
+
+    def positions(self) -> tuple[int, int]:
+        """Where metrics.jsonl and samples.jsonl end, in bytes."""
+        return self.metrics.position(), self.samples.position()
+
+    def rewind(self, metrics: int, samples: int, sft: Evaluation | None = None, update: int = 0) -> None:
+        """Forget what was written after these positions, and show that `update` updates are done."""
+        if is_main():
+            self.metrics.cut(metrics)
+            self.samples.cut(samples)
+        self.sft = sft
+        self.bar.update(self.task, completed=update)
 
     def row(self, row: dict[str, float]) -> None:
         self.metrics.write(row)
@@ -85,21 +100,26 @@ def batch_metrics(
     batch: list[MicroBatch], update: int, kl_coef: float, clock: list[float], config: Any
 ) -> dict[str, float]:
     """What an update saw, under TRL's names; KL in nats a response; times in seconds between the readings of `clock`."""
-    scores, ended = torch.cat([m.scores for m in batch]), torch.cat([m.ended for m in batch])
-    kl, tokens = mean_kl(batch), sum(m.response_mask.sum().item() for m in batch)
-    penalty = config.missing_eos_penalty * (~ended).float().mean().item()
+    means = {
+        "scores": moments(torch.cat([m.scores for m in batch]))[0].item(),
+        "ended": moments(torch.cat([m.ended for m in batch]).float())[0].item(),
+    }
+    kl, tokens = mean_kl(batch), num_tokens(batch)
+    entropy = totals({"sum": sum(m.entropy.sum().item() for m in batch)})["sum"] / tokens
+    penalty = config.missing_eos_penalty * (1 - means["ended"])
     returns, values = (torch.cat([getattr(m, name)[m.response_mask] for m in batch]) for name in ("returns", "values"))
+    unexplained = moments(returns - values)[1] / moments(returns)[1].clamp(min=1e-8)
     return {
         "update": update,
         "episode": update * config.batch_size,
-        "objective/scores": scores.mean().item(),
+        "objective/scores": means["scores"],
         "objective/kl": kl,
         "objective/kl_coef": kl_coef,
-        "objective/rlhf_reward": scores.mean().item() - penalty - kl_coef * kl,
-        "policy/entropy_avg": sum(m.entropy.sum().item() for m in batch) / tokens,
-        "val/num_eos_tokens": ended.sum().item(),
-        "val/response_length": tokens / len(ended),
-        "val/explained_variance": 1 - ((returns - values).var() / returns.var().clamp(min=1e-8)).item(),
+        "objective/rlhf_reward": means["scores"] - penalty - kl_coef * kl,
+        "policy/entropy_avg": entropy,
+        "val/num_eos_tokens": round(means["ended"] * config.batch_size),
+        "val/response_length": tokens / config.batch_size,
+        "val/explained_variance": 1 - unexplained.item(),
         **{f"time/{name}": clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "measure", "optimise"))},
     }
 

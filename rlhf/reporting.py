@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")  # one process talks
 
 
 def plain(text: str) -> str:
@@ -31,6 +32,15 @@ class JsonLines:
     def write(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.file.flush()
+
+    def position(self) -> int:
+        """Bytes that are written."""
+        return self.file.tell()
+
+    def cut(self, position: int) -> None:
+        """Forget what stands after the first `position` bytes."""
+        self.file.seek(position)
+        self.file.truncate()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -62,6 +72,7 @@ class TrainerLog(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
+            logs = {name: value for name, value in logs.items() if name != "train_loss"}  # since the last start only
             self.metrics.write({"step": state.global_step, **logs})
             if "loss" in logs:
                 self.progress.update(self.task, note=f"loss {float(logs['loss']):.3f}")

@@ -1,15 +1,29 @@
-"""What the SFT and the reward script tell TRL's trainers alike, and which numbers the training scripts refuse."""
+"""What the SFT and the reward script add to TRL's trainers alike, and which numbers the training scripts refuse."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
+from rlhf.checkpoints import check_same
 from rlhf.cli import UserError, check_at_least_one, check_tracker
+from rlhf.processes import agree, is_main, num_processes, this_process, wait
+from rlhf.reporting import TrainerLog, read_jsonl
+from rlhf.resume import (
+    HARMLESS,
+    asked_to_stop,
+    check_stop,
+    new_state,
+    newest_state,
+    read_facts,
+    states,
+    stop_when_asked,
+)
 
 import torch
-from accelerate import PartialState
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 
 def device() -> torch.device:
@@ -18,21 +32,15 @@ def device() -> torch.device:
     Raises:
         UserError: it is neither a CUDA card nor a CPU.
     """
-    device = PartialState().device
+    device = this_process().device
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"{device.type} is not supported: set ACCELERATE_USE_CPU=1 to compute on the CPU")
     return device
 
 
-def check_one_process() -> None:
-    """Raise UserError under a launcher of several processes: they would write one output folder."""
-    if PartialState().num_processes > 1:
-        raise UserError("the training scripts run in one process: start them with `python`, not with a launcher")
-
-
 def effective_batch(config: Any) -> int:
-    """Rows of an optimizer step."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+    """Rows of an optimizer step, of all processes."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * num_processes()
 
 
 def num_steps(config: Any, rows: int) -> int:
@@ -59,20 +67,15 @@ def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) ->
         "max_grad_norm": config.max_grad_norm,
         "bf16": False,  # the base computes in bfloat16 by itself; autocast on top of it would only cost time
         "fp16": dtype == torch.float16,  # for the gradient scaler
-        "use_cpu": PartialState().device.type == "cpu",
-        "dataloader_pin_memory": PartialState().device.type != "cpu",
-        "logging_steps": config.logging_steps,
+        "use_cpu": this_process().device.type == "cpu",
+        "dataloader_pin_memory": this_process().device.type != "cpu",
+        "logging_steps": 1,  # what a longer mean has seen would be lost when a run is cut short
+        "logging_nan_inf_filter": False,
         "report_to": config.log_with or "none",
-        "save_strategy": "no",
+        "save_steps": config.save_steps,
         "disable_tqdm": True,
         "seed": config.seed,
     }
-
-
-def ours_to_print(trainer: Trainer) -> Trainer:
-    """Leave printing to `TrainerLog`: the Trainer would print each log as a dictionary."""
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def check_numbers(config: Any) -> None:
@@ -84,11 +87,13 @@ def check_numbers(config: Any) -> None:
         "lora_rank",
         "lora_alpha",
         "max_steps",
-        "logging_steps",
+        "save_steps",
+        "save_total_limit",
     )
-    check_one_process()
-    if device().type == "cuda" and torch.cuda.device_count() > 1:
-        raise UserError("several GPUs are visible and TRL's trainers want one: set CUDA_VISIBLE_DEVICES=0")
+    if device().type == "cuda" and torch.cuda.device_count() > 1 and num_processes() == 1:
+        raise UserError(
+            "several GPUs are visible: start the script with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0 to use one"
+        )
     check_tracker(config.log_with)
     check_at_least_one(config, *sizes, "per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -97,9 +102,9 @@ def check_ppo_numbers(config: Any) -> None:
     """The same for the PPO script."""
     sizes = "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs"
     lengths = "max_prompt_length", "response_length", "max_train_samples", "max_eval_samples", "lora_rank", "lora_alpha"
-    check_one_process()
     check_tracker(config.log_with)
     check_at_least_one(config, *sizes, *lengths, "total_episodes", "rollout_batch_size", "eval_steps", "max_steps")
+    check_at_least_one(config, "save_steps", "save_total_limit")
     if config.total_episodes % config.batch_size:
         raise UserError(
             f"--total-episodes {config.total_episodes} is not a multiple of an update's {config.batch_size} episodes "
@@ -114,3 +119,133 @@ def keep_fp32(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+# ---------------------------------------------------------------- TRL's trainers, resumable
+
+
+class StopWhenAsked(TrainerCallback):
+    """Ends the training after the step at hand, with a state, when a signal has asked for it."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if asked_to_stop():
+            control.should_save = control.should_training_stop = True
+
+
+class Resumable(Trainer):
+    """What comes before TRL's trainer in a trainer of ours; `run` takes the place of `train`.
+
+    transformers' Trainer writes its checkpoints in place and removes old ones before anybody has looked at the new one.
+    Here they go through `rlhf.resume`: the weights that are trained, optimizer, scheduler, scaler, random numbers and the
+    place in the data. A loss or gradient that is not finite ends the run.
+    """
+
+    partial = Path()  # the state that is being written
+    at_hand: list[list[int]]  # token ids of the texts of the step
+
+    def prepare(self, config: Any, folder: Path, inputs: dict[str, Any], name: str) -> None:
+        """Find the state to go on from, if there is one and --resume was given.
+
+        Args:
+            inputs: what the run starts from, by name: it goes on only from the same.
+            name: of the run, at its progress bar.
+        Raises:
+            UserError: the run began with other settings or inputs.
+        """
+        self.config, self.folder, self.inputs, self.lines = config, folder, inputs, TrainerLog(folder, name)
+        self.at_hand, position = [], 0
+        self.resumed = newest_state(folder) if config.resume else None
+        if self.resumed:
+            facts, where = read_facts(self.resumed), f"the run in {folder}"
+            check_same(facts["hyperparameters"], dataclasses.asdict(config), HARMLESS, where)
+            check_same(facts["inputs"], inputs, (), where)
+            position = facts["position"]
+        if is_main():
+            self.lines.metrics.cut(position)
+        self.remove_callback(PrinterCallback)  # it prints each log as a dictionary; TrainerLog is ours
+        self.add_callback(self.lines)
+        self.add_callback(StopWhenAsked())
+
+    def run(self) -> None:
+        """Train, from the beginning or from the state that `prepare` found. Raises Stopped when a signal asked for it."""
+        with stop_when_asked():
+            self.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
+            check_stop(together=True)
+
+    def first_row(self, name: str) -> float | None:
+        """What a run that goes on has logged before its first step."""
+        rows = read_jsonl(self.folder / "metrics.jsonl") if is_main() else []
+        return agree(rows[0].get(name) if rows else None)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The weights that are trained, by name."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def not_finite(self, what: str) -> UserError:
+        """The error for a number that is not finite: the step, the rows at hand, and from where to go on."""
+        column = "chosen_ids" if "chosen_ids" in self.train_dataset.column_names else "input_ids"
+        rows = [i for i, ids in enumerate(self.train_dataset[column]) if ids in self.at_hand]
+        state = next(iter(states(self.folder)), "none")
+        return UserError(
+            f"step {self.state.global_step + 1}: the {what} is not finite, at usable training rows "
+            f"{', '.join(map(str, rows))} (counted from 0); the last good state is {state}; lower "
+            "--learning-rate, try --dtype fp32, or look at these rows"
+        )
+
+    def evaluate(self, *args, **kwargs):
+        """As the Trainer's; afterwards it may still prepare the model to be trained by several processes.
+
+        accelerate takes a model that it has prepared for an evaluation as prepared for good, and never sums its gradients.
+        """
+        metrics = super().evaluate(*args, **kwargs)
+        self.model._is_accelerate_prepared = False
+        return metrics
+
+    # -- called by transformers' Trainer
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.at_hand += [
+            ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not loss.isfinite():
+            raise self.not_finite("loss")
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaler = self.accelerator.scaler  # with fp16 it skips such a step and halves its scale; below 1 no room is left
+        if not math.isfinite(norm) and not (scaler and scaler.get_scale() >= 1):
+            raise self.not_finite("gradient")
+        self.at_hand = []
+        return norm
+
+    def _save_checkpoint(self, model, trial):
+        step = self.state.global_step
+        facts = {"hyperparameters": dataclasses.asdict(self.config), "inputs": self.inputs}
+        facts["position"] = self.lines.metrics.position()
+        with new_state(self.folder, step, facts, self.config.save_total_limit) as self.partial:
+            Trainer._save_checkpoint(self, model, trial)  # not TRL's, which writes a model card first
+            wait()
+            checkpoint = self.partial / f"checkpoint-{step}"
+            if is_main():
+                for path in checkpoint.iterdir():
+                    path.rename(self.partial / path.name)
+                checkpoint.rmdir()
+
+    def _get_output_dir(self, trial):
+        return str(self.partial)
+
+    def _save(self, output_dir=None, state_dict=None):
+        if not is_main():
+            return
+        Path(output_dir).mkdir(exist_ok=True)
+        save_file(
+            {name: p.detach().contiguous() for name, p in self.trained().items()}, f"{output_dir}/weights.safetensors"
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        weights = load_file(f"{resume_from_checkpoint}/weights.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.trained().items():
+                parameter.copy_(weights[name])

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 from rlhf.cli import next_command
 
@@ -81,13 +80,6 @@ def test_a_flag_that_does_not_exist(call_main, tmp_path, script, flag, name):
 
 
 @pytest.mark.parametrize("script", ["sft_train", "reward_train", "ppo_train"])
-def test_a_launcher_of_several_processes(call_main, tmp_path, monkeypatch, script):
-    monkeypatch.setattr("rlhf.training.PartialState", lambda: SimpleNamespace(num_processes=2))
-    result = call_main(script, ["--output-dir", tmp_path / "out"])
-    assert_one_line(result.returncode, result.stderr, "one process", "`python`")
-
-
-@pytest.mark.parametrize("script", ["sft_train", "reward_train", "ppo_train"])
 def test_a_tracker_that_is_not_installed(call_main, tmp_path, monkeypatch, script):
     monkeypatch.setattr("rlhf.cli.find_spec", lambda name: None)
     result = call_main(script, ["--log-with", "wandb", "--output-dir", tmp_path / "out"])
@@ -109,7 +101,7 @@ def test_a_script_of_its_own_process_ends_the_same(run_script, tmp_path):
         (["--per-device-train-batch-size", "0"], "--per-device-train-batch-size"),
         (["--gradient-accumulation-steps", "-1"], "--gradient-accumulation-steps"),
         (["--lora-rank", "0"], "--lora-rank"),
-        (["--logging-steps", "0"], "--logging-steps"),
+        (["--save-steps", "0"], "--save-steps"),
         (["--max-train-samples", "0"], "--max-train-samples"),
         (["--max-length", "8"], "--max-length"),
         (["--max-length", "-1"], "--max-length"),
@@ -184,6 +176,7 @@ def test_a_full_disk(refused, trained, monkeypatch, error):
     monkeypatch.setattr("rlhf.modeling.save_file", full)
     refused("sft_train", [], "disk is full")
     shutil.rmtree("full")
+    shutil.rmtree("absent.partial")  # with a state to go on from
     refused("reward_train", ["--sft-checkpoint", trained.sft], "disk is full")
 
 

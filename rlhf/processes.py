@@ -1,0 +1,90 @@
+"""What several processes do together: each samples, measures and differentiates its share; all take the same step.
+
+With one process every function here is the identity.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+
+
+def this_process() -> PartialState:
+    """accelerate's view of this process. It starts several processes on CPUs only where it is told that they are CPUs."""
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return PartialState(cpu=told or not torch.accelerator.is_available())
+
+
+def num_processes() -> int:
+    return this_process().num_processes
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and talks."""
+    return this_process().is_main_process
+
+
+def share(items: list) -> list:
+    """Every n-th of the items, for this one of n processes."""
+    return items[this_process().process_index :: num_processes()]
+
+
+def gather(items: list) -> list:
+    """The items of all processes, each of which has its `share`, in their order."""
+    if num_processes() == 1:
+        return items
+    n, everyone = num_processes(), gather_object([items])
+    return [everyone[i % n][i // n] for i in range(sum(map(len, everyone)))]
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in the tensor's place."""
+    if num_processes() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def totals(numbers: dict[str, float]) -> dict[str, float]:
+    """Each number summed over all processes."""
+    if num_processes() == 1:
+        return numbers
+    sums = total(torch.tensor(list(numbers.values()), dtype=torch.float64, device=this_process().device))
+    return dict(zip(numbers, sums.tolist(), strict=True))
+
+
+def moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (over n) of the values [n] of all processes."""
+    if num_processes() == 1:
+        return values.mean(), values.var(unbiased=False)
+    count, sum_ = total(torch.stack([values.new_tensor(len(values)), values.sum()]).double())
+    mean = (sum_ / count).to(values.dtype)
+    return mean, (total((values - mean).square().sum().double()) / count).to(values.dtype)
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace each gradient by its sum over all processes, in one message."""
+    if num_processes() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        flat = total(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    this_process().wait_for_everyone()
+
+
+def agree(value: Any) -> Any:
+    """What the main process says, for all."""
+    if num_processes() == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]

@@ -1,0 +1,142 @@
+"""Runs that can be stopped, or cut short, and go on to the very result that they would have had.
+
+A state is a folder `step-N` in the run's output folder: tensors in safetensors (the SFT and reward scripts keep their
+Trainer's optimizer and random numbers in its own files, read with `weights_only`), all else in JSON. It is written
+beside its place, flushed to the disk and renamed, and counts only if each of its files has the hash that its manifest,
+written last, names.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf.checkpoints import LOGGING, sha256, sync
+from rlhf.cli import Stopped
+from rlhf.processes import agree, is_main, num_processes, wait
+from rlhf.reporting import console
+
+from accelerate.utils import gather_object
+
+MANIFEST = "manifest.json"
+HARMLESS = LOGGING | {  # what may change on the way: places, as what is there is hashed, and how long it goes on
+    *("base_model", "revision", "dataset", "sft_checkpoint", "reward_checkpoint", "gold_checkpoint"),
+    *("max_steps", "num_train_epochs", "total_episodes", "eval_steps"),
+}
+MAX_FACTS = 1 << 26  # bytes of facts.json; a thousand held-out responses have about a million
+
+_asked: list[int] = []  # signals that came
+
+
+@contextmanager
+def stop_when_asked() -> Iterator[None]:
+    """Within it the first SIGINT or SIGTERM is noted, for `check_stop`; a second one ends the process at once."""
+
+    def ask(number: int, _frame: Any) -> None:
+        if _asked:
+            os._exit(128 + number)
+        _asked.append(number)
+        print("\nStopping as soon as it can go on from there; once more to stop at once.", file=sys.stderr, flush=True)
+
+    _asked.clear()
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def asked_to_stop() -> int:
+    """The number of the signal that asked the run to end, at whichever process; 0 for none. All processes call it."""
+    number = _asked[0] if _asked else 0
+    return number if num_processes() == 1 else max(gather_object([number]))
+
+
+def check_stop(together: bool = False) -> None:
+    """Raise Stopped if a signal has asked the run to end.
+
+    Several processes must end at the same place: there only the calls count that all make, those with `together`.
+    """
+    if together or num_processes() == 1:
+        number = asked_to_stop()
+        if number:
+            raise Stopped(number)
+
+
+@contextmanager
+def new_state(folder: Path, step: int, facts: dict[str, Any], keep: int) -> Iterator[Path]:
+    """Yield a folder to write a state to; then it becomes `folder`/step-`step`, and all but the newest `keep` states go.
+
+    All processes come here, and may write to it.
+
+    Args:
+        facts: what JSON can hold; finite numbers only.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = final.with_suffix(".partial")
+    if is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    wait()
+    yield partial
+    wait()
+    if is_main():
+        finish_state(partial, final, facts, keep)
+    wait()
+
+
+def finish_state(partial: Path, final: Path, facts: dict[str, Any], keep: int) -> None:
+    (partial / "facts.json").write_text(json.dumps(facts, allow_nan=False), encoding="utf-8")
+    hashes = {path.name: sha256(path) for path in files(partial)}
+    (partial / MANIFEST).write_text(json.dumps(hashes), encoding="utf-8")
+    sync(partial)
+    partial.rename(final)
+    sync(final.parent, deep=False)
+    for old in states(final.parent)[keep:]:
+        gone = old.with_suffix(".partial")
+        old.rename(gone)
+        shutil.rmtree(gone)
+
+
+def files(state: Path) -> list[Path]:
+    return sorted(path for path in state.iterdir() if path.name != MANIFEST)
+
+
+def states(folder: Path) -> list[Path]:
+    """The states in a run's folder, whole or not, the newest first."""
+    return sorted((path for path in folder.glob("step-*") if path.suffix == ""), reverse=True)
+
+
+def newest_state(folder: Path) -> Path | None:
+    """The newest whole state in `folder`. Damaged ones are named and put aside; what a crash left half-written goes."""
+    return agree(look_for_state(folder) if is_main() else None)
+
+
+def look_for_state(folder: Path) -> Path | None:
+    for path in folder.glob("step-*.partial"):
+        shutil.rmtree(path)
+    for path in states(folder):
+        try:
+            hashes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            found = {file.name: sha256(file) for file in files(path)}
+            odd = sorted(name for name in {*hashes, *found} if hashes.get(name) != found.get(name))
+            if not odd and (path / "facts.json").stat().st_size <= MAX_FACTS:
+                return path
+            why = f"{odd[0]} is not the file that its manifest names" if odd else "its facts.json is too large"
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            why = str(error)
+        aside = path.with_suffix(".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        console.print(f"warning: {path} is damaged ({why}); it is skipped, and kept as {aside.name}", markup=False)
+    return None
+
+
+def read_facts(state: Path) -> dict[str, Any]:
+    return json.loads((state / "facts.json").read_text(encoding="utf-8"))

@@ -1,0 +1,302 @@
+"""A run that was stopped or cut short, and went on, against the same run left alone: the very same weights and metrics."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import ppo_train
+import rlhf.generation
+import rlhf.resume
+import rlhf.training
+from rlhf.resume import new_state, newest_state, states
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+PHASES = ("sft", "reward", "ppo")
+CLOCKS = (
+    "time/",
+    "train_",
+    "eval_runtime",
+    "eval_model_prep",
+    "eval_samples_per_second",
+    "eval_steps_per_second",
+    "num_tokens",
+    "eval_num_tokens",
+    "total_flos",
+)
+
+
+class Crash(Exception):
+    """What the operating system would do."""
+
+
+@pytest.fixture
+def commands(flags, trained, tiny_data, tmp_path):
+    """Script and flags of each phase, four steps or updates long, for an output folder."""
+    ppo = "--response-length 8 --max-prompt-length 64 --per-device-train-batch-size 2 --gradient-accumulation-steps 1"
+    ppo += " --num-mini-batches 2 --num-ppo-epochs 2 --total-episodes 16 --rollout-batch-size 4 --max-eval-samples 3"
+    ppo += (
+        " --eval-steps 2 --lora-rank 4 --lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --value-learning-rate 1e-2"
+    )
+    ppo += " --critic-warmup-updates 1 --num-printed-samples 0 --no-gradient-checkpointing"
+
+    def command(phase, folder, dtype="fp32"):
+        parents = {
+            "sft": [],
+            "reward": ["--sft-checkpoint", trained.sft],
+            "ppo": ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--dataset", tiny_data],
+        }[phase]
+        own = ppo.split() if phase == "ppo" else [*flags[f"{phase}_train"], "--save-steps", "1"]
+        return f"{phase}_train", [*own, *parents, "--output-dir", folder, "--dtype", dtype]
+
+    return command
+
+
+@pytest.fixture
+def left_alone(commands, call_main, tmp_path):
+    """The folder of a run that nothing happened to."""
+
+    def left_alone(phase, dtype="fp32"):
+        folder = tmp_path / "alone"
+        script, argv = commands(phase, folder, dtype)
+        result = call_main(script, argv)
+        assert result.returncode == 0, result.stderr
+        return folder
+
+    return left_alone
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(CLOCKS)} for row in rows]
+
+
+def check_same_run(one, other):
+    """All weights to the bit, all rows, and the same files."""
+    names = sorted(str(path.relative_to(one)) for path in one.rglob("*"))
+    assert names == sorted(str(path.relative_to(other)) for path in other.rglob("*"))
+    assert metrics(one) == metrics(other)
+    for path in one.rglob("*.safetensors"):
+        ours, theirs = load_file(path), load_file(other / path.relative_to(one))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), path
+    if (one / "samples.jsonl").exists():
+        assert (one / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
+    mine, his = (json.loads((folder / "run.json").read_text())["metrics"] for folder in (one, other))
+    assert mine == his
+
+
+def at_call(monkeypatch, module, name, number, do):
+    """Have the `number`-th call of a function begin with `do()`."""
+    original, calls = getattr(module, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            do()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counted)
+
+
+def crash():
+    raise Crash
+
+
+def ask_to_stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+MOMENTS = [  # phase, module, function, which call
+    ("sft", rlhf.training.Resumable, "training_step", 3),
+    ("sft", rlhf.resume, "sync", 4),
+    ("reward", rlhf.training.Resumable, "training_step", 4),
+    ("reward", rlhf.resume, "sync", 3),
+    ("ppo", ppo_train, "generate", 4),
+    ("ppo", ppo_train, "measure", 5),
+    ("ppo", ppo_train, "value_loss", 14),
+    ("ppo", rlhf.resume, "sync", 3),
+    ("ppo", rlhf.resume, "sync", 4),
+]
+
+
+@pytest.mark.parametrize(("phase", "module", "function", "call"), MOMENTS)
+def test_a_crash_costs_nothing_but_time(commands, call_main, left_alone, tmp_path, phase, module, function, call):
+    alone = left_alone(phase)
+    script, argv = commands(phase, tmp_path / "cut")
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, module, function, call, crash)
+        with pytest.raises(Crash):
+            call_main(script, argv)
+    assert not (tmp_path / "cut").exists()
+    assert call_main(script, argv).returncode == 2  # not thrown away unasked
+    result = call_main(script, [*argv, "--resume"])
+    assert result.returncode == 0, result.stderr
+    check_same_run(alone, tmp_path / "cut")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "cut"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_ends_the_run_where_it_can_go_on(commands, call_main, left_alone, tmp_path, phase):
+    alone = left_alone(phase, "bf16")
+    script, argv = commands(phase, tmp_path / "cut", "bf16")
+    argv += ["--save-steps", "100"]
+    with pytest.MonkeyPatch.context() as patch:
+        module, function = (ppo_train, "generate") if phase == "ppo" else (rlhf.training.Resumable, "training_step")
+        at_call(patch, module, function, 5 if phase == "ppo" else 2, ask_to_stop)
+        result = call_main(script, argv)
+    assert result.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM" in result.stderr and "--resume" in result.stderr and "Traceback" not in result.stderr
+    state = newest_state(tmp_path / "cut.partial")
+    assert state.name == "step-00000002"
+    result = call_main(script, [*argv, "--resume"])
+    assert result.returncode == 0, result.stderr
+    check_same_run(alone, tmp_path / "cut")
+
+
+def test_a_second_signal_stops_at_once():
+    pid = os.fork()
+    if not pid:
+        with contextlib.suppress(BaseException), rlhf.resume.stop_when_asked():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGTERM
+
+
+@pytest.fixture
+def cut(commands, call_main, tmp_path):
+    """A PPO run that was cut short in its third update: its script, flags and partial folder."""
+    script, argv = commands("ppo", tmp_path / "cut")
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, ppo_train, "generate", 5, crash)
+        with pytest.raises(Crash):
+            call_main(script, argv)
+    return script, argv, tmp_path / "cut.partial"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "named"),
+    [
+        ("--learning-rate", "2e-2", "learning_rate (0.01 there, 0.02 now)"),
+        ("--seed", "1", "seed (0 there, 1 now)"),
+        ("--max-train-samples", "7", "max_train_samples (None there, 7 now)"),
+        ("--dtype", "bf16", "dtype (fp32 there, bf16 now)"),
+    ],
+)
+def test_other_settings_are_refused_with_both_values(cut, call_main, flag, value, named):
+    script, argv, partial = cut
+    before = sorted(partial.rglob("*"))
+    result = call_main(script, [*argv, "--resume", flag, value])
+    assert result.returncode == 2 and named in result.stderr and len(result.stderr.splitlines()) == 1
+    assert sorted(partial.rglob("*")) == before
+
+
+def test_other_data_and_other_parents_are_refused(cut, call_main, tiny_data, tmp_path):
+    script, argv, _ = cut
+    shutil.copytree(tiny_data, tmp_path / "other")
+    rows = (tmp_path / "other" / "train.jsonl").read_text().splitlines()
+    (tmp_path / "other" / "train.jsonl").write_text("\n".join(rows[1:]) + "\n")
+    result = call_main(script, [*argv, "--resume", "--dataset", tmp_path / "other"])
+    assert result.returncode == 2 and "prompts" in result.stderr
+
+
+def test_a_run_that_goes_on_may_be_longer(cut, call_main, tmp_path):
+    script, argv, _ = cut
+    result = call_main(script, [*argv, "--resume", "--total-episodes", "24", "--num-printed-samples", "1"])
+    assert result.returncode == 0, result.stderr
+    assert [row["update"] for row in metrics(tmp_path / "cut") if "episode" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_damaged_state_is_named_and_an_older_one_taken(cut, call_main, left_alone, tmp_path):
+    alone = left_alone("ppo")
+    script, argv, partial = cut
+    newest = states(partial)[0]
+    with (newest / "weights.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    result = call_main(script, [*argv, "--resume"])
+    assert result.returncode == 0, result.stderr
+    assert newest.name in result.stdout and "weights.safetensors" in result.stdout
+    check_same_run(alone, tmp_path / "cut")
+
+
+def test_states_are_kept_to_their_limit_and_the_newest_whole_one_is_found(tmp_path):
+    for step in range(1, 6):
+        with new_state(tmp_path, step, {"update": step}, keep=2) as folder:
+            save_file({"weight": torch.full((3,), float(step))}, folder / "weights.safetensors")
+    assert [path.name for path in states(tmp_path)] == ["step-00000005", "step-00000004"]
+    (tmp_path / "step-00000005" / "manifest.json").unlink()
+    (tmp_path / "step-00000009.partial").mkdir()  # a crash while saving
+    assert newest_state(tmp_path).name == "step-00000004"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005.damaged"]
+
+
+def test_a_finished_run_has_nothing_to_resume(commands, call_main, left_alone, tmp_path):
+    folder = left_alone("sft")
+    script, argv = commands("sft", folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    result = call_main(script, [*argv, "--resume"])
+    assert result.returncode == 0 and "finished" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    folder.rename(tmp_path / "alone.partial")  # a crash just before the last rename
+    assert call_main(script, [*argv, "--resume"]).returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone"]
+    result = call_main(script, [*argv, "--resume", "--learning-rate", "0.5"])
+    assert result.returncode == 2 and "learning_rate (0.01 there, 0.5 now)" in result.stderr
+
+
+@pytest.mark.parametrize("phase", ["sft", "reward"])
+def test_a_loss_that_is_not_finite_ends_the_run(commands, call_main, tmp_path, monkeypatch, phase):
+    from trl import RewardTrainer, SFTTrainer
+
+    trainer, calls = {"sft": SFTTrainer, "reward": RewardTrainer}[phase], []
+    compute_loss = trainer.compute_loss
+
+    def spoiled(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        calls.append(model.training)
+        return result * float("nan") if sum(calls) == 3 else result
+
+    monkeypatch.setattr(trainer, "compute_loss", spoiled)
+    script, argv = commands(phase, tmp_path / "out")
+    result = call_main(script, argv)
+    assert result.returncode == 2 and "step 3: the loss is not finite" in result.stderr
+    assert "the last good state is " in result.stderr and "step-00000002;" in result.stderr
+    assert "rows " in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_else_changes(commands, call_main, left_alone, tmp_path):
+    """Memory runs out in the second update's backward and, later, in a rollout: the same run, within rounding."""
+    alone, (script, argv) = left_alone("ppo"), commands("ppo", tmp_path / "cut")
+
+    def out_of_memory():
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, ppo_train, "value_loss", 7, out_of_memory)
+        at_call(patch, rlhf.generation, "next_tokens", 30, out_of_memory)
+        result = call_main(script, argv)
+    assert result.returncode == 0, result.stderr
+    assert "a micro-batch has 1 rows at most" in result.stdout and "a rollout has 2 rows at most" in result.stdout
+    for ours, theirs in zip(metrics(alone), metrics(tmp_path / "cut"), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (alone, tmp_path / "cut"))
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-5)
+
+
+def test_killed_at_random_moments_nothing_is_lost():
+    """The short form of `make torture`."""
+    command = [sys.executable, str(ROOT / "tests" / "torture.py"), "--kills", "3"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert done.stdout.splitlines()[-1:] == ["kills 9, lost 0, identical yes"], done.stdout + done.stderr[-3000:]
+    assert done.returncode == 0
