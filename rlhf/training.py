@@ -103,8 +103,8 @@ def check_ppo_numbers(config: Any) -> None:
     sizes = "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs"
     lengths = "max_prompt_length", "response_length", "max_train_samples", "max_eval_samples", "lora_rank", "lora_alpha"
     check_tracker(config.log_with)
-    check_at_least_one(config, *sizes, *lengths, "total_episodes", "rollout_batch_size", "eval_steps", "max_steps")
-    check_at_least_one(config, "save_steps", "save_total_limit")
+    check_at_least_one(config, *sizes, *lengths, "total_episodes", "rollout_batch_size", "max_steps")
+    check_at_least_one(config, "eval_steps", "save_steps", "save_total_limit")
     if config.total_episodes % config.batch_size:
         raise UserError(
             f"--total-episodes {config.total_episodes} is not a multiple of an update's {config.batch_size} episodes "
