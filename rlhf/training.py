@@ -124,8 +124,16 @@ def keep_fp32(model: nn.Module) -> None:
 # ---------------------------------------------------------------- TRL's trainers, resumable
 
 
+class AllStepsMade(Exception):
+    """A run goes on from its very last step."""
+
+
 class StopWhenAsked(TrainerCallback):
     """Ends the training after the step at hand, with a state, when a signal has asked for it."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:  # the Trainer would make one more before it looks
+            raise AllStepsMade
 
     def on_step_end(self, args, state, control, **kwargs):
         if asked_to_stop():
@@ -163,13 +171,18 @@ class Resumable(Trainer):
         if is_main():
             self.lines.metrics.cut(position)
         self.remove_callback(PrinterCallback)  # it prints each log as a dictionary; TrainerLog is ours
-        self.add_callback(self.lines)
         self.add_callback(StopWhenAsked())
+        self.add_callback(self.lines)
 
     def run(self) -> None:
         """Train, from the beginning or from the state that `prepare` found. Raises Stopped when a signal asked for it."""
         with stop_when_asked():
-            self.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
+            try:
+                self.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
+            except AllStepsMade:  # its weights are loaded by now
+                if is_main():
+                    row = {"step": self.state.global_step, "train_runtime": 0.0, "epoch": self.state.epoch}
+                    self.lines.metrics.write(row)
             check_stop(together=True)
 
     def first_row(self, name: str) -> float | None:

@@ -300,3 +300,16 @@ def test_killed_at_random_moments_nothing_is_lost():
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
     assert done.stdout.splitlines()[-1:] == ["kills 9, lost 0, identical yes"], done.stdout + done.stderr[-3000:]
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("phase", ["sft", "reward"])
+def test_a_signal_in_the_last_step(commands, call_main, left_alone, tmp_path, phase):
+    """All steps are made: what is left is to evaluate and to save."""
+    alone, (script, argv) = left_alone(phase), commands(phase, tmp_path / "cut")
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, rlhf.training.Resumable, "training_step", 4, ask_to_stop)
+        assert call_main(script, argv).returncode == 128 + signal.SIGTERM
+    assert newest_state(tmp_path / "cut.partial").name == "step-00000004"
+    result = call_main(script, [*argv, "--resume"])
+    assert result.returncode == 0, result.stderr
+    check_same_run(alone, tmp_path / "cut")
