@@ -26,10 +26,9 @@ from typing import Any, Literal
 
 from rlhf import data
 from rlhf.checkpoints import SCRIPTS, check_child, git_commit, read_run
-from rlhf.cli import UserError, run
-from rlhf.data import PromptFormat
+from rlhf.cli import UserError, check_at_least_one, check_between, run
 from rlhf.generation import generate
-from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, read_stacked, same_base
+from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base
 from rlhf.reporting import at_equal_length, console, distinct_2, mean_interval, plain, preference, repeated_3grams
 from rlhf.training import device
 
@@ -106,7 +105,7 @@ def main(config: Config) -> None:
 
     dtype = choose_dtype(config.dtype, device())
     base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
-    form = PromptFormat(runs["sft"]["prompt_format"], load_tokenizer(config.sft_checkpoint))
+    form = load_format(config.sft_checkpoint, runs["sft"])
     titles = model_titles(base["model"], runs)
     prompts = read_prompts(config, form)
 
@@ -149,10 +148,9 @@ def main(config: Config) -> None:
 def check_numbers(config: Config) -> None:
     if config.prompts is not None and config.num_test_prompts:
         raise UserError("--prompts and --num-test-prompts both say what to ask: give one of them")
-    if min(config.max_prompt_length, config.max_new_tokens, config.batch_size) < 1:
-        raise UserError("--max-prompt-length, --max-new-tokens and --batch-size must be at least 1")
-    if not (min(config.num_test_prompts, config.show) >= 0 and 0 <= config.temperature < math.inf):
-        raise UserError("--num-test-prompts, --show and --temperature must not be negative")
+    check_at_least_one(config, "max_prompt_length", "max_new_tokens", "batch_size")
+    check_between(config, 0, math.inf, "num_test_prompts", "show", "temperature")
+    check_between(config, 0, 2**32 - 1, "seed")
 
 
 def read_runs(config: Config) -> dict[str, dict[str, Any]]:

@@ -28,7 +28,7 @@ from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
 from rlhf.generation import Response, Seed, generate
 from rlhf.logprobs import chosen_logprobs
-from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, read_stacked, same_base
+from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base
 from rlhf.plan import dry_run_ppo
 from rlhf.ppo_batch import MicroBatch, fit, make_micro_batches, mean_kl, num_tokens, pick
 from rlhf.ppo_eval import Evaluation, compare, describe, warnings
@@ -154,8 +154,9 @@ def main(config: Config) -> None:
     if config.dry_run:
         dry_run_ppo(config, runs)
         return
-    shared, form, base = load_models(config, runs["sft"])
+    form = load_format(config.sft_checkpoint, runs["sft"])
     prompts, eval_prompts = load_prompts(config, form)
+    shared, base = load_models(config, runs["sft"], form)
     groups = [
         {"name": "policy", "params": shared.parameters("policy"), "peak_lr": config.learning_rate},
         {"name": "value", "params": shared.parameters("value"), "peak_lr": config.value_learning_rate},
@@ -469,11 +470,10 @@ def set_learning_rates(optimizer, update: int, config: Config) -> None:
 # ---------------------------------------------------------------- before and after
 
 
-def load_models(config: Config, sft: dict[str, Any]) -> tuple[SharedBase, PromptFormat, dict[str, Any]]:
-    """The shared base with its four roles, the prompt format, and what identifies the base."""
+def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tuple[SharedBase, dict[str, Any]]:
+    """The shared base with its four roles, and what identifies the base."""
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
-    form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))
     set_seed(config.seed)
     model = load_base(base, dtype, form.pad_token_id)
     shared = SharedBase(model, config.sft_checkpoint, dtype)
@@ -484,7 +484,7 @@ def load_models(config: Config, sft: dict[str, Any]) -> tuple[SharedBase, Prompt
     shared.add_role("policy", config.lora_rank, config.lora_alpha, config.role_layers)
     if config.gold_checkpoint:
         shared.add_role("gold", **read_stacked(config.gold_checkpoint, shared))
-    return shared, form, base
+    return shared, base
 
 
 def load_prompts(config: Config, form: PromptFormat) -> list[list[list[int]]]:

@@ -15,22 +15,23 @@ opens as a sequence classification model, and what it gets right in `evaluation.
 Next: python ppo_train.py
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.checkpoints import check_child, check_output, is_finished, output_folder, read_run, write_run
-from rlhf.cli import UserError, next_command, run
-from rlhf.data import PromptFormat, TokenPair, fingerprint, load_pairs, tokenize_pairs
+from rlhf.cli import UserError, check_between, next_command, run
+from rlhf.data import TokenPair, fingerprint, load_pairs, tokenize_pairs
 from rlhf.decoder import lay_out_pairs, unpad
-from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, read_stacked, same_base, save_stacked
+from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
 from rlhf.plan import SAMPLE, plan_reward, read_shape, show_data, show_end, show_plan
 from rlhf.reporting import console, plot_curves
 from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
 from rlhf.training import (
     Resumable,
-    check_numbers,
+    check_trainer_numbers,
     device,
     effective_batch,
     keep_fp32,
@@ -101,7 +102,8 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
-    check_numbers(config)
+    check_trainer_numbers(config)
+    check_between(config, 0, math.inf, "center_rewards_coefficient")
     if config.eval_only:
         eval_only(config)
         return
@@ -114,7 +116,7 @@ def main(config: Config) -> None:
     started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
-    form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))
+    form = load_format(config.sft_checkpoint, sft)
 
     # 1. Tokenise both responses of each pair.
     train_pairs = load_pairs(config.dataset, "train", config.max_train_samples, config.half)
@@ -269,7 +271,7 @@ def eval_only(config: Config) -> None:
     if (folder / "evaluation.json").exists() and not config.overwrite:
         raise UserError(f"{folder}/evaluation.json exists: add --overwrite to replace it (nothing else is touched)")
     base = same_base(sft, config.sft_checkpoint, config.base_model)
-    form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))
+    form = load_format(config.sft_checkpoint, sft)
     test_pairs = load_pairs(config.dataset, "test", config.max_eval_samples)
     eval_set = tokenize_pairs(test_pairs, form, config.max_length, "test")
     dtype = choose_dtype(config.dtype, device())

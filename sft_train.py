@@ -28,7 +28,7 @@ from rlhf.plan import SAMPLE, plan_sft, read_shape, show_data, show_end, show_pl
 from rlhf.reporting import console, plot_curves
 from rlhf.training import (
     Resumable,
-    check_numbers,
+    check_trainer_numbers,
     device,
     effective_batch,
     keep_fp32,
@@ -98,7 +98,7 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
-    check_numbers(config)
+    check_trainer_numbers(config)
     check_output(config.output_dir, config.overwrite, config.base_model, config.dataset, resume=config.resume)
     if is_finished(config):
         return

@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import ppo_train  # noqa: E402
 from rlhf.checkpoints import read_run  # noqa: E402
 from rlhf.cli import UserError, quiet_libraries, run  # noqa: E402
+from rlhf.modeling import load_format  # noqa: E402
 from rlhf.ppo_batch import make_micro_batches  # noqa: E402
 from rlhf.reporting import console  # noqa: E402
 
@@ -109,7 +110,9 @@ def measure(config: Config, batch: int, response: int, vocabulary: int, pipe) ->
         return model.requires_grad_(False)
 
     ppo_train.load_base = load_padded
-    shared, form, _ = ppo_train.load_models(settings, read_run(settings.sft_checkpoint, "sft"))
+    sft = read_run(settings.sft_checkpoint, "sft")
+    form = load_format(settings.sft_checkpoint, sft)
+    shared, _ = ppo_train.load_models(settings, sft, form)
     form.eos_token_id, form.stop_text = form.pad_token_id, None
     prompts, _ = ppo_train.load_prompts(settings, form)
     flat = [token for prompt in prompts for token in prompt]

@@ -33,7 +33,7 @@ import ppo_train  # noqa: E402
 from rlhf.checkpoints import read_run, sha256  # noqa: E402
 from rlhf.cli import UserError, run  # noqa: E402
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts  # noqa: E402
-from rlhf.modeling import load_tokenizer, read_adapter, read_stacked, save_stacked  # noqa: E402
+from rlhf.modeling import load_format, load_tokenizer, read_adapter, read_stacked, save_stacked  # noqa: E402
 from rlhf.reporting import console, mean_interval  # noqa: E402
 
 import torch  # noqa: E402
@@ -114,7 +114,9 @@ def prepare(config: Config) -> None:
 
 def widen_reward(config: Config) -> None:
     """The same reward model with its adapter on all layers, at zero where it had none: the value model is a copy of it."""
-    shared, form, base = ppo_train.load_models(ours(config), read_run(config.sft_checkpoint, "sft"))
+    sft = read_run(config.sft_checkpoint, "sft")
+    form = load_format(config.sft_checkpoint, sft)
+    shared, base = ppo_train.load_models(ours(config), sft, form)
     scorer = read_stacked(config.reward_checkpoint, shared)
     shared.add_role("wide", **scorer | {"num_layers": 0, "state": None})
     with torch.no_grad():
@@ -252,7 +254,8 @@ def summary(config: Config, runs: list[dict[str, Any]]) -> dict[str, Any]:
 def judge(config: Config, name: str, seed: int) -> ppo_train.Evaluation:
     """Answers to the held-out prompts, scored: of the SFT policy, or of what a run has trained on top of it."""
     sft, settings, state = read_run(config.sft_checkpoint, "sft"), replace(ours(config), dtype="bf16"), None
-    shared, form, _ = ppo_train.load_models(settings, sft)
+    form = load_format(config.sft_checkpoint, sft)
+    shared, _ = ppo_train.load_models(settings, sft, form)
     folder = str(WORK / f"{name}_{seed}")
     if name == "trl":
         lora, state = read_adapter(folder)
@@ -262,7 +265,7 @@ def judge(config: Config, name: str, seed: int) -> ppo_train.Evaluation:
         state = policy["state"]
         shape = {"lora_rank": policy["rank"], "lora_alpha": policy["alpha"], "role_layers": policy["num_layers"]}
     if state is not None:
-        shared, form, _ = ppo_train.load_models(replace(settings, **shape), sft)
+        shared, _ = ppo_train.load_models(replace(settings, **shape), sft, form)
         shared.load("policy", state)
     _, prompts = ppo_train.load_prompts(settings, form)
     return ppo_train.evaluate(settings, shared, form, prompts)

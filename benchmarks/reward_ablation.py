@@ -8,7 +8,7 @@ what it is worth. Intervals are bootstraps over seeds and pairs; differences are
 in --work and not done again. Variants that reward_train.py has no flag for are made here, around it: what is not worth a
 flag is not in the script.
 
-`averaged` is one model, the mean of the adapters of `one_head`, runs that differ in seed but start from one head (WARM,
+`averaged` is one model, the mean of the adapters of `head_zero`, runs that differ in seed but start from one head (WARM,
 2401.12187). `stock` is the `trl reward` command at its defaults, with the same LoRA on the same pairs, from the same SFT
 model merged into its base: once for as long as `recipe` trained, and once for a whole epoch (`stock_epoch`).
 """
@@ -33,7 +33,7 @@ from rlhf.cli import UserError, run  # noqa: E402
 from rlhf.data import PromptFormat, load_pairs, tokenize_pairs  # noqa: E402
 from rlhf.decoder import lay_out_pairs, unpad  # noqa: E402
 from rlhf.logprobs import chosen_logprobs  # noqa: E402
-from rlhf.modeling import SharedBase, choose_dtype, load_base, load_tokenizer, pad_right, read_stacked  # noqa: E402
+from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, load_tokenizer, pad_right, read_stacked  # noqa: E402
 from rlhf.reporting import console  # noqa: E402
 from rlhf.reward_eval import ScoredPairs, judge  # noqa: E402
 from rlhf.training import device  # noqa: E402
@@ -58,7 +58,6 @@ class Variant:
         0.0  # weight of the language modelling loss of chosen responses, from where the two part (GRM, 2406.10216)
     )
     head_std: float | None = None  # of the head's initialisation; None: 1 / sqrt(H + 1)
-    one_head: bool = False  # the same initial head for all seeds
     without_sft: bool = False  # straight on the base
 
 
@@ -66,8 +65,8 @@ STOCK = ("stock", "stock_epoch")  # TRL's trainer, for as long as `recipe` train
 MEANS = ("length_balanced_accuracy", "eval_loss", "calibration_error", "score_length_correlation")
 VARIANTS = {
     "recipe": Variant(),
-    "half_lr": Variant({"learning_rate": 1e-4}),
-    "double_lr": Variant({"learning_rate": 4e-4}),
+    "half_lr": Variant({"learning_rate": 5e-4}),
+    "double_lr": Variant({"learning_rate": 2e-3}),
     "all_layers": Variant({"role_layers": 0}),
     "two_epochs": Variant({"num_train_epochs": 2.0}),
     "not_centred": Variant({"center_rewards_coefficient": 0.0}),
@@ -76,7 +75,6 @@ VARIANTS = {
     "balanced": Variant(balance_lengths=True),
     "text_loss": Variant(text_loss=0.1),
     "without_sft": Variant(without_sft=True),
-    "one_head": Variant(one_head=True),
 }
 
 
@@ -95,8 +93,8 @@ class Config:
 
 
 def recipe(config: Config, name: str, seed: int) -> reward_train.Config:
-    """The settings of a run: the demo's, one epoch, at the default learning rate."""
-    changes = {"learning_rate": 2e-4, "num_train_epochs": 1.0} | VARIANTS[name].changes
+    """The settings of a run: the demo's, but one epoch, and a higher learning rate."""
+    changes = {"learning_rate": 1e-3, "num_train_epochs": 1.0} | VARIANTS[name].changes
     folder = Path(config.work) / f"{name}_{seed}"
     sft = str(Path(config.work) / "no_sft") if VARIANTS[name].without_sft else config.sft_checkpoint
     sources = {"sft_checkpoint": sft, "dataset": config.dataset, "half": "first", "output_dir": str(folder)}
@@ -122,7 +120,7 @@ def main(config: Config) -> None:
                 except UserError as error:  # it diverged, or learned nothing: that is a result
                     raise UserError(f"{name}, seed {seed}: {error}; leave it out of --variants") from None
     names = list(config.variants)
-    if "one_head" in names and config.seeds > 1:
+    if "head_zero" in names and config.seeds > 1:
         average(config)
         names.append("averaged")
     if config.stock:
@@ -159,9 +157,6 @@ def train(config: Config, name: str, seed: int) -> None:
         head = shared.heads["reward"].weight
         if variant.head_std is not None:
             torch.nn.init.normal_(head, std=variant.head_std)
-        if variant.one_head:
-            one = torch.randn(head.shape, generator=torch.Generator().manual_seed(0)) * (head.shape[1] + 1) ** -0.5
-            head.data.copy_(one)
         trainer = original(settings, shared, form, train_set, *rest)
         longer = [np.sign(len(row["chosen_ids"]) - len(row["rejected_ids"])) for row in train_set]
         counts = [max(1, longer.count(sign)) for sign in (-1, 0, 1)]
@@ -228,12 +223,12 @@ def blank_sft(folder: str, blank: Path) -> None:
 
 
 def average(config: Config) -> None:
-    """The mean of the adapters and heads of `one_head` over the seeds, as one reward model."""
+    """The mean of the adapters and heads of `head_zero` over the seeds, as one reward model."""
     folder = Path(config.work) / f"averaged_{config.seeds}"
     if (folder / "scores.json").exists():
         return
     shared, form = open_base(config)
-    parts = [read_stacked(f"{config.work}/one_head_{seed}", shared) for seed in range(config.seeds)]
+    parts = [read_stacked(f"{config.work}/head_zero_{seed}", shared) for seed in range(config.seeds)]
     state = {
         key: torch.cat([part["state"][key] for part in parts], 1 if "lora_B" in key else 0)
         / (len(parts) if "lora_B" in key else 1)
@@ -250,7 +245,7 @@ def average(config: Config) -> None:
 
 def open_base(config: Config) -> tuple[SharedBase, PromptFormat]:
     sft = read_run(config.sft_checkpoint, "sft")
-    form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))
+    form = load_format(config.sft_checkpoint, sft)
     dtype = choose_dtype("auto", device())
     return SharedBase(load_base(sft["base"], dtype, form.pad_token_id), config.sft_checkpoint, dtype), form
 

@@ -208,7 +208,7 @@ def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]
         for key, kind in BASE_FACTS.items():
             if not isinstance(run["base"][key], kind):
                 raise ValueError(f"base {key} is not as it should be")
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{path} is damaged ({error}): train that phase again") from None
     if run["phase"] != phase:
         raise UserError(f"{folder} holds a {run['phase']} checkpoint where a {phase} checkpoint is needed: {todo}")

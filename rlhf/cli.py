@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import math
 import os
 import shlex
 import signal
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import tyro
 
 Config = TypeVar("Config")
+SIZES = ("per_device_train_batch_size", "rollout_batch_size", "batch_size", "max_length", "lora_rank")  # take memory
 
 
 class UserError(Exception):
@@ -55,11 +57,19 @@ def run(main: Callable[[Config], None], config_class: type[Config], presets: dic
         if is_disk_full(error):
             later = "then --resume goes on from the last state" if hasattr(config, "resume") else "nothing was replaced"
             fail(f"the disk is full: free some space or choose another --output-dir; {later}")
+        if is_out_of_memory(error):
+            sizes = [flag(name) for name in SIZES if hasattr(config, name)]
+            fail(f"the memory ran out ({one_line(error)}): lower {' or '.join(sizes)}")
         raise
     except KeyboardInterrupt:
         later = "; --resume goes on from the last state, if there was one" if hasattr(config, "resume") else ""
         print(f"\nStopped; nothing was saved{later}.", file=sys.stderr)
         sys.exit(130)
+
+
+def flag(name: str) -> str:
+    """The flag of a field."""
+    return f"--{name.replace('_', '-')}"
 
 
 def next_command(script: str, **checkpoints: str) -> str:
@@ -68,8 +78,8 @@ def next_command(script: str, **checkpoints: str) -> str:
         return f"python {script}"
     if all(folder == f"runs/demo/{phase}" for phase, folder in checkpoints.items()):
         return f"python {script} --preset demo"
-    flags = [f"--{phase}-checkpoint {shlex.quote(folder)}" for phase, folder in checkpoints.items()]
-    return f"python {script} {' '.join(flags)}"
+    named = [f"--{phase}-checkpoint {shlex.quote(folder)}" for phase, folder in checkpoints.items()]
+    return f"python {script} {' '.join(named)}"
 
 
 def check_at_least_one(config: Any, *names: str) -> None:
@@ -77,7 +87,24 @@ def check_at_least_one(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+            raise UserError(f"{flag(name)} must be at least 1, not {value}")
+
+
+def check_above_zero(config: Any, *names: str) -> None:
+    """Raise UserError unless each named field is a number above 0; infinity is."""
+    for name in names:
+        value = getattr(config, name)
+        if not value > 0:
+            raise UserError(f"{flag(name)} must be above 0, not {value}")
+
+
+def check_between(config: Any, low: float, high: float, *names: str) -> None:
+    """Raise UserError unless each named field is a finite number from `low` to `high`."""
+    for name in names:
+        value = getattr(config, name)
+        if not (low <= value <= high and math.isfinite(value)):
+            most = "finite" if high == math.inf else f"at most {high:g}"
+            raise UserError(f"{flag(name)} must be at least {low:g} and {most}, not {value}")
 
 
 def check_tracker(name: str | None) -> None:
@@ -98,6 +125,11 @@ def is_disk_full(error: BaseException) -> bool:
         getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(cause)
         for cause in causes_of(error)
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True when a device had no memory left for a tensor; for the CPU's, torch says so only in the text."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def one_line(error: BaseException) -> str:

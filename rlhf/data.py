@@ -109,7 +109,9 @@ def read_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
         ]
         files = next(filter(None, candidates), [])
         if not files:
-            raise UserError(f"folder {source} has no {SPLITS[split][0]} file ({', '.join(SUFFIXES)})")
+            raise UserError(
+                f"--dataset {source or repr(source)}: this folder has no {SPLITS[split][0]} file ({', '.join(SUFFIXES)})"
+            )
     elif path.is_file():
         files = [path]
     else:
@@ -148,7 +150,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             if line.strip():
                 try:
                     yield json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{path}, line {number} is not JSON ({error}): mend or remove that line") from None
 
 
@@ -158,7 +160,7 @@ def read_json(path: Path) -> Iterator[dict[str, Any]]:
             rows = json.load(file)
         except UnicodeDecodeError:
             raise
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not JSON ({error})") from None
     if not isinstance(rows, list):
         raise UserError(f"{path} must hold a list of rows; one object a line belongs in a .jsonl file")

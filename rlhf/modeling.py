@@ -157,6 +157,11 @@ def load_tokenizer(folder: str, revision: str | None = None) -> PreTrainedTokeni
     return tokenizer
 
 
+def load_format(folder: str, run: dict[str, Any]) -> PromptFormat:
+    """The prompt format of a checkpoint with its tokenizer; `run` is its run.json."""
+    return PromptFormat(run["prompt_format"], load_tokenizer(folder))
+
+
 def load_base(base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_head: bool = False) -> PreTrainedModel:
     """Load the base named by `base_facts`, frozen, in evaluation mode; in NF4 if it says so.
 
@@ -230,7 +235,12 @@ class SharedBase:
         self.heads: dict[str, ScalarHead] = {}
         self.rows_that_fit: dict[str, int] = {}  # in a "rollout" or a "micro-batch", once more have run out of memory
         config, state = read_adapter(folder)
-        self.peft = PeftModel(model, config, adapter_name="sft")
+        if any(weight.shape[0] != config.r for key, weight in state.items() if "lora_A" in key):
+            raise UserError(f"the adapter at {folder} does not have the rank of its config ({config.r})")
+        try:
+            self.peft = PeftModel(model, config, adapter_name="sft")
+        except ValueError as error:  # no such layers
+            raise UserError(f"the adapter at {folder} does not fit this base model ({one_line(error)})") from None
         self.load("sft", state)
         self.tuner_layers = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
         self.decoder = Decoder(model)
@@ -376,7 +386,7 @@ def read_adapter(folder: str) -> tuple[LoraConfig, dict[str, Tensor]]:
     try:
         config = LoraConfig.from_pretrained(folder)
         state = load_file(Path(folder) / "adapter_model.safetensors")
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         raise UserError(f"{folder} holds no LoRA adapter that can be read ({one_line(error)})") from None
     if not isinstance(config, LoraConfig):
         raise UserError(f"{folder} holds an adapter of another kind than LoRA")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.cli import UserError
-from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
+from rlhf.data import load_pairs, tokenize_prompts
 from rlhf.generation import PREFILL
 from rlhf.hub import hub_errors
 from rlhf.logprobs import CHUNK_ELEMENTS, CPU_BLOCK
-from rlhf.modeling import load_tokenizer, same_base
+from rlhf.modeling import load_format, same_base
 from rlhf.reporting import console
 
 from rich.table import Table
@@ -234,7 +234,7 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     """What `ppo_train.py` would do with these flags and these checkpoints: their run.json, by role."""
     sft = runs["sft"]
     base = same_base(sft, config.sft_checkpoint, config.base_model)
-    form = PromptFormat(sft["prompt_format"], load_tokenizer(config.sft_checkpoint))
+    form = load_format(config.sft_checkpoint, sft)
     pairs = load_pairs(config.dataset, "train", config.max_train_samples)
     prompts = tokenize_prompts(pairs[:SAMPLE], form, config.max_prompt_length)
     show_data("prompts", len(pairs), [len(prompt) for prompt in prompts])

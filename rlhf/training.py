@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoints import check_same
-from rlhf.cli import UserError, check_at_least_one, check_tracker
+from rlhf.cli import UserError, check_above_zero, check_at_least_one, check_between, check_tracker
 from rlhf.processes import agree, is_main, num_processes, this_process, wait
 from rlhf.reporting import TrainerLog, read_jsonl
 from rlhf.resume import (
@@ -79,39 +79,43 @@ def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) ->
 
 
 def check_numbers(config: Any) -> None:
-    """Raise UserError for a size of the SFT or the reward script that is below 1, or what else cannot be started."""
-    sizes = (
-        "max_length",
-        "max_train_samples",
-        "max_eval_samples",
-        "lora_rank",
-        "lora_alpha",
-        "max_steps",
-        "save_steps",
-        "save_total_limit",
-    )
+    """Raise UserError for a number of a training script that cannot be, and for what else keeps it from starting."""
     if device().type == "cuda" and torch.cuda.device_count() > 1 and num_processes() == 1:
         raise UserError(
             "several GPUs are visible: start the script with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0 to use one"
         )
     check_tracker(config.log_with)
-    check_at_least_one(config, *sizes, "per_device_train_batch_size", "gradient_accumulation_steps")
+    sizes = "per_device_train_batch_size", "gradient_accumulation_steps", "lora_rank", "lora_alpha", "max_steps"
+    check_at_least_one(config, *sizes, "max_train_samples", "max_eval_samples", "save_steps", "save_total_limit")
+    check_above_zero(config, "max_grad_norm", "card_gb")
+    check_between(config, 0, math.inf, "learning_rate")
+    check_between(config, 0, 2**32 - 1, "seed")
+
+
+def check_trainer_numbers(config: Any) -> None:
+    """The same for the SFT and the reward script."""
+    check_numbers(config)
+    check_at_least_one(config, "max_length")
+    check_above_zero(config, "num_train_epochs")
+    check_between(config, 0, 1, "warmup_ratio")
 
 
 def check_ppo_numbers(config: Any) -> None:
     """The same for the PPO script."""
-    sizes = "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "num_ppo_epochs"
-    lengths = "max_prompt_length", "response_length", "max_train_samples", "max_eval_samples", "lora_rank", "lora_alpha"
-    check_tracker(config.log_with)
-    check_at_least_one(config, *sizes, *lengths, "total_episodes", "rollout_batch_size", "max_steps")
-    check_at_least_one(config, "eval_steps", "save_steps", "save_total_limit")
+    check_numbers(config)
+    check_at_least_one(config, "num_mini_batches", "num_ppo_epochs", "max_prompt_length", "response_length")
+    check_at_least_one(config, "total_episodes", "rollout_batch_size", "eval_steps", "kl_horizon")
+    check_above_zero(config, "temperature", "kl_target", "kl_stop", "cliprange", "cliprange_value", "score_clip")
+    check_between(config, 0, 1, "gamma", "lam")
+    check_between(config, 0, math.inf, "value_learning_rate", "kl_coef", "missing_eos_penalty")
+    check_between(config, 0, math.inf, "warmup_updates", "critic_warmup_updates", "num_printed_samples")
+    if config.temperature == math.inf:
+        raise UserError("--temperature inf: every token would be as likely as any other; 1 samples as the model says")
     if config.total_episodes % config.batch_size:
         raise UserError(
             f"--total-episodes {config.total_episodes} is not a multiple of an update's {config.batch_size} episodes "
             f"({config.per_device_train_batch_size} x {config.gradient_accumulation_steps} x {config.num_mini_batches})"
         )
-    if min(config.temperature, config.kl_stop) <= 0 or config.seed < 0:
-        raise UserError("--temperature and --kl-stop must be above 0, and --seed not below")
 
 
 def keep_fp32(model: nn.Module) -> None:

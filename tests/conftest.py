@@ -83,8 +83,8 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS)
 
 
-def make_model(folder: Path, seed: int = 0) -> Path:
-    """A random Llama of 4 layers. The weights are large for a random model, so that every token attends to some other."""
+def make_model(folder: Path, seed: int = 0, hidden_size: int = 32, layers: int = 4) -> Path:
+    """A random Llama. The weights are large for a random model, so that every token attends to some other."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -92,9 +92,9 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,

@@ -455,7 +455,7 @@ def test_refuses_before_the_model_is_loaded(call_main, argv, tmp_path, monkeypat
         (["--output-dir", "new", "--prompts", "file"], "there is no prompt to answer"),
         (["--prompts", "file", "--num-test-prompts", "1"], "give one of them"),
         (["--max-new-tokens", "0"], "must be at least 1"),
-        (["--temperature", "nan"], "must not be negative"),
+        (["--temperature", "nan"], "--temperature must be at least 0 and finite, not nan"),
     ]:
         result = call_main("compare_outputs", [*argv, *flags])
         assert result.returncode == 2 and error in result.stderr, result

@@ -13,7 +13,7 @@ from pathlib import Path
 from rlhf.cli import next_command
 
 import pytest
-from conftest import DEMO, OFFLINE, ROOT, make_model, write_jsonl
+from conftest import OFFLINE, ROOT, make_model, write_jsonl
 from safetensors import SafetensorError
 
 GOOD_ROW = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello!", "rejected": " Go away."}
@@ -91,36 +91,6 @@ def test_a_script_of_its_own_process_ends_the_same(run_script, tmp_path):
     done = run_script("reward_train.py", "--dataset", "x", cwd=tmp_path)
     assert_one_line(done.returncode, done.stderr, "checkpoints/sft", "python sft_train.py")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("flag", "name"),
-    [
-        (["--per-device-train-batch-size", "25"], "24 training rows do not fill one batch of 25"),
-        (["--gradient-accumulation-steps", "7"], "24 training rows do not fill one batch of 28"),
-        (["--per-device-train-batch-size", "0"], "--per-device-train-batch-size"),
-        (["--gradient-accumulation-steps", "-1"], "--gradient-accumulation-steps"),
-        (["--lora-rank", "0"], "--lora-rank"),
-        (["--save-steps", "0"], "--save-steps"),
-        (["--max-train-samples", "0"], "--max-train-samples"),
-        (["--max-length", "8"], "--max-length"),
-        (["--max-length", "-1"], "--max-length"),
-        (["--dtype", "fp16"], "fp16"),
-    ],
-)
-@pytest.mark.parametrize("script", ["sft_train", "reward_train"])
-def test_a_number_that_cannot_be(refused, trained, script, flag, name):
-    parents = ["--sft-checkpoint", trained.sft] if script == "reward_train" else []
-    refused(script, [*parents, *flag], name)
-
-
-@pytest.mark.parametrize("layers", ["5", "-1"])
-def test_more_role_layers_than_there_are(refused, trained, layers):
-    refused("reward_train", ["--sft-checkpoint", trained.sft, "--role-layers", layers], "--role-layers", "4 layers")
-
-
-def test_a_learning_rate_that_breaks_the_model(refused):
-    refused("sft_train", ["--learning-rate", "1e30"], "--learning-rate")
 
 
 # ---------------------------------------------------------------- the output folder
@@ -262,10 +232,6 @@ def test_4bit_where_it_cannot_run(refused, monkeypatch):
     refused("sft_train", ["--load-in-4bit"], "4-bit", "no kernel image is available", "--no-load-in-4bit")
 
 
-def test_the_models_own_format_without_a_chat_template(refused):
-    refused("sft_train", ["--prompt-format", "model"], "--prompt-format", "chat template")
-
-
 HUB_DRIVER = """
 import contextlib, io, json, sys
 import sft_train
@@ -351,64 +317,6 @@ def test_a_hub_that_says_no(hub_results, case, names):
 # ---------------------------------------------------------------- the data
 
 
-@pytest.mark.parametrize(
-    ("source", "names"),
-    [
-        ("nobody/no-such-data", ["data set nobody/no-such-data", "network", "--dataset"]),
-        ("data/train.jsonl", ["data/train.jsonl", "no such file"]),
-        ("/nowhere", ["/nowhere", "no such file or folder"]),
-    ],
-)
-def test_data_that_are_not_there(refused, source, names):
-    refused("sft_train", ["--dataset", source], *names)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "names"),
-    [
-        ("train.jsonl", b"", ["no usable row", "train"]),
-        ("train.json", b"", ["train.json", "not JSON"]),
-        ("train.json", b"[]", ["no usable row"]),
-        ("train.json", b'{"prompt": 1}', ["train.json", "list of rows"]),
-        ("train.json", b"[1]", ["train.json", "row 1"]),
-        ("train.csv", b"", ["no usable row"]),
-        ("train.csv", b'prompt,chosen,rejected\n"a,b,c\n', ["train.csv", "line 2"]),
-        ("train.parquet", b"PAR1 but no more", ["train.parquet", "not a readable Parquet file"]),
-        ("train.parquet", b"", ["train.parquet", "not a readable Parquet file"]),
-        ("train.txt", b"x", ["no train file", ".jsonl"]),
-        ("train.jsonl", b'{"question": "a", "chosen": "b", "rejected": "c"}\n', ["train.jsonl", "no column 'prompt'"]),
-        (
-            "train.jsonl",
-            b'{"prompt": "a", "rejected": "c"}\n',
-            ["train.jsonl", "no column 'chosen'", "prompt, rejected"],
-        ),
-        ("train.csv", b"prompt,chosen\na,b\n", ["train.csv", "no column 'rejected'"]),
-        ("train.jsonl", json.dumps(GOOD_ROW).encode() + b'\n\n{"prompt": \n', ["train.jsonl, line 3", "not JSON"]),
-        ("train.jsonl", json.dumps(GOOD_ROW).encode() + b"\n[1]\n", ["train.jsonl", "row 2"]),
-        (
-            "train.jsonl",
-            '{"prompt": "é", "chosen": "b", "rejected": "c"}\n'.encode("latin-1"),
-            ["train.jsonl", "UTF-8"],
-        ),
-        ("train.json", '[{"prompt": "é", "chosen": "b", "rejected": "c"}]'.encode("latin-1"), ["train.json", "UTF-8"]),
-        ("train.csv", "prompt,chosen,rejected\né,b,c\n".encode("latin-1"), ["train.csv", "UTF-8"]),
-        ("train.jsonl", "\ufeff".encode("utf-16"), ["train.jsonl", "UTF-8"]),
-        ("train.jsonl", b'{"prompt": "a", "chosen": "", "rejected": "c"}\n', ["no usable row", "train"]),
-    ],
-)
-def test_a_data_file_that_cannot_be_read(refused, tmp_path, name, content, names):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    shutil.copy(DEMO / "test.jsonl", folder)
-    (folder / name).write_bytes(content)
-    refused("sft_train", ["--dataset", folder], *names)
-
-
-def test_a_single_file_of_an_unknown_kind(refused, tmp_path):
-    (tmp_path / "train.txt").write_text("x")
-    refused("sft_train", ["--dataset", tmp_path / "train.txt"], "train.txt", ".jsonl")
-
-
 def test_a_folder_without_a_test_split(refused, tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [GOOD_ROW])
     refused("sft_train", ["--dataset", tmp_path], tmp_path, "no test file")
@@ -434,51 +342,6 @@ def test_eval_only_of_what_is_not_there(trained, call_main, tmp_path):
     assert_one_line(result.returncode, result.stderr, "there is no reward checkpoint", "--output-dir")
 
 
-def test_a_folder_without_run_json(refused, sft, tiny_model):
-    (sft / "run.json").unlink()
-    refused("reward_train", ["--sft-checkpoint", sft], sft, "run.json", "sft_train.py")
-    shutil.rmtree("full")
-    refused("reward_train", ["--sft-checkpoint", tiny_model], tiny_model, "run.json", "sft_train.py")
-
-
-def test_the_checkpoint_of_another_stage(refused, trained):
-    refused("reward_train", ["--sft-checkpoint", trained.reward], trained.reward, "reward", "python sft_train.py")
-
-
-def spoil(run: dict, how: str) -> bytes:
-    """The bytes of a run.json that was damaged: how it looks, or the key that it lacks ("base.model")."""
-    whole = json.dumps(run).encode()
-    if how == "tomorrow's prompt format":
-        return json.dumps({**run, "prompt_format": "tomorrow"}).encode()
-    looks = {"empty": b"", "half": whole[:100], "a list": b"[]", "null": b"null", "not text": b"\xff\xfe\x00"}
-    looks["huge"] = b" " * (1 << 20) + whole
-    if how in looks:
-        return looks[how]
-    *path, last = how.split(".")
-    inner = run
-    for key in path:
-        inner = inner[key]
-    del inner[last]
-    return json.dumps(run).encode()
-
-
-@pytest.mark.parametrize("how", ["empty", "half", "a list", "null", "not text", "huge", "tomorrow's prompt format"])
-def test_a_damaged_run_json(refused, sft, how):
-    file = sft / "run.json"
-    file.write_bytes(spoil(json.loads(file.read_text()), how))
-    refused("reward_train", ["--sft-checkpoint", sft], file)
-
-
-@pytest.mark.parametrize("key", ["phase", "base", "adapter_sha256", "prompt_format"])
-def test_a_run_json_that_lacks_a_key(refused, sft, key):
-    test_a_damaged_run_json(refused, sft, key)
-
-
-@pytest.mark.parametrize("key", ["model", "load_in_4bit", "revision", "config_sha256", "weights_sha256"])
-def test_a_run_json_that_lacks_a_key_of_its_base(refused, sft, key):
-    test_a_damaged_run_json(refused, sft, f"base.{key}")
-
-
 def test_an_adapter_that_changed_after_its_run_json(refused, sft):
     weights = sft / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -488,27 +351,6 @@ def test_an_adapter_that_changed_after_its_run_json(refused, sft):
     shutil.rmtree("full")
     weights.unlink()
     refused("reward_train", ["--sft-checkpoint", sft], "adapter_model.safetensors")
-
-
-@pytest.mark.parametrize("how", ["missing", "damaged", "another rank", "another kind"])
-def test_an_adapter_config_that_does_not_fit(refused, sft, how):
-    file = sft / "adapter_config.json"
-    config = json.loads(file.read_text())
-    if how == "missing":
-        file.unlink()
-    elif how == "damaged":
-        file.write_text("{")
-    elif how == "another rank":
-        file.write_text(json.dumps({**config, "r": config["r"] * 2}))
-    else:
-        file.write_text(json.dumps({"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}))
-    refused("reward_train", ["--sft-checkpoint", sft], "adapter")
-
-
-def test_a_checkpoint_without_its_tokenizer(refused, sft):
-    for file in sft.glob("tokenizer*"):
-        file.unlink()
-    refused("reward_train", ["--sft-checkpoint", sft], sft, "tokenizer")
 
 
 def test_another_base(refused, trained, tmp_path, tiny_model):
@@ -555,24 +397,6 @@ def test_the_next_command_leads_to_what_was_just_made():
 # ---------------------------------------------------------------- PPO
 
 
-@pytest.mark.parametrize(
-    ("flag", "name"),
-    [
-        (["--total-episodes", "65"], "--total-episodes 65 is not a multiple of an update's 64 episodes (4 x 4 x 4)"),
-        (["--num-mini-batches", "0"], "--num-mini-batches must be at least 1"),
-        (["--rollout-batch-size", "-2"], "--rollout-batch-size"),
-        (["--temperature", "0"], "--temperature"),
-        (["--kl-stop", "0"], "--kl-stop"),
-        (["--seed", "-1"], "--seed"),
-        ([], "python sft_train.py"),
-    ],
-)
-def test_ppo_flags_that_cannot_be(call_main, tmp_path, flag, name):
-    result = call_main("ppo_train", [*flag, "--output-dir", tmp_path / "out"])
-    assert_one_line(result.returncode, result.stderr, name)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_ppo_refuses_a_reward_model_of_another_sft_model(call_main, trained, flags, tmp_path):
     sft = tmp_path / "sft"
     assert call_main("sft_train", [*flags["sft_train"], "--seed", "1", "--output-dir", sft]).returncode == 0
@@ -586,9 +410,3 @@ def test_ppo_refuses_a_reward_model_of_another_sft_model(call_main, trained, fla
     result = call_main("ppo_train", [*argv, "--reward-checkpoint", tmp_path / "none"])
     assert_one_line(result.returncode, result.stderr, "python reward_train.py", "--reward-checkpoint")
     assert not (tmp_path / "out").exists()
-
-
-def test_ppo_refuses_a_reward_model_that_is_no_adapter(call_main, trained, tiny_model, tmp_path):
-    argv = ["--sft-checkpoint", trained.sft, "--reward-checkpoint", tiny_model, "--output-dir", tmp_path / "out"]
-    result = call_main("ppo_train", argv)
-    assert_one_line(result.returncode, result.stderr, tiny_model, "Accepted is", "a LoRA adapter on the same base")

@@ -13,7 +13,7 @@ import sft_train
 from rlhf.cli import parse
 from rlhf.data import PromptFormat, load_pairs, tokenize_pairs
 from rlhf.decoder import lay_out
-from rlhf.modeling import SharedBase, base_facts, load_base, load_tokenizer, pad_right, read_stacked
+from rlhf.modeling import SharedBase, base_facts, load_base, load_format, load_tokenizer, pad_right, read_stacked
 from rlhf.reward_eval import judge
 
 import datasets
@@ -118,7 +118,9 @@ def test_a_judge_scores_and_changes_nothing_else(trained, ppo, tiny_data, call_m
     assert run["parents"]["gold"] == edited["adapter_sha256"]
 
     config = parse(ppo_train.Config, {}, ppo_train.__doc__, [*argv, "--gold-checkpoint", str(gold)])
-    shared, form, _ = ppo_train.load_models(config, json.loads((trained.sft / "run.json").read_text()))
+    sft = json.loads((trained.sft / "run.json").read_text())
+    form = load_format(str(trained.sft), sft)
+    shared, _ = ppo_train.load_models(config, sft, form)
     prompts = ppo_train.load_prompts(config, form)[1]
     result = ppo_train.evaluate(config, shared, form, prompts)
     judge_alone, _ = open_shared(trained)
