@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf.checkpoints import check_output, is_finished, output_folder, read_parents
-from rlhf.cli import UserError, next_command, run
+from rlhf.cli import next_command, run
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
 from rlhf.generation import Response, Seed, generate
 from rlhf.logprobs import chosen_logprobs
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base
 from rlhf.plan import dry_run_ppo
-from rlhf.ppo_batch import MicroBatch, fit, make_micro_batches, mean_kl, num_tokens, pick
+from rlhf.ppo_batch import MicroBatch, NotFinite, check_finite, fit, make_micro_batches, mean_kl, num_tokens, pick
 from rlhf.ppo_eval import Evaluation, compare, describe, warnings
 from rlhf.ppo_log import Log, add_means, batch_metrics, mean_stats
 from rlhf.ppo_state import State, save
@@ -240,6 +240,7 @@ def measure(shared: SharedBase, batch: list[MicroBatch], temperature: float, bas
         micro.ref_logprobs, _ = token_logprobs(shared, None, micro, temperature)
         micro.values = token_values(shared, micro, baseline)
         micro.scores = score(shared, "reward", micro)
+        check_finite(micro)
 
 
 @torch.no_grad()
@@ -307,7 +308,7 @@ def optimise(
             if stats.get("policy/approxkl_avg", 0.0) > config.kl_stop:
                 optimizer.zero_grad()
                 return mean_stats(history)
-            history.append(stats | step(optimizer, scaler, config.max_grad_norm, update))
+            history.append(stats | step(optimizer, scaler, config.max_grad_norm))
     return mean_stats(history)
 
 
@@ -342,8 +343,8 @@ def backward(
     return stats | totals(critic)
 
 
-def step(optimizer, scaler, max_grad_norm: float, update: int) -> dict[str, float]:
-    """Clip the gradients of policy and value, each to `max_grad_norm`, and step. Raises UserError if they are not finite."""
+def step(optimizer, scaler, max_grad_norm: float) -> dict[str, float]:
+    """Clip the gradients of policy and value, each to `max_grad_norm`, and step. Raises NotFinite if they are not."""
     for group in optimizer.param_groups:
         sum_gradients(group["params"])
     scaler.unscale_(optimizer)
@@ -353,7 +354,7 @@ def step(optimizer, scaler, max_grad_norm: float, update: int) -> dict[str, floa
         norms[f"{group['name']}/grad_norm"] = norm.item()
         # With fp16 the scaler skips such a step and halves its scale; a scale below 1 has no room left.
         if not norm.isfinite() and not (scaler.is_enabled() and scaler.get_scale() >= 1):
-            raise UserError(f"update {update}: the {group['name']} gradient is not finite; lower its learning rate")
+            raise NotFinite(f"the {group['name']} gradient is not finite; lower its learning rate")
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()

@@ -91,11 +91,11 @@ def check_at_least_one(config: Any, *names: str) -> None:
 
 
 def check_above_zero(config: Any, *names: str) -> None:
-    """Raise UserError unless each named field is a number above 0; infinity is."""
+    """Raise UserError unless each named field is a finite number above 0."""
     for name in names:
         value = getattr(config, name)
-        if not value > 0:
-            raise UserError(f"{flag(name)} must be above 0, not {value}")
+        if not 0 < value < math.inf:
+            raise UserError(f"{flag(name)} must be above 0 and finite, not {value}")
 
 
 def check_between(config: Any, low: float, high: float, *names: str) -> None:

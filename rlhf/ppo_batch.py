@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from rlhf.cli import UserError
 from rlhf.data import PromptFormat
 from rlhf.decoder import Texts, lay_out
 from rlhf.generation import Response
@@ -19,6 +20,11 @@ from torch import Tensor
 T = TypeVar("T")
 BY_ROW = ("rows", "positions", "actions", "response_mask", "ended", "scores", "logprobs", "ref_logprobs", "entropy")
 BY_ROW += ("values", "advantages", "returns")
+MEASURED = ("scores", "values", "logprobs", "ref_logprobs")
+
+
+class NotFinite(UserError):
+    """A number that PPO cannot go on with. Whoever knows the update adds it."""
 
 
 @dataclass
@@ -96,6 +102,18 @@ def mean_kl(batch: list[MicroBatch]) -> float:
 def pick(batch: list[MicroBatch], numbers: Iterable[int]) -> list[MicroBatch]:
     """The micro-batches of these numbers, in their order."""
     return [micro for number in numbers for micro in batch if micro.number == number]
+
+
+def check_finite(micro: MicroBatch) -> None:
+    """Raise NotFinite unless all that was measured is."""
+    count = len(micro.rows)
+    fine = torch.stack([getattr(micro, name).reshape(count, -1).isfinite().all(1) for name in MEASURED]).tolist()
+    for name, rows in zip(MEASURED, fine, strict=True):
+        odd = ", ".join(str(row) for row, ok in zip(micro.rows, rows, strict=True) if not ok)
+        if odd:
+            raise NotFinite(
+                f"{name} not finite at texts {odd} of the batch; lower the learning rates, or try --dtype fp32"
+            )
 
 
 # ---------------------------------------------------------------- memory

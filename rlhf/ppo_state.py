@@ -14,11 +14,12 @@ from rlhf.checkpoints import check_same, write_run
 from rlhf.cli import Stopped, UserError
 from rlhf.generation import Response
 from rlhf.modeling import SharedBase, save_stacked
+from rlhf.ppo_batch import NotFinite
 from rlhf.ppo_eval import Evaluation, plot_frontier
 from rlhf.ppo_log import CURVES, Log
 from rlhf.processes import is_main
 from rlhf.reporting import plot_curves
-from rlhf.resume import HARMLESS, new_state, newest_state, read_facts, stop_when_asked
+from rlhf.resume import HARMLESS, new_state, newest_state, read_facts, states, stop_when_asked
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -68,6 +69,9 @@ class State:
         self.listening.__exit__(None, None, None)
         if kind is Stopped and self.update > self.saved and not self.moved:
             self.save()
+        if kind is NotFinite:
+            state = next(iter(states(self.folder)), "none")
+            raise UserError(f"update {self.update + 1}: {error}; the last good state is {state}") from None
 
     def done(self, update: int, kl_coef: float) -> None:
         """Note that an update is whole; save it when it is time to."""

@@ -68,6 +68,7 @@ def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) ->
         "bf16": False,  # the base computes in bfloat16 by itself; autocast on top of it would only cost time
         "fp16": dtype == torch.float16,  # for the gradient scaler
         "use_cpu": this_process().device.type == "cpu",
+        "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": this_process().device.type != "cpu",
         "logging_steps": 1,  # what a longer mean has seen would be lost when a run is cut short
         "logging_nan_inf_filter": False,
@@ -109,8 +110,6 @@ def check_ppo_numbers(config: Any) -> None:
     check_between(config, 0, 1, "gamma", "lam")
     check_between(config, 0, math.inf, "value_learning_rate", "kl_coef", "missing_eos_penalty")
     check_between(config, 0, math.inf, "warmup_updates", "critic_warmup_updates", "num_printed_samples")
-    if config.temperature == math.inf:
-        raise UserError("--temperature inf: every token would be as likely as any other; 1 samples as the model says")
     if config.total_episodes % config.batch_size:
         raise UserError(
             f"--total-episodes {config.total_episodes} is not a multiple of an update's {config.batch_size} episodes "

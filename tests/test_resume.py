@@ -273,6 +273,29 @@ def test_a_loss_that_is_not_finite_ends_the_run(commands, call_main, tmp_path, m
     assert "rows " in result.stderr and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("function", "spoil", "named"),
+    [
+        ("score", lambda scores: scores.index_fill(0, torch.tensor([1]), float("nan")), "scores not finite at texts "),
+        ("token_values", lambda values: values / 0, "values not finite at texts "),
+    ],
+)
+def test_ppo_ends_at_what_is_not_finite(commands, call_main, tmp_path, monkeypatch, function, spoil, named):
+    """From the third update on."""
+    original = getattr(ppo_train, function)
+
+    def spoiled(*args):
+        result = original(*args)
+        return spoil(result) if (tmp_path / "out.partial" / "step-00000002").exists() else result
+
+    monkeypatch.setattr(ppo_train, function, spoiled)
+    script, argv = commands("ppo", tmp_path / "out")
+    result = call_main(script, argv)
+    assert result.returncode == 2 and result.stderr.startswith(f"error: update 3: {named}"), result.stderr
+    assert result.stderr.count("\n") == 1 and "step-00000002" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_else_changes(commands, call_main, left_alone, tmp_path):
     """Memory runs out in the second update's backward and, later, in a rollout: the same run, within rounding."""
     alone, (script, argv) = left_alone("ppo"), commands("ppo", tmp_path / "cut")
