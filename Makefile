@@ -3,11 +3,13 @@
 # make lint       ruff
 # make gpu-check  two minutes of all four scripts with the 4-bit base on your CUDA card
 # make torture    kills the training scripts at random moments and resumes them: is everything as if nothing had happened?
+# make soak       300 PPO updates of a tiny model: do memory or files grow?
+# make toys       PPO on problems with a known answer, five seeds each (make test has one)
 # make bench      our PPO beside TRL 1.12's, on the demo's checkpoints (an hour and a half)
 # make bench-growth  how a PPO update's time and memory grow with batch, response and vocabulary (a quarter of an hour)
 # make bench-train   SFT and reward training beside the stock `trl sft` and `trl reward`, on Dahoas/rm-static
 # make bench-3b   memory by owner with Llama-3.2-3B's shapes and random weights
-.PHONY: demo test torture lint gpu-check bench bench-growth bench-train bench-3b
+.PHONY: demo test torture soak toys lint gpu-check bench bench-growth bench-train bench-3b
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -33,6 +35,12 @@ gpu-check: $(BIN)/.installed $(MODEL)/model.safetensors
 
 torture: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py
+
+soak: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
+
+toys: $(BIN)/.installed
+	$(BIN)/python -m pytest tests/test_toys.py -m "slow or not slow"
 
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/ppo_vs_trl.py

@@ -49,6 +49,8 @@ class Log:
 
     def __exit__(self, *_) -> None:
         self.bar.stop()
+        self.metrics.file.close()
+        self.samples.file.close()
         if self.tracker:
             self.tracker.end_training()
 

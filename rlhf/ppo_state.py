@@ -150,7 +150,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     for key, value in tensors.items():
         group, number, name = key.split(".")
         parameter = optimizer.param_groups[int(group)]["params"][int(number)]
-        optimizer.state[parameter][name] = value.to(parameter.device)  # the step too: a fused AdamW keeps it there
+        # The step too goes to the device: a fused AdamW keeps it there. A copy: what was read may be a view of the file.
+        optimizer.state[parameter][name] = value.to(parameter.device, copy=True)
 
 
 def save(config, folder: Path, shared, form, base, runs: dict, metrics: dict[str, Any], started: float) -> None:

@@ -1,5 +1,6 @@
 """What a run leaves to look at: metrics as JSON lines, curves as a PNG, numbers with their intervals, how texts vary."""
 
+import errno
 import json
 import math
 import os
@@ -24,14 +25,15 @@ def plain(text: str) -> str:
 
 
 class JsonLines:
-    """Appends one JSON object a line, flushed, so that a run can be watched and nothing is lost with it."""
+    """Appends one JSON object a line, unbuffered, so that a run can be watched and nothing is lost with it."""
 
     def __init__(self, path: Path):
-        self.file = path.open("a", encoding="utf-8")
+        self.file = path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.file.flush()
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        if self.file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def position(self) -> int:
         """Bytes that are written."""

@@ -153,7 +153,7 @@ def run_script() -> Callable[..., subprocess.CompletedProcess]:
     return run_script
 
 
-def run_main(module_name: str, argv: list) -> Result:
+def run_main(module_name: str, argv: list, seconds: int = HANGS) -> Result:
     """Run a script's command line in this process: its exit code, and what it wrote."""
     from rlhf.cli import run
 
@@ -161,7 +161,7 @@ def run_main(module_name: str, argv: list) -> Result:
     out, err, code, before = io.StringIO(), io.StringIO(), 0, sys.argv
     sys.argv = [f"{module_name}.py", *map(str, argv)]
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"{module_name} hangs"))
-    signal.alarm(HANGS)
+    signal.alarm(seconds)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             run(module.main, module.Config, module.PRESETS, module.__doc__)

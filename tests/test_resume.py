@@ -253,6 +253,43 @@ def test_a_finished_run_has_nothing_to_resume(commands, call_main, left_alone, t
     assert result.returncode == 2 and "learning_rate (0.01 there, 0.5 now)" in result.stderr
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
+    if mount.returncode:
+        pytest.skip("a tmpfs can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_disk_that_is_full(commands, call_main, left_alone, small_disk, phase):
+    """It fills before the third state is written; when there is room again the run goes on."""
+    alone, (script, argv) = left_alone(phase), commands(phase, small_disk / "cut")
+    partial, ballast = small_disk / "cut.partial", small_disk / "ballast"
+
+    def fill():
+        with ballast.open("wb") as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(1 << 12))
+
+    with pytest.MonkeyPatch.context() as patch:
+        module, function = (rlhf.ppo_state, "save_file") if phase == "ppo" else (rlhf.training, "save_file")
+        at_call(patch, module, function, 5 if phase == "ppo" else 3, fill)
+        result = call_main(script, argv)
+    assert result.returncode == 2 and "the disk is full" in result.stderr and "--resume" in result.stderr, result.stderr
+    assert result.stderr.count("\n") == 1 and ballast.exists()
+    assert not (small_disk / "cut").exists() and newest_state(partial).name == "step-00000002"
+    ballast.unlink()
+    result = call_main(script, [*argv, "--resume"])
+    assert result.returncode == 0, result.stderr
+    check_same_run(alone, small_disk / "cut")
+    assert [path.name for path in small_disk.iterdir()] == ["cut"]
+
+
 @pytest.mark.parametrize("phase", ["sft", "reward"])
 def test_a_loss_that_is_not_finite_ends_the_run(commands, call_main, tmp_path, monkeypatch, phase):
     from trl import RewardTrainer, SFTTrainer
