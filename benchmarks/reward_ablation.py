@@ -31,8 +31,6 @@ import reward_train  # noqa: E402
 from rlhf.checkpoints import read_run, sha256  # noqa: E402
 from rlhf.cli import UserError, run  # noqa: E402
 from rlhf.data import PromptFormat, load_pairs, tokenize_pairs  # noqa: E402
-from rlhf.decoder import lay_out_pairs, unpad  # noqa: E402
-from rlhf.logprobs import chosen_logprobs  # noqa: E402
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, load_tokenizer, pad_right, read_stacked  # noqa: E402
 from rlhf.reporting import console  # noqa: E402
 from rlhf.reward_eval import ScoredPairs, judge  # noqa: E402
@@ -44,7 +42,6 @@ import torch.nn.functional as F  # noqa: E402
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification  # noqa: E402
 from rich.table import Table  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers.modeling_outputs import SequenceClassifierOutput  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -54,9 +51,6 @@ class Variant:
     changes: dict[str, Any] = field(default_factory=dict)  # of reward_train.Config
     label_smoothing: float = 0.0  # the share of labels taken to be wrong
     balance_lengths: bool = False  # pairs weigh so that longer and shorter winners count alike
-    text_loss: float = (
-        0.0  # weight of the language modelling loss of chosen responses, from where the two part (GRM, 2406.10216)
-    )
     head_std: float | None = None  # of the head's initialisation; None: 1 / sqrt(H + 1)
     without_sft: bool = False  # straight on the base
 
@@ -65,7 +59,6 @@ STOCK = ("stock", "stock_epoch")  # TRL's trainer, for as long as `recipe` train
 MEANS = ("length_balanced_accuracy", "eval_loss", "calibration_error", "score_length_correlation")
 VARIANTS = {
     "recipe": Variant(),
-    "half_lr": Variant({"learning_rate": 5e-4}),
     "double_lr": Variant({"learning_rate": 2e-3}),
     "all_layers": Variant({"role_layers": 0}),
     "two_epochs": Variant({"num_train_epochs": 2.0}),
@@ -73,8 +66,8 @@ VARIANTS = {
     "head_zero": Variant(head_std=0.0),
     "smoothed": Variant(label_smoothing=0.1),
     "balanced": Variant(balance_lengths=True),
-    "text_loss": Variant(text_loss=0.1),
     "without_sft": Variant(without_sft=True),
+    "low_lr": Variant({"learning_rate": 2e-4}),
 }
 
 
@@ -82,14 +75,14 @@ VARIANTS = {
 class Config:
     sft_checkpoint: str = "runs/results/sft"
     dataset: str = "Dahoas/rm-static"
-    pairs: int = 1500  # the first so many training pairs of the first half
+    pairs: int = 1000  # the first so many training pairs of the first half
     validation_pairs: int = 600  # the first so many of the second half
     max_length: int = 256  # tokens
     variants: tuple[str, ...] = tuple(VARIANTS)
     stock: bool = True  # TRL's stock trainer, too
     seeds: int = 3
     work: str = "runs/results/reward"  # a folder a run; what is there is not trained again
-    output: str = "runs/results/reward_ablation.json"
+    output: str = "runs/results/reward/ablation.json"
 
 
 def recipe(config: Config, name: str, seed: int) -> reward_train.Config:
@@ -149,8 +142,6 @@ def train(config: Config, name: str, seed: int) -> None:
                 loss = loss + ((weights - 1) * -F.logsigmoid(margin)).mean()
             if variant.label_smoothing:  # -(1 - e) logsigmoid(m) - e logsigmoid(-m) = -logsigmoid(m) + e m
                 loss = loss + variant.label_smoothing * margin.mean()
-            if variant.text_loss:
-                loss = loss + variant.text_loss * outputs.hidden_states
             return (loss, outputs) if return_outputs else loss
 
     def make_trainer(settings, shared, form, train_set, *rest):
@@ -162,8 +153,6 @@ def train(config: Config, name: str, seed: int) -> None:
         counts = [max(1, longer.count(sign)) for sign in (-1, 0, 1)]
         half = (counts[0] + counts[2]) / 2
         trainer.weight_of_sign = torch.tensor([half / counts[0], 1.0, half / counts[2]])
-        if variant.text_loss:
-            read_text_too(shared)
         return trainer
 
     def write_evaluation(folder, metrics, pairs):
@@ -179,33 +168,6 @@ def train(config: Config, name: str, seed: int) -> None:
     changes["evaluate"] = evaluate
     with mock.patch.multiple(reward_train, **changes):
         reward_train.main(recipe(config, name, seed))
-
-
-def read_text_too(shared: SharedBase) -> None:
-    """As reward_train.read_prompts_once, and as `hidden_states` the text loss of chosen responses, from where the two part."""
-    model = shared.peft.get_base_model()
-    if not model.config.tie_word_embeddings:
-        raise UserError(
-            "text_loss needs a base whose output embedding is its input embedding: leave it out of --variants"
-        )
-    weight = model.get_input_embeddings().weight
-
-    def forward(input_ids, attention_mask, **_) -> SequenceClassifierOutput:
-        chosen, rejected = (unpad(*part) for part in zip(input_ids.chunk(2), attention_mask.chunk(2), strict=True))
-        texts = lay_out_pairs(list(zip(chosen, rejected, strict=True)), shared.device)
-        hidden = shared.upper(shared.lower(texts), texts)
-        ends, places = texts.last.chunk(2)[0].tolist(), []
-        for end, a, b in zip(ends, chosen, rejected, strict=True):
-            first_other = next(
-                (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)) - 1
-            )
-            places += range(end - len(a) + first_other, end)  # from where the responses part
-        places = torch.tensor(places, device=shared.device)
-        logprobs = chosen_logprobs(hidden[places], weight, texts.ids[places + 1], 1.0).logprobs
-        scores = shared.heads["reward"](hidden[texts.last])
-        return SequenceClassifierOutput(logits=scores, hidden_states=-logprobs.mean())
-
-    model.forward = forward
 
 
 def blank_sft(folder: str, blank: Path) -> None:

@@ -1,0 +1,146 @@
+"""PPO on problems with a known answer: ppo_train.main as it is, on a tiny random model, with a score of the test's own.
+
+`make test` runs one seed of each; `make toys` all five.
+"""
+
+import dataclasses
+import json
+
+import ppo_train
+
+import pytest
+import torch
+from conftest import Checkpoints, make_model
+
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))]
+TARGET = 10  # a token that the tiny model writes now and then
+SETTINGS = {
+    "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "num_mini_batches": 2,
+    "num_ppo_epochs": 4,
+    "rollout_batch_size": 32,
+    "max_prompt_length": 64,
+    "response_length": 8,
+    "max_train_samples": 8,
+    "max_eval_samples": 8,
+    "eval_steps": 1000,
+    "save_steps": 1000,
+    "num_printed_samples": 0,
+    "gradient_checkpointing": False,
+    "role_layers": 0,
+    "lora_rank": 8,
+    "lora_alpha": 16,
+    "dtype": "fp32",
+    "learning_rate": 5e-3,
+    "value_learning_rate": 1e-2,
+    "warmup_updates": 1,
+    "critic_warmup_updates": 1,
+    "kl_coef": 0.005,  # without it entropy is gone before a length is met
+    "kl_controller": "fixed",
+    "kl_stop": 1e9,
+    "missing_eos_penalty": 0.0,
+}
+
+
+def frequency(micro):
+    """The share of TARGET among the tokens: 1 at best."""
+    return ((micro.actions == TARGET) & micro.response_mask).sum(1) / micro.response_mask.sum(1)
+
+
+def length(micro):
+    """1 for a response of three tokens, EOS among them; a third less for each token more or less."""
+    return 1 - (micro.response_mask.sum(1) - 3).abs() / 3
+
+
+def last_token(micro):
+    """1 if the number of the last token is a multiple of 8, else 0, whatever came before."""
+    last = micro.response_mask.sum(1, keepdim=True) - 1
+    return (micro.actions.gather(1, last).squeeze(1) % 8 == 0).float()
+
+
+@pytest.fixture(scope="module")
+def parents(flags, tiny_data, call_main, tmp_path_factory):
+    """SFT and reward checkpoints on a model with more room than the other tests' one; hardly trained."""
+    folder = tmp_path_factory.mktemp("toys")
+    base, sft, reward = make_model(folder / "base", hidden_size=64, layers=2), folder / "sft", folder / "reward"
+    for script, argv in (
+        ("sft_train", ["--base-model", base, "--output-dir", sft]),
+        ("reward_train", ["--sft-checkpoint", sft, "--output-dir", reward]),
+    ):
+        result = call_main(script, [*flags[script], *argv])
+        assert result.returncode == 0, result.stderr
+    return Checkpoints(sft, reward, [], [])
+
+
+@pytest.fixture
+def run(parents, tiny_data, tmp_path, monkeypatch):
+    """`run(score, updates, **changes)`: the metrics of each update, with the variance of its raw advantages."""
+
+    def run(score, updates, **changes):
+        measure, whiten, variances = ppo_train.measure, ppo_train.whiten, []
+
+        def scored(shared, batch, *more):
+            measure(shared, batch, *more)
+            for micro in batch:
+                micro.scores = score(micro).float()
+
+        def watched(tensors, masks):
+            advantages = torch.cat([tensor[mask] for tensor, mask in zip(tensors, masks, strict=True)])
+            variances.append(advantages.var().item())
+            return whiten(tensors, masks)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ppo_train, "measure", scored)
+            patch.setattr(ppo_train, "whiten", watched)
+            settings = SETTINGS | {"total_episodes": 32 * updates} | changes
+            checkpoints = {"sft_checkpoint": str(parents.sft), "reward_checkpoint": str(parents.reward)}
+            folders = {"dataset": str(tiny_data), "output_dir": str(tmp_path / "ppo"), "overwrite": True}
+            ppo_train.main(dataclasses.replace(ppo_train.Config(), **checkpoints, **folders, **settings))
+        lines = (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if "episode" in row]
+        return [row | {"variance": variance} for row, variance in zip(rows, variances, strict=True)]
+
+    return run
+
+
+def mean(rows, name):
+    return sum(row[name] for row in rows) / len(rows)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("score", "start", "updates"), [(frequency, 0.1, 80), (length, 0.0, 100), (last_token, 0.4, 80)]
+)
+def test_ppo_finds_the_best_answer(run, score, start, updates, seed):
+    rows = run(score, updates, seed=seed, response_length=12 if score is length else 8)
+    assert mean(rows[:2], "objective/scores") < start
+    assert mean(rows[-5:], "objective/scores") >= 0.95
+
+
+def test_with_a_huge_kl_coefficient_the_policy_stays_put(run):
+    moved, put = (run(frequency, 20, kl_coef=kl_coef, learning_rate=2e-3) for kl_coef in (0.0, 10.0))
+    assert mean(moved[-5:], "objective/kl") > 5
+    assert abs(mean(put[-5:], "objective/kl")) < 0.5
+
+
+def test_without_a_critic_advantages_vary_more(run, monkeypatch):
+    """A score of 1 for whatever is said (0 in the first look at held-out prompts, whose mean is taken off) teaches nothing.
+
+    A critic that knows it leaves no advantage. One that is frozen at 0 leaves lambda ** (tokens to come): late tokens look
+    better than early ones.
+    """
+
+    def variance():
+        looked = []
+
+        def score(micro):
+            looked.append(micro)
+            return torch.full((len(micro.rows),), float(len(looked) > 1))
+
+        return mean(run(score, 30, learning_rate=0.0, value_learning_rate=1e-2)[-5:], "variance")
+
+    learned, values = variance(), ppo_train.token_values
+    monkeypatch.setattr(ppo_train, "token_values", lambda *args: values(*args) * 0)
+    assert variance() == pytest.approx((0.95 ** torch.arange(8.0)).var(unbiased=False).item(), rel=0.02)
+    assert learned < 0.001
