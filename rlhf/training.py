@@ -219,6 +219,14 @@ class Resumable(Trainer):
 
     # -- called by transformers' Trainer
 
+    def get_train_dataloader(self):
+        """With several processes the rows that do not fill a last batch for all are left out: accelerate would repeat others."""
+        self.args.dataloader_drop_last = num_processes() > 1
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = False
+
     def training_step(self, model, inputs, *args, **kwargs):
         self.at_hand += [
             ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)

@@ -19,6 +19,8 @@ PPO += "--gradient-accumulation-steps 2 --rollout-batch-size 4 --max-eval-sample
 PPO += "--lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --value-learning-rate 1e-2 --critic-warmup-updates 1 "
 PPO += "--num-printed-samples 0 --no-gradient-checkpointing --dtype fp32"
 
+EPOCH = ["--max-steps", "None", "--num-train-epochs", "1", "--per-device-train-batch-size", "4"]
+
 
 @pytest.fixture
 def command(flags, trained, tiny_data):
@@ -70,6 +72,14 @@ def test_two_processes_make_what_one_makes(command, call_main, tmp_path, phase):
     for mine, other in zip(rows(one), rows(two), strict=True):
         for name in {"loss", "accuracy", "objective/scores", "objective/kl", "policy/approxkl_avg"} & {*mine}:
             assert mine[name] == pytest.approx(other[name], abs=1e-4), name
+
+
+def test_no_row_comes_twice_in_an_epoch(command, tmp_path):
+    """20 rows, 8 a step of both: 2 steps, not a third that repeats 4 of them."""
+    run = launch([*command("sft", tmp_path / "two", 2), "--max-train-samples", "20", *EPOCH])
+    _, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err[-6000:]
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["steps"] == 2
 
 
 def test_a_killed_process_brings_the_run_down_and_it_goes_on(command, call_main, tmp_path):
