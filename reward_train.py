@@ -27,6 +27,7 @@ from rlhf.data import TokenPair, fingerprint, load_pairs, tokenize_pairs
 from rlhf.decoder import lay_out_pairs, unpad
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
 from rlhf.plan import SAMPLE, plan_reward, read_shape, show_data, show_end, show_plan
+from rlhf.processes import is_main, sharded
 from rlhf.reporting import console, plot_curves
 from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
 from rlhf.training import (
@@ -133,7 +134,8 @@ def main(config: Config) -> None:
     shared = SharedBase(model, config.sft_checkpoint, dtype)
     shared.add_role("reward", config.lora_rank, config.lora_alpha, config.role_layers)
     shared.heads["reward"] = model.score
-    shared.decoder.gradient_checkpointing = config.gradient_checkpointing
+    if not sharded():
+        shared.decoder.gradient_checkpointing = config.gradient_checkpointing
     shared.activate("reward", train=True)
 
     with output_folder(config.output_dir, config.resume) as folder:
@@ -150,9 +152,10 @@ def main(config: Config) -> None:
         trainer.run()
 
         # 4. Score the test split.
-        if trainer.is_world_process_zero():
+        if is_main() or sharded():  # then all processes read each text together
             metrics = evaluate(config, shared, form, eval_set, folder)
             save_stacked(folder, shared, "reward", form, base)
+        if is_main():
             plot_curves(folder, "step", {"loss": ["loss"], "accuracy": ["accuracy"], "margin": ["margin"]})
             write_run(
                 folder,
@@ -219,7 +222,8 @@ def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, fol
         processing_class=form.tokenizer,
     )
     keep_fp32(trainer.model)
-    read_prompts_once(shared)
+    if not sharded():  # FSDP has whole weights only inside the modules' own forwards
+        read_prompts_once(shared)
     return trainer
 
 
@@ -247,7 +251,8 @@ def evaluate(config: Config, shared: SharedBase, form, eval_set: list[TokenPair]
             f"the reward model gives every text about the same score (standard deviation {metrics['score_std']:.1e}): "
             "it has learned nothing; raise --learning-rate or train longer"
         )
-    write_evaluation(folder, {"dataset": config.dataset, "max_length": config.max_length} | metrics, scored)
+    if is_main():
+        write_evaluation(folder, {"dataset": config.dataset, "max_length": config.max_length} | metrics, scored)
     return metrics
 
 
@@ -264,6 +269,8 @@ def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int, batch_s
 def eval_only(config: Config) -> None:
     """Score the test split with a finished reward model, and write its evaluation.json and .png anew."""
     folder = Path(config.output_dir)
+    if sharded():
+        raise UserError("--eval-only under FSDP: start it in one process, without accelerate")
     if config.dry_run:
         raise UserError("--eval-only and --dry-run: give one of them")
     sft = read_run(config.sft_checkpoint, "sft")

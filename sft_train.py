@@ -25,6 +25,7 @@ from rlhf.decoder import Decoder, lay_out, unpad
 from rlhf.logprobs import chosen_logprobs
 from rlhf.modeling import base_facts, choose_dtype, linear_names, load_base, load_tokenizer
 from rlhf.plan import SAMPLE, plan_sft, read_shape, show_data, show_end, show_plan
+from rlhf.processes import sharded
 from rlhf.reporting import console, plot_curves
 from rlhf.training import (
     Resumable,
@@ -125,17 +126,15 @@ def main(config: Config) -> None:
         data = {"source": config.dataset, "train_rows": len(train_set), "sha256": fingerprint(train_pairs)}
         same = {"base": [base["config_sha256"], base["weights_sha256"]], "dtype": str(dtype), "data": data["sha256"]}
         trainer.prepare(config, folder, same, "SFT")
-        before = trainer.first_row("eval_loss") or trainer.evaluate()["eval_loss"]
-        console.print(f"eval loss before: {before:.4f}")
         trainer.run()
-        after = trainer.evaluate()["eval_loss"]
-        console.print(f"eval loss after:  {after:.4f}")
+        before, after = trainer.first_row("eval_loss"), trainer.evaluate()["eval_loss"]
         if not math.isfinite(after):
             raise UserError("the loss is not finite: lower --learning-rate; nothing was saved")
+        weights = trainer.whole_weights()
         if trainer.is_world_process_zero():
             trainer.model.peft_config["default"].base_model_name_or_path = base["model"]
             trainer.model.peft_config["default"].revision = base["revision"]
-            trainer.model.save_pretrained(str(folder))
+            trainer.model.save_pretrained(str(folder), state_dict=weights)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
             form.tokenizer.save_pretrained(folder)
             plot_curves(folder, "step", {"loss": ["loss", "eval_loss"], "learning rate": ["learning_rate"]})
@@ -195,7 +194,8 @@ def make_trainer(config: Config, model, form, train_set, eval_set, dtype, folder
         processing_class=form.tokenizer,
     )
     keep_fp32(trainer.model)
-    read_responses_only(trainer.model.get_base_model(), config.gradient_checkpointing)
+    if not sharded():  # FSDP has whole weights only inside the modules' own forwards
+        read_responses_only(trainer.model.get_base_model(), config.gradient_checkpointing)
     return trainer
 
 

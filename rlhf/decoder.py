@@ -156,6 +156,16 @@ class KVCache:
         self.lengths, self.rows = self.lengths[rows], self.rows[: len(rows)]
 
 
+def check_layers(model: PreTrainedModel) -> None:
+    """Raise UserError unless `model` is a Llama-like decoder."""
+    for layer in model.get_decoder().layers:
+        if not isinstance(layer, LAYERS) or not isinstance(layer.mlp.act_fn, SiLU):
+            raise UserError(
+                f"{type(layer).__name__} is not supported: this pipeline is for Llama-like decoders (Llama, Mistral, "
+                "Qwen2, SmolLM2)"
+            )
+
+
 class Decoder:
     """The decoder of `model`, with or without adapters: `LeanLayer`s over transformers' modules and weights.
 
@@ -164,13 +174,8 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel):
+        check_layers(model)
         self.model, self.inner = model, model.get_decoder()
-        for layer in self.inner.layers:
-            if not isinstance(layer, LAYERS) or not isinstance(layer.mlp.act_fn, SiLU):
-                raise UserError(
-                    f"{type(layer).__name__} is not supported: this pipeline is for Llama-like decoders (Llama, Mistral, "
-                    "Qwen2, SmolLM2)"
-                )
         self.window = getattr(model.config, "sliding_window", None)
         self.layers = [LeanLayer(layer) for layer in self.inner.layers]
         # cuDNN's attention makes a plan for every new shape, and may take another for training than for measuring.

@@ -15,8 +15,9 @@ from typing import Any
 from rlhf.checkpoints import check_same_base
 from rlhf.cli import UserError, one_line
 from rlhf.data import PromptFormat
-from rlhf.decoder import Decoder, Texts, lay_out, lay_out_pairs
+from rlhf.decoder import Decoder, Texts, check_layers, lay_out, lay_out_pairs
 from rlhf.hub import hub_errors
+from rlhf.processes import is_main, sharded, whole
 from rlhf.reporting import console
 
 import torch
@@ -94,8 +95,12 @@ def base_facts(model: str, revision: str | None, load_in_4bit: bool) -> dict[str
     model by its id, its commit and its config.
 
     Raises:
-        UserError: no such folder or hub model, a gated one, no network.
+        UserError: no such folder or hub model, a gated one, no network; in 4 bit, but to be sharded.
     """
+    if load_in_4bit and sharded():
+        raise UserError(
+            "FSDP shards 16-bit bases: add --no-load-in-4bit (to sft_train.py; the later phases take it over)"
+        )
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -165,7 +170,8 @@ def load_format(folder: str, run: dict[str, Any]) -> PromptFormat:
 def load_base(base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_head: bool = False) -> PreTrainedModel:
     """Load the base named by `base_facts`, frozen, in evaluation mode; in NF4 if it says so.
 
-    With `with_head` it is a sequence classification model whose one-number head is a `ScalarHead`.
+    With `with_head` it is a sequence classification model whose one-number head is a `ScalarHead`. One that will be
+    sharded stays in its file, which torch maps into memory: accelerate deals the first process's weights out.
     """
     device = PartialState().device
     options: dict[str, Any] = {"dtype": dtype, "revision": base["revision"], "use_safetensors": True}
@@ -193,9 +199,12 @@ def load_base(base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On such CPUs bitsandbytes repacks the weights at the first no-grad forward; backward then gives no gradients.
             module.support_avx512bf16_for_cpu = False
+    check_layers(model)
     model.requires_grad_(False)
     model.config.use_cache = False
-    return model.to(device).eval() if not base["load_in_4bit"] else model.eval()
+    if base["load_in_4bit"]:
+        return model.eval()
+    return model.eval() if sharded() else model.to(device).eval()
 
 
 class ScalarHead(nn.Linear):
@@ -230,7 +239,7 @@ class SharedBase:
 
     def __init__(self, model: PreTrainedModel, folder: str, dtype: torch.dtype):
         self.dtype = dtype
-        self.device = next(model.parameters()).device
+        self.device = PartialState().device
         self.num_layers = self.first_role_layer = len(model.get_decoder().layers)
         self.heads: dict[str, ScalarHead] = {}
         self.rows_that_fit: dict[str, int] = {}  # in a "rollout" or a "micro-batch", once more have run out of memory
@@ -243,7 +252,7 @@ class SharedBase:
             raise UserError(f"the adapter at {folder} does not fit this base model ({one_line(error)})") from None
         self.load("sft", state)
         self.tuner_layers = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
-        self.decoder = Decoder(model)
+        self.decoder = None if sharded() else Decoder(model)  # it reads weights of which FSDP has a part only
         self.activate(None)
 
     def add_role(
@@ -318,9 +327,9 @@ class SharedBase:
         return lora + (list(self.heads[role].parameters()) if role in self.heads else [])
 
     def adapter_state(self, role: str) -> dict[str, Tensor]:
-        """A copy of `role`'s LoRA weights under PEFT's names, on the CPU."""
+        """A copy of `role`'s LoRA weights under PEFT's names, on the CPU. If they are sharded, all processes call it."""
         state = get_peft_model_state_dict(self.peft, adapter_name=role)
-        return {name: weight.detach().to("cpu", copy=True) for name, weight in state.items() if "lora_" in name}
+        return {name: whole(weight.detach()).to("cpu", copy=True) for name, weight in state.items() if "lora_" in name}
 
     # -- forward
 
@@ -362,8 +371,17 @@ class SharedBase:
         self.activate("reward")
         scores = torch.empty(2, len(pairs))
         for rows in by_length([len(a) + len(b) for a, b in pairs], batch_size):
-            scores[:, rows] = self.read_head(lay_out_pairs([pairs[i] for i in rows], self.device)).view(2, -1).cpu()
+            scores[:, rows] = self.read_pairs([pairs[i] for i in rows]).view(2, -1).cpu()
         return scores[0], scores[1]
+
+    def read_pairs(self, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
+        """What the active reward model says of the first texts, then of the second ones [2 x B]."""
+        if not sharded():
+            return self.read_head(lay_out_pairs(pairs, self.device))
+        texts = [text for side in zip(*pairs, strict=True) for text in side]
+        ids = pad_right(texts, self.peft.base_model.model.config.pad_token_id, self.device)
+        mask = pad_right([[1] * len(text) for text in texts], 0, self.device)
+        return self.peft(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
 
 
 def by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
@@ -399,7 +417,7 @@ def save_stacked(folder: Path, shared: SharedBase, role: str, form: PromptFormat
     """Save SFT adapter + `role`'s as one ordinary PEFT adapter, with the role's head if it has one, and the tokenizer.
 
     Two LoRA adapters on one layer are one of the summed rank: [A1; A2] and [B1 B2]. The scalings alpha / r go into B,
-    so the saved adapter has scaling 1. `read_stacked` takes it apart again.
+    so the saved adapter has scaling 1. `read_stacked` takes it apart again. If they are sharded, all processes call it.
     """
     sft, config = shared.adapter_state("sft"), shared.peft.peft_config[role]
     ours = shared.adapter_state(role)
@@ -416,7 +434,9 @@ def save_stacked(folder: Path, shared: SharedBase, role: str, form: PromptFormat
     pattern = {rf"layers\.({layers})\..*": rank}
     has_head = role in shared.heads
     if has_head:
-        state[HEAD_KEY] = shared.heads[role].weight.detach().float().cpu().contiguous()
+        state[HEAD_KEY] = whole(shared.heads[role].weight.detach()).float().cpu().contiguous()
+    if not is_main():
+        return
     folder.mkdir(exist_ok=True)
     LoraConfig(
         r=sft_config.r,

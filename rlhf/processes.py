@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def this_process() -> PartialState:
@@ -26,6 +27,23 @@ def num_processes() -> int:
 def is_main() -> bool:
     """Whether this is the process that writes files and talks."""
     return this_process().is_main_process
+
+
+def sharded() -> bool:
+    """Whether each process holds a part of every weight: the script was started with configs/fsdp2.yaml."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight of which this process may hold a part. All processes call it."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def part(weight: Tensor, like: Tensor) -> Tensor:
+    """Of a whole weight what this process holds of `like`. All processes call it."""
+    if not isinstance(like, DTensor):
+        return weight
+    return distribute_tensor(weight.to(like.device), like.device_mesh, like.placements)
 
 
 def share(items: list) -> list:

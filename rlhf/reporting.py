@@ -76,6 +76,8 @@ class TrainerLog(TrainerCallback):
         if state.is_world_process_zero and logs:
             logs = {name: value for name, value in logs.items() if name != "train_loss"}  # since the last start only
             self.metrics.write({"step": state.global_step, **logs})
+            if "eval_loss" in logs:
+                self.progress.console.print(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}")
             if "loss" in logs:
                 self.progress.update(self.task, note=f"loss {float(logs['loss']):.3f}")
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoints import check_same
 from rlhf.cli import UserError, check_above_zero, check_at_least_one, check_between, check_tracker
-from rlhf.processes import agree, is_main, num_processes, this_process, wait
+from rlhf.processes import agree, is_main, num_processes, part, sharded, this_process, wait, whole
 from rlhf.reporting import TrainerLog, read_jsonl
 from rlhf.resume import (
     HARMLESS,
@@ -24,6 +25,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer import FSDP_MODEL_NAME
+
+# What FSDP must be told: the states are whole files, and checkpointing would give the weights other names.
+SHARDED = {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
 
 
 def device() -> torch.device:
@@ -61,7 +66,7 @@ def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) ->
         "per_device_train_batch_size": config.per_device_train_batch_size,
         "per_device_eval_batch_size": 2 * config.per_device_train_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "gradient_checkpointing": False,  # the decoder's own is used
+        "gradient_checkpointing": False,  # the decoder's own is used, or `prepare` turns it on
         "lr_scheduler_type": "cosine",
         "warmup_steps": round(config.warmup_ratio * num_steps(config, rows)),
         "max_grad_norm": config.max_grad_norm,
@@ -85,6 +90,9 @@ def check_numbers(config: Any) -> None:
         raise UserError(
             "several GPUs are visible: start the script with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0 to use one"
         )
+    for name, value in SHARDED.items() if sharded() else ():
+        if os.environ.get(name) != value:
+            raise UserError(f"{name.lower()} must be {value} with FSDP, as in configs/fsdp2.yaml")
     check_tracker(config.log_with)
     sizes = "per_device_train_batch_size", "gradient_accumulation_steps", "lora_rank", "lora_alpha", "max_steps"
     check_at_least_one(config, *sizes, "max_train_samples", "max_eval_samples", "save_steps", "save_total_limit")
@@ -103,6 +111,8 @@ def check_trainer_numbers(config: Any) -> None:
 
 def check_ppo_numbers(config: Any) -> None:
     """The same for the PPO script."""
+    if sharded():
+        raise UserError("FSDP is for sft_train.py and reward_train.py: start ppo_train.py with configs/ddp.yaml")
     check_numbers(config)
     check_at_least_one(config, "num_mini_batches", "num_ppo_epochs", "max_prompt_length", "response_length")
     check_at_least_one(config, "total_episodes", "rollout_batch_size", "eval_steps", "kl_horizon")
@@ -163,6 +173,7 @@ class Resumable(Trainer):
         Raises:
             UserError: the run began with other settings or inputs.
         """
+        inputs = inputs | ({"fsdp": True} if sharded() else {})  # its optimizer states are other files
         self.config, self.folder, self.inputs, self.lines = config, folder, inputs, TrainerLog(folder, name)
         self.at_hand, position = [], 0
         self.resumed = newest_state(folder) if config.resume else None
@@ -176,6 +187,11 @@ class Resumable(Trainer):
         self.remove_callback(PrinterCallback)  # it prints each log as a dictionary; TrainerLog is ours
         self.add_callback(StopWhenAsked())
         self.add_callback(self.lines)
+        self.args.eval_on_start = self.eval_dataset is not None and not self.resumed
+        if sharded() and config.gradient_checkpointing:
+            base = self.model.get_base_model()
+            base.activation_checkpointing_enable()
+            base.disable_input_require_grads()  # it needs none, and layers below the first adapter would go backward
 
     def run(self) -> None:
         """Train, from the beginning or from the state that `prepare` found. Raises Stopped when a signal asked for it."""
@@ -189,13 +205,17 @@ class Resumable(Trainer):
             check_stop(together=True)
 
     def first_row(self, name: str) -> float | None:
-        """What a run that goes on has logged before its first step."""
+        """What the run has logged before its first step."""
         rows = read_jsonl(self.folder / "metrics.jsonl") if is_main() else []
         return agree(rows[0].get(name) if rows else None)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The weights that are trained, by name."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """The weights that are trained, by name. All processes call it."""
+        return {name: whole(parameter.detach()).contiguous() for name, parameter in self.trained().items()}
 
     def not_finite(self, what: str) -> UserError:
         """The error for a number that is not finite: the step, the rows at hand, and from where to go on."""
@@ -207,15 +227,6 @@ class Resumable(Trainer):
             f"{', '.join(map(str, rows))} (counted from 0); the last good state is {state}; lower "
             "--learning-rate, try --dtype fp32, or look at these rows"
         )
-
-    def evaluate(self, *args, **kwargs):
-        """As the Trainer's; afterwards it may still prepare the model to be trained by several processes.
-
-        accelerate takes a model that it has prepared for an evaluation as prepared for good, and never sums its gradients.
-        """
-        metrics = super().evaluate(*args, **kwargs)
-        self.model._is_accelerate_prepared = False
-        return metrics
 
     # -- called by transformers' Trainer
 
@@ -253,6 +264,7 @@ class Resumable(Trainer):
             wait()
             checkpoint = self.partial / f"checkpoint-{step}"
             if is_main():
+                (checkpoint / f"{FSDP_MODEL_NAME}.bin").unlink(missing_ok=True)  # the same weights once more
                 for path in checkpoint.iterdir():
                     path.rename(self.partial / path.name)
                 checkpoint.rmdir()
@@ -260,16 +272,14 @@ class Resumable(Trainer):
     def _get_output_dir(self, trial):
         return str(self.partial)
 
-    def _save(self, output_dir=None, state_dict=None):
-        if not is_main():
-            return
-        Path(output_dir).mkdir(exist_ok=True)
-        save_file(
-            {name: p.detach().contiguous() for name, p in self.trained().items()}, f"{output_dir}/weights.safetensors"
-        )
+    def save_model(self, output_dir=None, _internal_call=False):
+        weights = self.whole_weights()
+        if is_main():
+            Path(output_dir).mkdir(exist_ok=True)
+            save_file(weights, f"{output_dir}/weights.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         weights = load_file(f"{resume_from_checkpoint}/weights.safetensors")
         with torch.no_grad():
             for name, parameter in self.trained().items():
-                parameter.copy_(weights[name])
+                parameter.copy_(part(weights[name], parameter))

@@ -1,17 +1,25 @@
-"""Two processes make what one makes: the same samples, the same steps, one set of files."""
+"""Two processes make what one makes, also where each holds half the model: the same steps, one set of files."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+from rlhf.training import SHARDED
+
 import psutil
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import OFFLINE, ROOT
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, get_peft_model_state_dict
 from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 PPO = "--response-length 8 --max-prompt-length 64 --num-mini-batches 2 --num-ppo-epochs 2 --total-episodes 40 "
@@ -40,12 +48,37 @@ def command(flags, trained, tiny_data):
     return command
 
 
-def launch(command, **more):
+def launch(command, env=None):
+    """Two processes on CPUs; with `launch_env` of configs/fsdp2.yaml they shard the model."""
     script, *argv = command
-    env = {**os.environ, **OFFLINE, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    scripts = [ROOT / "tests" / "fsdp_on_cpu.py"] * ("ACCELERATE_USE_FSDP" in (env or {})) + [ROOT / script]
+    cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     return subprocess.Popen(
-        [*LAUNCH, str(ROOT / script), *argv], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
+        [*LAUNCH, *map(str, scripts), *argv],
+        env={**os.environ, **OFFLINE, **cpu, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+
+
+def launch_env(config):
+    """What `accelerate launch --config_file` tells the processes that it starts."""
+    argv = ["--config_file", str(ROOT / "configs" / config), "sft_train.py"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(argv))
+    env = prepare_multi_gpu_env(args)
+    return {name: value for name, value in env.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def kill_one(run, script, folder):
+    """Kill the last process, once there is a state in `folder`."""
+    deadline = time.monotonic() + 200
+    while not list(folder.glob("step-*[0-9]")):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(max(p.pid for p in psutil.Process(run.pid).children() if script in " ".join(p.cmdline())), signal.SIGKILL)
+    run.communicate(timeout=120)
+    assert run.returncode != 0
 
 
 def rows(folder, name="metrics.jsonl", key=None):
@@ -84,18 +117,104 @@ def test_no_row_comes_twice_in_an_epoch(command, tmp_path):
 
 def test_a_killed_process_brings_the_run_down_and_it_goes_on(command, call_main, tmp_path):
     two = tmp_path / "two"
-    run = launch(command("ppo", two, 2))
-    deadline = time.monotonic() + 200
-    while not list((tmp_path / "two.partial").glob("step-*[0-9]")):
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    victim = max(
-        child.pid for child in psutil.Process(run.pid).children() if "ppo_train.py" in " ".join(child.cmdline())
-    )
-    os.kill(victim, signal.SIGKILL)
-    run.communicate(timeout=120)
-    assert run.returncode != 0 and not two.exists()
+    kill_one(launch(command("ppo", two, 2)), "ppo_train.py", tmp_path / "two.partial")
+    assert not two.exists()
     run = launch([*command("ppo", two, 2), "--resume"])
     _, err = run.communicate(timeout=300)
     assert run.returncode == 0, err[-6000:]
     assert [row["update"] for row in rows(two) if "episode" in row] == [1, 2, 3, 4, 5]
+
+
+# ---------------------------------------------------------------- FSDP
+
+
+@pytest.mark.parametrize("phase", ["sft", "reward"])
+def test_sharded_processes_killed_and_resumed_make_what_one_makes(command, call_main, tmp_path, phase):
+    one, two, partial = tmp_path / "one", tmp_path / "two", tmp_path / "two.partial"
+    # Adam makes much of a gradient that is almost nothing, whose sign is the rounding's: a step is small here.
+    more = ["--learning-rate", "1e-3", "--save-steps", "1", "--gradient-checkpointing"]
+    script, *argv = command(phase, one, 1)
+    assert call_main(script.removesuffix(".py"), [*argv, *more]).returncode == 0
+    sharded = [*command(phase, two, 2), *more]
+    kill_one(launch(sharded, launch_env("fsdp2.yaml")), script, partial)
+    state = next(partial.glob("step-*[0-9]"))
+    assert (state / "optimizer.bin").exists()  # FSDP's; without it there would be an optimizer.pt
+    ends = load_file(one / "adapter_model.safetensors")
+    for name, weight in load_file(state / "weights.safetensors").items():  # whole ones
+        stacked = 2 if phase == "reward" and "lora" in name else 1  # on SFT's, of the same rank
+        assert stacked * weight.numel() == ends[name.replace(".default", "").replace(".reward", "")].numel()
+    run = launch([*sharded, "--resume"], launch_env("fsdp2.yaml"))
+    out, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err[-6000:]
+    assert out.count("Next: python") == 1
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    saved = load_file(two / "adapter_model.safetensors")
+    assert saved.keys() == ends.keys()
+    for name, weight in ends.items():
+        torch.testing.assert_close(saved[name], weight, rtol=0, atol=1e-5)
+    for mine, other in zip(rows(one), rows(two), strict=True):
+        for name in {"loss", "accuracy", "margin", "grad_norm"} & {*mine}:
+            assert mine[name] == pytest.approx(other[name], abs=1e-4), name
+
+    if phase == "reward":
+        mine, other = (json.loads((folder / "evaluation.json").read_text()) for folder in (one, two))
+        for name in ("eval_accuracy", "eval_margin", "score_mean"):
+            assert mine[name] == pytest.approx(other[name], abs=1e-4), name
+
+    kind = {"sft": AutoPeftModelForCausalLM, "reward": AutoPeftModelForSequenceClassification}[phase]
+    loaded = kind.from_pretrained(two, dtype=torch.float32, **({"num_labels": 1} if phase == "reward" else {}))
+    for name, weight in get_peft_model_state_dict(loaded).items():
+        assert torch.equal(weight, saved.pop(name)), name
+    assert not saved
+
+
+@pytest.mark.parametrize("phase, trained_layers", [("sft", 4), ("reward", 2)])
+def test_checkpointing_computes_the_layers_that_train_twice(
+    command, call_main, tmp_path, monkeypatch, phase, trained_layers
+):
+    forward, calls = LlamaMLP.forward, []
+    monkeypatch.setattr(LlamaMLP, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    for name, value in launch_env("fsdp2.yaml").items():  # one process has nothing to shard, and takes the same way
+        monkeypatch.setenv(name, value)
+    counts = []
+    for flag in ("--no-gradient-checkpointing", "--gradient-checkpointing"):
+        script, *argv = command(phase, tmp_path / flag, 1)
+        assert call_main(script.removesuffix(".py"), [*argv, flag]).returncode == 0
+        counts.append(len(calls))
+        calls.clear()
+    assert counts[1] - counts[0] == 5 * trained_layers  # in each of five steps
+
+
+def test_what_fsdp_cannot_do_is_one_line(flags, trained, call_main, tmp_path, monkeypatch):
+    for name, value in launch_env("fsdp2.yaml").items():
+        monkeypatch.setenv(name, value)
+    quantised = tmp_path / "quantised"
+    shutil.copytree(trained.sft, quantised)
+    run = json.loads((quantised / "run.json").read_text())
+    run["base"]["load_in_4bit"] = True
+    (quantised / "run.json").write_text(json.dumps(run))
+    out = ["--output-dir", tmp_path / "out"]
+    for script, argv, says in [
+        ("sft_train", [*flags["sft_train"], "--load-in-4bit", *out], "add --no-load-in-4bit"),
+        ("reward_train", [*flags["reward_train"], "--sft-checkpoint", quantised, *out], "add --no-load-in-4bit"),
+        ("reward_train", ["--eval-only", "--output-dir", trained.reward], "in one process"),
+        ("ppo_train", out, "configs/ddp.yaml"),
+    ]:
+        result = call_main(script, argv)
+        assert result.returncode == 2 and says in result.stderr and result.stderr.count("\n") == 1, script
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    assert "fsdp_version must be 2" in call_main("sft_train", [*flags["sft_train"], *out]).stderr
+
+
+def test_the_configs_of_accelerate_mean_what_they_say():
+    ddp, fsdp = (load_config_from_file(str(ROOT / "configs" / name)) for name in ("ddp.yaml", "fsdp2.yaml"))
+    assert (ddp.distributed_type, fsdp.distributed_type) == ("MULTI_GPU", "FSDP")
+    for config in (ddp, fsdp):
+        assert (config.num_processes, config.num_machines, config.mixed_precision) == (2, 1, "no")
+        assert not config.use_cpu
+    env = launch_env("fsdp2.yaml")
+    assert {"ACCELERATE_USE_FSDP": "true", **SHARDED}.items() <= env.items()
+    assert (env["FSDP_RESHARD_AFTER_FORWARD"], env["FSDP_OFFLOAD_PARAMS"]) == ("true", "false")
+    assert (env["FSDP_AUTO_WRAP_POLICY"], env["FSDP_CPU_RAM_EFFICIENT_LOADING"]) == ("TRANSFORMER_BASED_WRAP", "true")
+    assert "FSDP_TRANSFORMER_CLS_TO_WRAP" not in env  # accelerate asks the model
+    assert "ACCELERATE_USE_FSDP" not in launch_env("ddp.yaml")
