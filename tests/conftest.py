@@ -164,7 +164,7 @@ def run_main(module_name: str, argv: list, seconds: int = HANGS) -> Result:
     signal.alarm(seconds)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run(module.main, module.Config, module.PRESETS, module.__doc__)
+            run(module.main, module.Config, getattr(module, "PRESETS", {}), module.__doc__)
     except SystemExit as stop:
         code = stop.code or 0
     finally:

@@ -1,0 +1,329 @@
+"""From a checkpoint to a model that any server opens: the adapter merged into the 16-bit base, and what goes with it.
+
+    python -m rlhf.export checkpoints/ppo exported/
+
+Weights go through one layer at a time, so it takes little memory whatever the size of the model. On the way the
+same prompts run through four versions of it, and `export.json` says how far their logits are apart:
+
+- `trained`: the base in NF4, if it was trained so, with the adapter beside it;
+- `adapter`: the base as it is, with the adapter beside it, in float32;
+- `merged`: the adapter in the base, in float32;
+- `exported`: the same, rounded to what is written.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.checkpoints import check_output, output_folder, read_run
+from rlhf.cli import UserError, run
+from rlhf.data import PromptFormat
+from rlhf.decoder import check_layers
+from rlhf.hub import hub_errors
+from rlhf.model_card import LICENCE_FILES, model_card
+from rlhf.modeling import DTYPES, load_format, pad_right, read_adapter, same_base
+from rlhf.reporting import console
+
+import bitsandbytes.functional as bnb
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from tyro.conf import Positional
+
+SHARD_BYTES = 700_000_000  # of weights that are held and written together
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+CHECKED = 8  # last tokens of each prompt
+PROMPTS = (
+    "Explain what attention mechanism is.",
+    "How do I boil an egg so that the yolk stays soft?",
+    "Why is the sky blue?",
+    "What can I do to fall asleep faster?",
+    "Write a short poem about the sea.",
+    "Hi! How are you today?",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: Positional[str] = "checkpoints/ppo"  # of ppo_train.py, or of sft_train.py
+    output_dir: Positional[str] = "exported"  # a folder that is empty or not there yet
+    base_model: str | None = None  # where the base is now, if not where the checkpoint says
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the weights that are written
+    name: str | None = None  # of the model, in its card
+    overwrite: bool = False  # replace what output_dir holds
+
+
+def main(config: Config) -> None:
+    started = time.monotonic()
+    check_output(config.output_dir, config.overwrite, config.checkpoint, config.base_model)
+    made = read_run(config.checkpoint, phase_of(config.checkpoint))
+    base = same_base(made, config.checkpoint, config.base_model)
+    form = load_format(config.checkpoint, made)
+    source = base_folder(base)
+    weights, adapter = Weights(source), Adapter(config.checkpoint)
+    odd = sorted(set(adapter.names()) - set(weights.files))
+    if odd:
+        raise UserError(f"the adapter at {config.checkpoint} does not fit its base (there is no {odd[0]})")
+    settings = AutoConfig.from_pretrained(source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
+    check_layers(model)
+    dtype = DTYPES[config.dtype]
+    with output_folder(config.output_dir) as folder, torch.no_grad():
+        writer, check = Writer(folder), Check(model, form, adapter, dtype, base["load_in_4bit"])
+        for part in parts(weights, model):
+            merged = {name: adapter.merge(name, weight) for name, weight in part.items()}
+            check.go_through(part, merged)
+            writer.add({name: weight.to(dtype).contiguous() for name, weight in merged.items()})
+        writer.finish()
+        report = check.report()
+        write_settings(folder, settings, form, dtype)
+        for file in licence_files(source):
+            shutil.copyfile(file, folder / file.name)
+        (folder / "export.json").write_text(json.dumps(report, indent=2) + "\n")
+        (folder / "README.md").write_text(model_card(config, made, base, source, report), encoding="utf-8")
+    console.print(describe(report))
+    console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
+    console.print(f"Next: transformers serve {config.output_dir}")
+
+
+def phase_of(checkpoint: str) -> str:
+    """ "sft" or "ppo": what the checkpoint says that it is, if it can be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        if json.loads((Path(checkpoint) / "run.json").read_text(encoding="utf-8"))["phase"] == "sft":
+            return "sft"
+    return "ppo"
+
+
+# ---------------------------------------------------------------- weights
+
+
+def base_folder(base: dict[str, Any]) -> Path:
+    """Where the files of the base are; those of a hub model are fetched if they are not here."""
+    if Path(base["model"]).is_dir():
+        return Path(base["model"])
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", *LICENCE_FILES]
+    with hub_errors(base["model"], "model", "--base-model"):
+        return Path(snapshot_download(base["model"], revision=base["revision"], allow_patterns=wanted))
+
+
+class Weights:
+    """The tensors of a model folder by name, each read when it is asked for."""
+
+    def __init__(self, folder: Path):
+        self.files = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                self.files |= dict.fromkeys(file.keys(), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.files[name], "pt") as file:
+            return file.get_tensor(name)
+
+
+def parts(weights: Weights, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The weights in the order in which a text meets them: embedding, one layer after the other, norm and head."""
+    number = {
+        name: int(found.group(1)) for name in weights.files if (found := re.match(r"model\.layers\.(\d+)\.", name))
+    }
+    rest = [name for name in weights.files if name not in number and name != EMBEDDING]
+    yield {EMBEDDING: weights[EMBEDDING]}
+    for i in range(len(model.get_decoder().layers)):
+        yield {name: weights[name] for name in weights.files if number.get(name) == i}
+    yield {name: weights[name] for name in rest}
+
+
+class Adapter:
+    """A LoRA adapter by the names of the weights that it goes on."""
+
+    def __init__(self, folder: str):
+        self.config, self.state = read_adapter(folder)
+
+    def names(self) -> list[str]:
+        return [name_of(key) for key in self.state if "lora_A" in key]
+
+    def get(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """A [r, in] and B [out, r] in float32, the scaling in B; None where the adapter is not."""
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{key}.lora_A.weight" not in self.state:
+            return None
+        a, b = (self.state[f"{key}.lora_{x}.weight"].float() for x in "AB")
+        module = name.removesuffix(".weight")
+        pattern = get_pattern_key(self.config.alpha_pattern, module)
+        return a, b * (self.config.alpha_pattern.get(pattern, self.config.lora_alpha) / len(a))
+
+    def merge(self, name: str, weight: Tensor) -> Tensor:
+        """The weight with the adapter in it, in float32; where there is none, as it is."""
+        low_rank = self.get(name)
+        return weight if low_rank is None else weight.float() + low_rank[1] @ low_rank[0]
+
+
+def name_of(key: str) -> str:
+    return key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+
+
+class Writer:
+    """Writes weights as they come, in files of at most SHARD_BYTES or of one tensor, and the index that names them."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.waiting, self.shards, self.total = folder, {}, [], 0
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if self.waiting and sum(t.nbytes for t in self.waiting.values()) + tensor.nbytes > SHARD_BYTES:
+                self.flush()
+            self.waiting[name] = tensor
+
+    def flush(self) -> None:
+        save_file(self.waiting, self.folder / f"{len(self.shards)}.partial", metadata={"format": "pt"})
+        self.total += sum(tensor.nbytes for tensor in self.waiting.values())
+        self.shards.append(list(self.waiting))
+        self.waiting = {}
+
+    def finish(self) -> None:
+        self.flush()
+        count = len(self.shards)
+        if count == 1:
+            (self.folder / "0.partial").rename(self.folder / "model.safetensors")
+            return
+        index = {}
+        for i, names in enumerate(self.shards):
+            file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            (self.folder / f"{i}.partial").rename(self.folder / file)
+            index |= dict.fromkeys(names, file)
+        content = {"metadata": {"total_size": self.total}, "weight_map": index}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- the check
+
+
+class Check:
+    """PROMPTS on their way through the model, in each version of its weights."""
+
+    def __init__(self, model: nn.Module, form: PromptFormat, adapter: Adapter, dtype: torch.dtype, in_4bit: bool):
+        self.model, self.adapter, self.dtype = model, adapter, dtype
+        self.versions = (["trained"] if in_4bit else []) + ["adapter", "merged", "exported"]
+        texts = [form.prompt_ids((("user", text),)) for text in PROMPTS]
+        self.ids = pad_right(texts, form.pad_token_id, torch.device("cpu"))
+        self.read = [
+            (i, len(text) - 1 - back) for i, text in enumerate(texts) for back in range(min(CHECKED, len(text)))
+        ]
+        self.positions = torch.arange(self.ids.shape[1])[None]
+        rotary = type(model.get_decoder().rotary_emb)(config=model.config)
+        self.hidden: dict[str, Tensor] = {}
+        self.rotary = rotary(torch.zeros(1), self.positions)
+        self.done = 0
+
+    def go_through(self, base: dict[str, Tensor], merged: dict[str, Tensor]) -> None:
+        """On through a part of `parts`, given as it is in the base and with the adapter in it."""
+        if EMBEDDING in base:
+            start = nn.functional.embedding(self.ids, base[EMBEDDING])
+            self.hidden = {version: self.rounded(version, start) for version in self.versions}
+            self.head = base[EMBEDDING]
+        elif NORM in base:
+            self.head = base.get(HEAD, self.head)
+            norm = self.model.get_decoder().norm
+            for version, hidden in self.hidden.items():
+                self.hidden[version] = functional_call(norm, {"weight": self.rounded(version, base[NORM])}, (hidden,))
+        else:
+            self.layer(base, merged)
+
+    def layer(self, base: dict[str, Tensor], merged: dict[str, Tensor]) -> None:
+        layer, prefix = self.model.get_decoder().layers[self.done], f"model.layers.{self.done}."
+        self.done += 1
+        for version in self.versions:
+            weights = {}
+            for name, weight in (base if version in ("trained", "adapter") else merged).items():
+                if version == "trained" and weight.dim() == 2:
+                    weight = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+                weights[name.removeprefix(prefix)] = self.rounded(version, weight)
+            with self.beside(layer, prefix) if version in ("trained", "adapter") else contextlib.nullcontext():
+                more = {"position_embeddings": self.rotary, "position_ids": self.positions}
+                self.hidden[version] = functional_call(layer, weights, (self.hidden[version],), more)
+
+    def rounded(self, version: str, weight: Tensor) -> Tensor:
+        """In float32; of the exported version first in what is written."""
+        return (weight.to(self.dtype) if version == "exported" else weight).float()
+
+    @contextlib.contextmanager
+    def beside(self, layer: nn.Module, prefix: str) -> Iterator[None]:
+        """The adapter beside the layer's weights, as PEFT has it."""
+        hooks = []
+        for name, module in layer.named_modules():
+            low_rank = self.adapter.get(f"{prefix}{name}.weight")
+            if low_rank is not None:
+                a, b = low_rank
+                hooks.append(module.register_forward_hook(lambda _, x, y, a=a, b=b: y + x[0] @ a.T @ b.T))
+        yield
+        for hook in hooks:
+            hook.remove()
+
+    def report(self) -> dict[str, Any]:
+        """For each two versions in a row, and for the first and the last: largest logit difference, mean KL, same first choice."""
+        rows, columns = zip(*self.read, strict=True)
+        logits = {
+            version: torch.cat(
+                [hidden[rows, columns] @ self.rounded(version, part).T for part in self.head.split(4096)], 1
+            )
+            for version, hidden in self.hidden.items()
+        }
+        steps = [*zip(self.versions, self.versions[1:], strict=False), (self.versions[0], self.versions[-1])]
+        return {f"{one} to {other}": apart(logits[one], logits[other]) for one, other in steps}
+
+
+def apart(one: Tensor, other: Tensor) -> dict[str, float]:
+    """How far two sets of logits [tokens, V] are apart; KL in nats a token."""
+    p, q = one.log_softmax(1), other.log_softmax(1)
+    return {
+        "largest_logit_difference": (one - other).abs().max().item(),
+        "kl": (p.exp() * (p - q)).sum(1).mean().item(),
+        "same_first_choice": (one.argmax(1) == other.argmax(1)).float().mean().item(),
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    return "\n".join(
+        f"{step}: largest logit difference {r['largest_logit_difference']:.1e}, KL {r['kl']:.1e} nats a token, the same "
+        f"first choice at {r['same_first_choice']:.0%}"
+        for step, r in report.items()
+    )
+
+
+# ---------------------------------------------------------------- what goes with it
+
+
+def write_settings(folder: Path, settings, form: PromptFormat, dtype: torch.dtype) -> None:
+    """config.json, generation_config.json and the tokenizer with its chat template."""
+    tokenizer = form.tokenizer
+    ends = {
+        "eos_token_id": form.eos_token_id,
+        "pad_token_id": form.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    settings.dtype = dtype
+    for name, value in ends.items():
+        setattr(settings, name, value)
+    settings.save_pretrained(folder)
+    GenerationConfig(**ends, do_sample=True, temperature=0.7, max_new_tokens=256).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def licence_files(source: Path) -> list[Path]:
+    return [path for pattern in LICENCE_FILES for path in sorted(source.glob(pattern)) if path.is_file()]
+
+
+if __name__ == "__main__":
+    run(main, Config, {}, __doc__)
