@@ -94,7 +94,6 @@ def main(config: Config) -> None:
         (folder / "README.md").write_text(model_card(config, made, base, source, report), encoding="utf-8")
     console.print(describe(report))
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
-    console.print(f"Next: transformers serve {config.output_dir}")
 
 
 def phase_of(checkpoint: str) -> str:

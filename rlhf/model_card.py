@@ -97,7 +97,7 @@ def usage(prompt_format: str) -> str:
     text = "It answers chats by its chat template"
     if prompt_format == "hh":
         text += " (`\\n\\nHuman: ...\\n\\nAssistant:`; a system message stands before it as plain text)"
-    return f"{text}, and ends an answer with its EOS.\n\n```\ntransformers serve .\n```"
+    return f"{text}, and ends an answer with its EOS."
 
 
 def licence_of(source: Path) -> str | None:
