@@ -113,7 +113,7 @@ def base_folder(base: dict[str, Any]) -> Path:
         return Path(base["model"])
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", *LICENCE_FILES]
+    wanted = ["*.safetensors", "*.json", "README.md", *LICENCE_FILES]  # the README names the licence
     with hub_errors(base["model"], "model", "--base-model"):
         return Path(snapshot_download(base["model"], revision=base["revision"], allow_patterns=wanted))
 
