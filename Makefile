@@ -1,4 +1,5 @@
 # make demo       the whole pipeline with a small real model on a CPU, ending with the printed comparison
+# make feedback-demo  a scripted voter votes in a browser, and the reward model learns it (after make demo; ten minutes)
 # make test       the tests
 # make lint       ruff
 # make gpu-check  two minutes of all four scripts with the 4-bit base on your CUDA card
@@ -9,7 +10,7 @@
 # make bench-growth  how a PPO update's time and memory grow with batch, response and vocabulary (a quarter of an hour)
 # make bench-train   SFT and reward training beside the stock `trl sft` and `trl reward`, on Dahoas/rm-static
 # make bench-3b   memory by owner with Llama-3.2-3B's shapes and random weights
-.PHONY: demo test torture soak toys lint gpu-check bench bench-growth bench-train bench-3b
+.PHONY: demo feedback-demo test torture soak toys lint gpu-check bench bench-growth bench-train bench-3b
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -22,6 +23,9 @@ demo: $(BIN)/.installed $(MODEL)/model.safetensors
 	$(BIN)/python reward_train.py --preset demo --overwrite
 	$(BIN)/python ppo_train.py --preset demo --overwrite
 	$(BIN)/python compare_outputs.py --preset demo --overwrite
+
+feedback-demo: $(BIN)/.installed
+	$(BIN)/python demo/feedback.py
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest

@@ -8,9 +8,13 @@ opens as a sequence classification model, and what it gets right in `evaluation.
 3. Train with TRL's RewardTrainer: -log sigmoid(score(chosen) - score(rejected)) (Bradley-Terry).
 4. Score the test split: accuracy, calibration, and how much of it is length (rlhf/reward_eval.py).
 
+With --extra-data people's votes (`python -m feedback.vote`) are mixed into the training pairs. The votes on one prompt
+in five are held out, the same ones every time, and scored beside the test split.
+
     python reward_train.py
     python reward_train.py --preset demo
     python reward_train.py --eval-only    # 4 alone, of the reward model in --output-dir
+    python reward_train.py --extra-data feedback/votes.jsonl
 
 Next: python ppo_train.py
 """
@@ -22,8 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.checkpoints import check_child, check_output, is_finished, output_folder, read_run, write_run
-from rlhf.cli import UserError, check_between, next_command, run
-from rlhf.data import TokenPair, fingerprint, load_pairs, tokenize_pairs
+from rlhf.cli import UserError, check_at_least_one, check_between, next_command, run
+from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, tokenize_pairs
 from rlhf.decoder import lay_out_pairs, unpad
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
 from rlhf.plan import SAMPLE, plan_reward, read_shape, show_data, show_end, show_plan
@@ -39,6 +43,7 @@ from rlhf.training import (
     num_steps,
     trainer_options,
 )
+from rlhf.votes import VotePairs, load_votes
 
 import datasets
 import numpy as np
@@ -53,6 +58,8 @@ class Config:
     sft_checkpoint: str = "checkpoints/sft"  # its base model, precision and prompt format are taken over
     base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
     dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
+    extra_data: str | None = None  # a file of votes, mixed into the training pairs
+    extra_weight: int = 1  # times that an epoch goes over each vote
     output_dir: str = "checkpoints/reward"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
     resume: bool = False  # go on with a run that was stopped or cut short
@@ -105,10 +112,11 @@ PRESETS = {
 def main(config: Config) -> None:
     check_trainer_numbers(config)
     check_between(config, 0, math.inf, "center_rewards_coefficient")
+    check_at_least_one(config, "extra_weight")
     if config.eval_only:
         eval_only(config)
         return
-    inputs = config.sft_checkpoint, config.base_model, config.dataset
+    inputs = config.sft_checkpoint, config.base_model, config.dataset, config.extra_data
     check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
     if is_finished(config):
         return
@@ -120,13 +128,15 @@ def main(config: Config) -> None:
     form = load_format(config.sft_checkpoint, sft)
 
     # 1. Tokenise both responses of each pair.
+    votes = load_votes(config.extra_data) if config.extra_data else None
     train_pairs = load_pairs(config.dataset, "train", config.max_train_samples, config.half)
+    train_pairs += votes.train * config.extra_weight if votes else []
     eval_pairs = load_pairs(config.dataset, "test", config.max_eval_samples)
     if config.dry_run:
         dry_run(config, base, form, train_pairs, sft)
         return
     train_set = both_responses(tokenize_pairs(train_pairs, form, config.max_length, "train"), form.eos_token_id)
-    eval_set = tokenize_pairs(eval_pairs, form, config.max_length, "test")
+    eval_sets = tokenize_eval(config, form, eval_pairs, votes)
 
     # 2. The SFT adapter stays frozen below the reward model's own.
     set_seed(config.seed)
@@ -146,6 +156,7 @@ def main(config: Config) -> None:
             "half": config.half,
             "train_rows": len(train_set),
             "sha256": fingerprint(train_pairs),
+            **({"votes": votes.counts | {"source": config.extra_data, "weight": config.extra_weight}} if votes else {}),
         }
         same = {"sft checkpoint": sft["adapter_sha256"], "dtype": str(dtype), "data": data["sha256"]}
         trainer.prepare(config, folder, same, "Reward model")
@@ -153,7 +164,7 @@ def main(config: Config) -> None:
 
         # 4. Score the test split.
         if is_main() or sharded():  # then all processes read each text together
-            metrics = evaluate(config, shared, form, eval_set, folder)
+            metrics = evaluate(config, shared, form, eval_sets, folder)
             save_stacked(folder, shared, "reward", form, base)
         if is_main():
             plot_curves(folder, "step", {"loss": ["loss"], "accuracy": ["accuracy"], "margin": ["margin"]})
@@ -189,6 +200,12 @@ def both_responses(pairs: list[TokenPair], eos_token_id: int) -> datasets.Datase
         for p in pairs
     ]
     return datasets.Dataset.from_list(rows)
+
+
+def tokenize_eval(config: Config, form, pairs: list[Pair], votes: VotePairs | None) -> dict[str, list[TokenPair]]:
+    """What is scored at the end: the test pairs, and the votes that are held out, if there are any."""
+    sets = {"test pairs": pairs} | ({"held-out votes": votes.held_out} if votes and votes.held_out else {})
+    return {what: tokenize_pairs(part, form, config.max_length, what) for what, part in sets.items()}
 
 
 def dry_run(config: Config, base, form, pairs, sft) -> None:
@@ -239,20 +256,34 @@ def read_prompts_once(shared: SharedBase) -> None:
     shared.peft.get_base_model().forward = forward
 
 
-def evaluate(config: Config, shared: SharedBase, form, eval_set: list[TokenPair], folder: Path) -> dict[str, Any]:
-    """Score the test pairs, say what the scores are worth, and write it to `folder`. Raises UserError if they are worth nothing."""
-    scored = score(shared, eval_set, form.eos_token_id, 2 * config.per_device_train_batch_size)
-    metrics = judge(scored)
+def evaluate(
+    config: Config, shared: SharedBase, form, eval_sets: dict[str, list[TokenPair]], folder: Path
+) -> dict[str, Any]:
+    """Score the test pairs, say what the scores are worth, and write it to `folder`; the same for held-out votes.
+
+    Returns the numbers of the test pairs, and of the votes under names that start with `votes_`. Raises UserError if the
+    scores are worth nothing.
+    """
+    scored = {
+        what: score(shared, pairs, form.eos_token_id, 2 * config.per_device_train_batch_size)
+        for what, pairs in eval_sets.items()
+    }
+    judged = {what: judge(pairs) for what, pairs in scored.items()}
+    metrics = judged["test pairs"]
     if not np.isfinite(metrics["score_std"]):
         raise UserError("the reward model gives scores that are not finite: lower --learning-rate, or try --dtype fp32")
-    console.print(describe(metrics))
+    for what, numbers in judged.items():
+        console.print(describe(numbers, what))
     if not metrics["score_std"] > 1e-3:
         raise UserError(
             f"the reward model gives every text about the same score (standard deviation {metrics['score_std']:.1e}): "
             "it has learned nothing; raise --learning-rate or train longer"
         )
+    if "held-out votes" in judged:
+        metrics |= {f"votes_{name.removeprefix('eval_')}": value for name, value in judged["held-out votes"].items()}
     if is_main():
-        write_evaluation(folder, {"dataset": config.dataset, "max_length": config.max_length} | metrics, scored)
+        settings = {"dataset": config.dataset, "max_length": config.max_length, "extra_data": config.extra_data}
+        write_evaluation(folder, settings | metrics, scored["test pairs"])
     return metrics
 
 
@@ -280,11 +311,12 @@ def eval_only(config: Config) -> None:
     base = same_base(sft, config.sft_checkpoint, config.base_model)
     form = load_format(config.sft_checkpoint, sft)
     test_pairs = load_pairs(config.dataset, "test", config.max_eval_samples)
-    eval_set = tokenize_pairs(test_pairs, form, config.max_length, "test")
+    votes = load_votes(config.extra_data) if config.extra_data else None
+    eval_sets = tokenize_eval(config, form, test_pairs, votes)
     dtype = choose_dtype(config.dtype, device())
     shared = SharedBase(load_base(base, dtype, form.pad_token_id), config.sft_checkpoint, dtype)
     shared.add_role("reward", **read_stacked(config.output_dir, shared))
-    evaluate(config, shared, form, eval_set, folder)
+    evaluate(config, shared, form, eval_sets, folder)
     console.print(f"Saved {folder}/evaluation.json and {folder}/evaluation.png.")
 
 

@@ -66,11 +66,11 @@ def steps(config: Config) -> list[Step]:
     compare += "--temperature 0.7 --batch-size 16 --show 0 --overwrite"
     todo = [
         (
-            "SFT on the chosen responses",
+            "SFT on 1,500 chosen responses",
             15,
             "sft",
             "run.json",
-            f"sft_train.py --preset demo {data} --base-model {config.base_model} --max-length 256 --output-dir {sft} --overwrite",
+            f"sft_train.py --preset demo {data} --base-model {config.base_model} --max-length 256 --max-train-samples 1500 --output-dir {sft} --overwrite",
         ),
         (
             "reward models: what helps, beside TRL's stock trainer",

@@ -350,6 +350,11 @@ def fingerprint(pairs: Iterable[Pair]) -> str:
 # ---------------------------------------------------------------- text and tokens
 
 
+def hh_prompt(turns: Iterable[tuple[str, str]]) -> str:
+    """`\\n\\nHuman: ...\\n\\nAssistant:`, as rm-static's `prompt` column has it."""
+    return "".join(text if role == "system" else f"{CUES[role]} {text}" for role, text in turns) + ASSISTANT
+
+
 class PromptFormat:
     """How a dialogue is written for the model, and where an answer ends.
 
@@ -376,7 +381,7 @@ class PromptFormat:
     def prompt_text(self, turns: Iterable[tuple[str, str]]) -> str:
         """The text of a prompt, without BOS, up to where the answer starts."""
         if self.name == "hh":
-            return "".join(text if role == "system" else f"{CUES[role]} {text}" for role, text in turns) + ASSISTANT
+            return hh_prompt(turns)
         messages = [{"role": role, "content": text} for role, text in turns]
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 

@@ -136,9 +136,10 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 # ---------------------------------------------------------------- what is shown
 
 
-def describe(m: dict[str, Any]) -> str:
+def describe(m: dict[str, Any], what: str = "test pairs") -> str:
+    """What judge() found, in words."""
     lines = [
-        f"test pairs {m['eval_pairs']}: accuracy {m['eval_accuracy']:.3f} "
+        f"{what} {m['eval_pairs']}: accuracy {m['eval_accuracy']:.3f} "
         f"(95 % interval {m['eval_accuracy_low']:.3f} to {m['eval_accuracy_high']:.3f}; a tie counts half), "
         f"mean margin {m['eval_margin']:.3f}, loss {m['eval_loss']:.4f}, calibration error {m['calibration_error']:.3f}",
         f'"the longer response wins" would score {m["longer_wins_accuracy"]:.3f}: the model is {m["above_longer_wins"]:+.3f} '

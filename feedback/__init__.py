@@ -1,0 +1,1 @@
+"""Feedback of people: a page to vote on, whose votes reward_train.py learns from."""

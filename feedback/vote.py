@@ -1,0 +1,409 @@
+"""Blind votes: a local page shows a prompt and two answers without names; what people prefer goes to a file.
+
+    python compare_outputs.py --num-test-prompts 100 --temperature 0.7
+    python -m feedback.vote
+    python reward_train.py --extra-data feedback/votes.jsonl
+
+The prompts and answers are those of compare_outputs.py's report. Whoever types a prompt of their own gets answers from the
+same checkpoints, which are loaded then. Votes are kept as rlhf/votes.py says. Needs requirements-feedback.txt.
+"""
+
+import getpass
+import hashlib
+import hmac
+import html
+import itertools
+import json
+import math
+import os
+import secrets
+import socket
+import threading
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import compare_outputs
+from rlhf.cli import UserError, run
+from rlhf.data import BadRow, checked_turns, hh_prompt, parse_dialogue, tokenize_prompt
+from rlhf.modeling import choose_dtype, load_base, load_format, same_base
+from rlhf.reporting import plain
+from rlhf.training import device
+from rlhf.votes import CHOICES, Vote, VoteFile, agreement, win_rates
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
+
+try:
+    import gradio as gr
+except ImportError:
+    raise SystemExit("error: Gradio is not installed: run `pip install -r requirements-feedback.txt`") from None
+
+OWN_KEPT = 1000  # comparisons of people's own prompts at most
+
+
+@dataclass(frozen=True)
+class Config:
+    report: str = "reports/compare.json"  # of compare_outputs.py
+    votes: str = "feedback/votes.jsonl"  # votes are appended to it
+    models: tuple[str, ...] = ()  # two or more of the report's (base, SFT, PPO); none: all of them
+    voter: str = getpass.getuser()  # who votes on this machine; on the network it is the name of the log-in
+    port: int = 7860
+    share_on_network: bool = False  # answer other machines too, which need the password that is printed then
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """Two answers in the order shown."""
+
+    id: str
+    turns: compare_outputs.Turns
+    models: dict[str, str]  # by position, "A" and "B"; as are
+    answers: dict[str, compare_outputs.Answer]
+
+    def vote(self, choice: str, voter: str) -> Vote:
+        scores = {side: answer["score"] for side, answer in self.answers.items()}
+        texts = {side: answer["text"] for side, answer in self.answers.items()}
+        return Vote(
+            self.id,
+            voter,
+            choice,
+            hh_prompt(self.turns),
+            texts,
+            self.models,
+            None if None in scores.values() else scores,
+        )
+
+
+def main(config: Config) -> None:
+    report, digest = read_report(Path(config.report))
+    poll = Poll(report, digest, config.models or tuple(report["models"]), VoteFile(Path(config.votes)))
+    host, auth = "127.0.0.1", None
+    if config.share_on_network:
+        host, password = "0.0.0.0", secrets.token_urlsafe(9)
+        auth = lambda name, given: bool(name.strip()) and hmac.compare_digest(given.encode(), password.encode())  # noqa: E731
+        print(f"Log in at http://{socket.gethostname()}:{config.port} with any name and the password {password}")
+    check_port(host, config.port)
+    make_page(poll, config.voter).launch(
+        server_name=host,
+        server_port=config.port,
+        auth=auth,
+        share=False,
+        quiet=True,
+        theme=THEME,
+        css=CSS,
+        head=HEAD,
+        footer_links=[],
+        ssr_mode=False,
+        prevent_thread_lock=True,
+    )
+    print(f"Vote at http://127.0.0.1:{config.port}; votes go to {config.votes}. Stop with Ctrl-C.")
+    threading.Event().wait()
+
+
+def check_port(host: str, port: int) -> None:
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port must be from 1 to 65535, not {port}")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"--port {port} cannot be used ({error.strerror}): choose another") from None
+
+
+# ---------------------------------------------------------------- what is asked
+
+
+def read_report(path: Path) -> tuple[compare_outputs.Report, str]:
+    """A report of compare_outputs.py, and its SHA-256. Raises UserError if it is none."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"--report {path} cannot be read ({error.strerror}): `python compare_outputs.py` makes one"
+        ) from None
+    try:
+        report = json.loads(content)
+        names = list(report["models"])
+        for entry in report["prompts"]:
+            entry["turns"] = checked_turns([(str(role), str(text)) for role, text in entry["turns"]])
+            for name in names:
+                answer = entry["answers"][name]
+                if not isinstance(answer["text"], str) or not (
+                    answer["score"] is None or math.isfinite(answer["score"])
+                ):
+                    raise ValueError("an answer without a text or a score")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, BadRow) as error:
+        raise UserError(
+            f"--report {path} is not a report of compare_outputs.py ({type(error).__name__}: {error})"
+        ) from None
+    return report, hashlib.sha256(content).hexdigest()
+
+
+class Poll:
+    """Deals ballots from a report and counts votes; any number of threads may ask.
+
+    A ballot's id says by itself what it shows, so a page that was open when the server went down can still vote.
+    """
+
+    def __init__(self, report: compare_outputs.Report, digest: str, models: tuple[str, ...], votes: VoteFile):
+        names = list(report["models"])
+        if len(set(models)) < 2 or set(models) - set(names):
+            raise UserError(f"--models are two or more of {', '.join(names)}")
+        self.report, self.digest, self.models, self.votes = report, digest[:8], models, votes
+        self.own: dict[str, Ballot] = {}
+        self.live = LiveModels(report)
+        self.comparisons = [  # (prompt, first model, second model) of all models, so that ids do not depend on flags
+            (i, *pair) for i in range(len(report["prompts"])) for pair in itertools.combinations(names, 2)
+        ]
+        self.open = [
+            k for k, (i, *pair) in enumerate(self.comparisons) if set(pair) <= set(models) and self.differ(i, *pair)
+        ]
+        if not self.open:
+            raise UserError("the report has no prompt with two different answers: make one with --temperature 0.7")
+
+    def differ(self, i: int, first: str, second: str) -> bool:
+        a, b = (self.report["prompts"][i]["answers"][name]["text"].strip() for name in (first, second))
+        return bool(a and b and a != b)
+
+    def ballot(self, id: str) -> Ballot | None:
+        """What an id stands for; None if this server does not know it."""
+        digest, _, rest = id.partition("-")
+        number = rest.partition("-")[0]
+        if id in self.own:
+            return self.own[id]
+        if digest != self.digest or not (number.isdecimal() and int(number) in range(len(self.comparisons))):
+            return None
+        i, *pair = self.comparisons[int(number)]
+        entry = self.report["prompts"][i]
+        return self.shuffled(id, entry["turns"], {name: entry["answers"][name] for name in pair})
+
+    def shuffled(self, id: str, turns: compare_outputs.Turns, answers: dict[str, compare_outputs.Answer]) -> Ballot:
+        """A ballot whose order the id draws."""
+        names = list(answers)[:: -1 if hashlib.sha256(id.encode()).digest()[0] & 1 else 1]
+        return Ballot(
+            id, turns, dict(zip("AB", names, strict=True)), {s: answers[n] for s, n in zip("AB", names, strict=True)}
+        )
+
+    def deal(self, voter: str) -> Ballot | None:
+        """A comparison that `voter` has not judged yet, one with the fewest votes; None if there is none left."""
+        count, seen = dict.fromkeys(self.open, 0), set()
+        for k, who in self.judged():
+            if k in count:
+                count[k] += 1
+                seen |= {k} if who == voter else set()
+        left = [k for k in self.open if k not in seen]
+        if not left:
+            return None
+        fewest = min(count[k] for k in left)
+        k = secrets.choice([k for k in left if count[k] == fewest])
+        return self.ballot(f"{self.digest}-{k}-{secrets.token_hex(4)}")
+
+    def judged(self) -> list[tuple[int, str]]:
+        """(comparison, voter) of the votes on this report."""
+        parts = [(vote.ballot.split("-"), vote.voter) for vote in self.votes.standing()]
+        return [(int(id[1]), voter) for id, voter in parts if id[0] == self.digest and id[1].isdecimal()]
+
+    def ask(self, text: str) -> Ballot:
+        """Two models' answers to a prompt that someone typed. Raises UserError or BadRow if they cannot be had."""
+        turns = parse_dialogue(text)
+        pair = secrets.SystemRandom().sample(self.models, 2)
+        answers = {name: self.live.answer(turns, name) for name in pair}
+        ballot = self.shuffled(f"{self.digest}-own-{secrets.token_hex(8)}", turns, answers)
+        self.own[ballot.id] = ballot
+        while len(self.own) > OWN_KEPT:
+            self.own.pop(next(iter(self.own)))
+        return ballot
+
+
+class LiveModels:
+    """The report's models, loaded when the first own prompt comes."""
+
+    def __init__(self, report: compare_outputs.Report):
+        self.report, self.lock, self.shared = report, threading.Lock(), None
+
+    def load(self) -> None:
+        known = {field.name for field in fields(compare_outputs.Config)}
+        self.config = compare_outputs.Config(**{k: v for k, v in self.report["flags"].items() if k in known})
+        runs = compare_outputs.read_runs(self.config)
+        for phase, run_facts in self.report["runs"].items():
+            if phase not in runs or runs[phase]["adapter_sha256"] != run_facts["adapter_sha256"]:
+                raise UserError(f"the {phase} checkpoint is not the one of the report: make the report again")
+        dtype = choose_dtype(self.config.dtype, device())
+        base = same_base(runs["sft"], self.config.sft_checkpoint, self.config.base_model)
+        self.form = load_format(self.config.sft_checkpoint, runs["sft"])
+        self.scored = "reward" in runs
+        self.shared = compare_outputs.load_models(
+            self.config, load_base(base, dtype, self.form.pad_token_id), runs, dtype
+        )
+
+    def answer(self, turns: compare_outputs.Turns, name: str) -> compare_outputs.Answer:
+        with self.lock:
+            if self.shared is None:
+                self.load()
+            ids = tokenize_prompt(turns, self.form, self.config.max_prompt_length)
+            return compare_outputs.answer(self.config, self.shared, self.form, [ids], name, self.scored)[0]
+
+
+# ---------------------------------------------------------------- the page
+
+CSS = """
+.gradio-container { max-width: 1100px !important; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.55; font-size: 1.02rem; }
+.text b { display: block; margin-top: .6rem; font-size: .85rem; opacity: .75; }
+.card { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 14px 18px; height: 100%; }
+.card h2 { margin: 0 0 .5rem; font-size: 1rem; }
+.html-container, .html-container > * { padding: 0 !important; }
+h1 { margin: .2rem 0 0; font-size: 1.5rem; }
+#progress { align-self: center; }
+#vote-undo { flex: none; align-self: center; }
+#results table { border-collapse: collapse; }
+#results td, #results th { padding: .25rem .9rem .25rem 0; text-align: left; font-weight: normal; }
+button:focus-visible { outline: 3px solid var(--body-text-color); outline-offset: 2px; }
+@media (max-width: 700px) {
+  .row:has(#answer-A) { flex-direction: column; }
+  .row:has(#vote-A) { display: grid !important; grid-template-columns: 1fr 1fr; }
+  #vote-B { order: -1; } #vote-A { order: -2; }
+}
+"""
+THEME = gr.themes.Default(
+    primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+).set(  # no font from the network; white on blue that is easy to read
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_hover_dark="*primary_800",
+)
+HEAD = """<script>
+const buttons = {a: "vote-A", b: "vote-B", t: "vote-tie", x: "vote-both-bad", u: "vote-undo"};
+addEventListener("keydown", event => {
+  const typing = event.target.closest("input, textarea, [contenteditable]");
+  if (typing || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+  document.getElementById(buttons[event.key.toLowerCase()])?.click();
+});
+</script>"""
+
+
+def make_page(poll: Poll, local_voter: str) -> gr.Blocks:
+    """The page; what its buttons do is also an API (`/start`, `/vote`, `/undo`, `/ask`) with the same answers."""
+
+    def who(request: gr.Request) -> str:
+        return (request.username or local_voter).strip()
+
+    def view(ballot: Ballot | None, voter: str, note: str = "") -> list[Any]:
+        mine = {k for k, name in poll.judged() if name == voter} & set(poll.open)
+        total = len(poll.votes.standing())
+        progress = f"{len(mine)} of {len(poll.open)} comparisons judged by {voter}; {total} votes in all. {note}"
+        shown = [""] * 3 if ballot is None else [dialogue(ballot.turns), *(card(ballot, side) for side in "AB")]
+        if ballot is None:
+            shown[0] = card_of("Done", "You have judged every comparison. Thank you! Ask something of your own below.")
+        live = [gr.update(interactive=ballot is not None)] * len(CHOICES)
+        return [ballot.id if ballot else "", *shown, text_of(progress), results(poll.votes.standing()), *live]
+
+    def start(request: gr.Request):
+        return view(poll.deal(who(request)), who(request))
+
+    def vote(id: str, choice: str, request: gr.Request):
+        ballot, voter = poll.ballot(id), who(request)
+        if choice not in CHOICES:
+            raise gr.Error(f"A vote is one of {', '.join(CHOICES)}.")
+        if ballot is None:
+            return view(poll.deal(voter), voter, "The comparison before is no longer known: its vote was not counted.")
+        poll.votes.add(ballot.vote(choice, voter))
+        return view(poll.deal(voter), voter)
+
+    def undo(id: str, request: gr.Request):
+        voter = who(request)
+        mine = [v.ballot for v in poll.votes.standing() if v.voter == voter]
+        last = poll.ballot(mine[-1]) if mine else None
+        if last is None:
+            return view(poll.ballot(id), voter, "There is nothing to undo.")
+        poll.votes.undo(last.id, voter)
+        return view(last, voter, "Your last vote is taken back: vote again.")
+
+    def ask(id: str, text: str, request: gr.Request):
+        try:
+            return [*view(poll.ask(text), who(request)), ""]
+        except (BadRow, UserError) as reason:
+            return [*view(poll.ballot(id), who(request), f"No answers to that: {reason}."), text]
+
+    with gr.Blocks(title="Blind votes", analytics_enabled=False) as page:
+        gr.HTML("<h1>Which answer is better?</h1>")
+        ballot, said = gr.Textbox(visible=False), gr.Textbox(visible=False)
+        prompt = gr.HTML(elem_id="prompt")
+        with gr.Row(equal_height=True):
+            a, b = (gr.HTML(elem_id=f"answer-{side}", min_width=300) for side in "AB")
+        with gr.Row():
+            labels = {"A": "A is better (A)", "tie": "Tie (T)", "both bad": "Both bad (X)", "B": "B is better (B)"}
+            buttons = {
+                choice: gr.Button(
+                    label,
+                    elem_id=f"vote-{choice.replace(' ', '-')}",
+                    variant="primary" if choice in "AB" else "secondary",
+                )
+                for choice, label in labels.items()
+            }
+        with gr.Row(equal_height=True):
+            progress = gr.HTML(elem_id="progress", min_width=300)
+            back = gr.Button("Undo (U)", elem_id="vote-undo", size="sm", scale=0, min_width=120)
+        with gr.Accordion("Ask something of your own", open=False):
+            text = gr.Textbox(label="Your prompt", lines=3, max_length=20_000, elem_id="own-prompt")
+            send = gr.Button("Show two answers", elem_id="ask")
+        with gr.Accordion("Results so far", open=False):
+            result = gr.HTML(elem_id="results")
+        shown = [ballot, prompt, a, b, progress, result, *buttons.values()]
+        quick = {"show_progress": "hidden", "concurrency_limit": None}
+        page.load(start, None, shown, api_name="start", **quick)
+        for choice, button in buttons.items():
+            name = "vote" if choice == "A" else None  # of the API, which needs only one of the four
+            button.click(vote, [ballot, said], shown, js=f"id => [id, {json.dumps(choice)}]", api_name=name, **quick)
+        back.click(undo, [ballot], shown, api_name="undo", **quick)
+        send.click(ask, [ballot, text], [*shown, text], api_name="ask", concurrency_limit=1)
+    return page
+
+
+def text_of(text: str) -> str:
+    """Text of a model, a data set or a person as inert HTML."""
+    return f'<div class="text">{html.escape(plain(text))}</div>'
+
+
+def card_of(title: str, text: str) -> str:
+    return f'<div class="card"><h2>{html.escape(title)}</h2>{text_of(text)}</div>'
+
+
+def card(ballot: Ballot, side: str) -> str:
+    return card_of(f"Answer {side}", ballot.answers[side]["text"])
+
+
+def dialogue(turns: compare_outputs.Turns) -> str:
+    parts = [f"<b>{compare_outputs.SPEAKERS[role]}</b>{html.escape(plain(text))}" for role, text in turns]
+    return f'<div class="card"><h2>Prompt</h2><div class="text">{"".join(parts)}</div></div>'
+
+
+def results(votes: list[Vote]) -> str:
+    """Win rates by people, and how often the reward model agrees with them, as a table."""
+    lines = [
+        (
+            f"{r['first']} over {r['second']}, win rate by people",
+            r["votes"],
+            r["win_rate"],
+            r["win_rate_low"],
+            r["win_rate_high"],
+        )
+        for r in win_rates(votes)
+    ]
+    agreed = agreement(votes)
+    if agreed:
+        lines.append(("reward model prefers the same answer", *agreed.values()))
+    rows = "".join(
+        f"<tr><th scope='row'>{html.escape(name)}</th><td>{100 * rate:.0f} %</td>"
+        f"<td>{100 * low:.0f} to {100 * high:.0f} %</td><td>{count}</td></tr>"
+        for name, count, rate, low, high in lines
+    )
+    head = "<tr><th scope='col'></th><th scope='col'>Share</th><th scope='col'>95 % interval</th><th scope='col'>Votes</th></tr>"
+    note = "<p>A tie and &ldquo;both bad&rdquo; count half in a win rate.</p>"
+    return f'<div class="results"><table>{head}{rows}</table>{note}</div>' if lines else "<p>No votes yet.</p>"
+
+
+if __name__ == "__main__":
+    run(main, Config, {}, __doc__)
