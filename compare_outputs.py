@@ -1,7 +1,7 @@
 """Phase 4: base, SFT and PPO answer the same prompts, side by side, from one loaded base.
 
 In: `checkpoints/sft`, and `checkpoints/reward` and `checkpoints/ppo` if they are there. Out: the comparison on the
-terminal, and the same in `reports/compare.md` and `reports/compare.json`.
+terminal, and the same in `reports/compare.md`, `reports/compare.html` (with the training curves) and `reports/compare.json`.
 
 1. Load the base as the SFT checkpoint says (NF4 or 16 bit), with the adapters of all phases that are trained.
 2. Let each model answer: the base with all adapters off, SFT, and PPO; greedy, or with the same draws for all.
@@ -29,7 +29,19 @@ from rlhf.checkpoints import SCRIPTS, check_child, git_commit, read_run
 from rlhf.cli import UserError, check_at_least_one, check_between, run
 from rlhf.generation import generate
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base
-from rlhf.reporting import at_equal_length, console, distinct_2, mean_interval, plain, preference, repeated_3grams
+from rlhf.page import read_curves, render_page
+from rlhf.reporting import (
+    ENDINGS,
+    SPEAKERS,
+    at_equal_length,
+    conclusions,
+    console,
+    distinct_2,
+    mean_interval,
+    plain,
+    preference,
+    repeated_3grams,
+)
 from rlhf.training import device
 
 from rich.table import Table
@@ -42,8 +54,8 @@ class Config:
     reward_checkpoint: str = "checkpoints/reward"  # scores the answers; without it there is no score and no win rate
     ppo_checkpoint: str = "checkpoints/ppo"  # without it base and SFT are compared
     base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
-    output_dir: str = "reports"  # folder of compare.md and compare.json
-    overwrite: bool = False  # replace compare.md and compare.json there
+    output_dir: str = "reports"  # folder of compare.md, compare.html and compare.json
+    overwrite: bool = False  # replace what is there of these three
 
     prompts: str | None = None  # a text file with one prompt a line, or .jsonl, .json, .csv, .parquet; None: PROMPTS
     num_test_prompts: int = 0  # the first so many rows of the test split of `dataset`; 0: use `prompts`
@@ -82,7 +94,7 @@ PROMPTS = (
 )
 
 RULE = "─" * 80
-ENDINGS = {"eos": "ended by EOS", "stop_text": "ended by the next Human: turn", "length": "cut at the length limit"}
+FILES = ("compare.md", "compare.html", "compare.json")
 COLUMNS = ("Model", "Mean\nscore", "Mean\ntokens", "Ended\nby EOS", "Repeated\n3-grams", "Distinct\n2-grams")
 PAIR_COLUMNS = ("Who wins", "Win rate\n(95 % interval)", "At equal length\n(95 % interval)")
 OWN_JUDGE = (
@@ -91,11 +103,10 @@ OWN_JUDGE = (
 )
 OTHER_JUDGE = "The judge is another reward model than the one that PPO trained against."
 REPORTED = ("adapter_sha256", "epochs", "updates", "metrics")  # of each phase's run.json
-SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 
 Turns = tuple[tuple[str, str], ...]  # (role, text)
 Answer = dict[str, Any]  # text, tokens, ended_by (a key of ENDINGS), score (None without a reward model)
-Report = dict[str, Any]  # what compare.json holds; the terminal and compare.md show parts of it
+Report = dict[str, Any]  # what compare.json holds; the terminal and the other files show parts of it
 
 
 def main(config: Config) -> None:
@@ -130,6 +141,7 @@ def main(config: Config) -> None:
             {"turns": turns, "answers": {name: answers[name][i] for name in titles}}
             for i, (turns, _) in enumerate(prompts)
         ],
+        "curves": {phase: read_curves(getattr(config, f"{phase}_checkpoint"), phase) for phase in runs},
     }
 
     print(f"🔄 Comparing Model Outputs: {' vs '.join(titles)}\n")
@@ -139,7 +151,7 @@ def main(config: Config) -> None:
         print(f"... and {len(prompts) - config.show} more prompts, in the files below.\n")
     print_summary(report)
     write_reports(Path(config.output_dir), report)
-    print(f"Saved {config.output_dir}/compare.md and {config.output_dir}/compare.json.")
+    print(f"Saved {', '.join(f'{config.output_dir}/{name}' for name in FILES)}.")
 
 
 # ---------------------------------------------------------------- what is compared
@@ -178,7 +190,7 @@ def check_number(facts: Any, name: str) -> None:
 def check_reports(config: Config) -> None:
     """Refuse, before the model is loaded, to replace a comparison, and a folder that cannot be written to."""
     folder = Path(config.output_dir)
-    there = [str(folder / name) for name in ("compare.md", "compare.json") if (folder / name).exists()]
+    there = [str(folder / name) for name in FILES if (folder / name).exists()]
     if there and not config.overwrite:
         raise UserError(f"{there[0]} exists: add --overwrite to replace it, or choose another --output-dir")
     try:
@@ -410,10 +422,6 @@ def print_summary(report: Report) -> None:
         print(wrap(f"- {line}"))
 
 
-def conclusions(report: Report) -> list[str]:
-    return [f"{pair['verdict']}." for pair in report["pairs"]] + report["notes"]
-
-
 def render_markdown(report: Report) -> str:
     """The whole comparison as Markdown: the summary, then every prompt with every answer."""
     titles = report["models"]
@@ -442,12 +450,12 @@ def fenced(text: str) -> str:
 
 
 def write_reports(folder: Path, report: Report) -> None:
-    """Write compare.md and compare.json, each to a temporary sibling that is then renamed."""
+    """Write FILES, each to a temporary sibling that is then renamed."""
     as_json = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    files = {"compare.md": render_markdown(report), "compare.json": as_json}
-    for name, text in files.items():
-        (folder / f"{name}.partial").write_text(text, encoding="utf-8")
-    for name in files:
+    for name, text in zip(FILES, (render_markdown(report), render_page(report), as_json), strict=True):
+        # Half a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's own escape.
+        (folder / f"{name}.partial").write_text(text, encoding="utf-8", errors="backslashreplace")
+    for name in FILES:
         os.replace(folder / f"{name}.partial", folder / name)
 
 

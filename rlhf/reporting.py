@@ -14,6 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+ENDINGS = {"eos": "ended by EOS", "stop_text": "ended by the next Human: turn", "length": "cut at the length limit"}
+SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
+
 console = Console(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")  # one process talks
 
 
@@ -160,6 +163,11 @@ def preference(first: Iterable[float], second: Iterable[float]) -> list[float]:
 
 
 # ---------------------------------------------------------------- texts
+
+
+def conclusions(report: dict[str, Any]) -> list[str]:
+    """What a comparison shows, in words: a sentence for each two models, then its notes."""
+    return [f"{pair['verdict']}." for pair in report["pairs"]] + report["notes"]
 
 
 def repeated_3grams(text: str) -> float:

@@ -358,11 +358,15 @@ def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp
     assert "... and 6 more prompts, in the files below.\n" in result.stdout
     assert "Summary of 8 prompts" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.json", "compare.md"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.html", "compare.json", "compare.md"]
     assert "## Prompt 8\n" in (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
+    assert result.stdout.endswith("\nSaved out/compare.md, out/compare.html, out/compare.json.\n")
 
     saved = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
     assert list(saved["models"]) == list(saved["summary"]) == ["base", "SFT", "PPO"]
+    assert list(saved["curves"]) == ["sft", "reward", "ppo"] and saved["curves"]["ppo"] == {}  # it has no metrics.jsonl
+    assert [len(saved["curves"]["sft"][name]) for name in ("loss", "eval_loss")] == [4, 2]
+    assert (tmp_path / "out" / "compare.html").read_text(encoding="utf-8") == compare.render_page(saved)
     assert saved["flags"]["max_new_tokens"] == 12 and saved["runs"]["ppo"]["metrics"] == {"objective/kl": 1.5}
     form = PromptFormat("hh", load_tokenizer(str(trained.sft)))
     reward = AutoPeftModelForSequenceClassification.from_pretrained(str(trained.reward), num_labels=1).eval()
@@ -479,11 +483,31 @@ def test_checkpoints_that_do_not_fit(call_main, argv, ppo, tmp_path, change, err
     assert result.returncode == 2 and error in result.stderr
 
 
+def test_no_file_of_a_comparison_is_replaced_unasked(call_main, argv, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("compare.md", "compare.html", "compare.json"):
+        (tmp_path / "out" / name).write_text("mine")
+        result = call_main("compare_outputs", argv)
+        assert result.returncode == 2 and f"out/{name} exists: add --overwrite" in result.stderr
+        (tmp_path / "out" / name).unlink()
+
+
 def test_a_failed_write_leaves_the_old_comparison(tmp_path, monkeypatch):
-    one = report((("user", "Hi"),), base=given())
-    compare.write_reports(tmp_path, one)
-    before = (tmp_path / "compare.md").read_bytes(), (tmp_path / "compare.json").read_bytes()
-    monkeypatch.setattr(compare.json, "dumps", lambda *_, **__: "\ud800")  # cannot be encoded
-    with pytest.raises(UnicodeEncodeError):
+    compare.write_reports(tmp_path, report((("user", "Hi"),), base=given()))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["compare.html", "compare.json", "compare.md"]
+    monkeypatch.setattr(compare.json, "dumps", lambda *_, **__: b"no text")
+    with pytest.raises(TypeError):
         compare.write_reports(tmp_path, report((("user", "Other"),), base=given()))
-    assert ((tmp_path / "compare.md").read_bytes(), (tmp_path / "compare.json").read_bytes()) == before
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_half_a_surrogate_pair_is_written(tmp_path):
+    """JSON may hold one, so a run.json may; UTF-8 may not."""
+    one = report([["user", "Hi \ud800"]], base=given("\udfff")) | {
+        "runs": {"ppo": {"metrics": {"warnings": ["\ud800"]}}}
+    }
+    compare.write_reports(tmp_path, one)
+    assert json.loads((tmp_path / "compare.json").read_text(encoding="utf-8")) == one
+    for name in ("compare.md", "compare.html"):
+        assert "Hi \ufffd" in (tmp_path / name).read_text(encoding="utf-8")
