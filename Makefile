@@ -6,11 +6,12 @@
 # make torture    kills the training scripts at random moments and resumes them: is everything as if nothing had happened?
 # make soak       300 PPO updates of a tiny model: do memory or files grow?
 # make toys       PPO on problems with a known answer, five seeds each (make test has one)
+# make results    reward models and PPO on Dahoas/rm-static, or DATA=a local copy; writes docs/results.md (hours)
 # make bench      our PPO beside TRL 1.12's, on the demo's checkpoints (an hour and a half)
 # make bench-growth  how a PPO update's time and memory grow with batch, response and vocabulary (a quarter of an hour)
 # make bench-train   SFT and reward training beside the stock `trl sft` and `trl reward`, on Dahoas/rm-static
 # make bench-3b   memory by owner with Llama-3.2-3B's shapes and random weights
-.PHONY: demo feedback-demo test torture soak toys lint gpu-check bench bench-growth bench-train bench-3b
+.PHONY: demo feedback-demo test torture soak toys lint gpu-check results bench bench-growth bench-train bench-3b
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -45,6 +46,9 @@ soak: $(BIN)/.installed
 
 toys: $(BIN)/.installed
 	$(BIN)/python -m pytest tests/test_toys.py -m "slow or not slow"
+
+results: $(BIN)/.installed $(MODEL)/model.safetensors
+	$(BIN)/python benchmarks/results.py $(if $(DATA),--dataset $(DATA))
 
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/ppo_vs_trl.py

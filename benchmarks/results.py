@@ -42,7 +42,7 @@ class Config:
     dataset: str = "Dahoas/rm-static"
     work: str = "runs/results"
     output: str = "docs"
-    only_report: bool = False  # write the report of what is there, and train nothing
+    only_report: bool = False  # write the report of what is finished, and train nothing
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ def main(config: Config) -> None:
     work.mkdir(parents=True, exist_ok=True)
     todo = [step for step in steps(config) if not (work / step.folder / step.done).exists()]
     show_cost(config, todo)
-    if config.only_report and todo:
-        raise UserError(f"--only-report: {todo[0].name} is not there yet; run `make results`")
+    if config.only_report:
+        todo = []
     for step in todo:
         console.rule(step.name)
         if subprocess.run([sys.executable, *shlex.split(step.command)], cwd=ROOT).returncode:
@@ -187,25 +187,37 @@ def collect(config: Config) -> dict[str, Any]:
     def read(path: str) -> Any:
         return json.loads((work / path).read_text())
 
-    compared = [read(f"compare_{seed}/compare.json") for seed in SEEDS]
-    return {
+    def done(*folders: str) -> bool:
+        return all((work / step.folder / step.done).exists() for step in steps(config) if step.folder in folders)
+
+    finished = [step for step in steps(config) if done(step.folder)]
+    report = {
         "hardware": hardware(),
         "commit": git_commit(),
         "config": asdict(config),
         "steps": [
             {"name": step.name, "command": f"python {step.command}", "minutes": seconds(work / step.folder) / 60}
-            for step in steps(config)
+            for step in finished
         ],
-        "sft": read("sft/run.json")["metrics"],
-        "reward": read("reward/ablation.json"),
-        "judges": {name: read(f"{name}/evaluation.json") for name in ("reward_model", "gold")},
-        "length_correlation": length_correlation(compared),
-        "ppo": [read(f"ppo_{seed}/run.json")["metrics"] for seed in SEEDS],
-        "win_rates": [{"prompts": len(c["prompts"]), "pairs": c["pairs"], "summary": c["summary"]} for c in compared],
-        "win_rate_over_seeds": over_seeds(compared),
-        "ppo_ablation": read("ppo_ablation/ablation.json"),
-        "samples": samples(read("samples/compare.json")),
     }
+    if done("reward"):
+        report["reward"] = read("reward/ablation.json")
+    if done("reward_model", "gold"):
+        report["judges"] = {name: read(f"{name}/evaluation.json") for name in ("reward_model", "gold")}
+    if done(*(f"ppo_{seed}" for seed in SEEDS)):
+        report["ppo"] = [read(f"ppo_{seed}/run.json")["metrics"] for seed in SEEDS]
+    if done(*(f"compare_{seed}" for seed in SEEDS)):
+        compared = [read(f"compare_{seed}/compare.json") for seed in SEEDS]
+        report["win_rates"] = [
+            {"prompts": len(c["prompts"]), "pairs": c["pairs"], "summary": c["summary"]} for c in compared
+        ]
+        report["win_rate_over_seeds"] = over_seeds(compared)
+        report["length_correlation"] = length_correlation(compared)
+    if done("samples"):
+        report["samples"] = samples(read("samples/compare.json"))
+    if done("ppo_ablation"):
+        report["ppo_ablation"] = read("ppo_ablation/ablation.json")
+    return report
 
 
 def over_seeds(compared: list[dict[str, Any]]) -> dict[str, float]:
@@ -246,33 +258,47 @@ def samples(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def markdown(r: dict[str, Any]) -> str:
-    """docs/results.md."""
-    return (
-        "\n\n".join([*header(r), *reward_part(r), *ppo_part(r), *ablation_part(r), *sample_part(r), *how_part(r)])
-        + "\n"
-    )
+    """docs/results.md: a part for each key of the report that is there."""
+    parts = {
+        "reward": reward_part,
+        "judges": judges_part,
+        "ppo": ppo_part,
+        "win_rates": win_part,
+        "ppo_ablation": ablation_part,
+        "samples": sample_part,
+    }
+    blocks = [*header(r), *(block for key, part in parts.items() if key in r for block in part(r)), *how_part(r)]
+    return "\n\n".join(blocks) + "\n"
 
 
 def header(r: dict[str, Any]) -> list[str]:
-    wins, reward = r["win_rate_over_seeds"], r["reward"]
-    recipe, stock = reward["variants"]["recipe"], reward["variants"]["stock"]
-    gold, tokens = (span([m[key] for m in r["ppo"]]) for key in ("gold_gain", "ppo_response_length"))
-    return [
+    lines = [
         "# Does it learn?",
         f"SmolLM2-135M-Instruct on rm-static ({r['config']['dataset']}), on a CPU: {r['hardware']}. Everything here was made by "
         "`make results`; every number is in [results.json](results.json). Intervals are 95 %.",
-        f"- Reward model: test accuracy {share(recipe, 'accuracy')} on {reward['config']['pairs']} training pairs, mean of "
-        f'{reward["config"]["seeds"]} seeds. "The longer response wins" gets {reward["longer_wins"]:.3f} (difference '
-        f"{signed(recipe, 'above_longer_wins', '.3f')}), TRL's stock trainer in the same time {stock['accuracy']:.3f} (difference "
-        f"{signed(recipe, 'above_stock', '.3f')}).",
-        f"- PPO, {len(r['ppo'])} seeds: by a gold reward model, trained on other pairs, its answers win against SFT's on "
-        f"{wins['win_rate']:.0%} of {wins['prompts']} held-out prompts ({wins['low']:.0%} to {wins['high']:.0%}); gold gain "
-        f"{gold}, response length {tokens} tokens against SFT's {r['ppo'][0]['sft_response_length']:.1f}.",
     ]
+    if "reward" in r:
+        reward = r["reward"]
+        recipe, stock = reward["variants"]["recipe"], reward["variants"]["stock"]
+        lines.append(
+            f"- Reward model: test accuracy {share(recipe, 'accuracy')} on {reward['config']['pairs']} training pairs, mean of "
+            f'{reward["config"]["seeds"]} seeds. "The longer response wins" gets {reward["longer_wins"]:.3f} (difference '
+            f"{signed(recipe, 'above_longer_wins', '.3f')}), TRL's stock trainer in the same time {stock['accuracy']:.3f} "
+            f"(difference {signed(recipe, 'above_stock', '.3f')})."
+        )
+    if "ppo" in r and "win_rates" in r:
+        wins = r["win_rate_over_seeds"]
+        gold, tokens = (span([m[key] for m in r["ppo"]]) for key in ("gold_gain", "ppo_response_length"))
+        lines.append(
+            f"- PPO, {len(r['ppo'])} seeds: by a gold reward model, trained on other pairs, its answers win against SFT's on "
+            f"{wins['win_rate']:.0%} of {wins['prompts']} held-out prompts ({wins['low']:.0%} to {wins['high']:.0%}); gold gain "
+            f"{gold}, response length {tokens} tokens against SFT's {r['ppo'][0]['sft_response_length']:.1f}."
+        )
+    return lines
 
 
 def reward_part(r: dict[str, Any]) -> list[str]:
-    reward, judges = r["reward"], r["judges"]
+    reward = r["reward"]
     head = ("", "validation", "against the recipe", "test", "against the recipe", "length-balanced", "loss")
     head += ("calibration error", "correlation with length", "seconds")
     rows = []
@@ -284,17 +310,6 @@ def reward_part(r: dict[str, Any]) -> list[str]:
         cells += [f"{v[key]:.3f}" for key in ("length_balanced_accuracy", "eval_loss", "calibration_error")]
         cells.append(f"{v['score_length_correlation']:.2f}")
         rows.append((name, *cells, f"{v['seconds']:.0f}" if "seconds" in v else ""))
-    final = [
-        (
-            name,
-            share(m, "eval_accuracy"),
-            f"{m['longer_wins_accuracy']:.3f}",
-            f"{m['length_balanced_accuracy']:.3f}",
-            f"{m['calibration_error']:.3f}",
-            f"{m['score_length_correlation']:.2f}",
-        )
-        for name, m in judges.items()
-    ]
     return [
         "## Reward models",
         f"One change at a time, {reward['config']['seeds']} seeds each, on the same {reward['config']['pairs']} pairs of up to "
@@ -304,10 +319,26 @@ def reward_part(r: dict[str, Any]) -> list[str]:
         "model, the mean of `head_zero`'s adapters over the seeds. `stock` is `trl reward` at its defaults for as long as the "
         "recipe took, `stock_epoch` for all pairs. What each variant changes stands in `benchmarks/reward_ablation.py`.",
         table(head, rows),
-        "The two that PPO uses, each on its half of all pairs:",
-        table(
-            ("", "accuracy", "longer wins", "length-balanced", "calibration error", "correlation with length"), final
-        ),
+    ]
+
+
+def judges_part(r: dict[str, Any]) -> list[str]:
+    head = ("", "accuracy", "longer wins", "length-balanced", "calibration error", "correlation with length")
+    rows = [
+        (
+            name,
+            share(m, "eval_accuracy"),
+            f"{m['longer_wins_accuracy']:.3f}",
+            f"{m['length_balanced_accuracy']:.3f}",
+            f"{m['calibration_error']:.3f}",
+            f"{m['score_length_correlation']:.2f}",
+        )
+        for name, m in r["judges"].items()
+    ]
+    return [
+        "## The reward model that PPO trains against, and the gold one",
+        "Each learned from its half of all pairs; both are scored on the test pairs.",
+        table(head, rows),
         "![the reward model's evaluation](reward_evaluation.png)",
     ]
 
@@ -324,10 +355,9 @@ def ppo_part(r: dict[str, Any]) -> list[str]:
         "EOS",
         "entropy",
     )
-    head += ("repeated 3-grams", "distinct-2", "win rate by gold")
+    head += ("repeated 3-grams", "distinct-2")
     rows = []
-    for seed, m, wins in zip(SEEDS, r["ppo"], r["win_rates"], strict=True):
-        pair = next(p for p in wins["pairs"] if (p["first"], p["second"]) == ("PPO", "SFT"))
+    for seed, m in zip(SEEDS, r["ppo"], strict=True):
         rows.append(
             (
                 str(seed),
@@ -342,20 +372,8 @@ def ppo_part(r: dict[str, Any]) -> list[str]:
                     f"{m[f'sft_{key}']:.2f} -> {m[f'ppo_{key}']:.2f}"
                     for key in ("entropy", "repeated_3grams", "distinct_2")
                 ),
-                f"{pair['win_rate']:.0%} ({pair['win_rate_low']:.0%} to {pair['win_rate_high']:.0%})",
             )
         )
-    pairs = [
-        (
-            f"{p['first']} against {p['second']}",
-            *(
-                f"{p[key]:.0%} ({p[f'{key}_low']:.0%} to {p[f'{key}_high']:.0%})"
-                for key in ("win_rate", "at_equal_length")
-            ),
-            p["verdict"],
-        )
-        for p in r["win_rates"][0]["pairs"]
-    ]
     warned = [f"seed {seed}: {text}" for seed, m in zip(SEEDS, r["ppo"], strict=True) for text in m["warnings"]]
     return [
         "## PPO",
@@ -364,8 +382,26 @@ def ppo_part(r: dict[str, Any]) -> list[str]:
         table(head, rows),
         "Warnings of the runs: " + ("; ".join(warned) if warned else "none") + ".",
         *(f"![score against KL, seed {seed}](ppo_frontier_{seed}.png)" for seed in SEEDS),
-        f"Win rates by the gold model on {r['win_rates'][0]['prompts']} held-out prompts, PPO of seed {SEEDS[0]}:",
-        table(("", "win rate", "at equal length", "in words"), pairs),
+    ]
+
+
+def win_part(r: dict[str, Any]) -> list[str]:
+    rows = [
+        (
+            str(seed),
+            f"{p['first']} against {p['second']}",
+            *(
+                f"{p[key]:.0%} ({p[f'{key}_low']:.0%} to {p[f'{key}_high']:.0%})"
+                for key in ("win_rate", "at_equal_length")
+            ),
+            p["verdict"],
+        )
+        for seed, wins in zip(SEEDS, r["win_rates"], strict=True)
+        for p in wins["pairs"]
+    ]
+    return [
+        f"Win rates by the gold model on {r['win_rates'][0]['prompts']} held-out prompts:",
+        table(("PPO seed", "", "win rate", "at equal length", "in words"), rows),
         f"Over all seeds and prompts the gain in gold score and the gain in length correlate by {r['length_correlation']:.2f}.",
     ]
 
@@ -439,9 +475,11 @@ def span(values: list[float]) -> str:
 
 
 def copy_plots(work: Path, output: Path) -> None:
-    shutil.copyfile(work / "reward_model" / "evaluation.png", output / "reward_evaluation.png")
-    for seed in SEEDS:
-        shutil.copyfile(work / f"ppo_{seed}" / "frontier.png", output / f"ppo_frontier_{seed}.png")
+    plots = {"reward_model/evaluation.png": "reward_evaluation.png"}
+    plots |= {f"ppo_{seed}/frontier.png": f"ppo_frontier_{seed}.png" for seed in SEEDS}
+    for plot, name in plots.items():
+        if (work / plot).exists():
+            shutil.copyfile(work / plot, output / name)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import compare_outputs
 from rlhf.cli import UserError, run
 from rlhf.data import BadRow, checked_turns, hh_prompt, parse_dialogue, tokenize_prompt
 from rlhf.modeling import choose_dtype, load_base, load_format, same_base
-from rlhf.reporting import plain
+from rlhf.reporting import SPEAKERS, plain
 from rlhf.training import device
 from rlhf.votes import CHOICES, Vote, VoteFile, agreement, win_rates
 
@@ -376,7 +376,7 @@ def card(ballot: Ballot, side: str) -> str:
 
 
 def dialogue(turns: compare_outputs.Turns) -> str:
-    parts = [f"<b>{compare_outputs.SPEAKERS[role]}</b>{html.escape(plain(text))}" for role, text in turns]
+    parts = [f"<b>{SPEAKERS[role]}</b>{html.escape(plain(text))}" for role, text in turns]
     return f'<div class="card"><h2>Prompt</h2><div class="text">{"".join(parts)}</div></div>'
 
 

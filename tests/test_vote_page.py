@@ -200,8 +200,8 @@ def client_votes(server: Server, count: int, acknowledged: list[str]) -> None:
             if client is None:
                 client = Client(server.url, verbose=False)
             if ballot is None:
-                ballot = client.predict(api_name="/start")[0]
-            following = client.predict(ballot, random.choice(page.CHOICES), api_name="/vote")[0]
+                ballot = client.submit(api_name="/start").result(timeout=20)[0]
+            following = client.submit(ballot, random.choice(page.CHOICES), api_name="/vote").result(timeout=20)[0]
         except Exception:  # the server is down
             client = None
             time.sleep(0.2)
