@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from rlhf.checkpoints import check_output, output_folder, read_run
 from rlhf.cli import UserError, run
-from rlhf.data import PromptFormat
+from rlhf.data import ASSISTANT, PromptFormat
 from rlhf.decoder import check_layers
 from rlhf.hub import hub_errors
 from rlhf.model_card import LICENCE_FILES, model_card
@@ -329,8 +329,13 @@ def describe(report: dict[str, Any]) -> str:
 
 
 def write_settings(folder: Path, settings, form: PromptFormat, dtype: torch.dtype) -> None:
-    """config.json, generation_config.json and the tokenizer with its chat template."""
+    """config.json, generation_config.json and the tokenizer with its chat template.
+
+    `\\n\\nHuman:` is no stop string of generation_config.json: with one, `generate` fails unless it is given a tokenizer.
+    """
     tokenizer = form.tokenizer
+    if form.stop_text:
+        tokenizer.response_template = response_template(form.stop_text, tokenizer.eos_token)
     ends = {
         "eos_token_id": form.eos_token_id,
         "pad_token_id": form.pad_token_id,
@@ -342,6 +347,13 @@ def write_settings(folder: Path, settings, form: PromptFormat, dtype: torch.dtyp
     settings.save_pretrained(folder)
     GenerationConfig(**ends, do_sample=True, temperature=0.7, max_new_tokens=256).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def response_template(stop_text: str, eos: str) -> dict[str, Any]:
+    """How `transformers serve` and its pipelines read an answer: without outer white space, and up to EOS or `stop_text`."""
+    end = "|".join(map(re.escape, (stop_text, eos)))
+    answer = {"open_pattern": r"\A\s*", "close_pattern": rf"\s*(?:{end}).*", "content": "text"}
+    return {"start_anchor": ASSISTANT, "defaults": {"role": "assistant"}, "fields": {"content": answer}}
 
 
 def licence_files(source: Path) -> list[Path]:
