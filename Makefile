@@ -11,7 +11,10 @@
 # make bench-growth  how a PPO update's time and memory grow with batch, response and vocabulary (a quarter of an hour)
 # make bench-train   SFT and reward training beside the stock `trl sft` and `trl reward`, on Dahoas/rm-static
 # make bench-3b   memory by owner with Llama-3.2-3B's shapes and random weights
-.PHONY: demo feedback-demo test torture soak toys lint gpu-check results bench bench-growth bench-train bench-3b
+# make bench-merge   64 greedy tokens of base and adapter beside those of their merge, on the demo's PPO checkpoint
+# make bench-export  memory and time of exporting a checkpoint of that shape
+.PHONY: demo feedback-demo test torture soak toys lint gpu-check results bench bench-growth bench-train bench-3b bench-merge
+.PHONY: bench-export
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -61,6 +64,12 @@ bench-train: $(BIN)/.installed $(MODEL)/model.safetensors
 
 bench-3b: $(BIN)/.installed $(MODEL)/model.safetensors
 	$(BIN)/python benchmarks/llama_3b.py
+
+bench-merge: $(BIN)/.installed
+	$(BIN)/python benchmarks/merge.py
+
+bench-export: $(BIN)/.installed $(MODEL)/model.safetensors
+	$(BIN)/python benchmarks/export_3b.py
 
 $(MODEL)/model.safetensors: | $(BIN)/.installed
 	$(BIN)/python demo/get_model.py $(MODEL)

@@ -9,6 +9,8 @@ same prompts run through four versions of it, and `export.json` says how far the
 - `adapter`: the base as it is, with the adapter beside it, in float32;
 - `merged`: the adapter in the base, in float32;
 - `exported`: the same, rounded to what is written.
+
+A merge that is more than rounding away from base and adapter is not written.
 """
 
 import contextlib
@@ -23,7 +25,7 @@ from typing import Any, Literal
 
 from rlhf.checkpoints import check_output, output_folder, read_run
 from rlhf.cli import UserError, run
-from rlhf.data import PromptFormat
+from rlhf.data import ASSISTANT, PromptFormat
 from rlhf.decoder import check_layers
 from rlhf.hub import hub_errors
 from rlhf.model_card import LICENCE_FILES, model_card
@@ -40,7 +42,8 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from tyro.conf import Positional
 
-SHARD_BYTES = 700_000_000  # of weights that are held and written together
+SHARD_BYTES = 300_000_000  # of weights that are held and written together
+ROUNDING = 1e-3  # the most that logits may move when the adapter is merged in float32
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 CHECKED = 8  # last tokens of each prompt
 PROMPTS = (
@@ -82,11 +85,10 @@ def main(config: Config) -> None:
     with output_folder(config.output_dir) as folder, torch.no_grad():
         writer, check = Writer(folder), Check(model, form, adapter, dtype, base["load_in_4bit"])
         for part in parts(weights, model):
-            merged = {name: adapter.merge(name, weight) for name, weight in part.items()}
-            check.go_through(part, merged)
-            writer.add({name: weight.to(dtype).contiguous() for name, weight in merged.items()})
+            writer.add(check.go_through(part))
         writer.finish()
-        report = check.report()
+        report = check.report(weights[HEAD if HEAD in weights.files else EMBEDDING])
+        refuse_wrong_merge(report)
         write_settings(folder, settings, form, dtype)
         for file in licence_files(source):
             shutil.copyfile(file, folder / file.name)
@@ -166,7 +168,7 @@ class Adapter:
     def merge(self, name: str, weight: Tensor) -> Tensor:
         """The weight with the adapter in it, in float32; where there is none, as it is."""
         low_rank = self.get(name)
-        return weight if low_rank is None else weight.float() + low_rank[1] @ low_rank[0]
+        return weight if low_rank is None else torch.addmm(weight.float(), low_rank[1], low_rank[0])
 
 
 def name_of(key: str) -> str:
@@ -184,8 +186,12 @@ class Writer:
             if self.waiting and sum(t.nbytes for t in self.waiting.values()) + tensor.nbytes > SHARD_BYTES:
                 self.flush()
             self.waiting[name] = tensor
+            if tensor.nbytes > SHARD_BYTES:
+                self.flush()
 
     def flush(self) -> None:
+        if not self.waiting:
+            return
         save_file(self.waiting, self.folder / f"{len(self.shards)}.partial", metadata={"format": "pt"})
         self.total += sum(tensor.nbytes for tensor in self.waiting.values())
         self.shards.append(list(self.waiting))
@@ -222,40 +228,37 @@ class Check:
         ]
         self.positions = torch.arange(self.ids.shape[1])[None]
         rotary = type(model.get_decoder().rotary_emb)(config=model.config)
-        self.hidden: dict[str, Tensor] = {}
         self.rotary = rotary(torch.zeros(1), self.positions)
-        self.done = 0
+        self.hidden: dict[str, Tensor] = {}  # by version
 
-    def go_through(self, base: dict[str, Tensor], merged: dict[str, Tensor]) -> None:
-        """On through a part of `parts`, given as it is in the base and with the adapter in it."""
-        if EMBEDDING in base:
-            start = nn.functional.embedding(self.ids, base[EMBEDDING])
-            self.hidden = {version: self.rounded(version, start) for version in self.versions}
-            self.head = base[EMBEDDING]
-        elif NORM in base:
-            self.head = base.get(HEAD, self.head)
-            norm = self.model.get_decoder().norm
-            for version, hidden in self.hidden.items():
-                self.hidden[version] = functional_call(norm, {"weight": self.rounded(version, base[NORM])}, (hidden,))
+    def go_through(self, base: dict[str, Tensor]) -> dict[str, Tensor]:
+        """On through a part of `parts`, given as it is in the base; what is to be written of it."""
+        for version in self.versions[:-2]:
+            self.step(version, base)
+        merged = {name: self.adapter.merge(name, weight) for name, weight in base.items()}
+        self.step("merged", merged)
+        written = {name: weight.to(self.dtype).contiguous() for name, weight in merged.items()}
+        del merged  # of all that is held here the most
+        self.step("exported", written)
+        return written
+
+    def step(self, version: str, weights: dict[str, Tensor]) -> None:
+        """One version on through a part, computed in float32 one layer at a time."""
+        decoder, hidden = self.model.get_decoder(), self.hidden.get(version)
+        if EMBEDDING in weights:
+            hidden = nn.functional.embedding(self.ids, weights[EMBEDDING]).float()
+        elif NORM in weights:
+            hidden = functional_call(decoder.norm, {"weight": weights[NORM].float()}, (hidden,))
         else:
-            self.layer(base, merged)
-
-    def layer(self, base: dict[str, Tensor], merged: dict[str, Tensor]) -> None:
-        layer, prefix = self.model.get_decoder().layers[self.done], f"model.layers.{self.done}."
-        self.done += 1
-        for version in self.versions:
-            weights = {}
-            for name, weight in (base if version in ("trained", "adapter") else merged).items():
-                if version == "trained" and weight.dim() == 2:
-                    weight = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
-                weights[name.removeprefix(prefix)] = self.rounded(version, weight)
+            prefix = re.match(r"model\.layers\.\d+\.", next(iter(weights))).group()
+            layer = decoder.layers[int(prefix.split(".")[2])]
+            if version == "trained":
+                weights = {name: through_nf4(weight) for name, weight in weights.items()}
+            weights = {name.removeprefix(prefix): weight.float() for name, weight in weights.items()}
             with self.beside(layer, prefix) if version in ("trained", "adapter") else contextlib.nullcontext():
                 more = {"position_embeddings": self.rotary, "position_ids": self.positions}
-                self.hidden[version] = functional_call(layer, weights, (self.hidden[version],), more)
-
-    def rounded(self, version: str, weight: Tensor) -> Tensor:
-        """In float32; of the exported version first in what is written."""
-        return (weight.to(self.dtype) if version == "exported" else weight).float()
+                hidden = functional_call(layer, weights, (hidden,), more)
+        self.hidden[version] = hidden
 
     @contextlib.contextmanager
     def beside(self, layer: nn.Module, prefix: str) -> Iterator[None]:
@@ -270,17 +273,38 @@ class Check:
         for hook in hooks:
             hook.remove()
 
-    def report(self) -> dict[str, Any]:
-        """For each two versions in a row, and for the first and the last: largest logit difference, mean KL, same first choice."""
+    def report(self, head: Tensor) -> dict[str, Any]:
+        """For each two versions in a row, and for the first and the last: largest logit difference, mean KL, same first choice.
+
+        Args:
+            head: [V, H], as it is in the base.
+        """
         rows, columns = zip(*self.read, strict=True)
-        logits = {
-            version: torch.cat(
-                [hidden[rows, columns] @ self.rounded(version, part).T for part in self.head.split(4096)], 1
-            )
-            for version, hidden in self.hidden.items()
-        }
+        logits = {version: [] for version in self.versions}
+        for part in head.split(4096):
+            whole = part.float()
+            written = whole if part.dtype == self.dtype else part.to(self.dtype).float()
+            for version, hidden in self.hidden.items():
+                logits[version].append(hidden[rows, columns] @ (written if version == "exported" else whole).T)
+        logits = {version: torch.cat(parts, 1) for version, parts in logits.items()}
         steps = [*zip(self.versions, self.versions[1:], strict=False), (self.versions[0], self.versions[-1])]
         return {f"{one} to {other}": apart(logits[one], logits[other]) for one, other in steps}
+
+
+def through_nf4(weight: Tensor) -> Tensor:
+    """A weight as the NF4 base has it; vectors stay as they are."""
+    if weight.dim() < 2:
+        return weight
+    return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+
+
+def refuse_wrong_merge(report: dict[str, Any]) -> None:
+    largest = report["adapter to merged"]["largest_logit_difference"]
+    if not largest <= ROUNDING:  # NaN too
+        raise UserError(
+            f"the merged weights do not say what base and adapter say: logits differ by up to {largest:.1e}, where "
+            f"rounding moves them by less than {ROUNDING:.0e}. Nothing was written; please report it"
+        )
 
 
 def apart(one: Tensor, other: Tensor) -> dict[str, float]:
@@ -305,8 +329,13 @@ def describe(report: dict[str, Any]) -> str:
 
 
 def write_settings(folder: Path, settings, form: PromptFormat, dtype: torch.dtype) -> None:
-    """config.json, generation_config.json and the tokenizer with its chat template."""
+    """config.json, generation_config.json and the tokenizer with its chat template.
+
+    `\\n\\nHuman:` is no stop string of generation_config.json: with one, `generate` fails unless it is given a tokenizer.
+    """
     tokenizer = form.tokenizer
+    if form.stop_text:
+        tokenizer.response_template = response_template(form.stop_text, tokenizer.eos_token)
     ends = {
         "eos_token_id": form.eos_token_id,
         "pad_token_id": form.pad_token_id,
@@ -318,6 +347,13 @@ def write_settings(folder: Path, settings, form: PromptFormat, dtype: torch.dtyp
     settings.save_pretrained(folder)
     GenerationConfig(**ends, do_sample=True, temperature=0.7, max_new_tokens=256).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def response_template(stop_text: str, eos: str) -> dict[str, Any]:
+    """How `transformers serve` and its pipelines read an answer: without outer white space, and up to EOS or `stop_text`."""
+    end = "|".join(map(re.escape, (stop_text, eos)))
+    answer = {"open_pattern": r"\A\s*", "close_pattern": rf"\s*(?:{end}).*", "content": "text"}
+    return {"start_anchor": ASSISTANT, "defaults": {"role": "assistant"}, "fields": {"content": answer}}
 
 
 def licence_files(source: Path) -> list[Path]:

@@ -48,16 +48,34 @@ def logits(model, ids):
 
 @pytest.mark.parametrize("phase", ["sft", "ppo"])
 def test_a_float32_merge_is_base_and_adapter(export, trained, ppo, phase):
+    """Logits of 20 prompts, and 64 greedy tokens after each."""
     checkpoint = trained.sft if phase == "sft" else ppo
     merged = AutoModelForCausalLM.from_pretrained(export(checkpoint, "--dtype", "fp32"))
     peft = AutoPeftModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    ids = torch.randint(3, 400, (4, 12), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 400, (20, 12), generator=torch.Generator().manual_seed(0))
     assert merged.dtype == torch.float32
     torch.testing.assert_close(logits(merged, ids), logits(peft, ids), rtol=0, atol=1e-4)
     with peft.disable_adapter():
         assert (logits(merged, ids) - logits(peft, ids)).abs().max() > 0.1
-    greedy = {"max_new_tokens": 32, "do_sample": False}
+    greedy = {"max_new_tokens": 64, "do_sample": False}
     assert torch.equal(merged.generate(ids, **greedy), peft.generate(input_ids=ids, **greedy))
+
+
+def test_a_wrong_merge_is_not_written(call_main, ppo, tmp_path, monkeypatch):
+    merge = rlhf.export.Adapter.merge
+
+    def forgetful(self, name, weight):
+        return weight if name.endswith("layers.3.mlp.down_proj.weight") else merge(self, name, weight)
+
+    monkeypatch.setattr(rlhf.export.Adapter, "merge", forgetful)
+    for output in (tmp_path / "exported", tmp_path / "kept"):
+        if output.name == "kept":
+            output.mkdir()
+            (output / "mine").write_text("x")
+        before = snapshot(tmp_path)
+        result = call_main("rlhf.export", [ppo, output, "--overwrite"])
+        assert_one_line(result.returncode, result.stderr, "merged weights", "Nothing was written")
+        assert snapshot(tmp_path) == before
 
 
 def test_the_report_is_what_the_models_say(export, ppo):

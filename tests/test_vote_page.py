@@ -272,7 +272,7 @@ def browser():
 
 def wait_for(tab, text):
     tab.wait_for_function(
-        "text => document.querySelector('#progress').innerText.includes(text)", arg=text, timeout=120_000
+        "text => document.querySelector('#progress')?.innerText.includes(text)", arg=text, timeout=120_000
     )
 
 

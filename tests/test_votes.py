@@ -181,7 +181,8 @@ def many_votes(path, count=60, choose=lambda a, b: "A" if len(a) < len(b) else "
     """Votes on as many prompts; by default for the shorter answer, which is shown at either side."""
     file = VoteFile(path)
     for i in range(count):
-        answers = [f"Short {i}.", f"This answer number {i} goes on and on and says nothing more."]
+        long = ("It depends. ", "Let me explain. ", "That is a good question. ")
+        answers = [("Yes.", "No.", "I see.", "Maybe.")[i % 4], long[i % 3] + "There is a lot that one could say about it."]
         answers = answers[:: -1 if i % 2 else 1]
         file.add(vote(f"b{i}", choose(*answers), prompt=f"\n\nHuman: Question {i}?\n\nAssistant:", answers=answers))
     return file
@@ -252,8 +253,7 @@ def test_voters_who_like_it_short_move_the_reward_model(call_main, flags, traine
         assert result.returncode == 0, result.stderr
         assert f"held-out votes {held_out}: accuracy" in result.stdout
         found[name] = json.loads((folder / "evaluation.json").read_text())["votes_accuracy"]
-    assert found["without"] < found["with"]
-    assert found["with"] > 0.9
+    assert found["with"] > found["without"] + 0.2
     run = json.loads((tmp_path / "with" / "run.json").read_text())
     assert run["metrics"]["votes_accuracy"] == found["with"]
     assert run["data"]["votes"] == {
