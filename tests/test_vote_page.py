@@ -340,7 +340,7 @@ def test_an_own_prompt_is_answered_by_the_checkpoints(serve, browser, call_main,
     ]
     done = call_main(
         "compare_outputs",
-        [*flags["compare_outputs"], *where, "--max-new-tokens", "8", "--output-dir", tmp_path / "reports"],
+        ["--dtype", "fp32", *where, "--max-new-tokens", "8", "--output-dir", tmp_path / "reports"],
     )
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "reports" / "compare.json").read_text())

@@ -182,7 +182,10 @@ def many_votes(path, count=60, choose=lambda a, b: "A" if len(a) < len(b) else "
     file = VoteFile(path)
     for i in range(count):
         long = ("It depends. ", "Let me explain. ", "That is a good question. ")
-        answers = [("Yes.", "No.", "I see.", "Maybe.")[i % 4], long[i % 3] + "There is a lot that one could say about it."]
+        answers = [
+            ("Yes.", "No.", "I see.", "Maybe.")[i % 4],
+            long[i % 3] + "There is a lot that one could say about it.",
+        ]
         answers = answers[:: -1 if i % 2 else 1]
         file.add(vote(f"b{i}", choose(*answers), prompt=f"\n\nHuman: Question {i}?\n\nAssistant:", answers=answers))
     return file
@@ -240,8 +243,8 @@ def test_voters_who_like_it_short_move_the_reward_model(call_main, flags, traine
         trained.sft,
         "--learning-rate",
         "3e-3",
-        "--num-train-epochs",
-        "4",
+        "--max-steps",
+        "60",
     ]
     found = {}
     for name, extra in {"without": [], "with": ["--extra-data", file.path, "--extra-weight", "2"]}.items():
