@@ -248,7 +248,7 @@ class LiveModels:
 # ---------------------------------------------------------------- the page
 
 CSS = """
-.gradio-container { max-width: 1100px !important; }
+.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.55; font-size: 1.02rem; }
 .text b { display: block; margin-top: .6rem; font-size: .85rem; opacity: .75; }
 .card { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 14px 18px; height: 100%; }
@@ -258,7 +258,7 @@ h1 { margin: .2rem 0 0; font-size: 1.5rem; }
 #progress { align-self: center; }
 #vote-undo { flex: none; align-self: center; }
 #results table { border-collapse: collapse; }
-#results td, #results th { padding: .25rem .9rem .25rem 0; text-align: left; font-weight: normal; }
+#results :is(td, th) { padding: .25rem 1rem .25rem 0; text-align: left; font-weight: normal; border: none; }
 button:focus-visible { outline: 3px solid var(--body-text-color); outline-offset: 2px; }
 @media (max-width: 700px) {
   .row:has(#answer-A) { flex-direction: column; }
