@@ -1,11 +1,12 @@
 """Evidence that it learns: reward models and PPO on real preferences, judged by what they were not trained on.
 
-    make results                         # on Dahoas/rm-static; hours on a CPU
+    make results                         # on Dahoas/rm-static; many hours on a CPU
     make results DATA=path/to/rm-static  # on a local copy or a slice of it
 
-It prints what it will cost, then works through the steps below in runs/results; what is finished there is kept, so it
-can be stopped and started again. It ends by writing docs/results.json, which holds every number, docs/results.md, made of
-it, and the plots beside them.
+It prints what it will cost, then works through the steps below in runs/results. Each leaves a small record of what it
+found, and what has one is not done again, so it can be stopped and started. Every seed of PPO is a whole chain: its own
+SFT model, its own reward model of the first half of the pairs, its own gold one of the second half. It ends by writing
+docs/results.json, which holds all records, docs/results.md, made of it, and the plots beside them.
 """
 
 import json
@@ -13,27 +14,33 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from compare_outputs import SPEAKERS, fenced  # noqa: E402
+from compare_outputs import fenced  # noqa: E402
 from rlhf.checkpoints import git_commit  # noqa: E402
 from rlhf.cli import UserError, run  # noqa: E402
-from rlhf.reporting import bootstrap, console, preference  # noqa: E402
+from rlhf.reporting import SPEAKERS, bootstrap, console, preference  # noqa: E402
 
 import numpy as np  # noqa: E402
-from ppo_ablation import PPO  # noqa: E402
+import ppo_ablation  # noqa: E402
+import reward_ablation  # noqa: E402
 from ppo_vs_trl import hardware  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-SEEDS = (0, 1, 2)  # of PPO
+SEEDS = (0, 1, 2)  # of the chains and of the reward models' ablation
+ABLATION_SEEDS = (0, 1)  # of PPO's
 REWARD = {"max_length": 256, "num_train_epochs": 1, "learning_rate": 1e-3}
 PROMPTS = 480  # held-out prompts of the win rates at most
 PERCENTILES = (100, 90, 50, 10, 0)  # of the gold gain over SFT: the samples that are shown
+PLOTS = {"reward_0/evaluation.png": "reward_evaluation.png"} | {
+    f"ppo_{seed}/frontier.png": f"ppo_frontier_{seed}.png" for seed in SEEDS
+}
 
 
 @dataclass(frozen=True)
@@ -47,91 +54,66 @@ class Config:
 
 @dataclass(frozen=True)
 class Step:
-    name: str
-    minutes: int  # on two cores of an AMD EPYC with AVX512-BF16
-    folder: str  # in the work folder
-    done: str  # the file that a finished step leaves in its folder
+    name: str  # its record is records/NAME.json in the work folder
+    folder: str  # what it leaves there for the steps that need it
+    minutes: int  # of one core of an AMD EPYC with AVX512-BF16; it varies by a factor of two
     command: str
+    needs: tuple[str, ...] = ()  # names of the steps whose folders it reads
+    record: Callable[[Path], Any] | None = None  # makes the record of its folder; None: the command writes it
 
 
 def steps(config: Config) -> list[Step]:
     """All steps in order."""
     work, data = config.work, f"--dataset {config.dataset}"
-    sft, reward, gold = f"{work}/sft", f"{work}/reward_model", f"{work}/gold"
-    train = f"reward_train.py --preset demo {data} --sft-checkpoint {sft} {flags(REWARD)}"
-    parents = f"--sft-checkpoint {sft} --reward-checkpoint {reward} --gold-checkpoint {gold}"
-    compare = (
-        f"compare_outputs.py --preset demo --sft-checkpoint {sft} --reward-checkpoint {gold} --max-prompt-length 160 "
-    )
-    compare += "--temperature 0.7 --batch-size 16 --show 0 --overwrite"
-    todo = [
-        (
-            "SFT on 1,500 chosen responses",
-            15,
-            "sft",
-            "run.json",
-            f"sft_train.py --preset demo {data} --base-model {config.base_model} --max-length 256 --max-train-samples 1500 --output-dir {sft} --overwrite",
-        ),
-        (
-            "reward models: what helps, beside TRL's stock trainer",
-            230,
-            "reward",
-            "ablation.json",
-            f"benchmarks/reward_ablation.py {data} --sft-checkpoint {sft} --work {work}/reward --output {work}/reward/ablation.json",
-        ),
-        (
-            "reward model of the first half of the pairs",
-            10,
-            "reward_model",
-            "run.json",
-            f"{train} --half first --output-dir {reward} --overwrite",
-        ),
-        (
-            "gold reward model of the second half",
-            10,
-            "gold",
-            "run.json",
-            f"{train} --half second --seed 1 --output-dir {gold} --overwrite",
-        ),
-    ]
+    todo = []
     for seed in SEEDS:
-        ppo = f"ppo_train.py --preset demo {data} {parents} {flags(PPO)} --total-episodes 1536 --max-eval-samples 128"
+        sft, reward, gold = f"sft_{seed}", f"reward_{seed}", f"gold_{seed}"
+        source = f"{data} --seed {seed} --overwrite"
         todo.append(
-            (
-                f"PPO, seed {seed}",
-                25,
-                f"ppo_{seed}",
-                "run.json",
-                f"{ppo} --seed {seed} --output-dir {work}/ppo_{seed} --overwrite",
+            Step(
+                *(sft, sft, 20),
+                f"sft_train.py --preset demo {source} --base-model {config.base_model} --max-length 256 "
+                f"--max-train-samples 1500 --output-dir {work}/{sft}",
+                record=metrics,
             )
         )
-    for seed in SEEDS:
-        todo.append(
-            (
-                f"win rates by the gold model, seed {seed}",
-                6,
-                f"compare_{seed}",
-                "compare.json",
-                f"{compare} {data} --num-test-prompts {PROMPTS} --ppo-checkpoint {work}/ppo_{seed} --output-dir {work}/compare_{seed}",
-            )
+        for name, half in ((reward, "first"), (gold, "second")):
+            command = f"reward_train.py --preset demo {source} --sft-checkpoint {work}/{sft} {flags(REWARD)}"
+            command += f" --half {half} --output-dir {work}/{name}"
+            todo.append(Step(name, name, 25, command, (sft,), metrics))
+        parents = f"--sft-checkpoint {work}/{sft} --reward-checkpoint {work}/{reward} --gold-checkpoint {work}/{gold}"
+        command = f"ppo_train.py --preset demo {source} {parents} {flags(ppo_ablation.PPO)} --total-episodes 1536"
+        command += f" --max-eval-samples 128 --output-dir {work}/ppo_{seed}"
+        todo.append(Step(f"ppo_{seed}", f"ppo_{seed}", 60, command, (sft, reward, gold), metrics))
+        judged = f"compare_outputs.py --preset demo --sft-checkpoint {work}/{sft} --reward-checkpoint {work}/{gold} "
+        judged += (
+            f"--ppo-checkpoint {work}/ppo_{seed} --max-prompt-length 160 --temperature 0.7 --batch-size 16 --show 0"
         )
-    todo += [
-        (
-            "answers to the demo's prompts",
-            2,
-            "samples",
-            "compare.json",
-            f"{compare} --dataset demo/data --num-test-prompts 80 --ppo-checkpoint {work}/ppo_{SEEDS[0]} --output-dir {work}/samples",
-        ),
-        (
-            "PPO: what each stabiliser is worth",
-            110,
-            "ppo_ablation",
-            "ablation.json",
-            f"benchmarks/ppo_ablation.py {data} {parents} --work {work}/ppo_ablation --output {work}/ppo_ablation/ablation.json",
-        ),
-    ]
-    return [Step(*step) for step in todo]
+        needed = (sft, gold, f"ppo_{seed}")
+        command = f"{judged} --overwrite {data} --num-test-prompts {PROMPTS} --output-dir {work}/compare_{seed}"
+        todo.append(Step(f"compare_{seed}", f"compare_{seed}", 20, command, needed, comparison))
+        if seed == SEEDS[0]:
+            command = f"{judged} --overwrite --dataset demo/data --num-test-prompts 80 --output-dir {work}/samples"
+            todo.append(Step("samples", "samples", 4, command, needed, samples))
+    for seed in SEEDS:
+        for variant in (*reward_ablation.VARIANTS, *reward_ablation.STOCK):
+            needed = ("sft_0", *{"stock": (f"reward_recipe_{seed}", f"reward_stock_epoch_{seed}")}.get(variant, ()))
+            todo.append(ablation("reward", variant, seed, 40 if variant == "stock_epoch" else 10, data, work, needed))
+    averaged = tuple(f"reward_head_zero_{seed}" for seed in range(reward_ablation.AVERAGED))
+    todo.append(ablation("reward", "averaged", 0, 3, data, work, ("sft_0", *averaged)))
+    for seed in ABLATION_SEEDS:
+        for variant in ppo_ablation.VARIANTS:
+            todo.append(ablation("ppo", variant, seed, 20, data, work, ("sft_0", "reward_0", "gold_0")))
+    return todo
+
+
+def ablation(what: str, variant: str, seed: int, minutes: int, data: str, work: str, needs: tuple[str, ...]) -> Step:
+    name, folder = f"{what}_{variant}_{seed}", f"{what}_ablation"
+    command = f"benchmarks/{what}_ablation.py --variant {variant} --seed {seed} {data} --sft-checkpoint {work}/sft_0 "
+    if what == "ppo":
+        command += f"--reward-checkpoint {work}/reward_0 --gold-checkpoint {work}/gold_0 "
+    command += f"--work {work}/{folder} --output {work}/records/{name}.json"
+    return Step(name, f"{folder}/{variant}_{seed}", minutes, command, needs)
 
 
 def flags(settings: dict[str, Any]) -> str:
@@ -139,211 +121,254 @@ def flags(settings: dict[str, Any]) -> str:
 
 
 def main(config: Config) -> None:
-    work = ROOT / config.work
-    work.mkdir(parents=True, exist_ok=True)
-    todo = [step for step in steps(config) if not (work / step.folder / step.done).exists()]
-    show_cost(config, todo)
-    if config.only_report:
-        todo = []
+    todo = [] if config.only_report else [step for step in steps(config) if not path_of(config, step).exists()]
+    show_cost(config)
     for step in todo:
-        console.rule(step.name)
-        if subprocess.run([sys.executable, *shlex.split(step.command)], cwd=ROOT).returncode:
-            raise UserError(f"{step.name} failed; mend it and run `make results` again: what is finished is kept")
-    report = json.loads(
-        json.dumps(collect(config)).replace(config.dataset, Path(config.dataset).name)
-    )  # no local paths
+        do(config, step)
+    records = {
+        path.stem: json.loads(path.read_text()) for path in sorted((ROOT / config.work / "records").glob("*.json"))
+    }
+    report = {"hardware": hardware(), "commit": git_commit(), "dataset": Path(config.dataset).name}
+    report |= {"steps": {step.name: command_of(config, step) for step in steps(config)}, "records": records}
+    report["summary"] = summary(records)
     output = ROOT / config.output
-    output.mkdir(exist_ok=True)
-    (output / "results.json").write_text(json.dumps(report, indent=2) + "\n")
-    copy_plots(work, output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    for plot, name in PLOTS.items():
+        if (ROOT / config.work / plot).exists():
+            shutil.copyfile(ROOT / config.work / plot, output / name)
     (output / "results.md").write_text(markdown(report))
     console.print(f"Saved {config.output}/results.md and {config.output}/results.json.")
 
 
-def show_cost(config: Config, todo: list[Step]) -> None:
+def path_of(config: Config, step: Step) -> Path:
+    return ROOT / config.work / "records" / f"{step.name}.json"
+
+
+def command_of(config: Config, step: Step) -> str:
+    return f"python {step.command}".replace(config.dataset, Path(config.dataset).name)  # no local paths
+
+
+def do(config: Config, step: Step) -> None:
+    """Run a step, after those whose folders it needs and that are not here any more."""
+    by_name = {step.name: step for step in steps(config)}
+    for name in step.needs:
+        if not (ROOT / config.work / by_name[name].folder).exists():
+            do(config, by_name[name])
+    console.rule(step.name)
+    if subprocess.run([sys.executable, *shlex.split(step.command)], cwd=ROOT).returncode:
+        raise UserError(f"{step.name} failed; mend it and run `make results` again: what is finished is kept")
+    if step.record:
+        path = path_of(config, step)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(step.record(ROOT / config.work / step.folder)) + "\n")
+
+
+def show_cost(config: Config) -> None:
     """What there is to do and about how long it takes."""
-    table = Table("step", "minutes, about", title="On two cores of an AMD EPYC with AVX512-BF16")
+    table = Table("step", "minutes, about", title="On one core of an AMD EPYC with AVX512-BF16")
+    left = 0
     for step in steps(config):
-        table.add_row(step.name, str(step.minutes) if step in todo else "done")
-    table.add_row("to do", str(sum(step.minutes for step in todo)))
+        done = path_of(config, step).exists()
+        table.add_row(step.name, "done" if done else str(step.minutes))
+        left += 0 if done else step.minutes
+    table.add_row("left", str(left))
     console.print(table)
 
 
-def seconds(folder: Path) -> float:
-    """What the runs in a step's folder took, loading, evaluating and saving included."""
-    return sum(
-        json.loads(path.read_text()).get("seconds", 0)
-        for path in [*folder.glob("run.json"), *folder.glob("*/run.json")]
-    )
+# ---------------------------------------------------------------- records
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    """Of a training run: its metrics, and seconds with loading, evaluating and saving."""
+    found = json.loads((folder / "run.json").read_text())
+    return {"metrics": found["metrics"], "seconds": found["seconds"]}
+
+
+def comparison(folder: Path) -> dict[str, Any]:
+    """Of a comparison: win rates, means, and of each model's answers the gold scores and tokens, without any text."""
+    report = json.loads((folder / "compare.json").read_text())
+    answers = {
+        name: {key: [entry["answers"][name][key] for entry in report["prompts"]] for key in ("score", "tokens")}
+        for name in report["models"]
+    }
+    return {"pairs": report["pairs"], "summary": report["summary"], "answers": answers}
+
+
+def samples(folder: Path) -> dict[str, Any]:
+    """The prompts at PERCENTILES of the gold gain over SFT, with all answers."""
+    entries = json.loads((folder / "compare.json").read_text())["prompts"]
+    entries.sort(key=lambda entry: entry["answers"]["PPO"]["score"] - entry["answers"]["SFT"]["score"])
+    return {"shown": [{"percentile": p, **entries[round(p / 100 * (len(entries) - 1))]} for p in PERCENTILES]}
 
 
 # ---------------------------------------------------------------- what came out
 
 
-def collect(config: Config) -> dict[str, Any]:
-    """Every number of the report, from the files that the steps left."""
-    work = ROOT / config.work
-
-    def read(path: str) -> Any:
-        return json.loads((work / path).read_text())
-
-    def done(*folders: str) -> bool:
-        return all((work / step.folder / step.done).exists() for step in steps(config) if step.folder in folders)
-
-    finished = [step for step in steps(config) if done(step.folder)]
-    report = {
-        "hardware": hardware(),
-        "commit": git_commit(),
-        "config": asdict(config),
-        "steps": [
-            {"name": step.name, "command": f"python {step.command}", "minutes": seconds(work / step.folder) / 60}
-            for step in finished
-        ],
-    }
-    if done("reward"):
-        report["reward"] = read("reward/ablation.json")
-    if done("reward_model", "gold"):
-        report["judges"] = {name: read(f"{name}/evaluation.json") for name in ("reward_model", "gold")}
-    if done(*(f"ppo_{seed}" for seed in SEEDS)):
-        report["ppo"] = [read(f"ppo_{seed}/run.json")["metrics"] for seed in SEEDS]
-    if done(*(f"compare_{seed}" for seed in SEEDS)):
-        compared = [read(f"compare_{seed}/compare.json") for seed in SEEDS]
-        report["win_rates"] = [
-            {"prompts": len(c["prompts"]), "pairs": c["pairs"], "summary": c["summary"]} for c in compared
+def summary(records: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of the page that are worked out from several records."""
+    found: dict[str, Any] = {}
+    if all(f"reward_recipe_{seed}" in records for seed in SEEDS):
+        found["reward"] = reward_summary(records)
+    compared = [records[f"compare_{seed}"]["answers"] for seed in SEEDS if f"compare_{seed}" in records]
+    if compared:
+        found["win_rate"] = over_seeds(compared)
+        gains = [
+            np.array([np.subtract(c["PPO"][key], c["SFT"][key]) for c in compared]).ravel()
+            for key in ("score", "tokens")
         ]
-        report["win_rate_over_seeds"] = over_seeds(compared)
-        report["length_correlation"] = length_correlation(compared)
-    if done("samples"):
-        report["samples"] = samples(read("samples/compare.json"))
-    if done("ppo_ablation"):
-        report["ppo_ablation"] = read("ppo_ablation/ablation.json")
-    return report
+        found["length_correlation"] = float(np.corrcoef(gains)[0, 1])
+    return found
 
 
 def over_seeds(compared: list[dict[str, Any]]) -> dict[str, float]:
     """PPO's win rate over SFT by the gold model, the mean over seeds for each prompt; interval over prompts."""
-
-    def scores(report: dict[str, Any], name: str) -> list[float]:
-        return [entry["answers"][name]["score"] for entry in report["prompts"]]
-
-    wins = np.mean([preference(scores(report, "PPO"), scores(report, "SFT")) for report in compared], axis=0)
+    wins = np.mean([preference(c["PPO"]["score"], c["SFT"]["score"]) for c in compared], axis=0)
     low, high = np.quantile(bootstrap(wins), [0.025, 0.975])
-    return {"prompts": len(wins), "win_rate": float(wins.mean()), "low": float(low), "high": float(high)}
+    return {
+        "seeds": len(compared),
+        "prompts": len(wins),
+        "win_rate": float(wins.mean()),
+        "win_rate_low": float(low),
+        "win_rate_high": float(high),
+    }
 
 
-def length_correlation(compared: list[dict[str, Any]]) -> float:
-    """Correlation of gold gain and length gain, PPO over SFT, over all prompts and seeds."""
-    points = np.array(
-        [
-            [
-                entry["answers"]["PPO"]["score"] - entry["answers"]["SFT"]["score"],
-                entry["answers"]["PPO"]["tokens"] - entry["answers"]["SFT"]["tokens"],
-            ]
-            for report in compared
-            for entry in report["prompts"]
+def reward_summary(records: dict[str, Any]) -> dict[str, Any]:
+    """For each variant the means over its seeds, with intervals, beside the recipe's."""
+    rows: dict[str, dict[str, Any]] = {}
+    names = [*reward_ablation.VARIANTS, "averaged", *reward_ablation.STOCK]
+    runs = {name: [records[key] for seed in SEEDS if (key := f"reward_{name}_{seed}") in records] for name in names}
+    runs = {name: found for name, found in runs.items() if found}
+    for part, prefix in (("validation", "validation_"), ("test", "")):
+        right = {name: marks([run[part] for run in found], "right") for name, found in runs.items() if part in found[0]}
+        longer = marks([runs["recipe"][0][part]], "longer")
+        for name, values in right.items():
+            found = interval("accuracy", values) | interval("above_longer_wins", values, longer)
+            found |= {} if name == "recipe" else interval("above_recipe", values, right["recipe"])
+            for key in ("length_balanced_accuracy", "eval_loss", "calibration_error", "score_length_correlation"):
+                found[key] = float(np.mean([run[part][key] for run in runs[name]]))
+            rows.setdefault(name, {}).update({f"{prefix}{key}": value for key, value in found.items()})
+        if part == "test":
+            for name in reward_ablation.STOCK:
+                rows["recipe"] |= interval(f"above_{name}", right["recipe"], right[name]) if name in right else {}
+    for name, found in runs.items():
+        rows[name] |= {"seeds": len(found), "seconds": float(np.mean([run["seconds"] for run in found]))}
+    config = {key: runs["recipe"][0]["config"][key] for key in ("pairs", "validation_pairs", "max_length")}
+    return config | {"longer_wins": float(longer.mean()), "variants": rows}
+
+
+def marks(parts: list[dict[str, Any]], key: str) -> np.ndarray:
+    """[runs, pairs]: 1 right, 0.5 a tie, 0 wrong."""
+    return np.array([[int(mark) / 2 for mark in part[key]] for part in parts])
+
+
+def interval(name: str, values: np.ndarray, against: np.ndarray | None = None, samples: int = 2000) -> dict[str, float]:
+    """Mean of `values` [seeds, pairs], less that of `against`; bootstrap over the seeds of each, and over the pairs."""
+    random, draws = np.random.default_rng(0), []
+    for _ in range(samples):
+        pairs = random.integers(0, values.shape[1], values.shape[1])
+        means = [
+            part[random.integers(0, len(part), len(part))].mean(0)[pairs].mean()
+            for part in (values, against)
+            if part is not None
         ]
-    )
-    return float(np.corrcoef(points.T)[0, 1])
-
-
-def samples(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The prompts at PERCENTILES of the gold gain over SFT, with all answers."""
-    entries = sorted(
-        report["prompts"], key=lambda entry: entry["answers"]["PPO"]["score"] - entry["answers"]["SFT"]["score"]
-    )
-    return [{"percentile": p, **entries[round(p / 100 * (len(entries) - 1))]} for p in PERCENTILES]
+        draws.append(means[0] - sum(means[1:]))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    mean = values.mean() - (0 if against is None else against.mean())
+    return {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 # ---------------------------------------------------------------- the page
 
 
 def markdown(r: dict[str, Any]) -> str:
-    """docs/results.md: a part for each key of the report that is there."""
-    parts = {
-        "reward": reward_part,
-        "judges": judges_part,
-        "ppo": ppo_part,
-        "win_rates": win_part,
-        "ppo_ablation": ablation_part,
-        "samples": sample_part,
-    }
-    blocks = [*header(r), *(block for key, part in parts.items() if key in r for block in part(r)), *how_part(r)]
-    return "\n\n".join(blocks) + "\n"
+    """docs/results.md: of what there is a record."""
+    records, found = r["records"], r["summary"]
+    blocks = header(r)
+    if "reward" in found:
+        blocks += reward_part(found["reward"])
+    chains = {seed: records[f"ppo_{seed}"]["metrics"] for seed in SEEDS if f"ppo_{seed}" in records}
+    if chains:
+        blocks += chains_part(records, chains)
+    if "win_rate" in found:
+        blocks += win_part(records, found)
+    if any(name.startswith("ppo_as_it_comes") for name in records):
+        blocks += ablation_part(records)
+    if "samples" in records:
+        blocks += sample_part(records["samples"]["shown"])
+    return "\n\n".join([*blocks, *how_part(r)]) + "\n"
 
 
 def header(r: dict[str, Any]) -> list[str]:
+    found, records = r["summary"], r["records"]
     lines = [
         "# Does it learn?",
-        f"SmolLM2-135M-Instruct on rm-static ({r['config']['dataset']}), on a CPU: {r['hardware']}. Everything here was made by "
-        "`make results`; every number is in [results.json](results.json). Intervals are 95 %.",
+        f"SmolLM2-135M-Instruct on rm-static ({r['dataset']}), on a CPU. Everything here was made by `make results`; "
+        "every number is in [results.json](results.json). Intervals are 95 %.",
     ]
-    if "reward" in r:
-        reward = r["reward"]
-        recipe, stock = reward["variants"]["recipe"], reward["variants"]["stock"]
-        lines.append(
-            f"- Reward model: test accuracy {share(recipe, 'accuracy')} on {reward['config']['pairs']} training pairs, mean of "
-            f'{reward["config"]["seeds"]} seeds. "The longer response wins" gets {reward["longer_wins"]:.3f} (difference '
-            f"{signed(recipe, 'above_longer_wins', '.3f')}), TRL's stock trainer in the same time {stock['accuracy']:.3f} "
-            f"(difference {signed(recipe, 'above_stock', '.3f')})."
+    if "reward" in found:
+        reward = found["reward"]
+        recipe = reward["variants"]["recipe"]
+        line = (
+            f"- Reward model: test accuracy {share(recipe, 'accuracy')} on {reward['pairs']} training pairs, mean of "
+            f'{recipe["seeds"]} seeds. "The longer response wins" gets {reward["longer_wins"]:.3f} (difference '
+            f"{signed(recipe, 'above_longer_wins', '.3f')})"
         )
-    if "ppo" in r and "win_rates" in r:
-        wins = r["win_rate_over_seeds"]
-        gold, tokens = (span([m[key] for m in r["ppo"]]) for key in ("gold_gain", "ppo_response_length"))
+        for name, what in (("stock", "in the same time"), ("stock_epoch", "in a whole epoch")):
+            if name in reward["variants"]:
+                line += f", TRL's stock trainer {what} {reward['variants'][name]['accuracy']:.3f} (difference "
+                line += f"{signed(recipe, f'above_{name}', '.3f')})"
+        lines.append(line + ".")
+    if "win_rate" in found:
+        wins = found["win_rate"]
+        runs = [records[f"ppo_{seed}"]["metrics"] for seed in SEEDS if f"ppo_{seed}" in records]
+        gold, tokens, sft = (span(runs, key) for key in ("gold_gain", "ppo_response_length", "sft_response_length"))
         lines.append(
-            f"- PPO, {len(r['ppo'])} seeds: by a gold reward model, trained on other pairs, its answers win against SFT's on "
-            f"{wins['win_rate']:.0%} of {wins['prompts']} held-out prompts ({wins['low']:.0%} to {wins['high']:.0%}); gold gain "
-            f"{gold}, response length {tokens} tokens against SFT's {r['ppo'][0]['sft_response_length']:.1f}."
+            f"- PPO, {len(runs)} seeds, each with its own SFT, reward and gold model: by the gold model, trained on other "
+            f"pairs, its answers win against SFT's on {wins['win_rate']:.0%} of {wins['prompts']} held-out prompts "
+            f"({wins['win_rate_low']:.0%} to {wins['win_rate_high']:.0%}); gold gain {gold}, response length {tokens} tokens "
+            f"against SFT's {sft}."
         )
     return lines
 
 
-def reward_part(r: dict[str, Any]) -> list[str]:
-    reward = r["reward"]
-    head = ("", "validation", "against the recipe", "test", "against the recipe", "length-balanced", "loss")
+def reward_part(reward: dict[str, Any]) -> list[str]:
+    head = ("", "seeds", "validation", "against the recipe", "test", "against the recipe", "length-balanced", "loss")
     head += ("calibration error", "correlation with length", "seconds")
     rows = []
     for name, v in reward["variants"].items():
-        cells = []
+        cells = [str(v["seeds"])]
         for prefix in ("validation_", ""):
             cells.append(share(v, f"{prefix}accuracy") if f"{prefix}accuracy" in v else "")
             cells.append(signed(v, f"{prefix}above_recipe", ".3f") if f"{prefix}above_recipe" in v else "")
         cells += [f"{v[key]:.3f}" for key in ("length_balanced_accuracy", "eval_loss", "calibration_error")]
-        cells.append(f"{v['score_length_correlation']:.2f}")
-        rows.append((name, *cells, f"{v['seconds']:.0f}" if "seconds" in v else ""))
+        rows.append((name, *cells, f"{v['score_length_correlation']:.2f}", f"{v['seconds']:.0f}"))
     return [
-        "## Reward models",
-        f"One change at a time, {reward['config']['seeds']} seeds each, on the same {reward['config']['pairs']} pairs of up to "
-        f"{reward['config']['max_length']} tokens. Validation: {reward['config']['validation_pairs']} training rows of other dialogues, by which the recipe was chosen; what follows "
-        "is of the test pairs. Intervals are over seeds and pairs, differences paired over the pairs. Length-balanced: pairs whose "
-        "longer response was chosen and those whose shorter one was weigh alike, so that length alone gets 0.5. `averaged` is one "
-        "model, the mean of `head_zero`'s adapters over the seeds. `stock` is `trl reward` at its defaults for as long as the "
-        "recipe took, `stock_epoch` for all pairs. What each variant changes stands in `benchmarks/reward_ablation.py`.",
+        "## What makes a better reward model",
+        f"One change at a time on the same {reward['pairs']} pairs of up to {reward['max_length']} tokens. Validation: "
+        f"{reward['validation_pairs']} training rows of other dialogues, by which the recipe was chosen; what follows is of the "
+        "test pairs. Intervals are over seeds and pairs, differences paired over the pairs. Length-balanced: pairs whose longer "
+        "response was chosen and those whose shorter one was weigh alike, so that length alone gets 0.5. `averaged` is one model, "
+        "the mean of `head_zero`'s adapters over the seeds. `stock` is `trl reward` at its defaults for as long as the recipe "
+        "took, `stock_epoch` for all pairs. What each variant changes stands in `benchmarks/reward_ablation.py`.",
         table(head, rows),
     ]
 
 
-def judges_part(r: dict[str, Any]) -> list[str]:
-    head = ("", "accuracy", "longer wins", "length-balanced", "calibration error", "correlation with length")
+def chains_part(records: dict[str, Any], chains: dict[int, dict[str, Any]]) -> list[str]:
+    judges = ("model", "accuracy", "longer wins", "length-balanced", "calibration error", "correlation with length")
     rows = [
         (
-            name,
+            f"{name} {seed}",
             share(m, "eval_accuracy"),
-            f"{m['longer_wins_accuracy']:.3f}",
-            f"{m['length_balanced_accuracy']:.3f}",
-            f"{m['calibration_error']:.3f}",
+            *(f"{m[key]:.3f}" for key in ("longer_wins_accuracy", "length_balanced_accuracy", "calibration_error")),
             f"{m['score_length_correlation']:.2f}",
         )
-        for name, m in r["judges"].items()
+        for seed in chains
+        for name in ("reward", "gold")
+        for m in [records[f"{name}_{seed}"]["metrics"]]
     ]
-    return [
-        "## The reward model that PPO trains against, and the gold one",
-        "Each learned from its half of all pairs; both are scored on the test pairs.",
-        table(head, rows),
-        "![the reward model's evaluation](reward_evaluation.png)",
-    ]
-
-
-def ppo_part(r: dict[str, Any]) -> list[str]:
     head = (
         "seed",
         "score gain",
@@ -356,36 +381,39 @@ def ppo_part(r: dict[str, Any]) -> list[str]:
         "entropy",
     )
     head += ("repeated 3-grams", "distinct-2")
-    rows = []
-    for seed, m in zip(SEEDS, r["ppo"], strict=True):
-        rows.append(
-            (
-                str(seed),
-                signed(m, "score_gain"),
-                f"{m['score_gain'] / m['sft_score_std']:.2f}",
-                signed(m, "gold_gain"),
-                signed(m, "gold_gain_at_equal_length"),
-                f"{m['ppo_kl']:.1f}",
-                *(f"{m[f'sft_{key}']:.1f} -> {m[f'ppo_{key}']:.1f}" for key in ("response_length",)),
-                *(f"{m[f'sft_{key}']:.0%} -> {m[f'ppo_{key}']:.0%}" for key in ("eos_rate",)),
-                *(
-                    f"{m[f'sft_{key}']:.2f} -> {m[f'ppo_{key}']:.2f}"
-                    for key in ("entropy", "repeated_3grams", "distinct_2")
-                ),
-            )
+    runs = [
+        (
+            str(seed),
+            signed(m, "score_gain"),
+            f"{m['score_gain'] / m['sft_score_std']:.2f}",
+            signed(m, "gold_gain"),
+            signed(m, "gold_gain_at_equal_length"),
+            f"{m['ppo_kl']:.1f}",
+            f"{m['sft_response_length']:.1f} -> {m['ppo_response_length']:.1f}",
+            f"{m['sft_eos_rate']:.0%} -> {m['ppo_eos_rate']:.0%}",
+            *(
+                f"{m[f'sft_{key}']:.2f} -> {m[f'ppo_{key}']:.2f}"
+                for key in ("entropy", "repeated_3grams", "distinct_2")
+            ),
         )
-    warned = [f"seed {seed}: {text}" for seed, m in zip(SEEDS, r["ppo"], strict=True) for text in m["warnings"]]
+        for seed, m in chains.items()
+    ]
+    warned = [f"seed {seed}: {text}" for seed, m in chains.items() for text in m["warnings"]]
     return [
         "## PPO",
-        f"Against the first reward model; the gold one only judges. {r['ppo'][0]['eval_prompts']} held-out prompts, the same "
+        "Reward models of the first half of all pairs, which PPO trains against, and gold ones of the second half, on the test pairs:",
+        table(judges, rows),
+        "![the evaluation of reward model 0](reward_evaluation.png)",
+        f"PPO against the first; the gold one only judges. {next(iter(chains.values()))['eval_prompts']} held-out prompts, the same "
         "sampling seeds before and after.",
-        table(head, rows),
+        table(head, runs),
         "Warnings of the runs: " + ("; ".join(warned) if warned else "none") + ".",
-        *(f"![score against KL, seed {seed}](ppo_frontier_{seed}.png)" for seed in SEEDS),
+        *(f"![score against KL, seed {seed}](ppo_frontier_{seed}.png)" for seed in chains),
     ]
 
 
-def win_part(r: dict[str, Any]) -> list[str]:
+def win_part(records: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    compared = {seed: records[f"compare_{seed}"] for seed in SEEDS if f"compare_{seed}" in records}
     rows = [
         (
             str(seed),
@@ -396,49 +424,50 @@ def win_part(r: dict[str, Any]) -> list[str]:
             ),
             p["verdict"],
         )
-        for seed, wins in zip(SEEDS, r["win_rates"], strict=True)
+        for seed, wins in compared.items()
         for p in wins["pairs"]
     ]
     return [
-        f"Win rates by the gold model on {r['win_rates'][0]['prompts']} held-out prompts:",
-        table(("PPO seed", "", "win rate", "at equal length", "in words"), rows),
-        f"Over all seeds and prompts the gain in gold score and the gain in length correlate by {r['length_correlation']:.2f}.",
+        f"Win rates by the gold model on {found['win_rate']['prompts']} held-out prompts, at temperature 0.7:",
+        table(("seed", "", "win rate", "at equal length", "in words"), rows),
+        "Over all seeds and prompts PPO's gain in gold score over SFT and its gain in length correlate by "
+        f"{found['length_correlation']:.2f}.",
     ]
 
 
-def ablation_part(r: dict[str, Any]) -> list[str]:
-    ablation = r["ppo_ablation"]
-    rows = [
-        (
-            name,
-            ", ".join(f"{x:.2f}" for x in v["score_gain"]),
-            ", ".join(f"{x:.2f}" for x in v["gold_gain"]),
-            *(f"{np.mean(v[key]):.1f}" for key in ("ppo_kl", "ppo_response_length")),
-            f"{np.mean(v['ppo_entropy']):.2f}",
-        )
-        for name, v in ablation["variants"].items()
-        if v["score_gain"]
-    ]
-    failed = [name for name, v in ablation["variants"].items() if v["failed"]]
-    first = next(iter(ablation["variants"].values()))
+def ablation_part(records: dict[str, Any]) -> list[str]:
+    rows, failed, width = [], [], {}
+    for variant in ppo_ablation.VARIANTS:
+        found = [records[key] for seed in ABLATION_SEEDS if (key := f"ppo_{variant}_{seed}") in records]
+        failed += [f"{variant} ({run['failed']})" for run in found if "failed" in run]
+        runs = [run["metrics"] for run in found if "metrics" in run]
+        if runs:
+            gains = (", ".join(f"{m[key]:.2f}" for m in runs) for key in ("score_gain", "gold_gain"))
+            means = (
+                f"{np.mean([m[key] for m in runs]):.2f}" for key in ("ppo_kl", "ppo_response_length", "ppo_entropy")
+            )
+            rows.append((variant, *gains, *means))
+        if variant == "as_it_comes":
+            config = found[0]["config"]
+            for key in ("score_gain", "gold_gain"):
+                width[key] = np.mean([(m[f"{key}_high"] - m[f"{key}_low"]) / 2 for m in runs])
     return [
         "## What each stabiliser is worth",
-        f"{ablation['config']['total_episodes']} episodes, {ablation['config']['seeds']} seeds, gains on "
-        f"{ablation['config']['max_eval_samples']} held-out prompts. A gain's own interval is about +-{first['score_gain_half_width']:.2f} "
-        f"(score) and +-{first['gold_gain_half_width']:.2f} (gold) over prompts; what differs by less, or less than seeds "
-        "differ among themselves, is not told apart.",
+        f"One taken away at a time, {config['total_episodes']} episodes, gains on {config['max_eval_samples']} held-out prompts. "
+        f"A gain's own interval is about +-{width['score_gain']:.2f} (score) and +-{width['gold_gain']:.2f} (gold) over "
+        "prompts; what differs by less, or by less than the seeds differ among themselves, is not told apart.",
         table(("", "score gain, by seed", "gold gain, by seed", "KL", "tokens", "entropy"), rows),
         "Runs that broke off: " + (", ".join(failed) if failed else "none") + ".",
     ]
 
 
-def sample_part(r: dict[str, Any]) -> list[str]:
+def sample_part(shown: list[dict[str, Any]]) -> list[str]:
     parts = [
         "## Samples",
         "Prompts of the demo's test split (rm-static's rows are not ours to print), sorted by the gold score of PPO's answer "
         f"less that of SFT's, seed {SEEDS[0]}; shown are the ones at these percentiles: {', '.join(map(str, PERCENTILES))}.",
     ]
-    for sample in r["samples"]:
+    for sample in shown:
         answers = sample["answers"]
         gain = answers["PPO"]["score"] - answers["SFT"]["score"]
         lines = [f"{SPEAKERS[role]}: {text}" for role, text in sample["turns"]]
@@ -449,12 +478,18 @@ def sample_part(r: dict[str, Any]) -> list[str]:
 
 
 def how_part(r: dict[str, Any]) -> list[str]:
-    rows = [(step["name"], f"{step['minutes']:.0f}", f"`{step['command']}`") for step in r["steps"]]
-    total = sum(step["minutes"] for step in r["steps"])
+    rows = []
+    for name, command in r["steps"].items():
+        if name in r["records"]:
+            seconds = r["records"][name].get("seconds")
+            rows.append((name, "" if seconds is None else f"{seconds / 60:.0f}", f"`{command}`"))
+    left = [name for name in r["steps"] if name not in r["records"]]
     return [
         "## How it was made",
-        f"`make results` at commit {r['commit']}, {total / 60:.1f} hours in all:",
+        f"`make results`, written at commit {r['commit']} on {r['hardware']}. Minutes are of one core, several runs side by side; an "
+        "ablation's are of training alone.",
         table(("step", "minutes", "command"), rows),
+        *([f"Not run yet: {', '.join(left)}."] if left else []),
     ]
 
 
@@ -470,16 +505,9 @@ def signed(m: dict[str, Any], key: str, form: str = ".2f") -> str:
     return f"{m[key]:+{form}} ({m[f'{key}_low']:+{form}} to {m[f'{key}_high']:+{form}})"
 
 
-def span(values: list[float]) -> str:
+def span(runs: list[dict[str, Any]], key: str) -> str:
+    values = [run[key] for run in runs]
     return f"{min(values):.2f} to {max(values):.2f}"
-
-
-def copy_plots(work: Path, output: Path) -> None:
-    plots = {"reward_model/evaluation.png": "reward_evaluation.png"}
-    plots |= {f"ppo_{seed}/frontier.png": f"ppo_frontier_{seed}.png" for seed in SEEDS}
-    for plot, name in plots.items():
-        if (work / plot).exists():
-            shutil.copyfile(work / plot, output / name)
 
 
 if __name__ == "__main__":
