@@ -8,7 +8,7 @@ The prompts and answers are those of compare_outputs.py's report. Whoever types 
 same checkpoints, which are loaded then. Votes are kept as rlhf/votes.py says. Needs requirements-feedback.txt.
 """
 
-import getpass
+import contextlib
 import hashlib
 import hmac
 import html
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import compare_outputs
-from rlhf.cli import UserError, run
+from rlhf.cli import UserError, fail, run
 from rlhf.data import BadRow, checked_turns, hh_prompt, parse_dialogue, tokenize_prompt
 from rlhf.modeling import choose_dtype, load_base, load_format, same_base
 from rlhf.reporting import SPEAKERS, plain
@@ -36,7 +36,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
 try:
     import gradio as gr
 except ImportError:
-    raise SystemExit("error: Gradio is not installed: run `pip install -r requirements-feedback.txt`") from None
+    fail("Gradio is not installed: run `pip install -r requirements-feedback.txt`")
 
 OWN_KEPT = 1000  # comparisons of people's own prompts at most
 
@@ -46,7 +46,7 @@ class Config:
     report: str = "reports/compare.json"  # of compare_outputs.py
     votes: str = "feedback/votes.jsonl"  # votes are appended to it
     models: tuple[str, ...] = ()  # two or more of the report's (base, SFT, PPO); none: all of them
-    voter: str = getpass.getuser()  # who votes on this machine; on the network it is the name of the log-in
+    voter: str = os.environ.get("USER") or "me"  # who votes on this machine; on the network, the log-in's name
     port: int = 7860
     share_on_network: bool = False  # answer other machines too, which need the password that is printed then
 
@@ -80,7 +80,10 @@ def main(config: Config) -> None:
     host, auth = "127.0.0.1", None
     if config.share_on_network:
         host, password = "0.0.0.0", secrets.token_urlsafe(9)
-        auth = lambda name, given: bool(name.strip()) and hmac.compare_digest(given.encode(), password.encode())  # noqa: E731
+
+        def auth(name: str, given: str) -> bool:
+            return bool(name.strip()) and hmac.compare_digest(given.encode(), password.encode())
+
         print(f"Log in at http://{socket.gethostname()}:{config.port} with any name and the password {password}")
     check_port(host, config.port)
     make_page(poll, config.voter).launch(
@@ -97,7 +100,9 @@ def main(config: Config) -> None:
         prevent_thread_lock=True,
     )
     print(f"Vote at http://127.0.0.1:{config.port}; votes go to {config.votes}. Stop with Ctrl-C.")
-    threading.Event().wait()
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    print(f"Stopped; {len(poll.votes.standing())} votes stand in {config.votes}.")
 
 
 def check_port(host: str, port: int) -> None:

@@ -238,7 +238,11 @@ def test_only_this_machine_unless_told_and_then_with_a_password(serve):
     server = serve()
     with socket.socket() as probe:  # 0.0.0.0 would answer at any loopback address
         assert probe.connect_ex(("127.0.0.2", server.port)) != 0
-    server.kill()
+    while "Vote at" not in server.log.read_text():
+        time.sleep(0.1)
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(60) == 0
+    assert server.log.read_text().splitlines()[-1] == f"Stopped; 0 votes stand in {server.votes}."
     open_server = serve("--share-on-network")
     with socket.create_connection(("127.0.0.2", open_server.port), 5):
         pass
