@@ -203,6 +203,8 @@ def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]
         for key, kind in {"phase": str, "base": dict, "prompt_format": str, "adapter_sha256": str}.items():
             if not isinstance(run[key], kind):
                 raise ValueError(f"{key} is not a {kind.__name__}")
+        if not isinstance(run.get("parents", {}), dict):
+            raise ValueError("parents is not a dict")
         if run["prompt_format"] not in ("hh", "model"):
             raise ValueError("its prompt_format is unknown")
         for key, kind in BASE_FACTS.items():
