@@ -1,5 +1,5 @@
 # make demo       the whole pipeline with a small real model on a CPU, ending with the printed comparison
-# make feedback-demo  a scripted voter votes in a browser, and the reward model learns it (after make demo; ten minutes)
+# make feedback-demo  a scripted voter votes in a browser, and the reward model learns it (after make demo)
 # make test       the tests
 # make lint       ruff
 # make gpu-check  two minutes of all four scripts with the 4-bit base on your CUDA card
