@@ -253,7 +253,7 @@ class LiveModels:
 # ---------------------------------------------------------------- the page
 
 CSS = """
-.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1100px !important; margin: 0 auto !important; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.55; font-size: 1.02rem; }
 .text b { display: block; margin-top: .6rem; font-size: .85rem; opacity: .75; }
 .card { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 14px 18px; height: 100%; }
@@ -262,8 +262,8 @@ CSS = """
 h1 { margin: .2rem 0 0; font-size: 1.5rem; }
 #progress { align-self: center; }
 #vote-undo { flex: none; align-self: center; }
-#results table { border-collapse: collapse; }
-#results :is(td, th) { padding: .25rem 1rem .25rem 0; text-align: left; font-weight: normal; border: none; }
+#results :is(table, tr, td, th) { border: none !important; }
+#results :is(td, th) { padding: .25rem 1rem .25rem 0; text-align: left; font-weight: normal; }
 button:focus-visible { outline: 3px solid var(--body-text-color); outline-offset: 2px; }
 @media (max-width: 700px) {
   .row:has(#answer-A) { flex-direction: column; }
