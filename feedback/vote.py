@@ -155,7 +155,8 @@ class Poll:
         names = list(report["models"])
         if len(set(models)) < 2 or set(models) - set(names):
             raise UserError(f"--models are two or more of {', '.join(names)}")
-        self.report, self.digest, self.models, self.votes = report, digest[:8], models, votes
+        self.report, self.digest, self.votes = report, digest[:8], votes
+        self.models = tuple(dict.fromkeys(models))  # each once
         self.own: dict[str, Ballot] = {}
         self.live = LiveModels(report)
         self.comparisons = [  # (prompt, first model, second model) of all models, so that ids do not depend on flags
