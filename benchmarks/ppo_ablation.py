@@ -78,6 +78,7 @@ VARIANTS = {
     "scores_not_centred_nor_clipped": Variant({"score_clip": NONE}, uncentred),
     "fixed_kl_coef": Variant({"kl_controller": "fixed"}),
     "no_kl_stop": Variant({"kl_stop": NONE}),
+    "missing_eos_penalty_1": Variant({"missing_eos_penalty": 1.0}),  # its default
 }
 
 

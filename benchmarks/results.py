@@ -96,9 +96,12 @@ def steps(config: Config) -> list[Step]:
             command = f"{judged} --overwrite --dataset demo/data --num-test-prompts 80 --output-dir {work}/samples"
             todo.append(Step("samples", "samples", 4, command, needed, samples))
     for seed in SEEDS:
-        for variant in (*reward_ablation.VARIANTS, *reward_ablation.STOCK):
-            needed = ("sft_0", *{"stock": (f"reward_recipe_{seed}", f"reward_stock_epoch_{seed}")}.get(variant, ()))
-            todo.append(ablation("reward", variant, seed, 40 if variant == "stock_epoch" else 10, data, work, needed))
+        for variant in reward_ablation.VARIANTS:
+            todo.append(ablation("reward", variant, seed, 10, data, work, ("sft_0",)))
+    todo.append(ablation("reward", "stock_epoch", 0, 40, data, work, ("sft_0",)))
+    for seed in SEEDS:
+        needed = ("sft_0", f"reward_recipe_{seed}", "reward_stock_epoch_0")
+        todo.append(ablation("reward", "stock", seed, 12, data, work, needed))
     averaged = tuple(f"reward_head_zero_{seed}" for seed in range(reward_ablation.AVERAGED))
     todo.append(ablation("reward", "averaged", 0, 3, data, work, ("sft_0", *averaged)))
     for seed in ABLATION_SEEDS:

@@ -10,7 +10,7 @@ are made here, around it: what is not worth a flag is not in the script.
 
 `averaged` is one model, the mean of the adapters of `head_zero`, runs that differ in seed but start from one head (WARM,
 2401.12187). `stock_epoch` is the `trl reward` command at its defaults, with the same LoRA on the same pairs, from the same
-SFT model merged into its base; `stock` is that for as long as `recipe` trained.
+SFT model merged into its base; `stock` is that for as long as `recipe` trained, at the pace of `stock_epoch`'s seed 0.
 """
 
 import json
@@ -243,7 +243,7 @@ def stock(config: Config) -> None:
         write_texts(config, form)
     steps = []
     if config.variant == "stock":
-        whole = json.loads((folder(config, "stock_epoch") / "run.json").read_text())
+        whole = json.loads((folder(config, "stock_epoch", 0) / "run.json").read_text())
         limit = train_seconds(folder(config, "recipe")) / whole["seconds"] * whole["steps"]
         steps = ["--max_steps", str(max(1, round(limit)))]
     stock_run(config, form, steps)

@@ -95,6 +95,18 @@ def warnings(sft: Evaluation, ppo: Evaluation) -> list[str]:
     return found
 
 
+def penalty_warnings(sft: Evaluation, penalty: float) -> list[str]:
+    """Of a penalty for a missing EOS that outweighs what the scores differ by: PPO then learns little but to end early."""
+    spread, m = sft.scores.std().item() if len(sft.scores) > 1 else 0.0, sft.means()
+    if penalty <= spread or m["eos_rate"] >= 0.9:
+        return []
+    return [
+        f"--missing-eos-penalty {penalty:g} is more than a standard deviation of SFT's scores ({spread:.2f}), and "
+        f"{1 - m['eos_rate']:.0%} of its responses have no EOS: PPO will shorten them before it makes them better; "
+        "try half a standard deviation, or a longer --response-length"
+    ]
+
+
 def describe(m: dict[str, float]) -> str:
     lines = []
     for name, word in (("score", "score"), ("gold", "gold score")):

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf.data import PromptFormat
 from rlhf.ppo_batch import MicroBatch, mean_kl, num_tokens
-from rlhf.ppo_eval import Evaluation, warnings
+from rlhf.ppo_eval import Evaluation, penalty_warnings, warnings
 from rlhf.processes import is_main, moments, totals
 from rlhf.reporting import JsonLines, plain, progress
 
@@ -34,6 +34,7 @@ class Log:
 
     def __init__(self, config: Any, folder: Path, total: int):
         self.bar, self.num_printed_samples, self.tracker = progress(), config.num_printed_samples, None
+        self.missing_eos_penalty = config.missing_eos_penalty
         self.sft: Evaluation | None = None  # the first evaluation, which later ones are held against
         files = "metrics.jsonl", "samples.jsonl"
         self.metrics, self.samples = (JsonLines(folder / name if is_main() else Path(os.devnull)) for name in files)
@@ -83,8 +84,9 @@ class Log:
         self.row({"update": update, **{f"eval/{name}": value for name, value in means.items()}})
         shown = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
         self.bar.console.print(f"update {update}, held-out: {shown}")
+        found = warnings(self.sft, result) if self.sft else penalty_warnings(result, self.missing_eos_penalty)
         self.sft = self.sft or result
-        for warning in warnings(self.sft, result):
+        for warning in found:
             self.bar.console.print(f"warning: {warning}")
         for i, (prompt, response) in enumerate(zip(prompts, result.responses, strict=True)):
             text = {"prompt": form.decode(prompt), "response": result.texts[i]}

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 from rlhf.generation import Response
-from rlhf.ppo_eval import Evaluation, compare, describe, plot_frontier, warnings
+from rlhf.ppo_eval import Evaluation, compare, describe, penalty_warnings, plot_frontier, warnings
 
 import pytest
 import torch
@@ -63,6 +63,16 @@ def test_warnings(ppo, warned):
     assert len(found) == len(warned)
     for line, words in zip(found, warned, strict=True):
         assert words in line and "\n" not in line
+
+
+@pytest.mark.parametrize(("penalty", "ends", "warned"), [(1.3, 2, True), (1.29, 2, False), (1.3, 4, False)])
+def test_a_penalty_that_outweighs_the_scores_is_warned_of(penalty, ends, warned):
+    cut = [Response([7] * 4, 4, "length")] * (4 - ends)
+    sft = dataclasses.replace(SFT, responses=SFT.responses[:ends] + cut)
+    found = penalty_warnings(sft, penalty)  # the scores' standard deviation is 1.290994
+    assert len(found) == warned
+    if warned:
+        assert "standard deviation of SFT's scores (1.29), and 50% of its responses have no EOS" in found[0]
 
 
 def test_one_prompt_gives_finite_numbers():
