@@ -107,6 +107,7 @@ def put_in_place(final: Path) -> None:
     """Rename the finished `final.partial` to `final`, replacing what is there. Done again after a crash, it does the rest."""
     partial, old = partial_of(final), final.with_name(final.name + ".old")
     if partial.exists():
+        open_up(partial)
         sync(partial)
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -270,6 +271,14 @@ def check_other_pairs(gold: dict[str, Any], folder: str, reward: dict[str, Any],
             f"{folder} is no judge of its own: it may have trained on the pairs of {reward_folder}; train one with "
             "`python reward_train.py --half first` and the other with --half second"
         )
+
+
+def open_up(folder: Path) -> None:
+    """Give the files the mode that the umask asks for: safetensors makes its own readable by nobody else."""
+    os.umask(umask := os.umask(0))
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def sync(path: Path, deep: bool = True) -> None:

@@ -6,6 +6,7 @@ writes it is left out.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,17 +106,22 @@ def number(value: Any) -> float | None:
 # ---------------------------------------------------------------- what was compared, and how it was trained
 
 
+def name_of(place: str) -> str:
+    """A hub name as it is, of a local folder or file the last part: where it lies is nobody else's business."""
+    return Path(place).name if os.path.exists(place) else place
+
+
 def facts(report: dict[str, Any]) -> dict[str, str]:
     """The settings that a reader needs first, in words."""
     base, flags = report.get("base"), report.get("flags")
     found = {}
     if base:
         revision = f" at {str(base['revision'])[:12]}" if base.get("revision") else ""
-        found["Base"] = f"{base['model']}{revision}, {'NF4' if base.get('load_in_4bit') else 'not quantised'}"
+        found["Base"] = f"{name_of(base['model'])}{revision}, {'NF4' if base.get('load_in_4bit') else 'not quantised'}"
     found["Prompts"] = str(len(report["prompts"]))
     if flags:
-        test_split = f"from the test split of {flags['dataset']}" if flags["num_test_prompts"] else ""
-        chosen = f"from {flags['prompts']}" if flags["prompts"] else "built into compare_outputs.py"
+        test_split = f"from the test split of {name_of(flags['dataset'])}" if flags["num_test_prompts"] else ""
+        chosen = f"from {name_of(flags['prompts'])}" if flags["prompts"] else "built into compare_outputs.py"
         found["Prompts"] += f" {test_split or chosen}"
         sampling = f"temperature {flags['temperature']:g}, seed {flags['seed']}" if flags["temperature"] else "greedy"
         found["Decoding"] = f"{sampling}, at most {flags['max_new_tokens']} tokens an answer"

@@ -197,6 +197,14 @@ def test_what_was_compared():
     assert page.facts(made)["Prompts"] == "2 from mine.txt"
 
 
+def test_no_local_path_is_shown(tmp_path):
+    (tmp_path / "mine.txt").touch()
+    flags = {"num_test_prompts": 0, "prompts": str(tmp_path / "mine.txt"), "dataset": "d", "temperature": 0.0}
+    made = report() | {"base": {"model": str(tmp_path), "revision": None}, "flags": flags | {"max_new_tokens": 8}}
+    found = page.facts(made)
+    assert (found["Base"], found["Prompts"]) == (f"{tmp_path.name}, not quantised", "1 from mine.txt")
+
+
 def test_what_training_changed():
     reward = {
         "eval_accuracy": 0.975,

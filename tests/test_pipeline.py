@@ -84,6 +84,12 @@ def test_exactly_these_files(trained, ppo):
     assert not list(ppo.parent.glob("*.partial")) and not list(ppo.parent.glob("*.old"))
 
 
+def test_another_user_may_read_them(trained, ppo, tmp_path):
+    (tmp_path / "file").touch()
+    files = [path for folder in (trained.sft, trained.reward, ppo) for path in folder.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "file").stat().st_mode}
+
+
 def test_metrics_and_samples_of_ppo(ppo):
     rows = [json.loads(line) for line in (ppo / "metrics.jsonl").read_text().splitlines()]
     updates = [row for row in rows if "episode" in row]
