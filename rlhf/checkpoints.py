@@ -278,7 +278,8 @@ def open_up(folder: Path) -> None:
     os.umask(umask := os.umask(0))
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(0o666 & ~umask)
+            with contextlib.suppress(OSError):  # of file systems without modes
+                path.chmod(0o666 & ~umask)
 
 
 def sync(path: Path, deep: bool = True) -> None:
