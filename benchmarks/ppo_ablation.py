@@ -68,6 +68,7 @@ class Variant:
 
 
 NONE = 1e9  # a limit that is never met
+NEVER = 10**9
 # rm-static's texts are longer than the demo's, and its scores closer together: half a standard deviation for an end.
 PPO = {"max_prompt_length": 160, "response_length": 64, "missing_eos_penalty": 0.3, "num_printed_samples": 0}
 VARIANTS = {
@@ -90,7 +91,7 @@ class Config:
     reward_checkpoint: str = "runs/results/reward_0"
     gold_checkpoint: str = "runs/results/gold_0"
     dataset: str = "Dahoas/rm-static"
-    total_episodes: int = 512
+    total_episodes: int = 384
     max_eval_samples: int = 128  # held-out prompts
     work: str = "runs/results/ppo"  # a folder a run
     output: str = "runs/results/ppo/as_it_comes_0.json"  # the record
@@ -124,6 +125,7 @@ def train(config: Config, folder: Path) -> None:
         dataset=config.dataset,
         total_episodes=config.total_episodes,
         max_eval_samples=config.max_eval_samples,
+        eval_steps=NEVER,  # but before and after
         output_dir=str(folder),
         overwrite=True,
         seed=config.seed,

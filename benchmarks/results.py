@@ -106,7 +106,7 @@ def steps(config: Config) -> list[Step]:
     todo.append(ablation("reward", "averaged", 0, 3, data, work, ("sft_0", *averaged)))
     for seed in ABLATION_SEEDS:
         for variant in ppo_ablation.VARIANTS:
-            todo.append(ablation("ppo", variant, seed, 20, data, work, ("sft_0", "reward_0", "gold_0")))
+            todo.append(ablation("ppo", variant, seed, 17, data, work, ("sft_0", "reward_0", "gold_0")))
     return todo
 
 
