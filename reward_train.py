@@ -163,9 +163,8 @@ def main(config: Config) -> None:
         trainer.run()
 
         # 4. Score the test split.
-        if is_main() or sharded():  # then all processes read each text together
-            metrics = evaluate(config, shared, form, eval_sets, folder)
-            save_stacked(folder, shared, "reward", form, base)
+        metrics = evaluate(config, shared, form, eval_sets, folder)
+        save_stacked(folder, shared, "reward", form, base)
         if is_main():
             plot_curves(folder, "step", {"loss": ["loss"], "accuracy": ["accuracy"], "margin": ["margin"]})
             write_run(
@@ -288,10 +287,17 @@ def evaluate(
 
 
 def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int, batch_size: int) -> ScoredPairs:
-    """Scores of the test pairs, with what else the evaluation looks at."""
+    """Scores of the test pairs, with what else the evaluation looks at. Each process reads its share of them.
+
+    Of a base that is sharded all processes read each text together.
+    """
     answers = [[closed(ids, eos_token_id) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs]
     texts = [(p.prompt_ids + a, p.prompt_ids + b) for p, (a, b) in zip(pairs, answers, strict=True)]
-    chosen, rejected = (scores.double().numpy() for scores in shared.score_pairs(texts, batch_size))
+    if sharded():
+        scores = shared.score_pairs(texts, batch_size).T
+    else:
+        scores = torch.tensor(gather(shared.score_pairs(share(texts), batch_size).T.tolist()))
+    chosen, rejected = scores.double().numpy().T
     tokens = np.array([[len(a), len(b)] for a, b in answers])
     turns = np.array([sum(role == "user" for role, _ in p.pair.turns) for p in pairs])
     return ScoredPairs(chosen, rejected, *tokens.T, turns)

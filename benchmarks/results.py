@@ -77,9 +77,10 @@ def steps(config: Config) -> list[Step]:
                 record=metrics,
             )
         )
-        for name, half in ((reward, "first"), (gold, "second")):
-            command = f"reward_train.py --preset demo {source} --sft-checkpoint {work}/{sft} {flags(REWARD)}"
-            command += f" --half {half} --output-dir {work}/{name}"
+        # Seeds that differ, else both would start from the same head and LoRA A, and share what that makes of a text.
+        for name, half, own in ((reward, "first", seed), (gold, "second", seed + 1)):
+            command = f"reward_train.py --preset demo {data} --seed {own} --overwrite --sft-checkpoint {work}/{sft} "
+            command += f"{flags(REWARD)} --half {half} --output-dir {work}/{name}"
             todo.append(Step(name, name, 25, command, (sft,), metrics))
         parents = f"--sft-checkpoint {work}/{sft} --reward-checkpoint {work}/{reward} --gold-checkpoint {work}/{gold}"
         command = f"ppo_train.py --preset demo {source} {parents} {flags(ppo_ablation.PPO)} --total-episodes 1536"

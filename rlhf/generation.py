@@ -68,12 +68,14 @@ def generate(
         try:
             for row, response in _generate_batch(shared, form, prompts, rows, max_new_tokens, temperature, seeds):
                 responses[row] = response
+            continue
         except torch.OutOfMemoryError:
             half = (len(rows) + 1) // 2
             if half == len(rows):
                 raise
-            shared.ran_out("rollout", len(rows), half)
-            waiting += [rows[half:], rows[:half]]
+        # Outside `except`, which would hold the cache that did not fit.
+        shared.ran_out("rollout", len(rows), half)
+        waiting += [rows[half:], rows[:half]]
     return responses
 
 

@@ -317,7 +317,8 @@ class SharedBase:
         """Note that memory was too small for so many rows, drop the gradients of what did not fit, and free what can be."""
         self.rows_that_fit[what] = fewer
         console.print(f"out of memory: a {what} has {fewer} rows at most from now on, not {rows}")
-        self.peft.zero_grad()
+        for module in (self.peft, *self.heads.values()):
+            module.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -366,13 +367,13 @@ class SharedBase:
         return scores
 
     @torch.no_grad()
-    def score_pairs(self, pairs: list[tuple[list[int], list[int]]], batch_size: int = 8) -> tuple[Tensor, Tensor]:
-        """The same of pairs that begin alike, where what they share is read once: [len(pairs)] twice."""
+    def score_pairs(self, pairs: list[tuple[list[int], list[int]]], batch_size: int = 8) -> Tensor:
+        """The same of pairs that begin alike, where what they share is read once: [2, len(pairs)]."""
         self.activate("reward")
         scores = torch.empty(2, len(pairs))
         for rows in by_length([len(a) + len(b) for a, b in pairs], batch_size):
             scores[:, rows] = self.read_pairs([pairs[i] for i in rows]).view(2, -1).cpu()
-        return scores[0], scores[1]
+        return scores
 
     def read_pairs(self, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
         """What the active reward model says of the first texts, then of the second ones [2 x B]."""

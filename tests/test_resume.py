@@ -333,24 +333,32 @@ def test_ppo_ends_at_what_is_not_finite(commands, call_main, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_nothing_else_changes(commands, call_main, left_alone, tmp_path):
-    """Memory runs out in the second update's backward and, later, in a rollout: the same run, within rounding."""
-    alone, (script, argv) = left_alone("ppo"), commands("ppo", tmp_path / "cut")
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_else_changes(commands, call_main, tmp_path, accumulation):
+    """Memory runs out in the second update's backward and, later, in a rollout: the same run, within rounding.
+
+    With two micro-batches a minibatch it is the second one's backward, and the first has left gradients.
+    """
+    alone, (script, argv) = tmp_path / "alone", commands("ppo", tmp_path / "cut")
+    argv += ["--gradient-accumulation-steps", str(accumulation), "--num-mini-batches", str(2 // accumulation)]
+    result = call_main(script, [*argv, "--output-dir", alone])
+    assert result.returncode == 0, result.stderr
 
     def out_of_memory():
         raise torch.OutOfMemoryError("out of memory")
 
     with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, ppo_train, "value_loss", 7, out_of_memory)
+        at_call(patch, ppo_train, "value_loss", 6, out_of_memory)
         at_call(patch, rlhf.generation, "next_tokens", 30, out_of_memory)
         result = call_main(script, argv)
     assert result.returncode == 0, result.stderr
     assert "a micro-batch has 1 rows at most" in result.stdout and "a rollout has 2 rows at most" in result.stdout
     for ours, theirs in zip(metrics(alone), metrics(tmp_path / "cut"), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (alone, tmp_path / "cut"))
-    for name in ours:
-        torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-5)
+    for part in ("adapter_model.safetensors", "value/adapter_model.safetensors"):
+        ours, theirs = (load_file(folder / part) for folder in (alone, tmp_path / "cut"))
+        for name in ours:
+            torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-5)
 
 
 def test_killed_at_random_moments_nothing_is_lost():
