@@ -31,7 +31,7 @@ from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, tokenize_pairs
 from rlhf.decoder import lay_out_pairs, unpad
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
 from rlhf.plan import SAMPLE, plan_reward, read_shape, show_data, show_end, show_plan
-from rlhf.processes import is_main, sharded
+from rlhf.processes import gather, is_main, sharded, share
 from rlhf.reporting import console, plot_curves
 from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
 from rlhf.training import (
@@ -294,10 +294,10 @@ def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int, batch_s
     answers = [[closed(ids, eos_token_id) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs]
     texts = [(p.prompt_ids + a, p.prompt_ids + b) for p, (a, b) in zip(pairs, answers, strict=True)]
     if sharded():
-        scores = shared.score_pairs(texts, batch_size).T
+        scores = shared.score_pairs(texts, batch_size).T.tolist()
     else:
-        scores = torch.tensor(gather(shared.score_pairs(share(texts), batch_size).T.tolist()))
-    chosen, rejected = scores.double().numpy().T
+        scores = gather(shared.score_pairs(share(texts), batch_size).T.tolist())
+    chosen, rejected = np.array(scores).T
     tokens = np.array([[len(a), len(b)] for a, b in answers])
     turns = np.array([sum(role == "user" for role, _ in p.pair.turns) for p in pairs])
     return ScoredPairs(chosen, rejected, *tokens.T, turns)
