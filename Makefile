@@ -51,7 +51,7 @@ toys: $(BIN)/.installed
 	$(BIN)/python -m pytest tests/test_toys.py -m "slow or not slow"
 
 results: $(BIN)/.installed $(MODEL)/model.safetensors
-	$(BIN)/python benchmarks/results.py $(if $(DATA),--dataset $(DATA))
+	$(BIN)/python benchmarks/results.py $(if $(DATA),--dataset $(DATA)) $(RESULTS)
 
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/ppo_vs_trl.py

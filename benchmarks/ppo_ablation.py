@@ -1,4 +1,4 @@
-"""One PPO run of the ablation: PPO as it comes, or with one stabiliser taken away; its metrics go to a record.
+"""One PPO run of the ablation: the settings of `make results`, or these with one change; what came of it goes to a file.
 
     python benchmarks/ppo_ablation.py --variant no_kl_stop --seed 0 --dataset Dahoas/rm-static
 
@@ -21,7 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 import ppo_train  # noqa: E402
 from rlhf.cli import UserError, run  # noqa: E402
-from rlhf.reporting import console  # noqa: E402
+from rlhf.ppo_batch import NotFinite  # noqa: E402
+from rlhf.reporting import console, read_jsonl  # noqa: E402
 
 import torch  # noqa: E402
 
@@ -52,7 +53,7 @@ def unwhitened(stack: ExitStack) -> None:
 
 
 def uncentred(stack: ExitStack) -> None:
-    """Scores as they are, without SFT's mean taken off."""
+    """Scores without SFT's mean taken off."""
     set_advantages, token_values = ppo_train.set_advantages, ppo_train.token_values
     changes: dict[str, Callable] = {
         "set_advantages": lambda batch, kl_coef, _, config: set_advantages(batch, kl_coef, 0.0, config),
@@ -67,25 +68,25 @@ class Variant:
     patch: Callable[[ExitStack], None] | None = None
 
 
-NONE = 1e9  # a limit that is never met
 NEVER = 10**9
 # rm-static's texts are longer than the demo's, and its scores closer together: half a standard deviation for an end.
 PPO = {"max_prompt_length": 160, "response_length": 64, "missing_eos_penalty": 0.3, "num_printed_samples": 0}
 VARIANTS = {
-    "as_it_comes": Variant(),
+    "baseline": Variant(),
     "value_from_scratch": Variant(patch=value_from_scratch),
     "no_critic_warmup": Variant({"critic_warmup_updates": 0}),
     "advantages_not_whitened": Variant(patch=unwhitened),
-    "scores_not_centred_nor_clipped": Variant({"score_clip": NONE}, uncentred),
-    "fixed_kl_coef": Variant({"kl_controller": "fixed"}),
-    "no_kl_stop": Variant({"kl_stop": NONE}),
-    "missing_eos_penalty_1": Variant({"missing_eos_penalty": 1.0}),  # its default
+    "scores_not_centred": Variant(patch=uncentred),
+    "score_clip_1": Variant({"score_clip": 1.0}),  # the preset's 5 is never reached here
+    "kl_horizon_200": Variant({"kl_horizon": 200}),  # at the preset's 10,000 the coefficient stays within 1 % here
+    "no_kl_stop": Variant({"kl_stop": 1e9}),
+    "missing_eos_penalty_1": Variant({"missing_eos_penalty": 1.0}),  # ppo_train.py's default
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    variant: str = "as_it_comes"  # of VARIANTS
+    variant: str = "baseline"  # of VARIANTS
     seed: int = 0
     sft_checkpoint: str = "runs/results/sft_0"
     reward_checkpoint: str = "runs/results/reward_0"
@@ -93,26 +94,32 @@ class Config:
     dataset: str = "Dahoas/rm-static"
     total_episodes: int = 384
     max_eval_samples: int = 128  # held-out prompts
-    work: str = "runs/results/ppo"  # a folder a run
-    output: str = "runs/results/ppo/as_it_comes_0.json"  # the record
+    work: str = "runs/results/ppo_ablation"  # a folder VARIANT_SEED and a file VARIANT_SEED.json of each run
 
 
 def main(config: Config) -> None:
     if config.variant not in VARIANTS:
         raise UserError(f"--variant is one of {', '.join(VARIANTS)}")
-    work, output = Path(config.work), Path(config.output)
-    work.mkdir(parents=True, exist_ok=True)
-    folder = work / f"{config.variant}_{config.seed}"
-    found: dict[str, Any] = {"config": asdict(config) | {"dataset": Path(config.dataset).name}}
+    folder = Path(config.work) / f"{config.variant}_{config.seed}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         train(config, folder)
-        run_json = json.loads((folder / "run.json").read_text())
-        found |= {"metrics": run_json["metrics"], "seconds": run_json["seconds"]}
-    except UserError as error:  # it diverged, and that is a result
-        found["failed"] = str(error)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(found) + "\n")
+        found = trained(folder)
+    except NotFinite as error:  # that is a result, too
+        found = {"failed": str(error)}
+    settings = asdict(config) | {"dataset": Path(config.dataset).name}
+    output = folder.with_name(f"{folder.name}.json")
+    output.write_text(json.dumps({"config": settings, **found}, allow_nan=False) + "\n")
     console.print(f"Saved {output}.")
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """Of a finished run: its metrics, the rows of its looks at the held-out prompts, and each prompt's gains."""
+    samples = read_jsonl(folder / "samples.jsonl")
+    first, last = ([row for row in samples if row["update"] == at] for at in (0, samples[-1]["update"]))
+    gains = {name: [b[name] - a[name] for a, b in zip(first, last, strict=True)] for name in ("score", "gold_score")}
+    looks = [row for row in read_jsonl(folder / "metrics.jsonl") if "eval/kl" in row]
+    return {"metrics": json.loads((folder / "run.json").read_text())["metrics"], "gains": gains, "looks": looks}
 
 
 def train(config: Config, folder: Path) -> None:
@@ -121,7 +128,6 @@ def train(config: Config, folder: Path) -> None:
     settings = replace(
         ppo_train.PRESETS["demo"],
         **parents,
-        **PPO,
         dataset=config.dataset,
         total_episodes=config.total_episodes,
         max_eval_samples=config.max_eval_samples,
@@ -129,7 +135,7 @@ def train(config: Config, folder: Path) -> None:
         output_dir=str(folder),
         overwrite=True,
         seed=config.seed,
-        **variant.changes,
+        **(PPO | variant.changes),
     )
     with ExitStack() as stack:
         if variant.patch:

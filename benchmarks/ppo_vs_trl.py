@@ -272,10 +272,12 @@ def judge(config: Config, name: str, seed: int) -> ppo_train.Evaluation:
 
 
 def hardware() -> str:
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return f"{torch.get_num_threads()} threads, {names[0] if names else 'unknown CPU'}, torch {torch.__version__}"
+    return f"{torch.get_num_threads()} threads, {cpu()}, torch {torch.__version__}"
+
+
+def cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown CPU")
 
 
 def show(results: dict[str, Any]) -> None:

@@ -1,16 +1,16 @@
 """One reward model of the ablation: the recipe with one change, or TRL's stock trainer; what it gets right goes to a record.
 
-    python benchmarks/reward_ablation.py --variant recipe --seed 0 --sft-checkpoint runs/results/sft_0 \\
-        --dataset Dahoas/rm-static
+    python benchmarks/reward_ablation.py --variant recipe --seed 0 --dataset Dahoas/rm-static
 
 `make results` runs them all and makes the table. Every run trains on the same pairs, those of the first half of the
-dialogues, and is scored on the same test pairs and on the same validation pairs, training rows of the other half: choose
-a recipe by these, so that the test pairs still say what it is worth. Variants that reward_train.py has no flag for
-are made here, around it: what is not worth a flag is not in the script.
+dialogues, and is scored on the same test pairs and on the same validation pairs, training rows of the other half that no
+SFT model has seen: choose a recipe by these, so that the test pairs still say what it is worth. Variants that
+reward_train.py has no flag for are made here, around it: what is not worth a flag is not in the script.
 
 `averaged` is one model, the mean of the adapters of `head_zero`, runs that differ in seed but start from one head (WARM,
-2401.12187). `stock_epoch` is the `trl reward` command at its defaults, with the same LoRA on the same pairs, from the same
-SFT model merged into its base; `stock` is that for as long as `recipe` trained, at the pace of `stock_epoch`'s seed 0.
+2401.12187). `half` trains nothing: it scores a finished reward model, --reward-checkpoint. `stock_epoch` is the `trl reward`
+command at its defaults, with LoRA of the same rank but on all layers, on the same pairs, from the same SFT model merged into its
+base; `stock` is that for as long as `recipe` trained, at the pace of `stock_epoch`'s seed 0.
 """
 
 import json
@@ -70,42 +70,49 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Config:
-    variant: str = "recipe"  # of VARIANTS, or averaged, stock_epoch, stock
+    variant: str = "recipe"  # of VARIANTS, or averaged, half, stock_epoch, stock
     seed: int = 0
     sft_checkpoint: str = "runs/results/sft_0"
+    reward_checkpoint: str = "runs/results/reward_0"  # what `half` scores
     dataset: str = "Dahoas/rm-static"
     pairs: int = 1000  # the first so many training pairs of the first half
-    validation_pairs: int = 600  # the first so many of the second half
+    validation_pairs: int = 600  # the last so many of the second half
     max_length: int = 256  # tokens
-    work: str = "runs/results/reward"  # a folder a run
-    output: str = "runs/results/reward/recipe_0.json"  # the record
+    work: str = "runs/results/reward_ablation"  # a folder VARIANT_SEED and a file VARIANT_SEED.json of each run
 
 
 def recipe(config: Config) -> reward_train.Config:
     """The settings of a run: the demo's, but one epoch, and a higher learning rate."""
     variant = VARIANTS[config.variant]
     changes = {"learning_rate": 1e-3, "num_train_epochs": 1.0} | variant.changes
-    sft = str(Path(config.work) / "no_sft") if variant.without_sft else config.sft_checkpoint
-    sources = {"sft_checkpoint": sft, "dataset": config.dataset, "half": "first", "output_dir": str(folder(config))}
+    sources = {
+        "sft_checkpoint": config.sft_checkpoint,
+        "dataset": config.dataset,
+        "half": "first",
+        "output_dir": str(folder(config)),
+    }
     sizes = {"max_length": config.max_length, "max_train_samples": config.pairs, "max_eval_samples": None}
     return replace(reward_train.PRESETS["demo"], **sources, **sizes, overwrite=True, seed=config.seed, **changes)
 
 
 def main(config: Config) -> None:
-    if config.variant not in {*VARIANTS, *STOCK, "averaged"}:
-        raise UserError(f"--variant is one of {', '.join([*VARIANTS, 'averaged', *STOCK])}")
-    work, output = Path(config.work), Path(config.output)
-    work.mkdir(parents=True, exist_ok=True)
+    if config.variant not in {*VARIANTS, *STOCK, "averaged", "half"}:
+        raise UserError(f"--variant is one of {', '.join([*VARIANTS, 'averaged', 'half', *STOCK])}")
+    here = folder(config)
+    shutil.rmtree(here, ignore_errors=True)
     if config.variant in VARIANTS:
-        if VARIANTS[config.variant].without_sft:
-            blank_sft(config.sft_checkpoint, work / "no_sft")
         train(config)
     elif config.variant == "averaged":
-        average(config)
+        parts = [folder(config, "head_zero", seed) for seed in range(AVERAGED)]
+        judge_average(config, parts, sum(map(train_seconds, parts)))
+    elif config.variant == "half":
+        made = read_run(config.reward_checkpoint, "reward")
+        judge_average(config, [Path(config.reward_checkpoint)], train_seconds(Path(config.reward_checkpoint)))
+        config = replace(config, pairs=made["data"]["train_rows"])
     else:
         stock(config)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record(config)) + "\n")
+    output = here.with_name(f"{here.name}.json")
+    output.write_text(json.dumps(record(config), allow_nan=False) + "\n")
     console.print(f"Saved {output}.")
 
 
@@ -116,7 +123,8 @@ def folder(config: Config, variant: str | None = None, seed: int | None = None) 
 def record(config: Config) -> dict[str, Any]:
     """What the run got right, pair by pair (2 right, 1 a tie, 0 wrong), with its other numbers."""
     here = folder(config)
-    found = {"config": asdict(config) | {"dataset": Path(config.dataset).name}, "seconds": train_seconds(here)}
+    settings = asdict(config) | {"dataset": Path(config.dataset).name}
+    found: dict[str, Any] = {"config": settings, "pairs": config.pairs, "seconds": train_seconds(here)}
     for what in ("validation", "scores"):
         if (here / f"{what}.json").exists():
             pairs = read_scores(here / f"{what}.json")
@@ -131,7 +139,10 @@ def record(config: Config) -> dict[str, Any]:
 
 def train(config: Config) -> None:
     """reward_train.py with a variant's changes, and the scores of test and validation pairs beside its checkpoint."""
-    variant = VARIANTS[config.variant]
+    variant, here = VARIANTS[config.variant], folder(config)
+    blank = here.with_name(f"{here.name}.no_sft")
+    if variant.without_sft:
+        blank_sft(config.sft_checkpoint, blank)
 
     class Trainer(reward_train.Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -169,27 +180,25 @@ def train(config: Config) -> None:
     changes = {"Trainer": Trainer, "make_trainer": make_trainer, "write_evaluation": write_evaluation}
     changes["evaluate"] = evaluate
     with mock.patch.multiple(reward_train, **changes):
-        reward_train.main(recipe(config))
+        settings = recipe(config)
+        reward_train.main(replace(settings, sft_checkpoint=str(blank)) if variant.without_sft else settings)
+    shutil.rmtree(blank, ignore_errors=True)
 
 
 def blank_sft(folder: str, blank: Path) -> None:
     """The SFT checkpoint with LoRA B at 0: the base itself, in the place of an SFT model."""
-    if blank.exists():
-        return
-    partial = blank.with_name(f"{blank.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(folder, partial)
-    weights = partial / "adapter_model.safetensors"
+    shutil.rmtree(blank, ignore_errors=True)
+    shutil.copytree(folder, blank)
+    weights = blank / "adapter_model.safetensors"
     save_file({name: w * ("lora_B" not in name) for name, w in load_file(weights).items()}, weights, {"format": "pt"})
-    facts = json.loads((partial / "run.json").read_text()) | {"adapter_sha256": sha256(weights)}
-    (partial / "run.json").write_text(json.dumps(facts))
-    partial.rename(blank)
+    facts = json.loads((blank / "run.json").read_text()) | {"adapter_sha256": sha256(weights)}
+    (blank / "run.json").write_text(json.dumps(facts))
 
 
-def average(config: Config) -> None:
-    """The mean of the adapters and heads of `head_zero` over the seeds, as one reward model."""
+def judge_average(config: Config, folders: list[Path], seconds: float) -> None:
+    """Score the mean of these reward models' adapters and heads, as one reward model."""
     shared, form = open_base(config)
-    parts = [read_stacked(str(folder(config, "head_zero", seed)), shared) for seed in range(AVERAGED)]
+    parts = [read_stacked(str(part), shared) for part in folders]
     state = {
         key: torch.cat([part["state"][key] for part in parts], 1 if "lora_B" in key else 0)
         / (len(parts) if "lora_B" in key else 1)
@@ -203,6 +212,7 @@ def average(config: Config) -> None:
     save_validation(config, shared, form, here)
     tokens = tokenize_pairs(load_pairs(config.dataset, "test"), form, config.max_length, "test")
     save_scores(here / "scores.json", reward_train.score(shared, tokens, form.eos_token_id, 16))
+    (here / "run.json").write_text(json.dumps({"seconds": seconds}))
 
 
 def open_base(config: Config) -> tuple[SharedBase, PromptFormat]:
@@ -213,7 +223,7 @@ def open_base(config: Config) -> tuple[SharedBase, PromptFormat]:
 
 
 def save_validation(config: Config, shared: SharedBase, form: PromptFormat, folder: Path) -> None:
-    pairs = load_pairs(config.dataset, "train", config.validation_pairs, "second")
+    pairs = load_pairs(config.dataset, "train", None, "second")[-config.validation_pairs :]
     tokens = tokenize_pairs(pairs, form, config.max_length, "validation")
     save_scores(folder / "validation.json", reward_train.score(shared, tokens, form.eos_token_id, 16))
 
@@ -231,55 +241,51 @@ def read_scores(path: Path) -> ScoredPairs:
 
 def stock(config: Config) -> None:
     """Train and score TRL's stock reward model."""
-    work = Path(config.work)
+    here = folder(config)
+    sources = here.with_name(f"{here.name}.sources")  # the merged SFT model and the pairs
+    shutil.rmtree(sources, ignore_errors=True)
     tokenizer = load_tokenizer(config.sft_checkpoint)
     form = PromptFormat(read_run(config.sft_checkpoint, "sft")["prompt_format"], tokenizer)
-    if not (work / "merged").exists():
-        model = AutoPeftModelForCausalLM.from_pretrained(config.sft_checkpoint, dtype=torch.float32)
-        model.merge_and_unload().to(torch.bfloat16).save_pretrained(work / "merged.partial")
-        tokenizer.save_pretrained(work / "merged.partial")
-        (work / "merged.partial").rename(work / "merged")
-    if not (work / "pairs").exists():
-        write_texts(config, form)
-    steps = []
+    model = AutoPeftModelForCausalLM.from_pretrained(config.sft_checkpoint, dtype=torch.float32)
+    model.merge_and_unload().to(torch.bfloat16).save_pretrained(sources / "merged")
+    tokenizer.save_pretrained(sources / "merged")
+    pairs = write_texts(config, form, sources / "pairs")
+    steps = math.ceil(pairs / 8)
     if config.variant == "stock":
         whole = json.loads((folder(config, "stock_epoch", 0) / "run.json").read_text())
-        limit = train_seconds(folder(config, "recipe")) / whole["seconds"] * whole["steps"]
-        steps = ["--max_steps", str(max(1, round(limit)))]
-    stock_run(config, form, steps)
+        steps = max(1, round(train_seconds(folder(config, "recipe")) / whole["seconds"] * whole["steps"]))
+    stock_run(config, form, sources, steps)
+    shutil.rmtree(sources)
 
 
-def write_texts(config: Config, form: PromptFormat) -> None:
-    """The pairs as the stock command takes them: the very tokens of ours, as text."""
-    partial = Path(config.work) / "pairs.partial"
-    partial.mkdir(exist_ok=True)
+def write_texts(config: Config, form: PromptFormat, folder: Path) -> int:
+    """The pairs as the stock command takes them: the very tokens of ours, as text. Returns their number."""
+    folder.mkdir()
     pairs = load_pairs(config.dataset, "train", config.pairs, "first")
     rows = []
     for p in tokenize_pairs(pairs, form, config.max_length, "train"):
         answers = [ids[:-1] if ids[-1] == form.eos_token_id else ids for ids in (p.chosen_ids, p.rejected_ids)]
         chosen, rejected = (form.tokenizer.decode(p.prompt_ids + ids) for ids in answers)
         rows.append(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
-    (partial / "train.jsonl").write_text("".join(rows))
-    partial.rename(Path(config.work) / "pairs")
+    (folder / "train.jsonl").write_text("".join(rows))
+    return len(rows)
 
 
-def stock_run(config: Config, form: PromptFormat, more: list[str]) -> None:
+def stock_run(config: Config, form: PromptFormat, sources: Path, steps: int) -> None:
     here = folder(config)
     log = here.with_suffix(".log")
     command = [
-        *[str(Path(sys.executable).with_name("trl")), "reward", "--model_name_or_path", f"{config.work}/merged"],
-        *["--dataset_name", f"{config.work}/pairs", "--output_dir", str(here), "--num_train_epochs", "1"],
+        *[str(Path(sys.executable).with_name("trl")), "reward", "--model_name_or_path", f"{sources}/merged"],
+        *["--dataset_name", f"{sources}/pairs", "--output_dir", str(here), "--max_steps", str(steps)],
         *["--use_peft", "--lora_r", "16", "--lora_alpha", "32", "--lora_target_modules", "all-linear"],
         *["--lora_task_type", "SEQ_CLS", "--save_strategy", "no", "--gradient_checkpointing", "False"],
-        *["--report_to", "none", "--seed", str(config.seed), *more],
+        *["--report_to", "none", "--seed", str(config.seed)],
         *(["--use_cpu", "True"] if device().type == "cpu" else []),
     ]
     with log.open("w") as file:
         if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode:
             raise UserError(f"the stock trainer failed; see {log}")
     seconds = float(re.findall(r"'train_runtime': '?([\d.e+]+)", log.read_text())[-1])
-    pairs = len((Path(config.work) / "pairs" / "train.jsonl").read_text().splitlines())
-    steps = int(more[1]) if more else math.ceil(pairs / 8)
     (here / "run.json").write_text(json.dumps({"seconds": seconds, "steps": steps}))
     save_scores(here / "scores.json", stock_scores(config, form, here))
 

@@ -71,7 +71,7 @@ class State:
             self.save()
         if kind is NotFinite:
             state = next(iter(states(self.folder)), "none")
-            raise UserError(f"update {self.update + 1}: {error}; the last good state is {state}") from None
+            raise NotFinite(f"update {self.update + 1}: {error}; the last good state is {state}") from None
 
     def done(self, update: int, kl_coef: float) -> None:
         """Note that an update is whole; save it when it is time to."""
