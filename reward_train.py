@@ -73,7 +73,7 @@ class Config:
     max_eval_samples: int | None = 2000  # the first so many test rows; None: all
 
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in; adapter and head are fp32
-    gradient_checkpointing: bool = True  # about a third slower, several times less activation memory
+    gradient_checkpointing: bool = False  # about a third slower, several times less activation memory
     lora_rank: int = 16  # of the adapter on all linear layers
     lora_alpha: int = 32  # LoRA is scaled by alpha / rank
     role_layers: int = 14  # upper layers that get the adapter; 0: all
@@ -98,7 +98,6 @@ PRESETS = {
         dataset="demo/data",
         output_dir="runs/demo/reward",
         max_length=192,
-        gradient_checkpointing=False,
         role_layers=15,
         learning_rate=5e-4,
         num_train_epochs=2.0,
@@ -181,7 +180,9 @@ def main(config: Config) -> None:
                 metrics={name: value for name, value in metrics.items() if not isinstance(value, list)},
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
-    console.print(f"Next: {next_command('ppo_train.py', sft=config.sft_checkpoint, reward=config.output_dir)}")
+    role = "gold" if config.half == "second" else "reward"
+    phases = {"sft": config.sft_checkpoint, role: config.output_dir}
+    console.print(f"Next: {next_command('ppo_train.py', config.dataset, **phases)}")
 
 
 def closed(ids: list[int], eos_token_id: int) -> list[int]:
@@ -214,9 +215,7 @@ def dry_run(config: Config, base, form, pairs, sft) -> None:
     show_data("training pairs", len(pairs), lengths)
     console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {effective_batch(config)} pairs")
     plan = plan_reward(read_shape(base, config.dtype), config, sft["hyperparameters"]["lora_rank"], max(lengths))
-    show_plan(
-        plan, config.card_gb, "--per-device-train-batch-size or --max-length, and turn on --gradient-checkpointing"
-    )
+    show_plan(plan, config)
     show_end()
 
 

@@ -87,13 +87,14 @@ def main(config: Config) -> None:
     console.print("A 12 GB card at the scripts' defaults (a plan: nothing here ran on a GPU):")
     facts = read_run(str(WORK / "sft"), "sft")["base"]
     shape = read_shape(facts, "auto")
-    for name, plan in (
-        ("sft_train.py", plan_sft(shape, sft_train.Config(), 512)),
-        ("reward_train.py", plan_reward(shape, reward_train.Config(), 16, 512 + 128)),
-        ("ppo_train.py", plan_ppo(shape, ppo_train.Config(), 16, 16, 14, 384)),
+    sft, reward, ppo = sft_train.Config(), reward_train.Config(), ppo_train.Config()
+    for name, script, plan in (
+        ("sft_train.py", sft, plan_sft(shape, sft, 512)),
+        ("reward_train.py", reward, plan_reward(shape, reward, 16, 512 + 128)),
+        ("ppo_train.py", ppo, plan_ppo(shape, ppo, 16, 16, 14, 384)),
     ):
         console.print(name)
-        show_plan(plan, 12.0, "the batch sizes")
+        show_plan(plan, script)
 
 
 # ---------------------------------------------------------------- model and data
@@ -162,6 +163,7 @@ def measure(phase: str) -> None:
     """Run one script for one step under the count; writes PHASE.json."""
     quiet_libraries()
     shared = {"dataset": str(WORK / "data"), "output_dir": str(WORK / phase), "overwrite": True, "dtype": "bf16"}
+    shared["gradient_checkpointing"] = True
     step = {
         "max_steps": 2,
         "max_eval_samples": 2,
@@ -170,7 +172,8 @@ def measure(phase: str) -> None:
     }
     sft = {"sft_checkpoint": str(WORK / "sft")}
     if phase == "sft":
-        script, config = sft_train, replace(sft_train.Config(), base_model=str(WORK / "model"), **shared, **step)
+        base = {"base_model": str(WORK / "model"), "per_device_train_batch_size": 1}
+        script, config = sft_train, replace(sft_train.Config(), **base, **shared, **step)
     elif phase == "reward":
         script, config = reward_train, replace(reward_train.Config(), **sft, **shared, **step)
     else:

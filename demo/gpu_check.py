@@ -17,13 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "gpu-check"
 SFT, REWARD, PPO = (str(RUNS / phase) for phase in ("sft", "reward", "ppo"))
 STEPS = {
-    "sft_train.py": ["--output-dir", SFT, "--load-in-4bit", "--gradient-checkpointing", "--max-steps", "20"],
+    "sft_train.py": ["--output-dir", SFT, "--load-in-4bit", "--max-steps", "20"],
     "reward_train.py": [
-        *["--sft-checkpoint", SFT, "--output-dir", REWARD, "--gradient-checkpointing"],
+        *["--sft-checkpoint", SFT, "--output-dir", REWARD],
         *["--max-steps", "20", "--max-eval-samples", "40"],
     ],
     "ppo_train.py": [
-        *["--sft-checkpoint", SFT, "--reward-checkpoint", REWARD, "--output-dir", PPO, "--gradient-checkpointing"],
+        *["--sft-checkpoint", SFT, "--reward-checkpoint", REWARD, "--output-dir", PPO],
         *["--max-steps", "3", "--max-eval-samples", "16"],
     ],
     "compare_outputs.py": [

@@ -1,4 +1,4 @@
-"""What two or more of the training scripts share, one topic a module."""
+"""What the scripts are made of, one topic a module."""
 
 import logging
 import os

@@ -241,7 +241,7 @@ def check_child(run: dict[str, Any], folder: str, parent: dict[str, Any], parent
     if run["prompt_format"] != parent["prompt_format"]:
         raise UserError(
             f"{folder} was trained with another prompt format ({run['prompt_format']}) than {parent_folder} "
-            f"({parent['prompt_format']}): train both with the same --prompt-format"
+            f"({parent['prompt_format']}): train it again from that one"
         )
     check_same_base(run, folder, parent["base"])
     if run.get("parents", {}).get("sft") != parent["adapter_sha256"]:
@@ -270,6 +270,10 @@ def check_other_pairs(gold: dict[str, Any], folder: str, reward: dict[str, Any],
         raise UserError(
             f"{folder} is no judge of its own: it may have trained on the pairs of {reward_folder}; train one with "
             "`python reward_train.py --half first` and the other with --half second"
+        )
+    if theirs.get("votes") and ours.get("votes"):
+        raise UserError(
+            f"{folder} and {reward_folder} were both trained with --extra-data: leave it out of one of them"
         )
 
 

@@ -1,6 +1,7 @@
 """How a script reads its hyperparameters and how it fails: one clear line, exit code 2, no traceback."""
 
 import argparse
+import dataclasses
 import errno
 import math
 import os
@@ -15,7 +16,10 @@ from typing import Any, TypeVar
 import tyro
 
 Config = TypeVar("Config")
-SIZES = ("per_device_train_batch_size", "rollout_batch_size", "batch_size", "max_length", "lora_rank")  # take memory
+SIZES = (  # fields that take memory
+    *("per_device_train_batch_size", "rollout_batch_size", "batch_size", "max_length", "max_prompt_length"),
+    *("response_length", "max_new_tokens", "lora_rank"),
+)
 
 
 class UserError(Exception):
@@ -32,10 +36,12 @@ def parse(config_class: type[Config], presets: dict[str, Config], doc: str, args
     Unknown and abbreviated flags exit with code 2. Help texts are the comments beside the fields.
     """
     preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    preset.add_argument("--preset", choices=sorted(presets), default=None)
+    description = doc.strip().splitlines()[0]
+    if presets:
+        preset.add_argument("--preset", choices=sorted(presets), default=None)
+        description += f" (--preset {{{','.join(presets)}}}: the small values of this file)"
     chosen, rest = preset.parse_known_args(args)
-    default = presets[chosen.preset] if chosen.preset else config_class()
-    description = f"{doc.strip().splitlines()[0]} (--preset {{{','.join(presets)}}}: the small values of this file)"
+    default = presets[chosen.preset] if presets and chosen.preset else config_class()
     return tyro.cli(config_class, default=default, args=rest, description=description)
 
 
@@ -58,8 +64,7 @@ def run(main: Callable[[Config], None], config_class: type[Config], presets: dic
             later = "then --resume goes on from the last state" if hasattr(config, "resume") else "nothing was replaced"
             fail(f"the disk is full: free some space or choose another --output-dir; {later}")
         if is_out_of_memory(error):
-            sizes = [flag(name) for name in SIZES if hasattr(config, name)]
-            fail(f"the memory ran out ({one_line(error)}): lower {' or '.join(sizes)}")
+            fail(f"the memory ran out ({one_line(error)}): {less_memory(config)}")
         raise
     except KeyboardInterrupt:
         later = "; --resume goes on from the last state, if there was one" if hasattr(config, "resume") else ""
@@ -72,13 +77,24 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def next_command(script: str, **checkpoints: str) -> str:
-    """The command of the next phase, with the flags that lead it to these checkpoints (phase=folder)."""
-    if all(folder == f"checkpoints/{phase}" for phase, folder in checkpoints.items()):
-        return f"python {script}"
-    if all(folder == f"runs/demo/{phase}" for phase, folder in checkpoints.items()):
-        return f"python {script} --preset demo"
+def less_memory(config: Any) -> str:
+    """Which flags of the script to turn when memory runs out."""
+    names = {field.name for field in dataclasses.fields(config)}
+    off = [
+        flag(name) for name in ("gradient_checkpointing", "load_in_4bit") if name in names and not vars(config)[name]
+    ]
+    lower = "lower " + " or ".join(flag(name) for name in SIZES if name in names)
+    return f"{lower}, or add {' or '.join(off)}" if off else lower
+
+
+def next_command(script: str, dataset: str, **checkpoints: str) -> str:
+    """The command of the next phase, with the flags that lead it to these checkpoints (phase=folder) and this data set."""
+    for start, root, data in (("", "checkpoints", "Dahoas/rm-static"), (" --preset demo", "runs/demo", "demo/data")):
+        usual = all(phase != "gold" and folder == f"{root}/{phase}" for phase, folder in checkpoints.items())
+        if usual and dataset == data:
+            return f"python {script}{start}"
     named = [f"--{phase}-checkpoint {shlex.quote(folder)}" for phase, folder in checkpoints.items()]
+    named += [] if dataset == "Dahoas/rm-static" else [f"--dataset {shlex.quote(dataset)}"]
     return f"python {script} {' '.join(named)}"
 
 

@@ -69,7 +69,7 @@ class Config:
 def main(config: Config) -> None:
     started = time.monotonic()
     check_output(config.output_dir, config.overwrite, config.checkpoint, config.base_model)
-    made = read_run(config.checkpoint, phase_of(config.checkpoint))
+    made = read_run(config.checkpoint, phase_of(config.checkpoint), "the first argument")
     base = same_base(made, config.checkpoint, config.base_model)
     form = load_format(config.checkpoint, made)
     source = base_folder(base)

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens straight from hidden states, without ever holding their logits."""
+"""Log-probabilities of chosen tokens straight from hidden states, holding a chunk of their logits at a time."""
 
 from typing import NamedTuple
 

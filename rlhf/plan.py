@@ -8,7 +8,7 @@ backward pass. Bytes are of tensors; a card needs some 0.5 GB more for the drive
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.cli import UserError
+from rlhf.cli import UserError, less_memory
 from rlhf.data import load_pairs, tokenize_prompts
 from rlhf.generation import PREFILL
 from rlhf.hub import hub_errors
@@ -67,14 +67,18 @@ class Shape:
         role_layers = role_layers or self.layers
         return a_and_b * (self.layers * sft_rank + role_layers * role_rank) * self.width
 
-    def backward(self, rows: int, tokens: int, layers: int, rank: int, checkpointing: bool) -> float:
+    def backward(
+        self, rows: int, tokens: int, layers: int, rank: int, checkpointing: bool, masked: bool = False
+    ) -> float:
         """Most held at once between forward and the end of backward of `rows` texts through `layers` layers.
 
         What a layer keeps is what rlhf/layers.py keeps; checkpointed layers keep their input, and one is at work.
+        `masked`: the attention has a mask of its own, as for pairs; a fused kernel then keeps k and v once for each query head.
         """
         n, q, kv = rows * tokens, self.heads * self.head_dim, self.kv_heads * self.head_dim
         # Both norms' inputs, q, k, v, the attention's output (twice where a fused kernel keeps its own), gate and up.
-        numbers = 2 * self.hidden + (3 if self.fused_attention else 2) * q + 2 * kv + 2 * self.intermediate + 7 * rank
+        k_and_v = 2 * (q if masked and self.fused_attention else kv)
+        numbers = 2 * self.hidden + (3 if self.fused_attention else 2) * q + k_and_v + 2 * self.intermediate + 7 * rank
         kept = n * (numbers * self.width + 8)  # 8: both norms' scales
         layers = layers or self.layers
         standing = layers * n * self.hidden * self.width + kept if checkpointing else layers * kept
@@ -144,7 +148,7 @@ def plan_reward(shape: Shape, config: Any, sft_rank: int, longest: int) -> Bytes
     """`longest`: tokens of the longest pair, the prompt counted once."""
     rows, weights = config.per_device_train_batch_size, shape.lora(config.lora_rank, config.role_layers)
     rank = sft_rank + config.lora_rank
-    kept = shape.backward(rows, longest, config.role_layers, rank, config.gradient_checkpointing)
+    kept = shape.backward(rows, longest, config.role_layers, rank, config.gradient_checkpointing, masked=True)
     stacks = shape.stacks(sft_rank, config.lora_rank, config.role_layers)
     return trained(shape, shape.lora(sft_rank, 0) + weights, stacks, weights, kept)
 
@@ -201,20 +205,21 @@ def trained(shape: Shape, adapters: int, stacks: float, trainable: int, activati
 # ---------------------------------------------------------------- the report
 
 
-def show_plan(plan: Bytes, card_gb: float, lower: str) -> None:
-    """Print a plan, and whether a card of `card_gb` GB has room for it; else which flags to `lower`."""
+def show_plan(plan: Bytes, config: Any) -> None:
+    """Print a plan, and whether a card of `config.card_gb` GB has room for it; else which flags of the script to turn."""
     table = Table(title="Memory plan: worked out, not measured")
     table.add_column("owner")
     table.add_column("GB", justify="right")
     for owner in OWNERS:
         table.add_row(owner, f"{plan.get(owner, 0) / 1e9:.2f}")
-    total, room = sum(plan.values()) / 1e9, card_gb * (1 - CARD_OVERHEAD)
+    total, room = sum(plan.values()) / 1e9, config.card_gb * (1 - CARD_OVERHEAD)
     table.add_row("all tensors", f"{total:.2f}")
     console.print(table)
     if total <= room:
-        console.print(f"It fits a card of {card_gb:g} GB: {room:.1f} GB of it are for tensors.")
+        console.print(f"It fits a card of {config.card_gb:g} GB: {room:.1f} GB of it are for tensors.")
     else:
-        console.print(f"It does not fit a card of {card_gb:g} GB: {room:.1f} GB of it are for tensors. Lower {lower}.")
+        console.print(f"It does not fit a card of {config.card_gb:g} GB: {room:.1f} GB of it are for tensors.")
+        console.print(f"To make it smaller, {less_memory(config)}.")
 
 
 def show_data(what: str, rows: int, sample: list[int]) -> None:
@@ -249,7 +254,5 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     }
     gold = adapters.get("gold", (0, 1))
     plan = plan_ppo(shape, config, adapters["sft"][0], *adapters["reward"], max(map(len, prompts)), gold)
-    show_plan(
-        plan, config.card_gb, "--rollout-batch-size (KV cache), --response-length or --per-device-train-batch-size"
-    )
+    show_plan(plan, config)
     show_end()

@@ -24,9 +24,9 @@ from rlhf.reporting import console
 from accelerate.utils import gather_object
 
 MANIFEST = "manifest.json"
-HARMLESS = LOGGING | {  # what may change on the way: places, as what is there is hashed, and how long it goes on
-    *("base_model", "revision", "dataset", "sft_checkpoint", "reward_checkpoint", "gold_checkpoint"),
-    *("max_steps", "num_train_epochs", "total_episodes", "eval_steps"),
+HARMLESS = LOGGING | {  # may change on the way: places, as what is there is hashed, how long it goes on, what it keeps
+    *("base_model", "revision", "dataset", "extra_data", "sft_checkpoint", "reward_checkpoint", "gold_checkpoint"),
+    *("max_steps", "num_train_epochs", "total_episodes", "eval_steps", "gradient_checkpointing"),
 }
 MAX_FACTS = 1 << 26  # bytes of facts.json; a thousand held-out responses have about a million
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoints import check_same
-from rlhf.cli import UserError, check_above_zero, check_at_least_one, check_between, check_tracker
+from rlhf.cli import UserError, check_above_zero, check_at_least_one, check_between, check_tracker, flag
 from rlhf.processes import agree, is_main, num_processes, part, sharded, this_process, wait, whole
 from rlhf.reporting import TrainerLog, read_jsonl
 from rlhf.resume import (
@@ -52,7 +52,9 @@ def num_steps(config: Any, rows: int) -> int:
     """Optimizer steps of a run. Raises UserError when the rows do not fill one."""
     batch = effective_batch(config)
     if rows < batch:
-        raise UserError(f"{rows} training rows do not fill one batch of {batch}: lower --gradient-accumulation-steps")
+        names = "per_device_train_batch_size", "gradient_accumulation_steps"
+        lower = " or ".join(flag(name) for name in names if getattr(config, name) > 1) or "the number of processes"
+        raise UserError(f"{rows} training rows do not fill one batch of {batch}: lower {lower}")
     return config.max_steps or math.ceil(rows / batch * config.num_train_epochs)
 
 
@@ -121,9 +123,11 @@ def check_ppo_numbers(config: Any) -> None:
     check_between(config, 0, math.inf, "value_learning_rate", "kl_coef", "missing_eos_penalty")
     check_between(config, 0, math.inf, "warmup_updates", "critic_warmup_updates", "num_printed_samples")
     if config.total_episodes % config.batch_size:
+        parts = [config.per_device_train_batch_size, config.gradient_accumulation_steps, config.num_mini_batches]
+        parts += [f"{num_processes()} processes"] if num_processes() > 1 else []
         raise UserError(
             f"--total-episodes {config.total_episodes} is not a multiple of an update's {config.batch_size} episodes "
-            f"({config.per_device_train_batch_size} x {config.gradient_accumulation_steps} x {config.num_mini_batches})"
+            f"({' x '.join(map(str, parts))})"
         )
 
 

@@ -388,10 +388,15 @@ def test_overwrite_replaces_the_earlier_result(call_main, trained, tmp_path):
 
 
 def test_the_next_command_leads_to_what_was_just_made():
-    assert next_command("ppo_train.py", sft="checkpoints/sft", reward="checkpoints/reward") == "python ppo_train.py"
-    assert next_command("reward_train.py", sft="runs/demo/sft") == "python reward_train.py --preset demo"
-    mixed = next_command("ppo_train.py", sft="checkpoints/sft", reward="my runs/r")
+    hub, usual = "Dahoas/rm-static", {"sft": "checkpoints/sft", "reward": "checkpoints/reward"}
+    assert next_command("ppo_train.py", hub, **usual) == "python ppo_train.py"
+    assert next_command("reward_train.py", "demo/data", sft="runs/demo/sft") == "python reward_train.py --preset demo"
+    mixed = next_command("ppo_train.py", hub, sft="checkpoints/sft", reward="my runs/r")
     assert mixed == "python ppo_train.py --sft-checkpoint checkpoints/sft --reward-checkpoint 'my runs/r'"
+    own = next_command("reward_train.py", "my pairs.jsonl", sft="checkpoints/sft")
+    assert own == "python reward_train.py --sft-checkpoint checkpoints/sft --dataset 'my pairs.jsonl'"
+    judge = next_command("ppo_train.py", hub, sft="checkpoints/sft", gold="checkpoints/gold")
+    assert judge == "python ppo_train.py --sft-checkpoint checkpoints/sft --gold-checkpoint checkpoints/gold"
 
 
 # ---------------------------------------------------------------- PPO

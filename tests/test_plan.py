@@ -37,6 +37,8 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
     kept = 10 * (101 * 2 + 8)
     assert shape().backward(1, 10, 0, rank=3, checkpointing=False) == 2 * kept + work
     assert shape().backward(1, 10, 0, rank=3, checkpointing=True) == 2 * 10 * 8 * 2 + kept + work
+    # A fused kernel with a mask keeps k and v once for each of the two query heads.
+    assert shape().backward(1, 10, 0, rank=3, checkpointing=False, masked=True) == 2 * 10 * (109 * 2 + 8) + work
     # Without a fused kernel one output of the attention less is kept, and its 3 matrices [2 heads, 40, 40] are larger.
     plain = shape(fused_attention=False).backward(1, 40, 0, rank=3, checkpointing=False)
     assert plain == 2 * 40 * ((101 - 8) * 2 + 8) + 3 * 2 * 40**2 * 2
@@ -60,7 +62,7 @@ def test_what_is_lowered_lowers_the_plan(phase):
 
     lowered = {
         "sft": [{"per_device_train_batch_size": 1}, {"lora_rank": 8}],
-        "ppo": [{"rollout_batch_size": 8}, {"lora_rank": 8}],
+        "ppo": [{"per_device_train_batch_size": 2}, {"gradient_checkpointing": True}, {"lora_rank": 8}],
     }[phase]
     assert 2.2e9 < total() < 11e9  # the base alone is 2.2 GB; a 12 GB card
     for changes in lowered:
@@ -85,4 +87,4 @@ def test_a_dry_run_tells_and_touches_nothing(script, trained, tiny_model, tiny_d
     assert "It fits a card of 4 GB" in result.stdout
     assert not (tmp_path / "out").exists()
     small = call_main(script, [*map(str, flags), "--card-gb", "0.0001"])
-    assert "does not fit" in small.stdout and "Lower --" in small.stdout
+    assert "does not fit" in small.stdout and "lower --per-device" in small.stdout

@@ -1,0 +1,118 @@
+"""What docs/results.md says, from records made by hand."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import results  # noqa: E402
+import results_page as page  # noqa: E402
+
+REPORT = ROOT / "docs" / "results.json"
+
+
+def answers(ppo, sft, ppo_tokens=(9, 9, 9, 9), ended=(True, True, True, True)):
+    return {
+        "PPO": {"score": ppo, "tokens": ppo_tokens, "ended": ended},
+        "SFT": {"score": sft, "tokens": (9, 8, 7, 6), "ended": (True, True, True, False)},
+    }
+
+
+def rounded(value):
+    """All numbers in it to nine digits."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value
+
+
+def test_an_interval_is_of_the_difference_and_resamples_seeds_too():
+    same = np.array([[1.0, 0.0, 1.0, 1.0]])
+    found = page.interval("accuracy", same, 1 - same)
+    assert found["accuracy"] == 0.5 and found["accuracy_low"] < 0.5 < found["accuracy_high"]
+    constant = np.array([[0.2] * 4, [0.6] * 4])  # pairs do not matter, the seed does: 0.2, 0.4 or 0.6
+    assert page.interval("x", constant) == pytest.approx({"x": 0.4, "x_low": 0.2, "x_high": 0.6})
+
+
+def test_wins_count_ties_half_and_both_must_have_ended():
+    one, two = answers((1, 1, 1, 1), (0, 0, 0, 2)), answers((1, 0, 0, 1), (0, 0, 0, 0), ended=(True, False, True, True))
+    found = page.win_summary([one, two])
+    assert (found["seeds"], found["prompts"], found["win_rate"]) == (2, 4, (3 + 2 + 2 * 0.5) / 8)
+    assert found["both_ended"] == 5  # three of the first, prompts 0 and 2 of the second
+    assert found["win_rate_where_both_ended"] == (3 + 1 + 0.5) / 5
+
+
+def test_a_variant_is_held_against_the_baseline_of_its_own_seed():
+    def run(gains):
+        numbers = dict.fromkeys(("ppo_kl", "ppo_response_length", "ppo_eos_rate", "ppo_entropy"), 1.0)
+        settings = {"total_episodes": 8, "max_eval_samples": 2}
+        return {"metrics": numbers, "gains": {"score": gains, "gold_score": gains}, "config": settings}
+
+    records = {
+        "ppo_baseline_0": run([1.0, 2.0]),
+        "ppo_baseline_1": run([5.0, 6.0]),
+        "ppo_no_kl_stop_1": run([4.0, 6.0]),
+    }
+    records["ppo_value_from_scratch_0"] = {"failed": "scores not finite"}
+    rows = page.ablation_summary(records)["variants"]
+    assert rows["baseline"]["score_gains"] == [1.5, 5.5]
+    assert rows["no_kl_stop"]["score_above_baseline"] == -0.5  # of seed 1
+    assert rows["value_from_scratch"] == {"failed": ["scores not finite"], "seeds": 0}
+    text = "\n".join(page.ablation_part(page.ablation_summary(records)))
+    assert "value_from_scratch (scores not finite)" in text and "| no_kl_stop | 5.00 | -0.50 (" in text
+
+
+def test_what_a_step_needs_comes_before_it_and_what_is_gone_is_made_again(tmp_path):
+    config = results.Config(work=str(tmp_path), only="compare_1")
+    every = [step.name for step in results.steps(config)]
+    for step in results.steps(config):
+        assert all(every.index(need) < every.index(step.name) for need in step.needs)
+    shown = {step.name: step.command for step in results.steps(config)}
+    names = [step.name for step in results.to_do(config, shown)]
+    assert names == ["sft_1", "reward_1", "gold_1", "ppo_1", "compare_1"]
+    (tmp_path / "records").mkdir()
+    for step in results.steps(config):
+        (tmp_path / step.folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "records" / f"{step.name}.json").write_text(json.dumps({"command": shown[step.name]}))
+    assert results.to_do(config, shown) == []
+    assert [step.name for step in results.to_do(config, shown | {"compare_1": "another"})] == ["compare_1"]
+
+
+def test_steps_side_by_side_wait_for_those_they_need(monkeypatch):
+    done = []
+    config = results.Config(jobs=3)
+
+    def do(_, step, shown):
+        assert set(step.needs) <= set(done), step.name
+        done.append(step.name)
+
+    monkeypatch.setattr(results, "do", do)
+    todo = results.steps(config)
+    results.do_all(config, todo, {step.name: "" for step in todo})
+    assert sorted(done) == sorted(step.name for step in todo)
+
+
+def test_the_page_is_made_of_any_part_of_the_records():
+    """What is committed is what the records say; and with any step not done yet there is a page, too."""
+    report = json.loads(REPORT.read_text())
+    records = report["records"]
+    assert rounded(page.summary(records)) == rounded(report["summary"])
+    plots = [name for name in page.PLOTS.values() if (ROOT / "docs" / name).exists()]
+    assert page.markdown(report, plots) == (ROOT / "docs" / "results.md").read_text()
+    names = list(records)
+    for left in [*([name] for name in names), *(names[i:] for i in range(len(names)))]:
+        fewer = {name: record for name, record in records.items() if name not in left}
+        text = page.markdown(report | {"records": fewer, "summary": page.summary(fewer)}, plots)
+        assert "nan" not in re.findall(r"[a-z]+", text.split("## How it was made")[0])
+
+
+def test_no_place_of_a_machine_is_shown():
+    assert not re.search(r"[\" ]/(tmp|home|root|work|mnt|data)/", REPORT.read_text())
+    config = results.Config(dataset="/home/me/rm-static", base_model="/home/me/m", work="/home/me/w")
+    assert results.public(config) == {"dataset": "path/to/rm-static", "base_model": "path/to/m", "work": "path/to/w"}
