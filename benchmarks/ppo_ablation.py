@@ -130,6 +130,7 @@ def train(config: Config, folder: Path) -> None:
         **parents,
         dataset=config.dataset,
         total_episodes=config.total_episodes,
+        max_train_samples=4096,
         max_eval_samples=config.max_eval_samples,
         eval_steps=NEVER,  # but before and after
         output_dir=str(folder),

@@ -38,8 +38,17 @@ from ppo_vs_trl import cpu  # noqa: E402
 from results_page import ABLATION_SEEDS, PERCENTILES, PLOTS, SEEDS  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-REWARD = {"max_length": 256, "num_train_epochs": 1, "learning_rate": 1e-3}
-PROMPTS = 480  # held-out prompts of the win rates at most
+# Sizes that the slice of 4,119 training and 480 test rows has, so that the whole data set does not take days.
+SFT = {"max_length": 256, "max_train_samples": 1500, "max_eval_samples": 480}
+REWARD = {
+    "max_length": 256,
+    "max_train_samples": 2048,
+    "max_eval_samples": 480,
+    "num_train_epochs": 1,
+    "learning_rate": 1e-3,
+}
+PPO = {"max_train_samples": 4096, "max_eval_samples": 128, "total_episodes": 1536}
+PROMPTS = 480  # held-out prompts of the win rates
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ def steps(config: Config) -> list[Step]:
     for seed in SEEDS:
         sft, reward, gold, ppo = f"sft_{seed}", f"reward_{seed}", f"gold_{seed}", f"ppo_{seed}"
         command = f"sft_train.py --preset demo {data} --seed {seed} --overwrite --base-model {shlex.quote(config.base_model)} "
-        command += f"--max-length 256 --max-train-samples 1500 --output-dir {work}/{sft}"
+        command += f"{flags(SFT)} --output-dir {work}/{sft}"
         todo.append(Step(sft, sft, 20, command, trained))
         # Seeds that differ, else both would start from the same head and LoRA A, and share what that makes of a text.
         for name, half, own in ((reward, "first", seed), (gold, "second", seed + 1)):
@@ -79,7 +88,7 @@ def steps(config: Config) -> list[Step]:
             todo.append(Step(name, name, 25, command, trained, (sft,)))
         command = f"ppo_train.py --preset demo {data} --seed {seed} --overwrite --sft-checkpoint {work}/{sft} "
         command += f"--reward-checkpoint {work}/{reward} --gold-checkpoint {work}/{gold} {flags(ppo_ablation.PPO)} "
-        command += f"--total-episodes 1536 --max-eval-samples 128 --output-dir {work}/{ppo}"
+        command += f"{flags(PPO)} --output-dir {work}/{ppo}"
         todo.append(Step(ppo, ppo, 60, command, ppo_ablation.trained, (sft, reward, gold)))
         judged = f"compare_outputs.py --preset demo --sft-checkpoint {work}/{sft} --reward-checkpoint {work}/{gold} "
         judged += f"--ppo-checkpoint {work}/{ppo} --max-prompt-length 160 --temperature 0.7 --batch-size 16 --show 0 "

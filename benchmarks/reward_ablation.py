@@ -77,6 +77,7 @@ class Config:
     dataset: str = "Dahoas/rm-static"
     pairs: int = 1000  # the first so many training pairs of the first half
     validation_pairs: int = 600  # the last so many of the second half
+    test_pairs: int = 480  # at most
     max_length: int = 256  # tokens
     work: str = "runs/results/reward_ablation"  # a folder VARIANT_SEED and a file VARIANT_SEED.json of each run
 
@@ -91,7 +92,7 @@ def recipe(config: Config) -> reward_train.Config:
         "half": "first",
         "output_dir": str(folder(config)),
     }
-    sizes = {"max_length": config.max_length, "max_train_samples": config.pairs, "max_eval_samples": None}
+    sizes = {"max_length": config.max_length, "max_train_samples": config.pairs, "max_eval_samples": config.test_pairs}
     return replace(reward_train.PRESETS["demo"], **sources, **sizes, overwrite=True, seed=config.seed, **changes)
 
 
@@ -210,7 +211,7 @@ def judge_average(config: Config, folders: list[Path], seconds: float) -> None:
     here = folder(config)
     here.mkdir(exist_ok=True)
     save_validation(config, shared, form, here)
-    tokens = tokenize_pairs(load_pairs(config.dataset, "test"), form, config.max_length, "test")
+    tokens = tokenize_pairs(load_pairs(config.dataset, "test", config.test_pairs), form, config.max_length, "test")
     save_scores(here / "scores.json", reward_train.score(shared, tokens, form.eos_token_id, 16))
     (here / "run.json").write_text(json.dumps({"seconds": seconds}))
 
@@ -296,7 +297,7 @@ def stock_scores(config: Config, form: PromptFormat, folder: Path) -> ScoredPair
     model = AutoPeftModelForSequenceClassification.from_pretrained(
         folder, num_labels=1, pad_token_id=form.pad_token_id, dtype=torch.float32
     ).eval()
-    pairs = tokenize_pairs(load_pairs(config.dataset, "test"), form, config.max_length, "test")
+    pairs = tokenize_pairs(load_pairs(config.dataset, "test", config.test_pairs), form, config.max_length, "test")
     eos, scores = form.eos_token_id, []
     answers = [[reward_train.closed(ids, eos) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs]
     for start in range(0, len(pairs), 8):

@@ -447,15 +447,15 @@ def tokenize_pairs(pairs: list[Pair], form: PromptFormat, max_length: int, what:
     """Tokenise pairs to at most `max_length` tokens, prompt and response together.
 
     A response gets at most half of `max_length` and is cut at its end; the prompt gets what the longer response leaves,
-    and is cut from the left at a turn boundary. Pairs that cutting makes identical are dropped and reported.
+    and is cut from the left at a turn boundary. Pairs that cutting makes identical are dropped; both are reported.
     """
     drops: Counter[str] = Counter()
-    tokenized = []
+    tokenized, room, cut = [], max_length // 2 - 1, 0  # and one for EOS
     for pair in pairs:
         answers = []
         for text in (pair.chosen, pair.rejected):
             ids = form.response_ids(text)
-            room = max_length // 2 - 1  # and one for EOS
+            cut += len(ids) > room
             answers.append(ids[:room] if len(ids) > room else [*ids, form.eos_token_id])
         try:
             prompt_ids = tokenize_prompt(pair.turns, form, max_length - 1 - max(map(len, answers)))
@@ -468,6 +468,8 @@ def tokenize_pairs(pairs: list[Pair], form: PromptFormat, max_length: int, what:
         tokenized.append(TokenPair(pair, prompt_ids, *answers))
     if drops:
         report_drops(what, len(tokenized), drops)
+    if cut:
+        print(f"{what}: {cut} of {2 * len(pairs)} responses cut to {room} tokens, half of --max-length")
     if not tokenized:
         raise UserError(f"no pair of {what} fits into {max_length} tokens: raise --max-length")
     return tokenized

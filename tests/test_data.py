@@ -478,7 +478,8 @@ def test_pairs_that_cutting_makes_identical_are_dropped(form, capsys):
     same = "the very same start of an answer, for many tokens on end, and then "
     pair = Pair(ONE.turns, same * 3 + "good", same * 3 + "bad")
     assert [tokens.pair for tokens in tokenize_pairs([pair, ONE], form, 64, "train")] == [ONE]
-    assert "1 identical after cutting" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 identical after cutting" in said and "train: 2 of 4 responses cut to 31 tokens" in said
 
 
 @pytest.mark.parametrize("max_length", [48, 63, 64, 65, 200])
