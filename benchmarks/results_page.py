@@ -184,7 +184,7 @@ def headlines(report: dict[str, Any]) -> list[str]:
         runs = [records[f"ppo_{seed}"]["metrics"] for seed in finished(records, "ppo")]
         score, gold, kl = (span(runs, key) for key in ("score_gain", "gold_gain", "ppo_kl"))
         lines.append(
-            f"PPO, {seeds(wins)}, each with its own SFT, reward and gold model: its answers win against SFT's on "
+            f"PPO, {seeds(wins)}, every one with SFT, reward and gold models of its own: its answers win against SFT's on "
             f"{percent(wins, 'win_rate')} of {wins['prompts']} held-out prompts by the gold models, which learned from other pairs "
             f"(at equal length {percent(wins, 'at_equal_length')}). Gains: score {score}, gold score {gold}; KL {kl} nats; length "
             f"{span(runs, 'sft_response_length', '.0f')} tokens before, {span(runs, 'ppo_response_length', '.0f')} after."
