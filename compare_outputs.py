@@ -57,7 +57,7 @@ class Config:
     output_dir: str = "reports"  # folder of compare.md, compare.html and compare.json
     overwrite: bool = False  # replace what is there of these three
 
-    prompts: str | None = None  # a text file, a prompt a line, or rows like the data set's (.jsonl, .csv, ...); None: PROMPTS
+    prompts: str | None = None  # a text file, a prompt a line, or rows as in the data set (.jsonl, .csv); None: PROMPTS
     num_test_prompts: int = 0  # the first so many rows of the test split of `dataset`; 0: use `prompts`
     dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
     show: int = 8  # prompts printed; the files hold all
