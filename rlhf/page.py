@@ -106,9 +106,9 @@ def number(value: Any) -> float | None:
 # ---------------------------------------------------------------- what was compared, and how it was trained
 
 
-def name_of(place: str) -> str:
+def name_of(place: Any) -> Any:
     """A hub name as it is, of a local folder or file the last part: where it lies is nobody else's business."""
-    return Path(place).name if os.path.exists(place) else place
+    return Path(place).name if isinstance(place, str) and os.path.exists(place) else place
 
 
 def facts(report: dict[str, Any]) -> dict[str, str]:
