@@ -96,13 +96,13 @@ def warnings(sft: Evaluation, ppo: Evaluation) -> list[str]:
 
 
 def penalty_warnings(sft: Evaluation, penalty: float) -> list[str]:
-    """Of a penalty for a missing EOS that outweighs what the scores differ by: PPO then learns little but to end early."""
+    """Of a penalty for a missing EOS that outweighs what the scores differ by: PPO may then learn little but to end early."""
     spread, m = sft.scores.std().item() if len(sft.scores) > 1 else 0.0, sft.means()
     if penalty <= spread or m["eos_rate"] >= 0.9:
         return []
     return [
         f"--missing-eos-penalty {penalty:g} is more than a standard deviation of SFT's scores ({spread:.2f}), and "
-        f"{1 - m['eos_rate']:.0%} of its responses have no EOS: PPO will shorten them before it makes them better; "
+        f"{1 - m['eos_rate']:.0%} of its responses have no EOS: PPO may shorten them and learn little else; "
         "try half a standard deviation, or a longer --response-length"
     ]
 
