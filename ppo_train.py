@@ -325,9 +325,8 @@ def backward(
     stats: dict[str, float] = {}
     for micro in minibatch if train_policy else []:
         logprobs, _ = token_logprobs(shared, "policy", micro, config.temperature)
-        if (
-            check and "micro-batch" not in shared.rows_that_fit
-        ):  # in smaller micro-batches than it was measured in, rounding alone moves it
+        # In smaller micro-batches than it was measured in, rounding alone moves the ratio.
+        if check and "micro-batch" not in shared.rows_that_fit:
             check_ratio(logprobs, micro.logprobs)
         losses, parts = policy_loss(logprobs, micro.logprobs, micro.advantages, micro.response_mask, config.cliprange)
         scaler.scale(losses.sum() / tokens).backward()
