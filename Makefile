@@ -12,7 +12,7 @@
 # make bench-train   SFT and reward training beside the stock `trl sft` and `trl reward`, on Dahoas/rm-static
 # make bench-3b   memory by owner with Llama-3.2-3B's shapes and random weights
 # make bench-merge   64 greedy tokens of base and adapter beside those of their merge, on the demo's PPO checkpoint
-# make bench-export  memory and time of exporting a checkpoint of that shape
+# make bench-export  memory and time of exporting a checkpoint of Llama-3.2-3B's shape
 .PHONY: demo feedback-demo test torture soak toys lint gpu-check results bench bench-growth bench-train bench-3b bench-merge
 .PHONY: bench-export
 .DELETE_ON_ERROR:

@@ -197,6 +197,8 @@ def check_reports(config: Config) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {folder} cannot be made ({error.strerror}): choose another") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output-dir {folder} cannot be written to: choose another")
 
 
 def model_titles(base_model: str, runs: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -23,7 +23,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf.checkpoints import check_output, is_finished, output_folder, read_parents
+from rlhf.checkpoints import check_apart, check_output, is_finished, output_folder, read_parents
 from rlhf.cli import next_command, run
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
 from rlhf.generation import Response, Seed, generate
@@ -474,6 +474,7 @@ def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tupl
     """The shared base with its four roles, and what identifies the base."""
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
+    check_apart(config.output_dir, base["model"])
     set_seed(config.seed)
     model = load_base(base, dtype, form.pad_token_id)
     shared = SharedBase(model, config.sft_checkpoint, dtype)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.checkpoints import check_child, check_output, is_finished, output_folder, read_run, write_run
+from rlhf.checkpoints import check_apart, check_child, check_output, is_finished, output_folder, read_run, write_run
 from rlhf.cli import UserError, check_at_least_one, check_between, next_command, run
 from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, tokenize_pairs
 from rlhf.decoder import lay_out_pairs, unpad
@@ -124,6 +124,7 @@ def main(config: Config) -> None:
     started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
+    check_apart(config.output_dir, base["model"])
     form = load_format(config.sft_checkpoint, sft)
 
     # 1. Tokenise both responses of each pair.
@@ -286,7 +287,7 @@ def evaluate(
 
 
 def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int, batch_size: int) -> ScoredPairs:
-    """Scores of the test pairs, with what else the evaluation looks at. Each process reads its share of them.
+    """Scores of pairs, with what else the evaluation looks at. Each process reads its share of them.
 
     Of a base that is sharded all processes read each text together.
     """

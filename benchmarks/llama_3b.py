@@ -160,7 +160,7 @@ def write_data(folder: Path, tokenizer: str) -> None:
 
 
 def measure(phase: str) -> None:
-    """Run one script for one step under the count; writes PHASE.json."""
+    """Run one script for two steps, or one PPO update, under the count; writes PHASE.json."""
     quiet_libraries()
     shared = {"dataset": str(WORK / "data"), "output_dir": str(WORK / phase), "overwrite": True, "dtype": "bf16"}
     shared["gradient_checkpointing"] = True

@@ -155,7 +155,7 @@ def markdown(report: dict[str, Any], plots: list[str]) -> str:
 def header(report: dict[str, Any]) -> list[str]:
     return [
         "# Does it learn?",
-        f"SmolLM2-135M-Instruct on rm-static ({report['dataset']}), on a CPU, made by `make results`; every number is in "
+        f"SmolLM2-135M-Instruct on {report['dataset']}, on a CPU, made by `make results`; every number is in "
         "[results.json](results.json). Intervals are 95 %, by bootstrap over seeds and prompts or pairs; those over two or "
         "three seeds are rather too narrow.",
         "\n".join(f"- {line}" for line in headlines(report)),
@@ -169,9 +169,10 @@ def headlines(report: dict[str, Any]) -> list[str]:
     if "half" in variants:
         half = variants["half"]
         lines.append(
-            f"Reward models of half the pairs ({half['pairs']:.0f}, {seeds(half)}): test accuracy {share(half, 'accuracy')}; "
-            f'"the longer response wins" gets {found["reward"]["longer_wins"]:.3f} on the same '
-            f"{found['reward']['test_pairs']} pairs, a difference of {signed(half, 'above_longer_wins', '.3f')}."
+            f"Reward models of half the pairs ({half['pairs']:.0f}, {seeds(half)}): accuracy {share(half, 'accuracy')} on "
+            f'{found["reward"]["test_pairs"]} test pairs, {signed(half, "above_longer_wins", ".3f")} above "the longer response wins", '
+            f"and {share(half, 'validation_accuracy')} on {found['reward']['validation_pairs']} validation pairs, "
+            f"{signed(half, 'validation_above_longer_wins', '.3f')} above it."
         )
     if "stock" in variants:
         recipe, stock = variants["recipe"], variants["stock"]
@@ -372,7 +373,7 @@ def sample_part(shown: list[dict[str, Any]]) -> list[str]:
 def how_part(report: dict[str, Any]) -> list[str]:
     records = report["records"]
     rows = [
-        (name, f"{r['minutes']:.0f}", str(r["threads"] or ""), r["commit"][:9], f"`python {r['command']}`")
+        (name, f"{r['minutes']:.0f}", str(r["threads"] or ""), (r["commit"] or "")[:9], f"`python {r['command']}`")
         for name, r in records.items()
     ]
     left = [name for name in report["steps"] if name not in records]

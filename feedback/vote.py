@@ -1,6 +1,6 @@
 """Blind votes: a local page shows a prompt and two answers without names; what people prefer goes to a file.
 
-    python compare_outputs.py --prompts my_prompts.txt --temperature 0.7
+    python compare_outputs.py --prompts my_prompts.txt --temperature 0.7 --overwrite
     python -m feedback.vote
     python reward_train.py --extra-data feedback/votes.jsonl
 

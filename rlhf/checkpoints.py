@@ -28,6 +28,7 @@ import torch
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 SCRIPTS = {"sft": "sft_train.py", "reward": "reward_train.py", "ppo": "ppo_train.py"}
+RUN_FACTS = {"phase": str, "base": dict, "prompt_format": str, "adapter_sha256": str, "hyperparameters": dict}
 BASE_FACTS = {
     "model": str,
     "revision": str | None,
@@ -53,9 +54,10 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
     blocked = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
     if blocked:
         raise UserError(f"--output-dir {folder}: {blocked} is a file; name a folder")
-    for source in filter(None, inputs):
-        if Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
-            raise UserError(f"--output-dir {folder} holds {source}, which this run reads: choose another")
+    parent = next((p for p in path.absolute().parents if p.exists()), path)
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"--output-dir {folder}: {parent} cannot be written to; choose another")
+    check_apart(folder, *inputs)
     if resume or overwrite:
         return
     if path.is_dir() and any(path.iterdir()):
@@ -64,6 +66,13 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
         raise UserError(
             f"{partial_of(path)} holds a run that was cut short: add --resume to go on, or --overwrite to start anew"
         )
+
+
+def check_apart(folder: str, *inputs: str | None) -> None:
+    """Raise UserError if the output folder, which may be replaced, is or holds one of `inputs`."""
+    for source in filter(None, inputs):
+        if Path(source).exists() and Path(source).resolve().is_relative_to(Path(folder).resolve()):
+            raise UserError(f"--output-dir {folder} holds {source}, which this run reads: choose another")
 
 
 def partial_of(folder: Path) -> Path:
@@ -84,7 +93,9 @@ def output_folder(folder: str, resume: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-    except PermissionError as error:
+    except OSError as error:
+        if is_disk_full(error):
+            raise
         raise UserError(f"--output-dir {folder} cannot be made ({one_line(error)}): choose another") from None
     wait()
     try:
@@ -135,7 +146,11 @@ def look_for_run(config: Any) -> bool:
         if folder == final and final.is_dir() and any(final.iterdir()):
             raise UserError(f"--resume: {final} holds no run of this script: choose another --output-dir")
         return False
-    theirs = json.loads((folder / "run.json").read_text(encoding="utf-8"))["hyperparameters"]
+    try:
+        theirs = json.loads((folder / "run.json").read_text(encoding="utf-8"))["hyperparameters"]
+        theirs.items()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder / 'run.json'} is damaged ({error}): train that phase again") from None
     check_same(theirs, dataclasses.asdict(config), LOGGING, f"{final} is finished, and")
     put_in_place(final)
     console.print(f"{final} is finished: there is nothing to resume.")
@@ -201,7 +216,7 @@ def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]
         if path.stat().st_size > MAX_RUN_JSON:
             raise ValueError("it is larger than 1 MiB")
         run = json.loads(path.read_text(encoding="utf-8"))
-        for key, kind in {"phase": str, "base": dict, "prompt_format": str, "adapter_sha256": str}.items():
+        for key, kind in RUN_FACTS.items():
             if not isinstance(run[key], kind):
                 raise ValueError(f"{key} is not a {kind.__name__}")
         if not isinstance(run.get("parents", {}), dict):

@@ -78,13 +78,14 @@ def flag(name: str) -> str:
 
 
 def less_memory(config: Any) -> str:
-    """Which flags of the script to turn when memory runs out."""
+    """What to do when memory runs out: which flags of the script to turn, if it has such."""
     names = {field.name for field in dataclasses.fields(config)}
     off = [
         flag(name) for name in ("gradient_checkpointing", "load_in_4bit") if name in names and not vars(config)[name]
     ]
-    lower = "lower " + " or ".join(flag(name) for name in SIZES if name in names)
-    return f"{lower}, or add {' or '.join(off)}" if off else lower
+    lower = " or ".join(flag(name) for name in SIZES if name in names)
+    advice = [*([f"lower {lower}"] if lower else []), *([f"add {' or '.join(off)}"] if off else [])]
+    return ", or ".join(advice) or "free some memory"
 
 
 def next_command(script: str, dataset: str, **checkpoints: str) -> str:

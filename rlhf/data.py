@@ -20,6 +20,7 @@ from typing import Any
 
 from rlhf.cli import UserError
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -185,7 +186,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file ({error})") from None
 
 
@@ -196,7 +197,10 @@ class open_text:
     """`open` for UTF-8 text; bytes that are not UTF-8 raise UserError naming the file."""
 
     def __init__(self, path: Path, newline: str | None = None):
-        self.path, self.file = path, path.open(encoding="utf-8-sig", newline=newline)
+        try:
+            self.path, self.file = path, path.open(encoding="utf-8-sig", newline=newline)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from None
 
     def __enter__(self):
         return self.file
@@ -383,7 +387,10 @@ class PromptFormat:
         if self.name == "hh":
             return hh_prompt(turns)
         messages = [{"role": role, "content": text} for role, text in turns]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # it may want no system turn, or roles that alternate
+            raise BadRow(f"the base's chat template refuses it ({error})") from None
 
     def prompt_ids(self, turns: Iterable[tuple[str, str]]) -> list[int]:
         """Token ids of a prompt, with exactly one BOS if the tokenizer uses one."""

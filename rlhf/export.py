@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.checkpoints import check_output, output_folder, read_run
+from rlhf.checkpoints import check_apart, check_output, output_folder, read_run
 from rlhf.cli import UserError, run
 from rlhf.data import ASSISTANT, PromptFormat
 from rlhf.decoder import check_layers
@@ -71,6 +71,7 @@ def main(config: Config) -> None:
     check_output(config.output_dir, config.overwrite, config.checkpoint, config.base_model)
     made = read_run(config.checkpoint, phase_of(config.checkpoint), "the first argument")
     base = same_base(made, config.checkpoint, config.base_model)
+    check_apart(config.output_dir, base["model"])
     form = load_format(config.checkpoint, made)
     source = base_folder(base)
     weights, adapter = Weights(source), Adapter(config.checkpoint)
@@ -157,11 +158,11 @@ class Adapter:
 
     def get(self, name: str) -> tuple[Tensor, Tensor] | None:
         """A [r, in] and B [out, r] in float32, the scaling in B; None where the adapter is not."""
-        key = f"base_model.model.{name.removesuffix('.weight')}"
+        module = name.removesuffix(".weight")
+        key = f"base_model.model.{module}"
         if f"{key}.lora_A.weight" not in self.state:
             return None
         a, b = (self.state[f"{key}.lora_{x}.weight"].float() for x in "AB")
-        module = name.removesuffix(".weight")
         pattern = get_pattern_key(self.config.alpha_pattern, module)
         return a, b * (self.config.alpha_pattern.get(pattern, self.config.lora_alpha) / len(a))
 

@@ -17,12 +17,11 @@ from rlhf.cli import UserError, one_line
 from rlhf.data import PromptFormat
 from rlhf.decoder import Decoder, Texts, check_layers, lay_out, lay_out_pairs
 from rlhf.hub import hub_errors
-from rlhf.processes import is_main, sharded, whole
+from rlhf.processes import is_main, sharded, this_process, whole
 from rlhf.reporting import console
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
@@ -173,7 +172,7 @@ def load_base(base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_
     With `with_head` it is a sequence classification model whose one-number head is a `ScalarHead`. One that will be
     sharded stays in its file, which torch maps into memory: accelerate deals the first process's weights out.
     """
-    device = PartialState().device
+    device = this_process().device
     options: dict[str, Any] = {"dtype": dtype, "revision": base["revision"], "use_safetensors": True}
     if base["load_in_4bit"]:
         check_4bit(device)
@@ -239,7 +238,7 @@ class SharedBase:
 
     def __init__(self, model: PreTrainedModel, folder: str, dtype: torch.dtype):
         self.dtype = dtype
-        self.device = PartialState().device
+        self.device = this_process().device
         self.num_layers = self.first_role_layer = len(model.get_decoder().layers)
         self.heads: dict[str, ScalarHead] = {}
         self.rows_that_fit: dict[str, int] = {}  # in a "rollout" or a "micro-batch", once more have run out of memory

@@ -95,8 +95,8 @@ class Log:
                 numbers["gold_score"] = result.gold_scores[i].item()
             self.samples.write({"update": update, **text, **numbers, "ended_by": response.ended_by})
             if i < self.num_printed_samples:
-                self.bar.console.print(f"  > {plain(text['prompt'][-160:])}", markup=False)
-                self.bar.console.print(f"    {plain(text['response'])}", markup=False)
+                self.bar.console.print(f"  > {plain(text['prompt'][-160:])}")
+                self.bar.console.print(f"    {plain(text['response'])}")
                 self.bar.console.print(f"    score {numbers['score']:.2f}, kl {numbers['kl']:.2f}")
 
 

@@ -34,6 +34,11 @@ def sharded() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
+def place() -> dict[str, Any]:
+    """What a state fits only if it is the same again: with other processes a step has other rows, FSDP's files are others."""
+    return ({"processes": num_processes()} if num_processes() > 1 else {}) | ({"fsdp": True} if sharded() else {})
+
+
 def whole(weight: Tensor) -> Tensor:
     """A weight of which this process may hold a part. All processes call it."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight

@@ -17,7 +17,9 @@ from transformers import TrainerCallback
 ENDINGS = {"eos": "ended by EOS", "stop_text": "ended by the next Human: turn", "length": "cut at the length limit"}
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 
-console = Console(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")  # one process talks
+console = Console(
+    highlight=False, markup=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0"
+)  # one process talks
 
 
 def plain(text: str) -> str:
@@ -49,10 +51,11 @@ class JsonLines:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:  # splitlines would also split at U+2028 within a text
+        return [json.loads(line) for line in file]
 
 
-def progress(console: Console = console) -> Progress:
+def progress() -> Progress:
     """A progress bar with the time gone and the time left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(

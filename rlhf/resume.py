@@ -134,7 +134,7 @@ def look_for_state(folder: Path) -> Path | None:
         aside = path.with_suffix(".damaged")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
-        console.print(f"warning: {path} is damaged ({why}); it is skipped, and kept as {aside.name}", markup=False)
+        console.print(f"warning: {path} is damaged ({why}); it is skipped, and kept as {aside.name}")
     return None
 
 

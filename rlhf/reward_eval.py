@@ -60,7 +60,6 @@ def judge(pairs: ScoredPairs) -> dict[str, Any]:
     low, high = wilson_interval(right.sum(), len(right))
     above_low, above_high = mean_interval(right - longer)
     numbers = {
-        "eval_pairs": len(right),
         "eval_accuracy": right.mean(),
         "eval_accuracy_low": low,
         "eval_accuracy_high": high,

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.checkpoints import check_same
 from rlhf.cli import UserError, check_above_zero, check_at_least_one, check_between, check_tracker, flag
-from rlhf.processes import agree, is_main, num_processes, part, sharded, this_process, wait, whole
+from rlhf.processes import agree, is_main, num_processes, part, place, sharded, this_process, wait, whole
 from rlhf.reporting import TrainerLog, read_jsonl
 from rlhf.resume import (
     HARMLESS,
@@ -55,7 +55,10 @@ def num_steps(config: Any, rows: int) -> int:
         names = "per_device_train_batch_size", "gradient_accumulation_steps"
         lower = " or ".join(flag(name) for name in names if getattr(config, name) > 1) or "the number of processes"
         raise UserError(f"{rows} training rows do not fill one batch of {batch}: lower {lower}")
-    return config.max_steps or math.ceil(rows / batch * config.num_train_epochs)
+    side_by_side = config.per_device_train_batch_size * num_processes()
+    batches = rows // side_by_side if num_processes() > 1 else math.ceil(rows / side_by_side)
+    epoch = math.ceil(batches / config.gradient_accumulation_steps)  # as the Trainer counts
+    return config.max_steps or math.ceil(epoch * config.num_train_epochs)
 
 
 def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) -> dict[str, Any]:
@@ -177,7 +180,7 @@ class Resumable(Trainer):
         Raises:
             UserError: the run began with other settings or inputs.
         """
-        inputs = inputs | ({"fsdp": True} if sharded() else {})  # its optimizer states are other files
+        inputs = inputs | place()
         self.config, self.folder, self.inputs, self.lines = config, folder, inputs, TrainerLog(folder, name)
         self.at_hand, position = [], 0
         self.resumed = newest_state(folder) if config.resume else None

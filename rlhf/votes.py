@@ -63,11 +63,8 @@ def read_votes(path: Path) -> tuple[dict[str, Vote], int]:
     """
     votes: dict[str, Vote] = {}
     undone = 0
-    try:
-        with open_text(path) as file:
-            lines = file.read().split("\n")
-    except OSError as error:
-        raise UserError(f"votes at {path} cannot be read ({error.strerror})") from None
+    with open_text(path) as file:
+        lines = file.read().split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

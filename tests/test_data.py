@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from pathlib import Path
 
 from reward_train import both_responses
 from rlhf.cli import UserError
@@ -382,6 +383,31 @@ def test_the_models_own_template_is_used_and_kept(tokenizer):
     assert tokenizer.decode(form.response_ids("Hello!")) == "Hello!"
     assert form.stop_text is None
     assert tokenizer.chat_template == CHATML
+
+
+def test_a_dialogue_that_the_models_template_refuses_is_dropped(tokenizer, capsys):
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
+    )
+    form = PromptFormat("model", tokenizer)
+    pair = Pair((("system", "Be brief."), ("user", "Hi")), "b", "c")
+    kept = tokenize_pairs([pair, ONE], form, 100, "train")
+    assert [tokens.pair for tokens in kept] == [ONE]
+    assert "1 the base's chat template refuses it (no system turn)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"train{suffix}"
+    path.write_text("")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", refuse)
+    with pytest.raises(UserError, match=r"train\.\w+ .*Permission denied"):
+        load_pairs(str(path), "train")
 
 
 def test_special_tokens_in_the_data_are_plain_text(form):

@@ -131,6 +131,46 @@ def test_an_output_folder_that_is_an_input(call_main, trained, tmp_path):
     assert_one_line(result.returncode, result.stderr, "--output-dir", sft)
 
 
+@pytest.mark.parametrize("script", ["reward_train", "ppo_train", "rlhf.export"])
+def test_an_output_folder_that_is_the_base(call_main, trained, tiny_model, tiny_data, flags, tmp_path, script):
+    """The base that a checkpoint names is an input too."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    for phase in ("sft", "reward"):
+        shutil.copytree(getattr(trained, phase), tmp_path / phase)
+        run = json.loads((tmp_path / phase / "run.json").read_text())
+        run["base"]["model"] = str(model)
+        (tmp_path / phase / "run.json").write_text(json.dumps(run))
+    before = snapshot(tmp_path)
+    sft, reward = ["--sft-checkpoint", tmp_path / "sft"], ["--reward-checkpoint", tmp_path / "reward"]
+    argv = {
+        "reward_train": [*flags["reward_train"], *sft, "--output-dir", model],
+        "ppo_train": [*sft, *reward, "--dataset", tiny_data, "--output-dir", model],
+        "rlhf.export": [tmp_path / "sft", model],
+    }[script]
+    result = call_main(script, [*argv, "--overwrite"])
+    assert_one_line(result.returncode, result.stderr, "which this run reads", model)
+    assert snapshot(tmp_path) == before
+
+
+def test_an_output_folder_that_cannot_be_written_to(call_main, trained, flags, tmp_path, monkeypatch):
+    """Asked before any work; of a read-only disk only making the folder tells."""
+    folder = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+        result = call_main("sft_train", [*flags["sft_train"], "--output-dir", folder])
+        assert_one_line(result.returncode, result.stderr, "--output-dir", tmp_path)
+        patch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+        result = call_main("compare_outputs", ["--sft-checkpoint", trained.sft, "--output-dir", folder])
+        assert_one_line(result.returncode, result.stderr, "--output-dir", folder)
+
+    def read_only(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    result = call_main("sft_train", [*flags["sft_train"], "--output-dir", tmp_path / "other"])
+    assert_one_line(result.returncode, result.stderr, "--output-dir", "Read-only file system")
+
+
 @pytest.mark.parametrize(
     "error",
     [

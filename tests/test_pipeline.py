@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+from pathlib import Path
 
 import ppo_train
 import reward_train
@@ -426,7 +427,7 @@ def test_the_loop_of_ppo_fits_a_screen_and_the_file_is_short():
     assert len(source.splitlines()) <= 500
 
 
-def test_commands_of_the_readme_parse_and_its_files_exist():
+def test_commands_of_the_readme_and_of_the_benchmark_parse(monkeypatch):
     readme = (ROOT / "README.md").read_text()
     commands = re.findall(r"^(?:\.venv/bin/)?python (\w+)\.py((?: [^#\n]+)?)", readme, re.M)
     assert {script for script, _ in commands} >= set(SCRIPTS)
@@ -434,6 +435,12 @@ def test_commands_of_the_readme_parse_and_its_files_exist():
         if script in SCRIPTS and "--help" not in flags:
             module = importlib.import_module(script)
             parse(module.Config, module.PRESETS, module.__doc__, shlex.split(flags))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench = importlib.import_module("train_vs_trl")
+    for phase in ("sft", "reward"):
+        _, script, *flags = bench.ours(bench.Config(), phase)
+        module = importlib.import_module(Path(script).stem)
+        parse(module.Config, module.PRESETS, module.__doc__, flags)
     for path in re.findall(r"\]\(([\w./-]+)\)", readme):
         assert (ROOT / path).exists(), path
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))

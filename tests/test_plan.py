@@ -3,9 +3,13 @@
 import dataclasses
 import importlib
 
+import sft_train
 from rlhf.plan import Shape, plan_ppo, plan_sft
+from rlhf.training import num_steps
 
 import pytest
+import torch
+from transformers import Trainer, TrainingArguments
 
 # Two layers, hidden 8, MLP 16, 2 heads of 4 with one key head; bf16. The seven maps:
 # 8x8, 8x4, 8x4, 8x8, 8x16, 8x16, 16x8 = 576 weights a layer; in + out = 16 + 12 + 12 + 16 + 24 + 24 + 24 = 128.
@@ -67,6 +71,22 @@ def test_what_is_lowered_lowers_the_plan(phase):
     assert 2.2e9 < total() < 11e9  # the base alone is 2.2 GB; a 12 GB card
     for changes in lowered:
         assert total(**changes) < total()
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "processes", "steps"),
+    [(24, 1, 1, 6), (25, 2, 1, 14), (25, 0.5, 1, 4), (25, 1, 2, 3), (27, 3, 2, 9), (100, 1.5, 2, 20)],
+)
+def test_steps_are_those_that_the_trainer_makes(tmp_path, monkeypatch, rows, epochs, processes, steps):
+    """Batches of 2, two of them a step, on each process: transformers counts whole steps an epoch."""
+    monkeypatch.setattr("rlhf.training.num_processes", lambda: processes)
+    config = sft_train.Config(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=epochs)
+    assert num_steps(config, rows) == steps
+    loader = torch.utils.data.DataLoader(range(rows // processes), 2, drop_last=processes > 1)
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": epochs}
+    arguments = TrainingArguments(str(tmp_path), **options, use_cpu=True)
+    trainer = Trainer(torch.nn.Linear(1, 1), arguments)
+    assert trainer.set_initial_training_values(arguments, loader)[-1] == steps
 
 
 @pytest.mark.parametrize("script", ["sft_train", "reward_train", "ppo_train"])

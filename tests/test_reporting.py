@@ -1,9 +1,32 @@
 """Numbers with their intervals, and how varied texts are."""
 
-from rlhf.reporting import at_equal_length, distinct_2, mean_interval, repeated_3grams, wilson_interval
+from rlhf.reporting import (
+    JsonLines,
+    at_equal_length,
+    console,
+    distinct_2,
+    mean_interval,
+    read_jsonl,
+    repeated_3grams,
+    wilson_interval,
+)
 
 import numpy as np
 import pytest
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    rows = [{"text": "a\u2028b\x85c\n\td"}, {"score": 1.5}]
+    lines = JsonLines(tmp_path / "rows.jsonl")
+    for row in rows:
+        lines.write(row)
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+
+
+@pytest.mark.parametrize("text", ["Saved runs/[v2]/x.", "data[/old]/x"])
+def test_a_path_is_shown_as_it_is(text, capsys):
+    console.print(text)
+    assert capsys.readouterr().out == f"{text}\n"
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,22 @@ def test_a_variant_is_held_against_the_baseline_of_its_own_seed():
     assert "value_from_scratch (scores not finite)" in text and "| no_kl_stop | 5.00 | -0.50 (" in text
 
 
+def test_a_reward_model_is_held_against_length_on_test_and_validation_pairs():
+    def part(right, longer):
+        keys = ("length_balanced_accuracy", "eval_loss", "calibration_error", "score_length_correlation")
+        return dict.fromkeys(keys, 0.5) | {"right": right, "longer": longer, "eval_pairs": len(right)}
+
+    one = {"config": {"max_length": 256}, "pairs": 8, "seconds": 2.0}
+    one |= {"test": part("2222", "2200"), "validation": part("2220", "0000")}
+    records = {"reward_recipe_0": one, "reward_half_0": one}
+    report = {"summary": page.summary(records), "records": records}
+    assert page.headlines(report) == [
+        "Reward models of half the pairs (8, one seed): accuracy 1.000 (1.000 to 1.000) on 4 test pairs, "
+        '+0.500 (+0.000 to +1.000) above "the longer response wins", and 0.750 (0.250 to 1.000) on 4 validation pairs, '
+        "+0.750 (+0.250 to +1.000) above it."
+    ]
+
+
 def test_what_a_step_needs_comes_before_it_and_what_is_gone_is_made_again(tmp_path):
     config = results.Config(work=str(tmp_path), only="compare_1")
     every = [step.name for step in results.steps(config)]

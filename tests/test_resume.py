@@ -10,6 +10,7 @@ import sys
 
 import ppo_train
 import rlhf.generation
+import rlhf.ppo_state
 import rlhf.resume
 import rlhf.training
 from rlhf.resume import new_state, newest_state, states
@@ -208,6 +209,21 @@ def test_other_data_and_other_parents_are_refused(cut, call_main, tiny_data, tmp
     assert result.returncode == 2 and "prompts" in result.stderr
 
 
+@pytest.mark.parametrize("moment", [MOMENTS[0], MOMENTS[4]])
+def test_another_number_of_processes_is_refused(commands, call_main, tmp_path, monkeypatch, moment):
+    """Its steps would have other rows."""
+    phase, module, function, call = moment
+    script, argv = commands(phase, tmp_path / "cut")
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, module, function, call + 1, crash)
+        with pytest.raises(Crash):
+            call_main(script, argv)
+    for module in (rlhf.training, rlhf.ppo_state):
+        monkeypatch.setattr(module, "place", lambda: {"processes": 2})
+    result = call_main(script, [*argv, "--resume"])
+    assert result.returncode == 2 and "another processes (None there, 2 now)" in result.stderr
+
+
 def test_a_run_that_goes_on_may_be_longer(cut, call_main, tmp_path):
     script, argv, _ = cut
     result = call_main(script, [*argv, "--resume", "--total-episodes", "24", "--num-printed-samples", "1"])
@@ -251,6 +267,9 @@ def test_a_finished_run_has_nothing_to_resume(commands, call_main, left_alone, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone"]
     result = call_main(script, [*argv, "--resume", "--learning-rate", "0.5"])
     assert result.returncode == 2 and "learning_rate (0.01 there, 0.5 now)" in result.stderr
+    (tmp_path / "alone" / "run.json").write_text("{}")
+    result = call_main(script, [*argv, "--resume"])
+    assert result.returncode == 2 and "run.json is damaged" in result.stderr
 
 
 @pytest.fixture
