@@ -101,7 +101,7 @@ def steps(config: Config) -> list[Step]:
         sft, reward = f"sft_{seed}", f"reward_{seed}"
         todo.append(ablation("reward", "half", seed, 3, data, work, (sft, reward)))
     for seed in SEEDS:
-        for variant in reward_ablation.VARIANTS:
+        for variant in reward_ablation.VARIANTS if seed in ABLATION_SEEDS else ("recipe", "head_zero"):
             todo.append(ablation("reward", variant, seed, 10, data, work, ("sft_0",)))
     averaged = tuple(f"reward_head_zero_{seed}" for seed in range(reward_ablation.AVERAGED))
     todo.append(ablation("reward", "averaged", 0, 3, data, work, ("sft_0", *averaged)))

@@ -12,8 +12,8 @@ import numpy as np
 import ppo_ablation
 import reward_ablation
 
-SEEDS = (0, 1, 2)  # of the chains and of the reward models' ablation
-ABLATION_SEEDS = (0, 1)  # of PPO's
+SEEDS = (0, 1, 2)  # of the chains, and of the reward recipe, the adapters that are averaged, and stock
+ABLATION_SEEDS = (0, 1)  # of the other variants of both ablations
 PERCENTILES = (100, 90, 50, 10, 0)  # of the gold gain over SFT: the samples that are shown
 PLOTS = {"reward_0/evaluation.png": "reward_evaluation.png"} | {
     f"ppo_{seed}/frontier.png": f"ppo_frontier_{seed}.png" for seed in SEEDS
