@@ -23,7 +23,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf.checkpoints import check_apart, check_output, is_finished, output_folder, read_parents
+from rlhf.checkpoints import check_output, is_finished, output_folder, read_parents
 from rlhf.cli import next_command, run
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
 from rlhf.generation import Response, Seed, generate
@@ -146,11 +146,12 @@ PRESETS = {
 def main(config: Config) -> None:
     started = time.monotonic()
     check_ppo_numbers(config)
-    inputs = config.sft_checkpoint, config.reward_checkpoint, config.gold_checkpoint, config.base_model, config.dataset
+    runs = read_parents(config)
+    inputs = config.sft_checkpoint, config.reward_checkpoint, config.gold_checkpoint, runs["sft"]["base"]["model"]
+    inputs += config.base_model, config.dataset
     check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
     if is_finished(config):
         return
-    runs = read_parents(config)
     if config.dry_run:
         dry_run_ppo(config, runs)
         return
@@ -474,7 +475,6 @@ def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tupl
     """The shared base with its four roles, and what identifies the base."""
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
-    check_apart(config.output_dir, base["model"])
     set_seed(config.seed)
     model = load_base(base, dtype, form.pad_token_id)
     shared = SharedBase(model, config.sft_checkpoint, dtype)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.checkpoints import check_apart, check_child, check_output, is_finished, output_folder, read_run, write_run
+from rlhf.checkpoints import check_child, check_output, is_finished, output_folder, read_run, write_run
 from rlhf.cli import UserError, check_at_least_one, check_between, next_command, run
 from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, tokenize_pairs
 from rlhf.decoder import lay_out_pairs, unpad
@@ -115,16 +115,15 @@ def main(config: Config) -> None:
     if config.eval_only:
         eval_only(config)
         return
-    inputs = config.sft_checkpoint, config.base_model, config.dataset, config.extra_data
+    sft = read_run(config.sft_checkpoint, "sft")
+    inputs = config.sft_checkpoint, sft["base"]["model"], config.base_model, config.dataset, config.extra_data
     check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
     if is_finished(config):
         return
-    sft = read_run(config.sft_checkpoint, "sft")
 
     started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
-    check_apart(config.output_dir, base["model"])
     form = load_format(config.sft_checkpoint, sft)
 
     # 1. Tokenise both responses of each pair.

@@ -57,7 +57,9 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
     parent = next((p for p in path.absolute().parents if p.exists()), path)
     if not os.access(parent, os.W_OK):
         raise UserError(f"--output-dir {folder}: {parent} cannot be written to; choose another")
-    check_apart(folder, *inputs)
+    for source in filter(None, inputs):
+        if Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
+            raise UserError(f"--output-dir {folder} holds {source}, which this run reads: choose another")
     if resume or overwrite:
         return
     if path.is_dir() and any(path.iterdir()):
@@ -66,13 +68,6 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
         raise UserError(
             f"{partial_of(path)} holds a run that was cut short: add --resume to go on, or --overwrite to start anew"
         )
-
-
-def check_apart(folder: str, *inputs: str | None) -> None:
-    """Raise UserError if the output folder, which may be replaced, is or holds one of `inputs`."""
-    for source in filter(None, inputs):
-        if Path(source).exists() and Path(source).resolve().is_relative_to(Path(folder).resolve()):
-            raise UserError(f"--output-dir {folder} holds {source}, which this run reads: choose another")
 
 
 def partial_of(folder: Path) -> Path:

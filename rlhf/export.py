@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.checkpoints import check_apart, check_output, output_folder, read_run
+from rlhf.checkpoints import check_output, output_folder, read_run
 from rlhf.cli import UserError, run
 from rlhf.data import ASSISTANT, PromptFormat
 from rlhf.decoder import check_layers
@@ -68,10 +68,9 @@ class Config:
 
 def main(config: Config) -> None:
     started = time.monotonic()
-    check_output(config.output_dir, config.overwrite, config.checkpoint, config.base_model)
     made = read_run(config.checkpoint, phase_of(config.checkpoint), "the first argument")
+    check_output(config.output_dir, config.overwrite, config.checkpoint, config.base_model, made["base"]["model"])
     base = same_base(made, config.checkpoint, config.base_model)
-    check_apart(config.output_dir, base["model"])
     form = load_format(config.checkpoint, made)
     source = base_folder(base)
     weights, adapter = Weights(source), Adapter(config.checkpoint)

@@ -96,12 +96,12 @@ def test_a_script_of_its_own_process_ends_the_same(run_script, tmp_path):
 # ---------------------------------------------------------------- the output folder
 
 
-def test_an_output_folder_that_holds_something(call_main, flags, tmp_path):
+def test_an_output_folder_that_holds_something(call_main, trained, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("x")
-    for script in ("sft_train", "reward_train"):
-        result = call_main(script, [*flags[script], "--output-dir", out])
+    for script, argv in (("sft_train", trained.sft_flags), ("reward_train", trained.reward_flags)):
+        result = call_main(script, [*argv, "--output-dir", out])
         assert_one_line(result.returncode, result.stderr, out, "--overwrite")
     assert snapshot(tmp_path) == {"out/precious.txt": b"x"}
 
