@@ -99,12 +99,12 @@ def steps(config: Config) -> list[Step]:
             todo.append(Step("samples", "samples", 4, command, samples, (sft, gold, ppo)))
     for seed in SEEDS:
         sft, reward = f"sft_{seed}", f"reward_{seed}"
-        todo.append(ablation("reward", "half", seed, 3, data, work, (sft, reward)))
+        todo.append(ablation("reward", "half", seed, 6, data, work, (sft, reward)))
     for seed in SEEDS:
         for variant in reward_ablation.VARIANTS if seed in ABLATION_SEEDS else ("recipe", "head_zero"):
-            todo.append(ablation("reward", variant, seed, 10, data, work, ("sft_0",)))
+            todo.append(ablation("reward", variant, seed, 16, data, work, ("sft_0",)))
     averaged = tuple(f"reward_head_zero_{seed}" for seed in range(reward_ablation.AVERAGED))
-    todo.append(ablation("reward", "averaged", 0, 3, data, work, ("sft_0", *averaged)))
+    todo.append(ablation("reward", "averaged", 0, 6, data, work, ("sft_0", *averaged)))
     todo.append(ablation("reward", "stock_epoch", 0, 40, data, work, ("sft_0",)))
     for seed in SEEDS:
         needed = ("sft_0", f"reward_recipe_{seed}", "reward_stock_epoch_0")
