@@ -17,9 +17,8 @@ from transformers import TrainerCallback
 ENDINGS = {"eos": "ended by EOS", "stop_text": "ended by the next Human: turn", "length": "cut at the length limit"}
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 
-console = Console(
-    highlight=False, markup=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0"
-)  # one process talks
+QUIET = os.environ.get("RANK", "0") != "0"  # one process talks
+console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=QUIET)
 
 
 def plain(text: str) -> str:

@@ -23,8 +23,8 @@ def test_what_is_written_is_read_again(tmp_path):
     assert read_jsonl(tmp_path / "rows.jsonl") == rows
 
 
-@pytest.mark.parametrize("text", ["Saved runs/[v2]/x.", "data[/old]/x"])
-def test_a_path_is_shown_as_it_is(text, capsys):
+@pytest.mark.parametrize("text", ["Saved runs/[v2]/x.", "data[/old]/x", "I am glad :smile:"])
+def test_a_text_is_shown_as_it_is(text, capsys):
     console.print(text)
     assert capsys.readouterr().out == f"{text}\n"
 
