@@ -142,9 +142,8 @@ def look_for_run(config: Any) -> bool:
             raise UserError(f"--resume: {final} holds no run of this script: choose another --output-dir")
         return False
     try:
-        theirs = json.loads((folder / "run.json").read_text(encoding="utf-8"))["hyperparameters"]
-        theirs.items()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        theirs = dict(json.loads((folder / "run.json").read_text(encoding="utf-8"))["hyperparameters"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / 'run.json'} is damaged ({error}): train that phase again") from None
     check_same(theirs, dataclasses.asdict(config), LOGGING, f"{final} is finished, and")
     put_in_place(final)

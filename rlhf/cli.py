@@ -84,7 +84,8 @@ def less_memory(config: Any) -> str:
         flag(name) for name in ("gradient_checkpointing", "load_in_4bit") if name in names and not vars(config)[name]
     ]
     lower = " or ".join(flag(name) for name in SIZES if name in names)
-    advice = [*([f"lower {lower}"] if lower else []), *([f"add {' or '.join(off)}"] if off else [])]
+    advice = [f"lower {lower}"] if lower else []
+    advice += [f"add {' or '.join(off)}"] if off else []
     return ", or ".join(advice) or "free some memory"
 
 
