@@ -17,7 +17,7 @@ from rlhf.modeling import SharedBase, save_stacked
 from rlhf.ppo_batch import NotFinite
 from rlhf.ppo_eval import Evaluation, plot_frontier
 from rlhf.ppo_log import CURVES, Log
-from rlhf.processes import is_main, place
+from rlhf.processes import is_main, world
 from rlhf.reporting import plot_curves
 from rlhf.resume import HARMLESS, new_state, newest_state, read_facts, states, stop_when_asked
 
@@ -42,7 +42,7 @@ class State:
     ):
         self.config, self.folder, self.shared = config, folder, shared
         self.inputs = {"dtype": str(shared.dtype), "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
-        self.inputs |= {f"{role} checkpoint": run["adapter_sha256"] for role, run in runs.items()} | place()
+        self.inputs |= {f"{role} checkpoint": run["adapter_sha256"] for role, run in runs.items()} | world()
         self.optimizer, self.scaler, self.log = optimizer, scaler, log
         self.update, self.kl_coef = 0, config.kl_coef
         self.sft: Evaluation | None = None  # what the SFT policy says to the held-out prompts

@@ -34,8 +34,8 @@ def sharded() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def place() -> dict[str, Any]:
-    """What a state fits only if it is the same again: with other processes a step has other rows, FSDP's files are others."""
+def world() -> dict[str, Any]:
+    """What must be the same again where a run goes on: in other processes a step has other rows, FSDP writes other files."""
     return ({"processes": num_processes()} if num_processes() > 1 else {}) | ({"fsdp": True} if sharded() else {})
 
 

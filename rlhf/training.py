@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.checkpoints import check_same
 from rlhf.cli import UserError, check_above_zero, check_at_least_one, check_between, check_tracker, flag
-from rlhf.processes import agree, is_main, num_processes, part, place, sharded, this_process, wait, whole
+from rlhf.processes import agree, is_main, num_processes, part, sharded, this_process, wait, whole, world
 from rlhf.reporting import TrainerLog, read_jsonl
 from rlhf.resume import (
     HARMLESS,
@@ -180,7 +180,7 @@ class Resumable(Trainer):
         Raises:
             UserError: the run began with other settings or inputs.
         """
-        inputs = inputs | place()
+        inputs = inputs | world()
         self.config, self.folder, self.inputs, self.lines = config, folder, inputs, TrainerLog(folder, name)
         self.at_hand, position = [], 0
         self.resumed = newest_state(folder) if config.resume else None

@@ -119,6 +119,9 @@ def test_a_killed_process_brings_the_run_down_and_it_goes_on(command, call_main,
     two = tmp_path / "two"
     kill_one(launch(command("ppo", two, 2)), "ppo_train.py", tmp_path / "two.partial")
     assert not two.exists()
+    script, *argv = command("ppo", two, 2)
+    alone = call_main(script.removesuffix(".py"), [*argv, "--resume"])
+    assert alone.returncode == 2 and "another processes (2 there, None now)" in alone.stderr
     run = launch([*command("ppo", two, 2), "--resume"])
     _, err = run.communicate(timeout=300)
     assert run.returncode == 0, err[-6000:]

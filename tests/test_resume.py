@@ -219,7 +219,7 @@ def test_another_number_of_processes_is_refused(commands, call_main, tmp_path, m
         with pytest.raises(Crash):
             call_main(script, argv)
     for module in (rlhf.training, rlhf.ppo_state):
-        monkeypatch.setattr(module, "place", lambda: {"processes": 2})
+        monkeypatch.setattr(module, "world", lambda: {"processes": 2})
     result = call_main(script, [*argv, "--resume"])
     assert result.returncode == 2 and "another processes (None there, 2 now)" in result.stderr
 
