@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,8 +27,8 @@ from rlhf.reporting import console, read_jsonl  # noqa: E402
 import torch  # noqa: E402
 
 
-def value_from_scratch(stack: ExitStack, adapter: bool = True) -> None:
-    """The value model starts at 0 for every token instead of as the reward model: its head and, if `adapter`, that too."""
+def value_from_scratch(stack: ExitStack) -> None:
+    """The value model starts at 0 for every token, with a blank adapter, instead of as the reward model."""
     load, token_values = ppo_train.load_models, ppo_train.token_values
 
     def load_models(*args):
@@ -37,7 +36,7 @@ def value_from_scratch(stack: ExitStack, adapter: bool = True) -> None:
         with torch.no_grad():
             shared.heads["value"].weight.zero_()
             for name, weight in shared.peft.named_parameters():
-                if adapter and ".value." in name and "lora_B" in name:
+                if ".value." in name and "lora_B" in name:
                     weight.zero_()
         return shared, base
 
@@ -75,7 +74,6 @@ PPO = {"max_prompt_length": 160, "response_length": 64, "missing_eos_penalty": 0
 VARIANTS = {
     "baseline": Variant(),
     "value_from_scratch": Variant(patch=value_from_scratch),
-    "value_head_from_scratch": Variant(patch=partial(value_from_scratch, adapter=False)),
     "no_critic_warmup": Variant({"critic_warmup_updates": 0}),
     "advantages_not_whitened": Variant(patch=unwhitened),
     "scores_not_centred": Variant(patch=uncentred),

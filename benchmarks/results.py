@@ -5,9 +5,10 @@
 
 It prints what it will cost, then works through the steps below in runs/results. Each leaves a small record of what it
 found and of the command that made it; what has one is not done again, so it can be stopped and started, and a training
-run goes on from its last state. Every seed of PPO is a whole chain: its own SFT model, its own reward model of the first
-half of the pairs, its own gold one of the second half. It ends by writing docs/results.json, which holds all records,
-docs/results.md, made of it (by results_page.py), and the plots beside them.
+run goes on from its last state. A step whose folder is gone is run again when another needs it, and keeps its record.
+Every seed of PPO is a whole chain: its own SFT model, its own reward model of the first half of the pairs, its own gold
+one of the second half. It ends by writing docs/results.json, which holds all records, docs/results.md, made of it (by
+results_page.py), and the plots beside them.
 """
 
 import json
@@ -216,7 +217,7 @@ def do(config: Config, step: Step, shown: str) -> None:
     log = work / "logs" / f"{step.name}.log"
     for folder in (log.parent, work / "records"):
         folder.mkdir(parents=True, exist_ok=True)
-    console.print(f"{time.strftime('%H:%M')} {step.name}: see {log.relative_to(ROOT)}")
+    console.print(f"{time.strftime('%H:%M')} {step.name}: see {os.path.relpath(log, ROOT)}")
     command = step.command
     if any((work / f"{step.folder}.partial").glob("step-*/manifest.json")) and "--overwrite" in command:
         command = command.replace("--overwrite", "--resume")
@@ -230,6 +231,8 @@ def do(config: Config, step: Step, shown: str) -> None:
         )
     if done.returncode:
         raise UserError(f"{step.name} failed (see {log}); mend it and start again: what is finished is kept")
+    if is_done(config, step, {step.name: shown}):
+        return  # only its folder was gone; what others made of it rests on what the record tells of
     how = {"command": shown, "commit": git_commit(), "cpu": cpu(), "threads": threads}
     how["minutes"] = round((time.monotonic() - started) / 60, 1)
     record = json.dumps(how | step.record(work / step.folder), allow_nan=False)

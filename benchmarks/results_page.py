@@ -373,15 +373,22 @@ def sample_part(shown: list[dict[str, Any]]) -> list[str]:
 def how_part(report: dict[str, Any]) -> list[str]:
     records = report["records"]
     rows = [
-        (name, f"{r['minutes']:.0f}", str(r["threads"] or ""), (r["commit"] or "")[:9], f"`python {r['command']}`")
+        (
+            name,
+            f"{r['minutes']:.0f}",
+            str(r["threads"] or ""),
+            r["cpu"],
+            (r["commit"] or "")[:9],
+            f"`python {r['command']}`",
+        )
         for name, r in records.items()
     ]
     left = [name for name in report["steps"] if name not in records]
-    cpus = sorted({r["cpu"] for r in records.values()})
     return [
         "## How it was made",
-        f"`make results`, on {' and '.join(cpus) or 'nothing yet'}; minutes with loading, judging and saving, of as many threads.",
-        table(("step", "minutes", "threads", "commit", "command"), rows),
+        "`make results`; minutes with loading, judging and saving, of as many threads. A step whose folder was gone when another "
+        "needed it was run again on that other's CPU, without a new row.",
+        table(("step", "minutes", "threads", "CPU", "commit", "command"), rows),
         *([f"Not run yet: {', '.join(left)}."] if left else []),
     ]
 

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,6 +100,19 @@ def test_what_a_step_needs_comes_before_it_and_what_is_gone_is_made_again(tmp_pa
         (tmp_path / "records" / f"{step.name}.json").write_text(json.dumps({"command": shown[step.name]}))
     assert results.to_do(config, shown) == []
     assert [step.name for step in results.to_do(config, shown | {"compare_1": "another"})] == ["compare_1"]
+
+
+def test_a_step_run_again_for_its_folder_keeps_its_record(tmp_path):
+    config = results.Config(work=str(tmp_path))
+    step = results.Step("sft_0", "sft_0", 1, "-c pass", lambda folder: {"loss": 2.0})
+    results.do(config, step, "the command")
+    path = results.path_of(config, step)
+    first = path.read_text()
+    assert json.loads(first)["loss"] == 2.0
+    results.do(config, replace(step, record=lambda folder: {"loss": 1.0}), "the command")
+    assert path.read_text() == first
+    results.do(config, replace(step, record=lambda folder: {"loss": 1.0}), "another")
+    assert json.loads(path.read_text())["loss"] == 1.0
 
 
 def test_steps_side_by_side_wait_for_those_they_need(monkeypatch):
