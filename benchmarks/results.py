@@ -169,16 +169,18 @@ def path_of(config: Config, step: Step) -> Path:
     return ROOT / config.work / "records" / f"{step.name}.json"
 
 
-def is_done(config: Config, step: Step, shown: dict[str, str]) -> bool:
+def is_done(config: Config, step: Step, shown: str) -> bool:
     """Whether there is a record of that very command."""
     path = path_of(config, step)
-    return path.exists() and json.loads(path.read_text())["command"] == shown[step.name]
+    return path.exists() and json.loads(path.read_text())["command"] == shown
 
 
 def to_do(config: Config, shown: dict[str, str]) -> list[Step]:
     """The steps to do, in order: those without a record, and those whose folders these need and that are gone."""
     every = steps(config)
-    names = {step.name for step in every if re.match(config.only, step.name) and not is_done(config, step, shown)}
+    names = {
+        step.name for step in every if re.match(config.only, step.name) and not is_done(config, step, shown[step.name])
+    }
     folders = {step.name: ROOT / config.work / step.folder for step in every}
     for step in reversed(every):
         if step.name in names:
@@ -231,7 +233,7 @@ def do(config: Config, step: Step, shown: str) -> None:
         )
     if done.returncode:
         raise UserError(f"{step.name} failed (see {log}); mend it and start again: what is finished is kept")
-    if is_done(config, step, {step.name: shown}):
+    if is_done(config, step, shown):
         return  # only its folder was gone; what others made of it rests on what the record tells of
     how = {"command": shown, "commit": git_commit(), "cpu": cpu(), "threads": threads}
     how["minutes"] = round((time.monotonic() - started) / 60, 1)
