@@ -222,7 +222,8 @@ def reward_part(reward: dict[str, Any]) -> list[str]:
         "shorter one was weigh alike, so that length alone gets 0.5. A row of one seed has intervals over pairs alone. `half` are the "
         "chains' reward models, of all pairs of the first half; `averaged` is one model, the mean of `head_zero`'s adapters over the "
         "seeds. `stock` is `trl reward` at its defaults for as long as the recipe took, `stock_epoch` for all pairs; both adapt all "
-        "layers, the recipe the upper half. What each variant changes stands in `benchmarks/reward_ablation.py`.",
+        "layers, the recipe the upper half. Seconds are of the CPUs that a row ran on, named below. What each variant changes stands in "
+        "`benchmarks/reward_ablation.py`.",
         table(head, rows),
     ]
 
