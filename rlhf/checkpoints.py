@@ -111,7 +111,7 @@ def output_folder(folder: str, resume: bool = False) -> Iterator[Path]:
 
 def put_in_place(final: Path) -> None:
     """Rename the finished `final.partial` to `final`, replacing what is there. Done again after a crash, it does the rest."""
-    partial, old = partial_of(final), final.with_name(final.name + ".old")
+    partial, old = partial_of(final), final.with_name(f".{final.name}.replaced")
     if partial.exists():
         open_up(partial)
         sync(partial)

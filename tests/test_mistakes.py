@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+from rlhf.checkpoints import output_folder
 from rlhf.cli import next_command
 
 import pytest
@@ -94,6 +95,17 @@ def test_a_script_of_its_own_process_ends_the_same(run_script, tmp_path):
 
 
 # ---------------------------------------------------------------- the output folder
+
+
+def test_a_folder_beside_the_output_is_left_alone(tmp_path):
+    """Whoever sets a model aside as NAME.old, or NAME.bak, finds it there after a run that replaces NAME."""
+    for name in ("ppo", "ppo.old", "ppo.bak"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(name)
+    with output_folder(str(tmp_path / "ppo")) as folder:
+        (folder / "run.json").write_text("new")
+    found = {path.name: (path / "run.json").read_text() for path in tmp_path.iterdir()}
+    assert found == {"ppo": "new", "ppo.old": "ppo.old", "ppo.bak": "ppo.bak"}
 
 
 def test_an_output_folder_that_holds_something(call_main, trained, tmp_path):

@@ -82,7 +82,7 @@ def test_exactly_these_files(trained, ppo):
     assert {p.name for p in trained.reward.iterdir()} == adapter | run | {"evaluation.json", "evaluation.png"}
     assert {p.name for p in ppo.iterdir()} == adapter | run | {"samples.jsonl", "frontier.png", "value"}
     assert {p.name for p in (ppo / "value").iterdir()} == adapter
-    assert not list(ppo.parent.glob("*.partial")) and not list(ppo.parent.glob("*.old"))
+    assert not list(ppo.parent.glob("*.partial")) and not list(ppo.parent.glob(".*.replaced"))
 
 
 def test_another_user_may_read_them(trained, ppo, tmp_path):
