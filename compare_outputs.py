@@ -275,7 +275,7 @@ def answer(config: Config, shared, form, prompts: list[list[int]], name: str, sc
         if not all(map(math.isfinite, scores)):
             raise UserError(f"the reward model gives {name} a score that is not finite: try --dtype fp32")
     return [
-        {"text": form.decode(r.text_ids), "tokens": r.text_length, "ended_by": r.ended_by, "score": score}
+        {"text": form.decode(r.text_ids), "tokens": len(r.text_ids), "ended_by": r.ended_by, "score": score}
         for r, score in zip(responses, scores, strict=True)
     ]
 

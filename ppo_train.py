@@ -194,7 +194,7 @@ def main(config: Config) -> None:
             clock.append(time.monotonic())
             # 5. Adapt and report
             log.update(batch_metrics(batch, update, kl_coef, clock, config) | stats)
-            if config.kl_controller == "adaptive":
+            if config.kl_controller == "adaptive" and update > config.critic_warmup_updates + 1:  # before it KL is 0
                 kl_coef = adapt_kl_coef(kl_coef, mean_kl(batch), config)
             if update % config.eval_steps == 0 or update == config.num_updates:
                 last = evaluate(config, shared, form, eval_prompts)
@@ -293,10 +293,7 @@ def set_advantages(batch: list[MicroBatch], kl_coef: float, baseline: float, con
 def optimise(
     config: Config, shared: SharedBase, batch: list[MicroBatch], baseline: float, optimizer, scaler, update: int
 ) -> dict[str, float]:
-    """Several epochs over the batch; each minibatch is one step of policy and value. Returns mean statistics.
-
-    A minibatch is a random set of whole micro-batches.
-    """
+    """Epochs over the batch; each minibatch, a random set of micro-batches, is one step. Returns mean statistics."""
     random = np.random.default_rng((config.seed, 3, update))
     history: list[dict[str, float]] = []
     for _ in range(config.num_ppo_epochs):
@@ -351,9 +348,10 @@ def step(optimizer, scaler, max_grad_norm: float) -> dict[str, float]:
     norms = {}
     for group in optimizer.param_groups:
         norm = torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
-        norms[f"{group['name']}/grad_norm"] = norm.item()
+        if norm.isfinite():
+            norms[f"{group['name']}/grad_norm"] = norm.item()
         # With fp16 the scaler skips such a step and halves its scale; a scale below 1 has no room left.
-        if not norm.isfinite() and not (scaler.is_enabled() and scaler.get_scale() >= 1):
+        elif not (scaler.is_enabled() and scaler.get_scale() >= 1):
             raise NotFinite(f"the {group['name']} gradient is not finite; lower its learning rate")
     scaler.step(optimizer)
     scaler.update()
@@ -367,13 +365,15 @@ def evaluate(config: Config, shared: SharedBase, form: PromptFormat, prompts: li
     numbers = torch.zeros(4, len(prompts), device=shared.device)
     scores, kl, entropy, gold_scores = numbers
     batch = make_micro_batches(prompts, responses, form, config.per_device_train_batch_size, shared.device)
-    fit(measure, shared, batch, config.temperature, 0.0)
-    for micro in batch:
-        scores[micro.rows] = micro.scores
-        kl[micro.rows] = (micro.logprobs - micro.ref_logprobs).sum(1)
-        entropy[micro.rows] = micro.entropy.sum(1) / micro.response_mask.sum(1)
-        if config.gold_checkpoint:
-            gold_scores[micro.rows] = score(shared, "gold", micro)
+    while batch:
+        parts = [batch.pop()]  # not all at once: each holds its lower states
+        fit(measure, shared, parts, config.temperature, 0.0)
+        for micro in parts:
+            scores[micro.rows] = micro.scores
+            kl[micro.rows] = (micro.logprobs - micro.ref_logprobs).sum(1)
+            entropy[micro.rows] = micro.entropy.sum(1) / micro.response_mask.sum(1)
+            if config.gold_checkpoint:
+                gold_scores[micro.rows] = score(shared, "gold", micro)
     scores, kl, entropy, gold_scores = total(numbers).cpu()
     texts = [form.decode(response.text_ids) for response in responses]
     return Evaluation(responses, texts, scores, kl, entropy, gold_scores if config.gold_checkpoint else None)

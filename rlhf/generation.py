@@ -27,17 +27,13 @@ TAIL = 12  # tokens decoded to look for the stop text, which is shorter than tha
 class Response:
     """A sampled response.
 
-    `ids` are all the tokens that were chosen; the text is the first `text_length` of them. The one token after the text,
-    if any, is the one that ended it: EOS, or the first token of the next turn's `\\n\\nHuman:`.
+    `ids` are all the tokens that were chosen. The last one, unless the length ended it, is EOS or the first token of the
+    next turn's `\\n\\nHuman:`. `text_ids` are those before it, and what it says itself of the text, as "!" of "!\\n\\n".
     """
 
     ids: list[int]
-    text_length: int
+    text_ids: list[int]
     ended_by: str  # "eos", "stop_text" or "length"
-
-    @property
-    def text_ids(self) -> list[int]:
-        return self.ids[: self.text_length]
 
 
 @torch.no_grad()
@@ -141,12 +137,12 @@ def _uniforms(seed: Seed, count: int) -> Tensor:
 
 def _ended(ids: list[int], form: PromptFormat, max_new_tokens: int) -> Response | None:
     if ids[-1] == form.eos_token_id:
-        return Response(ids, len(ids) - 1, "eos")
+        return Response(ids, ids[:-1], "eos")
     if form.stop_text and form.stop_text in form.tokenizer.decode(ids[-TAIL:]):
-        # The text ends with the last token that lies wholly before the stop text.
-        end = form.tokenizer.decode(ids).index(form.stop_text)
-        text_length = next(n for n in range(len(ids) - 1, -1, -1) if len(form.tokenizer.decode(ids[:n])) <= end)
-        return Response(ids[: text_length + 1], text_length, "stop_text")
+        text = form.tokenizer.decode(ids).split(form.stop_text)[0]
+        lengths = [len(form.tokenizer.decode(ids[:n])) for n in range(len(ids))]
+        whole = max(n for n, length in enumerate(lengths) if length <= len(text))  # tokens of the text alone
+        return Response(ids[: whole + 1], ids[:whole] + form.encode(text[lengths[whole] :]), "stop_text")
     if len(ids) == max_new_tokens:
-        return Response(ids, len(ids), "length")
+        return Response(ids, ids, "length")
     return None

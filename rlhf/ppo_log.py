@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ class Log:
         self.bar.stop()
         self.metrics.file.close()
         self.samples.file.close()
-        if self.tracker:
-            self.tracker.end_training()
+        for tracker in self.tracker.trackers if self.tracker else ():
+            tracker.finish()  # end_training() would end the processes' group with them, which has a wait to come
 
     def positions(self) -> tuple[int, int]:
         """Where metrics.jsonl and samples.jsonl end, in bytes."""
@@ -135,6 +136,7 @@ def add_means(stats: dict[str, float], parts: dict[str, Tensor], response_mask: 
 
 
 def mean_stats(history: list[dict[str, float]]) -> dict[str, float]:
-    """Means over an update's optimizer steps, and how many there were."""
-    means = {name: sum(stats[name] for stats in history) / len(history) for name in history[0]}
+    """Means over an update's optimizer steps, each over those that have the number, and how many there were."""
+    columns = {name: [stats[name] for stats in history if name in stats] for name in dict.fromkeys(chain(*history))}
+    means = {name: sum(column) / len(column) for name, column in columns.items()}
     return means | {"policy/optimizer_steps": len(history)}

@@ -90,7 +90,7 @@ class State:
             "rows_that_fit": self.shared.rows_that_fit,
             "positions": self.positions,
             "sft": {
-                "responses": [[r.ids, r.text_length, r.ended_by] for r in self.sft.responses],
+                "responses": [[r.ids, r.text_ids, r.ended_by] for r in self.sft.responses],
                 "texts": self.sft.texts,
                 **{name: to_list(getattr(self.sft, name)) for name in COLUMNS},
             },

@@ -125,12 +125,22 @@ def check_ppo_numbers(config: Any) -> None:
     check_between(config, 0, 1, "gamma", "lam")
     check_between(config, 0, math.inf, "value_learning_rate", "kl_coef", "missing_eos_penalty")
     check_between(config, 0, math.inf, "warmup_updates", "critic_warmup_updates", "num_printed_samples")
+    if config.kl_controller == "adaptive" and config.batch_size >= 5 * config.kl_horizon:
+        raise UserError(
+            f"--kl-horizon {config.kl_horizon} is too short for an update's {config.batch_size} episodes: the coefficient "
+            "could turn negative"
+        )
     if config.total_episodes % config.batch_size:
         parts = [config.per_device_train_batch_size, config.gradient_accumulation_steps, config.num_mini_batches]
         parts += [f"{num_processes()} processes"] if num_processes() > 1 else []
         raise UserError(
             f"--total-episodes {config.total_episodes} is not a multiple of an update's {config.batch_size} episodes "
             f"({' x '.join(map(str, parts))})"
+        )
+    if config.num_updates <= config.critic_warmup_updates:
+        raise UserError(
+            f"--critic-warmup-updates {config.critic_warmup_updates} are all that the run makes "
+            f"({config.num_updates}): the policy would not be trained"
         )
 
 

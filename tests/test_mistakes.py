@@ -454,6 +454,18 @@ def test_the_next_command_leads_to_what_was_just_made():
 # ---------------------------------------------------------------- PPO
 
 
+@pytest.mark.parametrize(
+    "argv, names",
+    [
+        (["--max-steps", 5], ["--critic-warmup-updates 5", "the policy would not be trained"]),
+        (["--kl-horizon", 12], ["--kl-horizon 12", "64 episodes"]),
+    ],
+)
+def test_ppo_refuses_what_trains_no_policy_or_turns_the_kl_around(call_main, tmp_path, argv, names):
+    result = call_main("ppo_train", [*argv, "--output-dir", tmp_path / "out"])
+    assert_one_line(result.returncode, result.stderr, *names)
+
+
 def test_ppo_refuses_a_reward_model_of_another_sft_model(call_main, trained, flags, tmp_path):
     sft = tmp_path / "sft"
     assert call_main("sft_train", [*flags["sft_train"], "--seed", "1", "--output-dir", sft]).returncode == 0

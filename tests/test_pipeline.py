@@ -260,9 +260,9 @@ def test_logprobs_are_those_of_a_plain_forward(trained):
     word = form.response_ids("There now")
     # One ended by itself, one was cut by the length, one by the next turn (the token after the text was sampled, too).
     responses = [
-        Response([*word, eos], len(word), "eos"),
-        Response(word, len(word), "length"),
-        Response([*word, 9], len(word), "stop_text"),
+        Response([*word, eos], word, "eos"),
+        Response(word, word, "length"),
+        Response([*word, 9], word, "stop_text"),
     ]
     for i, response in enumerate(responses):
         (micro,) = make_micro_batches([prompt], [response], form, 1, shared.device)
@@ -396,6 +396,41 @@ def test_gradient_checkpointing_changes_nothing(trained, tiny_data, call_main, t
         adapters.append(load_file(tmp_path / flag / "adapter_model.safetensors"))
     for key, weight in adapters[0].items():
         torch.testing.assert_close(weight, adapters[1][key], rtol=0, atol=1e-5)
+
+
+def test_the_kl_coefficient_rests_until_the_policy_has_moved(trained, tiny_data, call_main, tmp_path):
+    more = {"critic_warmup_updates": 2, "kl_horizon": 100, "kl_target": 1e9, "total_episodes": 40}
+    assert call_main("ppo_train", ppo_flags(trained, tiny_data, tmp_path / "p", **more)).returncode == 0
+    rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "episode" in row]
+    assert [row["objective/kl"] for row in rows[:3]] == [0, 0, 0] and rows[3]["objective/kl"] != 0
+    assert [row["objective/kl_coef"] for row in rows] == pytest.approx([0.05] * 4 + [0.05 * (1 - 0.2 * 8 / 100)])
+
+
+def test_held_out_prompts_are_measured_a_micro_batch_at_a_time(trained, monkeypatch):
+    """Each holds the lower states of its texts until it has been measured; thousands of prompts would fill a card."""
+    import weakref
+
+    shared, form = open_shared(trained)
+    scorer = read_stacked(str(trained.reward), shared)
+    shared.add_role("policy", 4, 8, 2)
+    shared.add_role("reward", **scorer)
+    shared.add_role("value", **scorer)
+    alive, at_once = [], []
+    lower = shared.lower
+
+    def watched(texts):
+        states = lower(texts)
+        alive.append(weakref.ref(states))
+        at_once.append(sum(state() is not None for state in alive))
+        return states
+
+    monkeypatch.setattr(shared, "lower", watched)
+    prompts = [form.prompt_ids([("user", "Hi" * n)]) for n in range(1, 9)]
+    config = dataclasses.replace(ppo_train.Config(), response_length=4, per_device_train_batch_size=2)
+    result = ppo_train.evaluate(config, shared, form, prompts)
+    assert len(at_once) == 4 and max(at_once) <= 2  # the one at hand, and the one before it
+    assert len(result.scores) == 8 and not result.scores.eq(0).any()
 
 
 def test_kl_stop_ends_the_epochs(trained, tiny_data, call_main, tmp_path):

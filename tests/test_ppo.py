@@ -154,9 +154,9 @@ def test_micro_batches_by_hand():
     form = SimpleNamespace(eos_token_id=2, pad_token_id=0)
     prompts = [[5, 6, 7], [5], [5, 6]]
     responses = [
-        Response([11, 12, 2], 2, "eos"),  # text 11 12, then EOS was sampled
-        Response([13, 14], 2, "length"),  # cut: it is scored with an EOS that nobody sampled
-        Response([15, 9], 1, "stop_text"),  # text 15; then token 9 began the next turn
+        Response([11, 12, 2], [11, 12], "eos"),  # text 11 12, then EOS was sampled
+        Response([13, 14], [13, 14], "length"),  # cut: it is scored with an EOS that nobody sampled
+        Response([15, 9], [15], "stop_text"),  # text 15; then token 9 began the next turn
     ]
     short, long = make_micro_batches(prompts, responses, form, 2, torch.device("cpu"))
     assert short.rows == [1, 2] and long.rows == [0]

@@ -14,7 +14,7 @@ from torch import tensor
 def evaluation(scores, lengths=None, gold=None, entropy=2.0, text="a b c"):
     lengths = lengths or [4] * len(scores)
     return Evaluation(
-        responses=[Response([7] * (n - 1) + [2], n - 1, "eos") for n in lengths],
+        responses=[Response([7] * (n - 1) + [2], [7] * (n - 1), "eos") for n in lengths],
         texts=[text] * len(scores),
         scores=tensor(scores),
         kl=torch.zeros(len(scores)),
@@ -67,7 +67,7 @@ def test_warnings(ppo, warned):
 
 @pytest.mark.parametrize(("penalty", "ends", "warned"), [(1.3, 2, True), (1.29, 2, False), (1.3, 4, False)])
 def test_a_penalty_that_outweighs_the_scores_is_warned_of(penalty, ends, warned):
-    cut = [Response([7] * 4, 4, "length")] * (4 - ends)
+    cut = [Response([7] * 4, [7] * 4, "length")] * (4 - ends)
     sft = dataclasses.replace(SFT, responses=SFT.responses[:ends] + cut)
     found = penalty_warnings(sft, penalty)  # the scores' standard deviation is 1.290994
     assert len(found) == warned

@@ -99,7 +99,8 @@ def test_two_processes_make_what_one_makes(command, call_main, tmp_path, phase):
     for path in one.rglob("*.safetensors"):
         ours, theirs = load_file(path), load_file(two / path.relative_to(one))
         for name, weight in ours.items():
-            torch.testing.assert_close(theirs[name], weight, rtol=0, atol=1e-5)
+            # Of each weight as a whole: where a gradient is almost 0, Adam makes of its rounding a visible part of a step.
+            assert (theirs[name] - weight).norm() <= 1e-4 * weight.norm(), name
     if phase == "ppo":
         assert rows(one, "samples.jsonl", "response") == rows(two, "samples.jsonl", "response")
     for mine, other in zip(rows(one), rows(two), strict=True):
