@@ -7,10 +7,12 @@ import ppo_train
 from ppo_train import adapt_kl_coef, gae, policy_loss, token_rewards, value_loss, whiten
 from rlhf.generation import Response
 from rlhf.logprobs import chosen_logprobs
-from rlhf.ppo_batch import make_micro_batches
+from rlhf.ppo_batch import NotFinite, make_micro_batches
+from rlhf.ppo_log import Log, mean_stats
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import tensor
 
 TRUE, FALSE = True, False
@@ -172,6 +174,39 @@ def test_micro_batches_by_hand():
     assert ragged.texts.ids.tolist() == [5, 13, 14, 2, 5, 6, 15, 2, 5, 6, 7, 11, 12, 2]
     assert ragged.texts.last.tolist() == [3, 7, 13]
     assert ragged.positions.tolist() == [[0, 1, 0], [5, 6, 0], [10, 11, 12]]
+
+
+# ---------------------------------------------------------------- what is logged
+
+
+def test_means_of_an_update_leave_out_what_a_step_does_not_have():
+    """A step that fp16's scaler skipped has no gradient norm; above the KL stop there is no step at all."""
+    history = [{"loss": 1.0, "grad_norm": 4.0}, {"loss": 2.0}, {"loss": 6.0, "grad_norm": 2.0}]
+    assert mean_stats(history) == {"loss": 3.0, "grad_norm": 3.0, "policy/optimizer_steps": 3}
+    assert mean_stats([]) == {"policy/optimizer_steps": 0}
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_by_the_scaler_or_ends_the_run():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([{"name": "policy", "params": [weight]}], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    weight.grad = scaler.scale(torch.tensor([torch.inf, 1.0, 1.0]))
+    assert ppo_train.step(optimizer, scaler, 1.0) == {} and weight.tolist() == [0, 0, 0] and scaler.get_scale() == 1.0
+    with pytest.raises(NotFinite, match="policy gradient"):
+        weight.grad = torch.tensor([torch.nan, 1.0, 1.0])
+        ppo_train.step(optimizer, torch.amp.GradScaler("cpu", enabled=False), 1.0)
+
+
+def test_the_end_of_a_tracker_leaves_the_processes_together(monkeypatch, tmp_path):
+    """accelerate's own end_training() ends their group, too, before all have met at the end of the run."""
+    ended = []
+    tracker = SimpleNamespace(finish=lambda: ended.append(True))
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, *_: self.trackers.append(tracker))
+    monkeypatch.setattr(Accelerator, "end_training", lambda _: pytest.fail("ends the group"))
+    config = dataclasses.replace(ppo_train.Config(), log_with="tensorboard")
+    with Log(config, tmp_path, total=1):
+        assert not ended
+    assert ended == [True]
 
 
 # ---------------------------------------------------------------- log-probabilities
