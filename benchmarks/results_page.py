@@ -5,6 +5,7 @@ A part whose records are not all there is left out, and says nothing.
 
 from typing import Any
 
+import ppo_train
 from compare_outputs import fenced
 from rlhf.reporting import SPEAKERS, at_equal_length, preference
 
@@ -334,6 +335,7 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
             )
             rows.append((variant, *cells, *shown))
     failed = [f"{name} ({text})" for name, v in ablation["variants"].items() for text in v["failed"]]
+    usual, demo = ppo_train.Config(), ppo_train.PRESETS["demo"]
     head = (
         "",
         "score gain, by seed",
@@ -352,7 +354,19 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
         "stands in `benchmarks/ppo_ablation.py`.",
         table((*head, "entropy"), rows),
         "Runs that broke off: " + (", ".join(failed) if failed else "none") + ".",
+        f"Off 0 in score: {clear(ablation, 'score')}; in gold score: {clear(ablation, 'gold_score')}. Every variant but `kl_horizon_200` "
+        f"and `missing_eos_penalty_1` leaves one of `ppo_train.py`'s defaults. Its KL controller has a horizon of {usual.kl_horizon:,} "
+        f"episodes in a run of {usual.total_episodes:,} and so acts within the run, as that of `kl_horizon_200` does in these "
+        f"{ablation['episodes']}; the demo's preset, and with it the baseline, has {demo.kl_horizon:,} and keeps its coefficient.",
     ]
+
+
+def clear(ablation: dict[str, Any], name: str) -> str:
+    """The variants whose difference to the baseline has an interval without 0."""
+    above = f"{name}_above_baseline"
+    variants = ablation["variants"].items()
+    found = [(key, v) for key, v in variants if above in v and v[f"{above}_low"] * v[f"{above}_high"] > 0]
+    return ", ".join(f"`{key}` ({v[above]:+.2f})" for key, v in found) or "none"
 
 
 def sample_part(shown: list[dict[str, Any]]) -> list[str]:

@@ -61,6 +61,7 @@ def test_a_variant_is_held_against_the_baseline_of_its_own_seed():
         "ppo_baseline_0": run([1.0, 2.0]),
         "ppo_baseline_1": run([5.0, 6.0]),
         "ppo_no_kl_stop_1": run([4.0, 6.0]),
+        "ppo_score_clip_1_0": run([3.0, 5.0]),
     }
     records["ppo_value_from_scratch_0"] = {"failed": "scores not finite"}
     rows = page.ablation_summary(records)["variants"]
@@ -69,6 +70,7 @@ def test_a_variant_is_held_against_the_baseline_of_its_own_seed():
     assert rows["value_from_scratch"] == {"failed": ["scores not finite"], "seeds": 0}
     text = "\n".join(page.ablation_part(page.ablation_summary(records)))
     assert "value_from_scratch (scores not finite)" in text and "| no_kl_stop | 5.00 | -0.50 (" in text
+    assert "Off 0 in score: `score_clip_1` (+2.50); in gold score: `score_clip_1` (+2.50)." in text
 
 
 def test_a_reward_model_is_held_against_length_on_test_and_validation_pairs():
