@@ -139,10 +139,12 @@ def _ended(ids: list[int], form: PromptFormat, max_new_tokens: int) -> Response 
     if ids[-1] == form.eos_token_id:
         return Response(ids, ids[:-1], "eos")
     if form.stop_text and form.stop_text in form.tokenizer.decode(ids[-TAIL:]):
-        text = form.tokenizer.decode(ids).split(form.stop_text)[0]
-        lengths = [len(form.tokenizer.decode(ids[:n])) for n in range(len(ids))]
-        whole = max(n for n, length in enumerate(lengths) if length <= len(text))  # tokens of the text alone
-        return Response(ids[: whole + 1], ids[:whole] + form.encode(text[lengths[whole] :]), "stop_text")
+        decode = form.tokenizer.decode
+        text = decode(ids).split(form.stop_text)[0]
+        # How many tokens are of the text alone; of the next one, what is text comes as tokens of its own.
+        whole = next(n for n in reversed(range(len(ids))) if len(decode(ids[:n])) <= len(text))
+        rest = text[len(decode(ids[:whole])) :]
+        return Response(ids[: whole + 1], ids[:whole] + form.encode(rest), "stop_text")
     if len(ids) == max_new_tokens:
         return Response(ids, ids, "length")
     return None
