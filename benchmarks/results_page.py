@@ -226,6 +226,8 @@ def reward_part(reward: dict[str, Any]) -> list[str]:
         "layers, the recipe the upper half. Seconds are of the CPUs that a row ran on, named below. What each variant changes stands in "
         "`benchmarks/reward_ablation.py`.",
         table(head, rows),
+        f"Off the recipe, by an interval without 0: on validation {clear(reward, 'validation_above_recipe', '.3f')}; on test "
+        f"{clear(reward, 'above_recipe', '.3f')}.",
     ]
 
 
@@ -354,19 +356,18 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
         "stands in `benchmarks/ppo_ablation.py`.",
         table((*head, "entropy"), rows),
         "Runs that broke off: " + (", ".join(failed) if failed else "none") + ".",
-        f"Off 0 in score: {clear(ablation, 'score')}; in gold score: {clear(ablation, 'gold_score')}. Every variant but `kl_horizon_200` "
-        f"and `missing_eos_penalty_1` leaves one of `ppo_train.py`'s defaults. Its KL controller has a horizon of {usual.kl_horizon:,} "
-        f"episodes in a run of {usual.total_episodes:,} and so acts within the run, as that of `kl_horizon_200` does in these "
-        f"{ablation['episodes']}; the demo's preset, and with it the baseline, has {demo.kl_horizon:,} and keeps its coefficient.",
+        f"Off 0 in score: {clear(ablation, 'score_above_baseline')}; in gold score: "
+        f"{clear(ablation, 'gold_score_above_baseline')}. Every variant but `kl_horizon_200` and `missing_eos_penalty_1` leaves one of "
+        f"`ppo_train.py`'s defaults. Its KL controller has a horizon of {usual.kl_horizon:,} episodes in a run of "
+        f"{usual.total_episodes:,} and so acts within the run, as that of `kl_horizon_200` does in these {ablation['episodes']}; the "
+        f"demo's preset, and with it the baseline, has {demo.kl_horizon:,} and keeps its coefficient.",
     ]
 
 
-def clear(ablation: dict[str, Any], name: str) -> str:
-    """The variants whose difference to the baseline has an interval without 0."""
-    above = f"{name}_above_baseline"
-    variants = ablation["variants"].items()
-    found = [(key, v) for key, v in variants if above in v and v[f"{above}_low"] * v[f"{above}_high"] > 0]
-    return ", ".join(f"`{key}` ({v[above]:+.2f})" for key, v in found) or "none"
+def clear(part: dict[str, Any], key: str, form: str = ".2f") -> str:
+    """The variants whose difference `key` has an interval without 0."""
+    found = [(name, v) for name, v in part["variants"].items() if key in v and v[f"{key}_low"] * v[f"{key}_high"] > 0]
+    return ", ".join(f"`{name}` ({v[key]:+{form}})" for name, v in found) or "none"
 
 
 def sample_part(shown: list[dict[str, Any]]) -> list[str]:
