@@ -137,6 +137,8 @@ def flags(settings: dict[str, Any]) -> str:
 def main(config: Config) -> None:
     check_at_least_one(config, "jobs")
     shown = {step.name: step.command for step in steps(replace(config, **public(config)))}
+    if not any(re.match(config.only, name) for name in shown):
+        raise UserError(f"--only {config.only}: no step's name begins so")
     if not config.only_report:
         todo = to_do(config, shown)
         show_cost(config, todo)
@@ -144,6 +146,8 @@ def main(config: Config) -> None:
     records = {
         step.name: json.loads(path.read_text()) for step in steps(config) if (path := path_of(config, step)).exists()
     }
+    if not records:
+        raise UserError(f"there is no record in {config.work}/records to report")
     report = {"dataset": Path(config.dataset).name, "steps": shown, "records": records}
     report["summary"] = results_page.summary(records)
     output, plots = ROOT / config.output, []

@@ -13,6 +13,8 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from rlhf.cli import UserError  # noqa: E402
+
 import results  # noqa: E402
 import results_page as page  # noqa: E402
 
@@ -103,6 +105,16 @@ def test_what_a_step_needs_comes_before_it_and_what_is_gone_is_made_again(tmp_pa
         (tmp_path / "records" / f"{step.name}.json").write_text(json.dumps({"command": shown[step.name]}))
     assert results.to_do(config, shown) == []
     assert [step.name for step in results.to_do(config, shown | {"compare_1": "another"})] == ["compare_1"]
+
+
+@pytest.mark.parametrize(
+    "changes, says", [({"only_report": True}, "no record in"), ({"only": "stf"}, "--only stf: no step's name")]
+)
+def test_a_report_of_nothing_is_not_written(tmp_path, changes, says):
+    config = results.Config(work=str(tmp_path), output=str(tmp_path / "docs"), **changes)
+    with pytest.raises(UserError, match=says):
+        results.main(config)
+    assert not (tmp_path / "docs").exists()
 
 
 def test_a_step_run_again_for_its_folder_keeps_its_record(tmp_path):
