@@ -14,6 +14,7 @@ HERE = Path(__file__).parent / "bad_inputs"
 CASES = tomllib.loads((HERE / "cases.toml").read_text(encoding="utf-8"))["case"]
 PPO = "--response-length 8 --max-prompt-length 64 --per-device-train-batch-size 2 --gradient-accumulation-steps 1"
 PPO += " --num-mini-batches 2 --total-episodes 4 --rollout-batch-size 4 --max-eval-samples 3 --lora-rank 4"
+PPO += " --critic-warmup-updates 0"
 
 
 def each_script():
