@@ -175,6 +175,11 @@ def test_micro_batches_by_hand():
     assert ragged.texts.last.tolist() == [3, 7, 13]
     assert ragged.positions.tolist() == [[0, 1, 0], [5, 6, 0], [10, 11, 12]]
 
+    # Token 9 was half text, which stands there as token 8: the policy still is asked for 9, where it chose it.
+    (spanning,) = make_micro_batches([[5, 6]], [Response([15, 9], [15, 8], "stop_text")], form, 1, torch.device("cpu"))
+    assert spanning.texts.ids.tolist() == [5, 6, 15, 8, 2] and spanning.texts.last.tolist() == [4]
+    assert spanning.actions.tolist() == [[15, 9]] and spanning.positions.tolist() == [[1, 2]]
+
 
 # ---------------------------------------------------------------- what is logged
 
