@@ -86,7 +86,7 @@ class Config:
     kl_coef: float = 0.05  # per token
     kl_controller: Literal["adaptive", "fixed"] = "adaptive"  # adaptive: Ziegler et al. (1909.08593), section 2.2
     kl_target: float = 6.0  # nats a response
-    kl_horizon: int = 1_000  # episodes; far more than the run has, and the coefficient hardly moves
+    kl_horizon: int = 1_000  # episodes; if far more than the run has, the coefficient hardly moves
     kl_stop: float = 0.05  # end an update's epochs when a minibatch's approxkl, nats a token, passes this
     gamma: float = 1.0  # discount a token; 1: the whole response counts alike
     lam: float = 0.95  # of GAE: 0 trusts the value model, 1 the sampled score

@@ -214,7 +214,9 @@ def dry_run(config: Config, base, form, pairs, sft) -> None:
     lengths = [len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in sample]  # the prompt is read once
     show_data("training pairs", len(pairs), lengths)
     console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {effective_batch(config)} pairs")
-    plan = plan_reward(read_shape(base, config.dtype), config, sft["hyperparameters"]["lora_rank"], max(lengths))
+    shape = read_shape(base, config.dtype)
+    check_between(config, 0, shape.layers, "role_layers")
+    plan = plan_reward(shape, config, sft["hyperparameters"]["lora_rank"], max(lengths))
     show_plan(plan, config)
     show_end()
 

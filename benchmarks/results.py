@@ -148,7 +148,8 @@ def main(config: Config) -> None:
     }
     if not records:
         raise UserError(f"there is no record in {config.work}/records to report")
-    report = {"dataset": Path(config.dataset).name, "steps": shown, "records": records}
+    rows = {"train": 2 * REWARD["max_train_samples"], "test": REWARD["max_eval_samples"]}
+    report = {"dataset": Path(config.dataset).name, "rows": rows, "steps": shown, "records": records}
     report["summary"] = results_page.summary(records)
     output, plots = ROOT / config.output, []
     output.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ def summary(records: Records) -> dict[str, Any]:
         found["reward"] = reward_summary(records)
     if finished(records, "compare"):
         found["wins"] = win_summary([records[f"compare_{seed}"]["answers"] for seed in finished(records, "compare")])
-    if "ppo_baseline_0" in records:
+    if "metrics" in records.get("ppo_baseline_0", {}):
         found["ppo_ablation"] = ablation_summary(records)
     return found
 
@@ -59,9 +59,6 @@ def reward_summary(records: Records) -> dict[str, Any]:
             for key in ("length_balanced_accuracy", "eval_loss", "calibration_error", "score_length_correlation"):
                 found[key] = float(np.mean([run[part][key] for run in runs[name]]))
             rows[name] |= {f"{prefix}{key}": value for key, value in found.items()}
-        if part == "test":
-            for name in reward_ablation.STOCK:
-                rows["recipe"] |= interval(f"above_{name}", right["recipe"], right[name]) if name in right else {}
     for name, found in runs.items():
         rows[name] |= {key: float(np.mean([run[key] for run in found])) for key in ("pairs", "seconds")}
     recipe = runs["recipe"][0]
@@ -80,7 +77,7 @@ def win_summary(compared: list[dict[str, Any]]) -> dict[str, Any]:
         ended.append(np.logical_and(ppo["ended"], sft["ended"]))
         gains.append(np.subtract(ppo["score"], sft["score"]))
     wins, longer, ended = np.array(wins), np.array(longer), np.array(ended)
-    equal = at_equal_length(wins.mean(0), longer.mean(0))
+    equal = at_equal_length(wins, longer)
     found = {"seeds": len(wins), "prompts": wins.shape[1]} | interval("win_rate", wins)
     found |= dict(zip(("at_equal_length", "at_equal_length_low", "at_equal_length_high"), equal, strict=True))
     found |= {"both_ended": int(ended.sum()), "win_rate_where_both_ended": float(wins[ended].mean())}
@@ -108,8 +105,9 @@ def ablation_summary(records: Records) -> dict[str, Any]:
                 base = np.array([records[f"ppo_baseline_{seed}"]["gains"][name] for seed in paired])
                 ours = np.array([runs[seed]["gains"][name] for seed in paired])
                 rows[variant] |= interval(f"{name}_above_baseline", ours - base)
-    config = records["ppo_baseline_0"]["config"]
-    return {"episodes": config["total_episodes"], "prompts": config["max_eval_samples"], "variants": rows}
+    config, metrics = records["ppo_baseline_0"]["config"], records["ppo_baseline_0"]["metrics"]
+    sft = {key: metrics[f"sft_{key}"] for key in ("response_length", "eos_rate", "entropy")}
+    return {"episodes": config["total_episodes"], "prompts": config["max_eval_samples"], "sft": sft, "variants": rows}
 
 
 def marks(parts: list[dict[str, Any]], key: str) -> np.ndarray:
@@ -117,20 +115,21 @@ def marks(parts: list[dict[str, Any]], key: str) -> np.ndarray:
     return np.array([[int(mark) / 2 for mark in part[key]] for part in parts])
 
 
-def interval(name: str, values: np.ndarray, against: np.ndarray | None = None, samples: int = 2000) -> dict[str, float]:
+def interval(
+    name: str, values: np.ndarray, against: np.ndarray | None = None, samples: int = 10_000
+) -> dict[str, float]:
     """Mean of `values` [seeds, pairs], less that of `against`; bootstrap over the seeds of each, and over the pairs."""
-    random, draws = np.random.default_rng(0), []
-    for _ in range(samples):
-        pairs = random.integers(0, values.shape[1], values.shape[1])
-        means = [
-            part[random.integers(0, len(part), len(part))].mean(0)[pairs].mean()
-            for part in (values, against)
-            if part is not None
-        ]
-        draws.append(means[0] - sum(means[1:]))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    mean = values.mean() - (0 if against is None else against.mean())
-    return {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
+    random = np.random.default_rng(0)
+
+    def drawn(count: int) -> np.ndarray:
+        """[samples, count] the weights that a mean gives to each of `count` when as many are drawn with replacement."""
+        which = random.integers(0, count, (samples, count)) + count * np.arange(samples)[:, None]
+        return np.bincount(which.ravel(), minlength=samples * count).reshape(samples, count) / count
+
+    pairs = drawn(values.shape[1])
+    parts = [values] if against is None else [values, -against]
+    low, high = np.quantile(sum(((drawn(len(part)) @ part) * pairs).sum(1) for part in parts), [0.025, 0.975])
+    return {name: float(sum(part.mean() for part in parts)), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 # ---------------------------------------------------------------- the page
@@ -156,8 +155,8 @@ def markdown(report: dict[str, Any], plots: list[str]) -> str:
 def header(report: dict[str, Any]) -> list[str]:
     return [
         "# Does it learn?",
-        f"SmolLM2-135M-Instruct on {report['dataset']}, on a CPU, made by `make results`; every number is in "
-        "[results.json](results.json). Intervals are 95 %, by bootstrap over seeds and prompts or pairs; those over two or "
+        f"SmolLM2-135M-Instruct on the first {report['rows']['train']:,} training and {report['rows']['test']} test rows of "
+        f"{report['dataset']}, on a CPU, made by `make results`; every number is in [results.json](results.json). Intervals are 95 %, by bootstrap over seeds and prompts or pairs; those over two or "
         "three seeds are rather too narrow.",
         "\n".join(f"- {line}" for line in headlines(report)),
     ]
@@ -176,10 +175,17 @@ def headlines(report: dict[str, Any]) -> list[str]:
             f"{signed(half, 'validation_above_longer_wins', '.3f')} above it."
         )
     if "stock" in variants:
-        recipe, stock = variants["recipe"], variants["stock"]
+        recipe, stock, whole = variants["recipe"], variants["stock"], variants.get("stock_epoch")
         lines.append(
-            f"On {recipe['pairs']:.0f} pairs ours gets {share(recipe, 'accuracy')} ({seeds(recipe)}), TRL's stock trainer in the same "
-            f"time {share(stock, 'accuracy')} ({seeds(stock)}), a difference of {signed(recipe, 'above_stock', '.3f')}."
+            f"On {recipe['pairs']:.0f} pairs ours gets {share(recipe, 'accuracy')} ({seeds(recipe)}). TRL's stock trainer gets through "
+            f"{stock['pairs']:.0f} of them in about that time, to {share(stock, 'accuracy')} ({seeds(stock)}), a difference of "
+            f"{signed(stock, 'above_recipe', '.3f')}."
+            + (
+                f" Given all of them and {whole['seconds'] / recipe['seconds']:.1f} times as long, it gets "
+                f"{share(whole, 'accuracy')} ({seeds(whole)})."
+                if whole
+                else ""
+            )
         )
     if "wins" in found:
         wins = found["wins"]
@@ -218,16 +224,17 @@ def reward_part(reward: dict[str, Any]) -> list[str]:
     return [
         "## What makes a better reward model",
         f"One change at a time, on pairs of up to {reward['max_length']} tokens. Validation: {reward['validation_pairs']} training "
-        f"rows that no model here was trained on, by which a recipe may be chosen; what follows is of the {reward['test_pairs']} test "
-        "pairs, whose first questions are in no training row. Length-balanced: pairs whose longer response was chosen and those whose "
-        "shorter one was weigh alike, so that length alone gets 0.5. A row of one seed has intervals over pairs alone. `half` are the "
-        "chains' reward models, of all pairs of the first half; `averaged` is one model, the mean of `head_zero`'s adapters over the "
-        "seeds. `stock` is `trl reward` at its defaults for as long as the recipe took, `stock_epoch` for all pairs; both adapt all "
-        "layers, the recipe the upper half. Seconds are of the CPUs that a row ran on, named below. What each variant changes stands in "
+        f"rows that no model of this table was trained on, by which a recipe may be chosen; what follows is of the "
+        f"{reward['test_pairs']} test pairs. Length-balanced: pairs whose longer response was chosen and those whose shorter one was "
+        "weigh alike, so that length alone gets 0.5. A row of one seed has intervals over pairs alone. `half` are the chains' reward "
+        "models, of all pairs of the first half; `averaged` is one model, the mean of `head_zero`'s adapters over the seeds. `stock` is "
+        "`trl reward` at its defaults for about as long as the recipe took, `stock_epoch` for all pairs; both adapt all layers, the "
+        "recipe the upper half. Seconds are of the CPUs that a row ran on, named below. What each variant changes stands in "
         "`benchmarks/reward_ablation.py`.",
         table(head, rows),
         f"Off the recipe, by an interval without 0: on validation {clear(reward, 'validation_above_recipe', '.3f')}; on test "
-        f"{clear(reward, 'above_recipe', '.3f')}.",
+        f"{clear(reward, 'above_recipe', '.3f')}. `low_lr` is `reward_train.py`'s own rate, meant for a model twenty times as large and some "
+        "70 times as many pairs.",
     ]
 
 
@@ -282,9 +289,10 @@ def chains_part(records: Records, plots: list[str]) -> list[str]:
         "two differ in pairs, head and adapters; what they share is the SFT model below them.",
         table(judges, rows),
         *image("the evaluation of reward model 0", "reward_evaluation.png", plots),
-        f"PPO against the first, the demo's preset with {settings}; the gold one only judges. "
+        f"PPO against the first, the demo's preset with more episodes (commands below) and {settings}; the gold one only judges. "
         f"{next(iter(chains.values()))['eval_prompts']} held-out prompts, the same sampling seeds before and after; intervals over "
-        "prompts. The penalty was chosen on these prompts, after a first run with the script's default of 1 (see the ablation).",
+        "prompts. The penalty was chosen on these prompts, after a first run with the script's default of 1 (in the ablation: "
+        "`missing_eos_penalty_1`).",
         table(head, runs),
         "Warnings of the runs: " + ("; ".join(warned) if warned else "none") + ".",
         *(
@@ -336,6 +344,9 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
                 f"{v['ppo_entropy']:.2f}",
             )
             rows.append((variant, *cells, *shown))
+    sft = ablation["sft"]
+    cells = ("0", f"{sft['response_length']:.1f}", f"{sft['eos_rate']:.0%}", f"{sft['entropy']:.2f}")
+    rows.insert(0, ("the SFT model", "", "", "", "", *cells))
     failed = [f"{name} ({text})" for name, v in ablation["variants"].items() for text in v["failed"]]
     usual, demo = ppo_train.Config(), ppo_train.PRESETS["demo"]
     head = (
@@ -350,10 +361,11 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
     )
     return [
         "## What each stabiliser is worth",
-        f"One change at a time, {ablation['episodes']} episodes, all from the models of chain 0, gains on {ablation['prompts']} held-out "
-        "prompts. `baseline` is the setting of the runs above, shorter. Differences are paired over seeds and prompts; their intervals "
-        f"are over both, and of {len(ablation['variants']) - 1} comparisons one may well be off 0 by chance. What each variant changes "
-        "stands in `benchmarks/ppo_ablation.py`.",
+        f"One change at a time, {ablation['episodes']} episodes, gains on {ablation['prompts']} held-out prompts; all from the same "
+        "SFT, reward and gold model, made by chain 0's commands, though it may be on another CPU and at an earlier commit than the "
+        "chain's row names. `baseline` is the setting of the runs above, shorter. Differences are paired over seeds and prompts; their "
+        f"intervals are over both, and of {len(ablation['variants']) - 1} comparisons one may well be off 0 by chance. What each variant "
+        "changes stands in `benchmarks/ppo_ablation.py`.",
         table((*head, "entropy"), rows),
         "Runs that broke off: " + (", ".join(failed) if failed else "none") + ".",
         f"Off 0 in score: {clear(ablation, 'score_above_baseline')}; in gold score: "
@@ -402,8 +414,8 @@ def how_part(report: dict[str, Any]) -> list[str]:
     left = [name for name in report["steps"] if name not in records]
     return [
         "## How it was made",
-        "`make results`; minutes with loading, judging and saving, of as many threads. A step whose folder was gone when another "
-        "needed it was run again on that other's CPU, without a new row.",
+        f"`make results`; minutes with loading, judging and saving, of as many threads, {sum(r['minutes'] for r in records.values()) / 60:.0f} "
+        "hours in all. A step whose folder was gone when another needed it was run again on that other's CPU, without a new row.",
         table(("step", "minutes", "threads", "CPU", "commit", "command"), rows),
         *([f"Not run yet: {', '.join(left)}."] if left else []),
     ]

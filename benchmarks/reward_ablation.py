@@ -55,6 +55,7 @@ class Variant:
 
 
 STOCK = ("stock_epoch", "stock")  # TRL's trainer: for an epoch, and for as long as `recipe` trained
+STOCK_BATCH = 8  # pairs, as the `trl reward` command has it
 AVERAGED = 3  # seeds of head_zero
 VARIANTS = {
     "recipe": Variant(),
@@ -125,7 +126,7 @@ def record(config: Config) -> dict[str, Any]:
     """What the run got right, pair by pair (2 right, 1 a tie, 0 wrong), with its other numbers."""
     here = folder(config)
     settings = asdict(config) | {"dataset": Path(config.dataset).name}
-    found: dict[str, Any] = {"config": settings, "pairs": config.pairs, "seconds": train_seconds(here)}
+    found: dict[str, Any] = {"config": settings, "pairs": pairs_seen(config), "seconds": train_seconds(here)}
     for what in ("validation", "scores"):
         if (here / f"{what}.json").exists():
             pairs = read_scores(here / f"{what}.json")
@@ -133,6 +134,13 @@ def record(config: Config) -> dict[str, Any]:
             marks = {key: "".join(f"{2 * x:.0f}" for x in getattr(pairs, key)) for key in ("right", "longer")}
             found["test" if what == "scores" else what] = numbers | marks
     return found
+
+
+def pairs_seen(config: Config) -> int:
+    """The pairs that the run was trained on: all, if it was not cut short."""
+    if config.variant != "stock":
+        return config.pairs
+    return min(config.pairs, STOCK_BATCH * json.loads((folder(config) / "run.json").read_text())["steps"])
 
 
 # ---------------------------------------------------------------- our runs
@@ -251,7 +259,7 @@ def stock(config: Config) -> None:
     model.merge_and_unload().to(torch.bfloat16).save_pretrained(sources / "merged")
     tokenizer.save_pretrained(sources / "merged")
     pairs = write_texts(config, form, sources / "pairs")
-    steps = math.ceil(pairs / 8)
+    steps = math.ceil(pairs / STOCK_BATCH)
     if config.variant == "stock":
         whole = json.loads((folder(config, "stock_epoch", 0) / "run.json").read_text())
         steps = max(1, round(train_seconds(folder(config, "recipe")) / whole["seconds"] * whole["steps"]))

@@ -8,7 +8,7 @@ backward pass. Bytes are of tensors; a card needs some 0.5 GB more for the drive
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.cli import UserError, less_memory
+from rlhf.cli import UserError, check_between, less_memory
 from rlhf.data import load_pairs, tokenize_prompts
 from rlhf.generation import PREFILL
 from rlhf.hub import hub_errors
@@ -243,11 +243,13 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     pairs = load_pairs(config.dataset, "train", config.max_train_samples)
     prompts = tokenize_prompts(pairs[:SAMPLE], form, config.max_prompt_length)
     show_data("prompts", len(pairs), [len(prompt) for prompt in prompts])
+    console.print(f"held-out prompts: {len(load_pairs(config.dataset, 'test', config.max_eval_samples))}")
     console.print(
         f"updates: {config.num_updates} of {config.batch_size} responses of up to {config.response_length} tokens, "
         f"{config.num_ppo_epochs * config.num_mini_batches} optimizer steps each"
     )
     shape = read_shape(base, config.dtype)
+    check_between(config, 0, shape.layers, "role_layers")
     adapters = {
         role: (run["hyperparameters"]["lora_rank"], run["hyperparameters"].get("role_layers", 0))
         for role, run in runs.items()

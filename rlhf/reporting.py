@@ -141,12 +141,14 @@ def mean_interval(values: Iterable[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def at_equal_length(outcome: Iterable[float], difference: Iterable[float]) -> tuple[float, float, float]:
+def at_equal_length(outcome: Iterable[Any], difference: Iterable[Any]) -> tuple[float, float, float]:
     """The mean of `outcome`, one number a prompt, if both answers to it were equally long, and its 95 % interval.
 
     A least-squares line of the outcome over the difference in length, read at 0; the interval is a bootstrap over prompts.
+    Of [seeds, prompts], it is the line of their means over the seeds, and the bootstrap is over both.
     """
     points = np.array([list(outcome), list(difference)], dtype=float)
+    points = points.reshape(2, -1, points.shape[-1])  # [2, seeds, prompts]
 
     def at_zero(y: np.ndarray, x: np.ndarray) -> np.ndarray:
         from_mean = x - x.mean(-1, keepdims=True)
@@ -154,9 +156,11 @@ def at_equal_length(outcome: Iterable[float], difference: Iterable[float]) -> tu
         slope = np.divide((from_mean * y).mean(-1), square, out=np.zeros_like(square), where=square > 0)
         return y.mean(-1) - slope * x.mean(-1)
 
-    draws = np.random.default_rng(0).integers(0, points.shape[1], size=(2000, points.shape[1]))
-    low, high = np.quantile(at_zero(*points[:, draws]), [0.025, 0.975])
-    return float(at_zero(*points)), float(low), float(high)
+    random = np.random.default_rng(0)
+    prompts, seeds = (random.integers(0, count, size=(2000, count)) for count in points.shape[:0:-1])
+    drawn = np.take_along_axis(points[:, seeds].mean(2), prompts[None], axis=2)
+    low, high = np.quantile(at_zero(*drawn), [0.025, 0.975])
+    return float(at_zero(*points.mean(1))), float(low), float(high)
 
 
 def preference(first: Iterable[float], second: Iterable[float]) -> list[float]:

@@ -98,10 +98,16 @@ def test_a_dry_run_tells_and_touches_nothing(script, trained, tiny_model, tiny_d
     flags = ["--dataset", tiny_data, "--output-dir", tmp_path / "out", "--dry-run"]
     flags += ["--base-model", tiny_model] if script == "sft_train" else ["--sft-checkpoint", trained.sft]
     flags += ["--reward-checkpoint", trained.reward] if script == "ppo_train" else []
+    if script != "sft_train":
+        deep = call_main(script, [*map(str, flags), "--role-layers", "5"])
+        assert deep.returncode == 2
+        assert deep.stderr == "error: --role-layers must be at least 0 and at most 4, not 5\n"
+        flags += ["--role-layers", "4"]
     result = call_main(script, [*map(str, flags), "--card-gb", "4"])
     assert result.returncode == 0, result.stderr
     assert ": 24, " in result.stdout and "tokens each on average" in result.stdout  # 24 rows
     assert ("steps: " in result.stdout) if script != "ppo_train" else ("updates: 100 of 64" in result.stdout)
+    assert ("held-out prompts: " in result.stdout) == (script == "ppo_train")
     for owner in ("base", "adapters", "optimizer", "KV cache", "activations", "logits", "all tensors"):
         assert owner in result.stdout
     assert "It fits a card of 4 GB" in result.stdout

@@ -51,11 +51,18 @@ def test_wins_count_ties_half_and_both_must_have_ended():
     assert (found["seeds"], found["prompts"], found["win_rate"]) == (2, 4, (3 + 2 + 2 * 0.5) / 8)
     assert found["both_ended"] == 5  # three of the first, prompts 0 and 2 of the second
     assert found["win_rate_where_both_ended"] == (3 + 1 + 0.5) / 5
+    sure, lost = answers((1, 1, 1, 2), (0, 0, 0, 0)), answers((0, 0, 0, 0), (1, 1, 1, 2))
+    found = page.win_summary([sure, lost])  # the prompts are all alike, the seeds are not
+    for key in ("win_rate", "at_equal_length"):
+        assert (found[key], found[f"{key}_low"], found[f"{key}_high"]) == pytest.approx((0.5, 0, 1))
 
 
 def test_a_variant_is_held_against_the_baseline_of_its_own_seed():
     def run(gains):
-        numbers = dict.fromkeys(("ppo_kl", "ppo_response_length", "ppo_eos_rate", "ppo_entropy"), 1.0)
+        keys = ("response_length", "eos_rate", "entropy")
+        numbers = {f"{who}_{key}": value for who, value in (("sft", 0.5), ("ppo", 1.0)) for key in keys} | {
+            "ppo_kl": 1.0
+        }
         settings = {"total_episodes": 8, "max_eval_samples": 2}
         return {"metrics": numbers, "gains": {"score": gains, "gold_score": gains}, "config": settings}
 
@@ -72,6 +79,7 @@ def test_a_variant_is_held_against_the_baseline_of_its_own_seed():
     assert rows["value_from_scratch"] == {"failed": ["scores not finite"], "seeds": 0}
     text = "\n".join(page.ablation_part(page.ablation_summary(records)))
     assert "value_from_scratch (scores not finite)" in text and "| no_kl_stop | 5.00 | -0.50 (" in text
+    assert "| the SFT model |  |  |  |  | 0 | 0.5 | 50% | 0.50 |" in text
     assert "Off 0 in score: `score_clip_1` (+2.50); in gold score: `score_clip_1` (+2.50)." in text
 
 
