@@ -7,6 +7,7 @@ the parents with their hashes; the next script checks it before it loads anythin
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rlhf.cli import UserError, is_disk_full, one_line
 from rlhf.processes import agree, is_main, this_process, wait
@@ -40,6 +41,7 @@ LOGGING = frozenset(  # settings that change nothing of what a run makes
     ("output_dir", "overwrite", "resume", "eval_only", "dry_run", "card_gb", "save_steps", "save_total_limit")
     + ("num_printed_samples", "log_with")
 )
+LOCK = "lock"  # a file in the partial folder, held by the run that writes there
 MAX_RUN_JSON = 1 << 20  # bytes; ours have a few thousand
 
 
@@ -84,17 +86,24 @@ def output_folder(folder: str, resume: bool = False) -> Iterator[Path]:
     """
     final = Path(folder)
     partial = partial_of(final)
-    if is_main() and not resume:
-        shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if is_disk_full(error):
             raise
         raise UserError(f"--output-dir {folder} cannot be made ({one_line(error)}): choose another") from None
-    wait()
+    lock = hold(partial) if is_main() else None
+    if agree(is_main() and not lock):
+        raise UserError(f"another run is writing to {partial}: wait for its end, or choose another --output-dir")
     try:
+        if is_main() and not resume:
+            clear(partial)
+        wait()
         yield partial
+        wait()
+        if is_main():
+            put_in_place(final)
+        wait()
     except Exception as error:
         if (
             is_main()
@@ -103,10 +112,32 @@ def output_folder(folder: str, resume: bool = False) -> Iterator[Path]:
         ):
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    wait()
-    if is_main():
-        put_in_place(final)
-    wait()
+    finally:
+        if lock:
+            (partial / LOCK).unlink(missing_ok=True)
+            lock.close()
+
+
+def hold(partial: Path) -> IO[str] | None:
+    """The lock of a folder that runs write to, held until it is closed; None if another run holds it."""
+    lock = (partial / LOCK).open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
+def clear(partial: Path) -> None:
+    """Remove what an earlier run has left."""
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def put_in_place(final: Path) -> None:
@@ -120,6 +151,7 @@ def put_in_place(final: Path) -> None:
             final.rename(old)
         partial.rename(final)
         sync(final.parent, deep=False)
+    (final / LOCK).unlink(missing_ok=True)
     for state in final.glob("step-*"):
         shutil.rmtree(state)
     shutil.rmtree(old, ignore_errors=True)

@@ -23,6 +23,9 @@ from rlhf.cli import UserError
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+NO_CLOCK = (
+    "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"  # the day that Llama 3's template falls back to
+)
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ROLES = {"Human": "user", "Assistant": "assistant"}
 CUES = {"user": HUMAN, "assistant": ASSISTANT}
@@ -363,8 +366,8 @@ class PromptFormat:
     """How a dialogue is written for the model, and where an answer ends.
 
     `hh` writes `\\n\\nHuman: ...\\n\\nAssistant:` with a leading space in the response; a response ends at EOS or where the
-    model starts the next `\\n\\nHuman:`. `model` uses the chat template that an Instruct base brings and ends at EOS.
-    Text from data is never read as a special token.
+    model starts the next `\\n\\nHuman:`. `model` uses the chat template that an Instruct base brings and ends at EOS; one
+    that writes the day's date gets always the same, or a run would change overnight. Text from data is never read as a special token.
     """
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase):
@@ -372,6 +375,8 @@ class PromptFormat:
         self.eos_token_id: int = tokenizer.eos_token_id
         self.pad_token_id: int = tokenizer.pad_token_id
         self.stop_text = HUMAN if name == "hh" else None
+        # all_special_tokens has those with a role only (BOS, EOS, ...), not <|start_header_id|> and its like.
+        self.special_texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.bos_ids = tokenizer("", add_special_tokens=True)["input_ids"][:1]
         if self.bos_ids != [tokenizer.bos_token_id]:
             self.bos_ids = []  # a tokenizer that adds nothing, or only EOS
@@ -381,6 +386,8 @@ class PromptFormat:
             )
         elif not tokenizer.chat_template:
             raise UserError("--prompt-format model: this base brings no chat template; use --prompt-format hh")
+        else:
+            self.template = NO_CLOCK + tokenizer.get_chat_template()
 
     def prompt_text(self, turns: Iterable[tuple[str, str]]) -> str:
         """The text of a prompt, without BOS, up to where the answer starts."""
@@ -388,7 +395,8 @@ class PromptFormat:
             return hh_prompt(turns)
         messages = [{"role": role, "content": text} for role, text in turns]
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            settings = {"chat_template": self.template, "tokenize": False, "add_generation_prompt": True}
+            return self.tokenizer.apply_chat_template(messages, **settings)
         except TemplateError as error:  # it may want no system turn, or roles that alternate
             raise BadRow(f"the base's chat template refuses it ({error})") from None
 
@@ -412,9 +420,7 @@ class PromptFormat:
 
     def has_special_text(self, turns: Iterable[tuple[str, str]]) -> bool:
         """True when a turn spells a special token that the template of `model` would let through as one."""
-        return self.name == "model" and any(
-            token in text for _, text in turns for token in self.tokenizer.all_special_tokens
-        )
+        return self.name == "model" and any(token in text for _, text in turns for token in self.special_texts)
 
 
 def tokenize_prompt(turns: tuple[tuple[str, str], ...], form: PromptFormat, max_tokens: int) -> list[int]:

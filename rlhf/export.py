@@ -44,6 +44,9 @@ from tyro.conf import Positional
 
 SHARD_BYTES = 300_000_000  # of weights that are held and written together
 ROUNDING = 1e-3  # the most that logits may move when the adapter is merged in float32
+WEIGHTS = (
+    "model*.safetensors"  # as transformers names its files; some repositories have the same weights in other files, too
+)
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 CHECKED = 8  # last tokens of each prompt
 PROMPTS = (
@@ -73,14 +76,14 @@ def main(config: Config) -> None:
     base = same_base(made, config.checkpoint, config.base_model)
     form = load_format(config.checkpoint, made)
     source = base_folder(base)
-    weights, adapter = Weights(source), Adapter(config.checkpoint)
-    odd = sorted(set(adapter.names()) - set(weights.files))
-    if odd:
-        raise UserError(f"the adapter at {config.checkpoint} does not fit its base (there is no {odd[0]})")
     settings = AutoConfig.from_pretrained(source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
     check_layers(model)
+    weights, adapter = Weights(source, model), Adapter(config.checkpoint)
+    odd = sorted(set(adapter.names()) - set(weights.files))
+    if odd:
+        raise UserError(f"the adapter at {config.checkpoint} does not fit its base (there is no {odd[0]})")
     dtype = DTYPES[config.dtype]
     with output_folder(config.output_dir) as folder, torch.no_grad():
         writer, check = Writer(folder), Check(model, form, adapter, dtype, base["load_in_4bit"])
@@ -115,19 +118,23 @@ def base_folder(base: dict[str, Any]) -> Path:
         return Path(base["model"])
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "README.md", *LICENCE_FILES]  # the README names the licence
+    wanted = [WEIGHTS, "*.json", "README.md", *LICENCE_FILES]  # the README names the licence
     with hub_errors(base["model"], "model", "--base-model"):
         return Path(snapshot_download(base["model"], revision=base["revision"], allow_patterns=wanted))
 
 
 class Weights:
-    """The tensors of a model folder by name, each read when it is asked for."""
+    """The weights of `model` by name, each read from a folder when it is asked for. What else the folder holds is left out."""
 
-    def __init__(self, folder: Path):
-        self.files = {}
-        for path in sorted(folder.glob("*.safetensors")):
+    def __init__(self, folder: Path, model: nn.Module):
+        self.files, names = {}, set(model.state_dict())
+        for path in sorted(folder.glob(WEIGHTS)):
             with safe_open(path, "pt") as file:
-                self.files |= dict.fromkeys(file.keys(), path)
+                held = file.keys()
+            self.files |= {name: path for name in held if name in names}
+        missing = sorted(names - set(self.files) - ({HEAD} if model.config.tie_word_embeddings else set()))
+        if missing:
+            raise UserError(f"{folder} is not a whole model: there is no {missing[0]} in its {WEIGHTS}")
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self.files[name], "pt") as file:

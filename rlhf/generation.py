@@ -61,17 +61,20 @@ def generate(
     waiting = by_length(list(map(len, prompts)), size)[::-1]
     while waiting:
         rows = waiting.pop()
+        fit = shared.rows_that_fit.get("rollout", len(rows))
+        if len(rows) > fit:
+            waiting += [rows[fit:], rows[:fit]]
+            continue
         try:
             for row, response in _generate_batch(shared, form, prompts, rows, max_new_tokens, temperature, seeds):
                 responses[row] = response
             continue
         except torch.OutOfMemoryError:
-            half = (len(rows) + 1) // 2
-            if half == len(rows):
+            if len(rows) == 1:
                 raise
         # Outside `except`, which would hold the cache that did not fit.
-        shared.ran_out("rollout", len(rows), half)
-        waiting += [rows[half:], rows[:half]]
+        shared.ran_out("rollout", len(rows), (len(rows) + 1) // 2)
+        waiting.append(rows)
     return responses
 
 

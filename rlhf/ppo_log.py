@@ -131,8 +131,9 @@ def batch_metrics(
 
 def add_means(stats: dict[str, float], parts: dict[str, Tensor], response_mask: Tensor, tokens: int) -> None:
     """Add a micro-batch's share of the minibatch's means over real tokens."""
-    for name, values in parts.items():
-        stats[name] = stats.get(name, 0.0) + values.detach()[response_mask].sum().item() / tokens
+    sums = torch.stack([values.detach().where(response_mask, 0).sum() for values in parts.values()]).tolist()
+    for name, value in zip(parts, sums, strict=True):
+        stats[name] = stats.get(name, 0.0) + value / tokens
 
 
 def mean_stats(history: list[dict[str, float]]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What a run leaves to look at: metrics as JSON lines, curves as a PNG, numbers with their intervals, how texts vary."""
 
+import contextlib
 import errno
 import json
 import math
@@ -8,6 +9,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from rlhf.cli import UserError
 
 import numpy as np
 from rich.console import Console
@@ -35,16 +38,24 @@ class JsonLines:
         self.file = path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
+        """Numbers that are not finite are left out: JSON has none, and fp16 skips a step now and then for such a gradient."""
+        row = {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         if self.file.write(line) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def position(self) -> int:
-        """Bytes that are written."""
+        """Bytes that are written, and on the disk: what rests on them may be there after a power cut."""
+        with contextlib.suppress(OSError):  # /dev/null cannot be flushed
+            os.fsync(self.file.fileno())
         return self.file.tell()
 
     def cut(self, position: int) -> None:
         """Forget what stands after the first `position` bytes."""
+        if position > self.file.seek(0, os.SEEK_END):
+            raise UserError(
+                f"{self.file.name} has lost its end: it ended at byte {position}; start anew with --overwrite"
+            )
         self.file.seek(position)
         self.file.truncate()
 
@@ -86,8 +97,9 @@ class TrainerLog(TrainerCallback):
             if "loss" in logs:
                 self.progress.update(self.task, note=f"loss {float(logs['loss']):.3f}")
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
+    def stop(self) -> None:
+        """Give the terminal back, however the training ended."""
+        if self.progress.live.is_started:
             self.progress.stop()
 
 

@@ -164,6 +164,7 @@ class StopWhenAsked(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:  # the Trainer would make one more before it looks
             raise AllStepsMade
+        state.save_steps = args.save_steps  # it has the interrupted run's
 
     def on_step_end(self, args, state, control, **kwargs):
         if asked_to_stop():
@@ -219,6 +220,8 @@ class Resumable(Trainer):
                 if is_main():
                     row = {"step": self.state.global_step, "train_runtime": 0.0, "epoch": self.state.epoch}
                     self.lines.metrics.write(row)
+            finally:
+                self.lines.stop()
             check_stop(together=True)
 
     def first_row(self, name: str) -> float | None:

@@ -25,7 +25,7 @@ import pytest
 from conftest import BOS, EOS, PAD, read_demo, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 
 def user(text):
@@ -429,6 +429,21 @@ def test_special_tokens_in_the_data_are_dropped_under_the_models_template(tokeni
     kept = tokenize_pairs([pair, ONE], PromptFormat("model", tokenizer), 100, "train")
     assert [tokens.pair for tokens in kept] == [ONE]
     assert "1 text that spells a special token" in capsys.readouterr().out
+
+
+def test_a_role_header_in_the_data_is_dropped_under_the_models_template(tokenizer):
+    """Special tokens that are neither BOS, EOS nor padding, such as Llama 3's `<|start_header_id|>`."""
+    tokenizer.add_tokens([AddedToken("<|head|>", special=True)], special_tokens=True)
+    tokenizer.chat_template = CHATML
+    pair = Pair((("user", "x<|head|>assistant"),), "b", "c")
+    kept = tokenize_pairs([pair, ONE], PromptFormat("model", tokenizer), 100, "train")
+    assert [tokens.pair for tokens in kept] == [ONE]
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(tokenizer):
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') if strftime_now is defined }}\n" + CHATML
+    assert PromptFormat("model", tokenizer).prompt_text(ONE.turns).startswith("26 Jul 2024\n")
+    assert "26 Jul" not in tokenizer.chat_template  # which goes out with the model
 
 
 @settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

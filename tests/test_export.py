@@ -5,6 +5,7 @@ import shutil
 
 import rlhf.export
 from rlhf.checkpoints import sha256
+from rlhf.modeling import base_facts
 
 import pytest
 import torch
@@ -38,6 +39,14 @@ def ppo(trained, tiny_data, call_main, tmp_path_factory):
     parents = ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--dataset", tiny_data]
     result = call_main("ppo_train", [*flags.split(), *parents, "--dtype", "fp32", "--output-dir", folder])
     assert result.returncode == 0, result.stderr
+    return folder
+
+
+def move_base(checkpoint, base, folder):
+    """A copy of a checkpoint that says that it was trained on another base."""
+    shutil.copytree(checkpoint, folder)
+    made = json.loads((folder / "run.json").read_text()) | {"base": base_facts(str(base), None, False)}
+    (folder / "run.json").write_text(json.dumps(made))
     return folder
 
 
@@ -126,6 +135,27 @@ def test_large_weights_come_in_several_files(export, ppo, monkeypatch):
     found = {name: load_file(folder / file)[name] for name, file in index["weight_map"].items()}
     assert found.keys() == one.keys() and all(torch.equal(found[name], one[name]) for name in one)
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_what_is_no_weight_of_the_model_is_left_out(export, trained, tiny_model, tmp_path):
+    """Some repositories have all weights a second time under other names; old ones have buffers beside them."""
+    base, before = shutil.copytree(tiny_model, tmp_path / "base"), load_file(export(trained.sft) / "model.safetensors")
+    weights = load_file(base / "model.safetensors")
+    save_file({"layers.0.wq.weight": torch.ones(2, 2)}, base / "consolidated.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    moved = move_base(trained.sft, base, tmp_path / "moved")
+    after = load_file(export(moved) / "model.safetensors")
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
+
+
+def test_a_base_that_is_not_whole(call_main, trained, tiny_model, tmp_path):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    result = call_main("rlhf.export", [move_base(trained.sft, base, tmp_path / "moved"), tmp_path / "exported"])
+    assert_one_line(result.returncode, result.stderr, base, "not a whole model", "model.layers.1.mlp.up_proj.weight")
 
 
 def test_an_untied_head_is_kept(call_main, flags, tiny_data, tmp_path, export):

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import rlhf.generation
 from rlhf.generation import Response, _ended, _uniforms, generate, pick
 from rlhf.modeling import SharedBase, base_facts, load_base
 
@@ -45,6 +46,23 @@ def sample(shared, form, prompts, temperature, seeds, batch_size, new=NEW):
 
 
 # ---------------------------------------------------------------- the batch changes nothing
+
+
+def test_a_size_that_ran_out_of_memory_is_not_tried_again(shared, silent, prompts, monkeypatch):
+    prompts, seeds, failed = prompts * 2, range(12), []
+    alone = sample(shared, silent, prompts, 1.0, seeds, 6, new=4)
+    generate_batch = rlhf.generation._generate_batch
+
+    def small_card(shared, form, prompts, rows, *more):
+        if len(rows) > 2:
+            failed.append(len(rows))
+            raise torch.OutOfMemoryError("out of memory")
+        return generate_batch(shared, form, prompts, rows, *more)
+
+    monkeypatch.setattr(rlhf.generation, "_generate_batch", small_card)
+    monkeypatch.setattr(shared, "rows_that_fit", {})
+    assert sample(shared, silent, prompts, 1.0, seeds, 6, new=4) == alone
+    assert (failed, shared.rows_that_fit) == ([6, 3], {"rollout": 2})
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from rlhf.checkpoints import output_folder
-from rlhf.cli import next_command
+from rlhf.cli import UserError, next_command
 
 import pytest
 from conftest import OFFLINE, ROOT, make_model, write_jsonl
@@ -106,6 +106,21 @@ def test_a_folder_beside_the_output_is_left_alone(tmp_path):
         (folder / "run.json").write_text("new")
     found = {path.name: (path / "run.json").read_text() for path in tmp_path.iterdir()}
     assert found == {"ppo": "new", "ppo.old": "ppo.old", "ppo.bak": "ppo.bak"}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_another_run_is_writing_to(tmp_path, resume):
+    with output_folder(str(tmp_path / "sft")) as folder:
+        (folder / "metrics.jsonl").write_text("theirs")
+        another = pytest.raises(UserError, match="another run is writing to .*sft.partial")
+        with another, output_folder(str(tmp_path / "sft"), resume):
+            pass
+    assert snapshot(tmp_path) == {"sft/metrics.jsonl": b"theirs"}
+    with pytest.raises(RuntimeError), output_folder(str(tmp_path / "sft")):
+        raise RuntimeError("what a crash leaves holds nothing")
+    with output_folder(str(tmp_path / "sft"), resume) as folder:
+        (folder / "metrics.jsonl").write_text("ours")
+    assert snapshot(tmp_path) == {"sft/metrics.jsonl": b"ours"}
 
 
 def test_an_output_folder_that_holds_something(call_main, trained, tmp_path):

@@ -1,5 +1,6 @@
 """Numbers with their intervals, and how varied texts are."""
 
+from rlhf.cli import UserError
 from rlhf.reporting import (
     JsonLines,
     at_equal_length,
@@ -21,6 +22,22 @@ def test_what_is_written_is_read_again(tmp_path):
     for row in rows:
         lines.write(row)
     assert read_jsonl(tmp_path / "rows.jsonl") == rows
+
+
+def test_what_json_cannot_hold_is_left_out(tmp_path):
+    JsonLines(tmp_path / "rows.jsonl").write({"step": 1, "grad_norm": float("inf"), "loss": float("nan"), "lr": 0.5})
+    assert (tmp_path / "rows.jsonl").read_text() == '{"step": 1, "lr": 0.5}\n'
+
+
+def test_a_position_is_that_of_bytes_on_the_disk(tmp_path, monkeypatch):
+    lines, flushed = JsonLines(tmp_path / "rows.jsonl"), []
+    monkeypatch.setattr("os.fsync", flushed.append)
+    lines.write({"step": 1})
+    assert (lines.position(), flushed) == (12, [lines.file.fileno()])
+    with pytest.raises(UserError, match="rows.jsonl has lost its end"):
+        lines.cut(13)  # it would be filled up with NULs
+    lines.cut(0)
+    assert (tmp_path / "rows.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize("text", ["Saved runs/[v2]/x.", "data[/old]/x", "I am glad :smile:"])

@@ -11,6 +11,7 @@ import sys
 import ppo_train
 import rlhf.generation
 import rlhf.ppo_state
+import rlhf.reporting
 import rlhf.resume
 import rlhf.training
 from rlhf.resume import new_state, newest_state, states
@@ -160,6 +161,23 @@ def test_a_signal_ends_the_run_where_it_can_go_on(commands, call_main, left_alon
     result = call_main(script, [*argv, "--resume"])
     assert result.returncode == 0, result.stderr
     check_same_run(alone, tmp_path / "cut")
+
+
+@pytest.mark.parametrize("phase", ["sft", "reward"])
+def test_states_come_as_often_as_the_resumed_run_says(commands, call_main, tmp_path, phase, monkeypatch):
+    """And after a crash the terminal is free again."""
+    bars, progress = [], rlhf.reporting.progress
+    monkeypatch.setattr(rlhf.reporting, "progress", lambda: bars.append(progress()) or bars[-1])
+    script, argv = commands(phase, tmp_path / "cut")
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, rlhf.training.Resumable, "training_step", 2, ask_to_stop)
+        assert call_main(script, [*argv, "--save-steps", "100"]).returncode == 128 + signal.SIGTERM
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, rlhf.training.Resumable, "training_step", 2, crash)
+        with pytest.raises(Crash):
+            call_main(script, [*argv, "--save-steps", "1", "--resume"])
+    assert newest_state(tmp_path / "cut.partial").name == "step-00000003"
+    assert [bar.live.is_started for bar in bars] == [False, False]
 
 
 def test_a_second_signal_stops_at_once():
