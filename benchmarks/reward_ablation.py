@@ -102,6 +102,7 @@ def main(config: Config) -> None:
         raise UserError(f"--variant is one of {', '.join([*VARIANTS, 'averaged', 'half', *STOCK])}")
     here = folder(config)
     shutil.rmtree(here, ignore_errors=True)
+    here.parent.mkdir(parents=True, exist_ok=True)
     if config.variant in VARIANTS:
         train(config)
     elif config.variant == "averaged":
