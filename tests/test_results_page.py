@@ -17,6 +17,7 @@ from rlhf.cli import UserError  # noqa: E402
 
 import results  # noqa: E402
 import results_page as page  # noqa: E402
+import reward_ablation  # noqa: E402
 
 REPORT = ROOT / "docs" / "results.json"
 
@@ -172,3 +173,13 @@ def test_no_place_of_a_machine_is_shown():
     assert not re.search(r"[\" ]/(tmp|home|root|work|mnt|data)/", REPORT.read_text())
     config = results.Config(dataset="/home/me/rm-static", base_model="/home/me/m", work="/home/me/w")
     assert results.public(config) == {"dataset": "path/to/rm-static", "base_model": "path/to/m", "work": "path/to/w"}
+
+
+def test_a_chains_reward_model_is_scored_before_any_other(trained, tiny_data, tmp_path):
+    """As `make results` begins the ablation in a fresh clone."""
+    parents = {"sft_checkpoint": str(trained.sft), "reward_checkpoint": str(trained.reward)}
+    sizes = {"validation_pairs": 3, "test_pairs": 5, "dataset": str(tiny_data), "work": str(tmp_path / "new" / "work")}
+    reward_ablation.main(reward_ablation.Config(variant="half", **parents, **sizes))
+    record = json.loads((tmp_path / "new" / "work" / "half_0.json").read_text())
+    assert (len(record["validation"]["right"]), len(record["test"]["right"])) == (3, 5)
+    assert record["pairs"] == json.loads((trained.reward / "run.json").read_text())["data"]["train_rows"]
