@@ -1,6 +1,5 @@
 """What a run leaves to look at: metrics as JSON lines, curves as a PNG, numbers with their intervals, how texts vary."""
 
-import contextlib
 import errno
 import json
 import math
@@ -46,7 +45,7 @@ class JsonLines:
 
     def position(self) -> int:
         """Bytes that are written, and on the disk: what rests on them may be there after a power cut."""
-        with contextlib.suppress(OSError):  # /dev/null cannot be flushed
+        if Path(self.file.name).is_file():  # /dev/null cannot be flushed
             os.fsync(self.file.fileno())
         return self.file.tell()
 
