@@ -110,7 +110,7 @@ def steps(config: Config) -> list[Step]:
     for seed in SEEDS:
         needed = ("sft_0", f"reward_recipe_{seed}", "reward_stock_epoch_0")
         todo.append(ablation("reward", "stock", seed, 12, data, work, needed))
-    for seed in ABLATION_SEEDS:
+    for seed in SEEDS:
         for variant in ppo_ablation.VARIANTS:
             todo.append(ablation("ppo", variant, seed, 17, data, work, ("sft_0", "reward_0", "gold_0")))
     return todo

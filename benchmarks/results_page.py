@@ -13,8 +13,8 @@ import numpy as np
 import ppo_ablation
 import reward_ablation
 
-SEEDS = (0, 1, 2)  # of the chains, and of the reward recipe, the adapters that are averaged, and stock
-ABLATION_SEEDS = (0, 1)  # of the other variants of both ablations
+SEEDS = (0, 1, 2)  # of the chains, PPO's ablation, and of the reward recipe, the adapters that are averaged, and stock
+ABLATION_SEEDS = (0, 1)  # of the other variants of the reward model
 PERCENTILES = (100, 90, 50, 10, 0)  # of the gold gain over SFT: the samples that are shown
 PLOTS = {"reward_0/evaluation.png": "reward_evaluation.png"} | {
     f"ppo_{seed}/frontier.png": f"ppo_frontier_{seed}.png" for seed in SEEDS
@@ -86,28 +86,29 @@ def win_summary(compared: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ablation_summary(records: Records) -> dict[str, Any]:
-    """Of each variant of PPO the gains, and how far they are above the baseline's of the same seeds and prompts."""
+    """Of each variant of PPO the gains, and how far they are above the baseline's on the same prompts."""
     rows: dict[str, dict[str, Any]] = {}
+    runs: dict[str, list[dict[str, Any]]] = {}
     for variant in ppo_ablation.VARIANTS:
-        seeds = [seed for seed in ABLATION_SEEDS if f"ppo_{variant}_{seed}" in records]
-        runs = {seed: records[f"ppo_{variant}_{seed}"] for seed in seeds}
-        whole = [seed for seed, run in runs.items() if "metrics" in run]
-        rows[variant] = {"failed": [run["failed"] for run in runs.values() if "failed" in run], "seeds": len(whole)}
-        if not whole:
-            continue
-        for key in ("ppo_kl", "ppo_response_length", "ppo_eos_rate", "ppo_entropy"):
-            rows[variant][key] = float(np.mean([runs[seed]["metrics"][key] for seed in whole]))
-        for name in ("score", "gold_score"):
-            gains = np.array([runs[seed]["gains"][name] for seed in whole])
-            rows[variant][f"{name}_gains"] = gains.mean(1).tolist()
-            paired = [seed for seed in whole if "gains" in records.get(f"ppo_baseline_{seed}", {})]
-            if variant != "baseline" and paired:
-                base = np.array([records[f"ppo_baseline_{seed}"]["gains"][name] for seed in paired])
-                ours = np.array([runs[seed]["gains"][name] for seed in paired])
-                rows[variant] |= interval(f"{name}_above_baseline", ours - base)
-    config, metrics = records["ppo_baseline_0"]["config"], records["ppo_baseline_0"]["metrics"]
+        found = [records[key] for seed in SEEDS if (key := f"ppo_{variant}_{seed}") in records]
+        whole = [run for run in found if "metrics" in run]
+        rows[variant] = {"failed": [run["failed"] for run in found if "failed" in run], "seeds": len(whole)}
+        if whole:
+            runs[variant] = whole
+            for key in ("ppo_kl", "ppo_response_length", "ppo_eos_rate", "ppo_entropy"):
+                rows[variant][key] = float(np.mean([run["metrics"][key] for run in whole]))
+    settings, metrics = records["ppo_baseline_0"]["config"], records["ppo_baseline_0"]["metrics"]
     sft = {key: metrics[f"sft_{key}"] for key in ("response_length", "eos_rate", "entropy")}
-    return {"episodes": config["total_episodes"], "prompts": config["max_eval_samples"], "sft": sft, "variants": rows}
+    summary = {"episodes": settings["total_episodes"], "prompts": settings["max_eval_samples"], "sft": sft}
+    for name in ("score", "gold_score"):
+        gains = {variant: np.array([run["gains"][name] for run in whole]) for variant, whole in runs.items()}
+        spread = deviations(list(gains.values()))
+        summary[f"{name}_std"] = float(np.sqrt((spread.mean(1) ** 2).mean()))
+        for variant, found in gains.items():
+            rows[variant][f"{name}_gains"] = found.mean(1).tolist()
+            if variant != "baseline":
+                rows[variant] |= pooled_interval(f"{name}_above_baseline", found, gains["baseline"], spread)
+    return summary | {"variants": rows}
 
 
 def marks(parts: list[dict[str, Any]], key: str) -> np.ndarray:
@@ -115,21 +116,47 @@ def marks(parts: list[dict[str, Any]], key: str) -> np.ndarray:
     return np.array([[int(mark) / 2 for mark in part[key]] for part in parts])
 
 
-def interval(
-    name: str, values: np.ndarray, against: np.ndarray | None = None, samples: int = 10_000
-) -> dict[str, float]:
+def interval(name: str, values: np.ndarray, against: np.ndarray | None = None) -> dict[str, float]:
     """Mean of `values` [seeds, pairs], less that of `against`; bootstrap over the seeds of each, and over the pairs."""
     random = np.random.default_rng(0)
-
-    def drawn(count: int) -> np.ndarray:
-        """[samples, count] the weights that a mean gives to each of `count` when as many are drawn with replacement."""
-        which = random.integers(0, count, (samples, count)) + count * np.arange(samples)[:, None]
-        return np.bincount(which.ravel(), minlength=samples * count).reshape(samples, count) / count
-
-    pairs = drawn(values.shape[1])
+    pairs = drawn(random, values.shape[1])
     parts = [values] if against is None else [values, -against]
-    low, high = np.quantile(sum(((drawn(len(part)) @ part) * pairs).sum(1) for part in parts), [0.025, 0.975])
-    return {name: float(sum(part.mean() for part in parts)), f"{name}_low": float(low), f"{name}_high": float(high)}
+    samples = sum(((drawn(random, len(part)) @ part) * pairs).sum(1) for part in parts)
+    return between(name, sum(part.mean() for part in parts), samples)
+
+
+def pooled_interval(name: str, values: np.ndarray, against: np.ndarray, spread: np.ndarray) -> dict[str, float]:
+    """Mean of `values` [runs, prompts], less that of `against`; bootstrap over the prompts, and over the runs by `spread`.
+
+    Two or three runs of a variant say too little of how far such runs lie apart: what a bootstrap draws in place of each is
+    the deviation of any run of the table, see `deviations`.
+    """
+    random = np.random.default_rng(0)
+    prompts = drawn(random, values.shape[1])
+    difference = values.mean(0) - against.mean(0)
+    noise = drawn(random, len(spread), len(values)) - drawn(random, len(spread), len(against))
+    return between(name, difference.mean(), ((difference + noise @ spread) * prompts).sum(1))
+
+
+def deviations(gains: list[np.ndarray]) -> np.ndarray:
+    """[runs, prompts] of each run from its variant's mean, of [runs, prompts] a variant; their mean square is unbiased.
+
+    Of variants of one run nothing is known; if that is all there is, no run deviates.
+    """
+    found = [(own - own.mean(0)) * (len(own) / (len(own) - 1)) ** 0.5 for own in gains if len(own) > 1]
+    return np.concatenate(found or [np.zeros_like(gains[0][:1])])
+
+
+def drawn(random: np.random.Generator, of: int, count: int | None = None, samples: int = 10_000) -> np.ndarray:
+    """[samples, of] the weights that a mean gives to each when `count` (all) are drawn with replacement."""
+    count = count or of
+    which = random.integers(0, of, (samples, count)) + of * np.arange(samples)[:, None]
+    return np.bincount(which.ravel(), minlength=samples * of).reshape(samples, of) / count
+
+
+def between(name: str, mean: float, samples: np.ndarray) -> dict[str, float]:
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 # ---------------------------------------------------------------- the page
@@ -363,9 +390,13 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
         "## What each stabiliser is worth",
         f"One change at a time, {ablation['episodes']} episodes, gains on {ablation['prompts']} held-out prompts; all from the same "
         "SFT, reward and gold model, made by chain 0's commands, though it may be on another CPU and at an earlier commit than the "
-        "chain's row names. `baseline` is the setting of the runs above, shorter. Differences are paired over seeds and prompts; their "
-        f"intervals are over both, and of {len(ablation['variants']) - 1} comparisons one may well be off 0 by chance. What each variant "
-        "changes stands in `benchmarks/ppo_ablation.py`.",
+        "chain's row names. `baseline` is the setting of the runs above, shorter. What each variant changes stands in "
+        "`benchmarks/ppo_ablation.py`. Runs of one setting lie apart: over all variants a run's gain deviates from its variant's mean by "
+        f"{ablation['score_std']:.2f} in score and {ablation['gold_score_std']:.2f} in gold score (standard deviations). The intervals of "
+        f"the differences are over prompts and over runs that spread so, and of {len(ablation['variants']) - 1} comparisons one may "
+        "well be off 0 by chance. `scores_not_centred` shows what chance does: with gamma 1 and no score at the clip, the mean that is taken "
+        "off the scores is taken off the values too and leaves the advantages as they are, so that this variant and the baseline differ in "
+        "rounding alone.",
         table((*head, "entropy"), rows),
         "Runs that broke off: " + (", ".join(failed) if failed else "none") + ".",
         f"Off 0 in score: {clear(ablation, 'score_above_baseline')}; in gold score: "

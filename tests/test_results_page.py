@@ -58,7 +58,21 @@ def test_wins_count_ties_half_and_both_must_have_ended():
         assert (found[key], found[f"{key}_low"], found[f"{key}_high"]) == pytest.approx((0.5, 0, 1))
 
 
-def test_a_variant_is_held_against_the_baseline_of_its_own_seed():
+def test_few_runs_are_held_against_each_other_by_the_spread_of_all():
+    apart, alike = np.array([[0.2] * 4, [0.6] * 4]), np.array([[1.0] * 4, [1.0] * 4])
+    spread = page.deviations([apart, alike, np.array([[7.0] * 4])])  # of a single run nothing is known
+    assert spread == pytest.approx(np.array([[-(0.08**0.5)] * 4, [0.08**0.5] * 4, [0.0] * 4, [0.0] * 4]))
+    # Two are drawn on each side, of -1, 1, 0 and 0 times 0.1414; their sum is 4 in 1 case of 256 and 3 in 8 more.
+    found = page.pooled_interval("x", alike, apart, spread)
+    assert found == pytest.approx({"x": 0.6, "x_low": 0.6 - 3 * 0.02**0.5, "x_high": 0.6 + 3 * 0.02**0.5})
+    # Prompts are drawn too: without any spread of runs a difference of 0 or 1 a prompt is 0 to 1.
+    single = np.array([[0.0, 1.0]])
+    assert page.deviations([single]) == pytest.approx(np.zeros((1, 2)))
+    found = page.pooled_interval("x", single, 0 * single, page.deviations([single]))
+    assert found == pytest.approx({"x": 0.5, "x_low": 0.0, "x_high": 1.0})
+
+
+def test_a_variant_is_held_against_the_baseline():
     def run(gains):
         keys = ("response_length", "eos_rate", "entropy")
         numbers = {f"{who}_{key}": value for who, value in (("sft", 0.5), ("ppo", 1.0)) for key in keys} | {
@@ -71,17 +85,17 @@ def test_a_variant_is_held_against_the_baseline_of_its_own_seed():
         "ppo_baseline_0": run([1.0, 2.0]),
         "ppo_baseline_1": run([5.0, 6.0]),
         "ppo_no_kl_stop_1": run([4.0, 6.0]),
-        "ppo_score_clip_1_0": run([3.0, 5.0]),
+        "ppo_score_clip_1_0": run([13.0, 15.0]),
     }
     records["ppo_value_from_scratch_0"] = {"failed": "scores not finite"}
     rows = page.ablation_summary(records)["variants"]
     assert rows["baseline"]["score_gains"] == [1.5, 5.5]
-    assert rows["no_kl_stop"]["score_above_baseline"] == -0.5  # of seed 1
+    assert rows["no_kl_stop"]["score_above_baseline"] == 1.5  # of both seeds, 1.5 and 5.5
     assert rows["value_from_scratch"] == {"failed": ["scores not finite"], "seeds": 0}
     text = "\n".join(page.ablation_part(page.ablation_summary(records)))
-    assert "value_from_scratch (scores not finite)" in text and "| no_kl_stop | 5.00 | -0.50 (" in text
+    assert "value_from_scratch (scores not finite)" in text and "| no_kl_stop | 5.00 | +1.50 (" in text
     assert "| the SFT model |  |  |  |  | 0 | 0.5 | 50% | 0.50 |" in text
-    assert "Off 0 in score: `score_clip_1` (+2.50); in gold score: `score_clip_1` (+2.50)." in text
+    assert "Off 0 in score: `score_clip_1` (+10.50); in gold score: `score_clip_1` (+10.50)." in text
 
 
 def test_a_reward_model_is_held_against_length_on_test_and_validation_pairs():
