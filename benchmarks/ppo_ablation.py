@@ -82,6 +82,7 @@ VARIANTS = {
     "no_kl_stop": Variant({"kl_stop": 1e9}),
     "missing_eos_penalty_1": Variant({"missing_eos_penalty": 1.0}),  # ppo_train.py's default
 }
+SAME = ("baseline", "scores_not_centred")  # but for rounding: with gamma 1 scores and values move together
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,18 @@ def main(config: Config) -> None:
 
 
 def trained(folder: Path) -> dict[str, Any]:
-    """Of a finished run: its metrics, the rows of its looks at the held-out prompts, and each prompt's gains."""
+    """Of a finished run: its metrics, the rows of its looks at the held-out prompts, each prompt's gains, and of each update how
+    much of the returns' variance the values explain."""
     samples = read_jsonl(folder / "samples.jsonl")
     first, last = ([row for row in samples if row["update"] == at] for at in (0, samples[-1]["update"]))
     gains = {name: [b[name] - a[name] for a, b in zip(first, last, strict=True)] for name in ("score", "gold_score")}
-    looks = [row for row in read_jsonl(folder / "metrics.jsonl") if "eval/kl" in row]
-    return {"metrics": json.loads((folder / "run.json").read_text())["metrics"], "gains": gains, "looks": looks}
+    rows = read_jsonl(folder / "metrics.jsonl")
+    return {
+        "metrics": json.loads((folder / "run.json").read_text())["metrics"],
+        "gains": gains,
+        "looks": [row for row in rows if "eval/kl" in row],
+        "explained_variance": [row["val/explained_variance"] for row in rows if "val/explained_variance" in row],
+    }
 
 
 def train(config: Config, folder: Path) -> None:

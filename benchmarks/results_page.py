@@ -15,6 +15,7 @@ import reward_ablation
 
 SEEDS = (0, 1, 2)  # of the chains, PPO's ablation, and of the reward recipe, the adapters that are averaged, and stock
 ABLATION_SEEDS = (0, 1)  # of the other variants of the reward model
+SAMPLES = 10_000  # of a bootstrap
 PERCENTILES = (100, 90, 50, 10, 0)  # of the gold gain over SFT: the samples that are shown
 PLOTS = {"reward_0/evaluation.png": "reward_evaluation.png"} | {
     f"ppo_{seed}/frontier.png": f"ppo_frontier_{seed}.png" for seed in SEEDS
@@ -97,17 +98,23 @@ def ablation_summary(records: Records) -> dict[str, Any]:
             runs[variant] = whole
             for key in ("ppo_kl", "ppo_response_length", "ppo_eos_rate", "ppo_entropy"):
                 rows[variant][key] = float(np.mean([run["metrics"][key] for run in whole]))
+            explained = np.array([run["explained_variance"] for run in whole])  # [runs, updates]
+            third = explained.shape[1] // 3
+            rows[variant]["explained_variance_first_third"] = float(explained[:, :third].mean())
+            rows[variant]["explained_variance_last_third"] = float(explained[:, -third:].mean())
     settings, metrics = records["ppo_baseline_0"]["config"], records["ppo_baseline_0"]["metrics"]
     sft = {key: metrics[f"sft_{key}"] for key in ("response_length", "eos_rate", "entropy")}
     summary = {"episodes": settings["total_episodes"], "prompts": settings["max_eval_samples"], "sft": sft}
     for name in ("score", "gold_score"):
         gains = {variant: np.array([run["gains"][name] for run in whole]) for variant, whole in runs.items()}
-        spread = deviations(list(gains.values()))
-        summary[f"{name}_std"] = float(np.sqrt((spread.mean(1) ** 2).mean()))
         for variant, found in gains.items():
             rows[variant][f"{name}_gains"] = found.mean(1).tolist()
-            if variant != "baseline":
-                rows[variant] |= pooled_interval(f"{name}_above_baseline", found, gains["baseline"], spread)
+        others = {variant: found for variant, found in gains.items() if variant not in ppo_ablation.SAME}
+        baseline = np.concatenate([found for variant, found in gains.items() if variant in ppo_ablation.SAME])
+        spread = deviations([baseline, *others.values()])
+        summary[f"{name}_std"] = float(np.sqrt((spread.mean(1) ** 2).mean()))
+        for variant, found in others.items():
+            rows[variant] |= pooled_interval(f"{name}_above_baseline", found, baseline, spread)
     return summary | {"variants": rows}
 
 
@@ -147,11 +154,11 @@ def deviations(gains: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(found or [np.zeros_like(gains[0][:1])])
 
 
-def drawn(random: np.random.Generator, of: int, count: int | None = None, samples: int = 10_000) -> np.ndarray:
-    """[samples, of] the weights that a mean gives to each when `count` (all) are drawn with replacement."""
+def drawn(random: np.random.Generator, of: int, count: int | None = None) -> np.ndarray:
+    """[SAMPLES, of] the weights that a mean gives to each when `count` (all) are drawn with replacement."""
     count = count or of
-    which = random.integers(0, of, (samples, count)) + of * np.arange(samples)[:, None]
-    return np.bincount(which.ravel(), minlength=samples * of).reshape(samples, of) / count
+    which = random.integers(0, of, (SAMPLES, count)) + of * np.arange(SAMPLES)[:, None]
+    return np.bincount(which.ravel(), minlength=SAMPLES * of).reshape(SAMPLES, of) / count
 
 
 def between(name: str, mean: float, samples: np.ndarray) -> dict[str, float]:
@@ -369,12 +376,14 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
                 f"{v['ppo_response_length']:.1f}",
                 f"{v['ppo_eos_rate']:.0%}",
                 f"{v['ppo_entropy']:.2f}",
+                f"{v['explained_variance_first_third']:.2f}, {v['explained_variance_last_third']:.2f}",
             )
             rows.append((variant, *cells, *shown))
     sft = ablation["sft"]
-    cells = ("0", f"{sft['response_length']:.1f}", f"{sft['eos_rate']:.0%}", f"{sft['entropy']:.2f}")
+    cells = ("0", f"{sft['response_length']:.1f}", f"{sft['eos_rate']:.0%}", f"{sft['entropy']:.2f}", "")
     rows.insert(0, ("the SFT model", "", "", "", "", *cells))
     failed = [f"{name} ({text})" for name, v in ablation["variants"].items() for text in v["failed"]]
+    compared = len(set(ablation["variants"]) - set(ppo_ablation.SAME))
     usual, demo = ppo_train.Config(), ppo_train.PRESETS["demo"]
     head = (
         "",
@@ -385,19 +394,23 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
         "KL",
         "tokens",
         "EOS",
+        "entropy",
+        "explained variance",
     )
     return [
         "## What each stabiliser is worth",
         f"One change at a time, {ablation['episodes']} episodes, gains on {ablation['prompts']} held-out prompts; all from the same "
         "SFT, reward and gold model, made by chain 0's commands, though it may be on another CPU and at an earlier commit than the "
         "chain's row names. `baseline` is the setting of the runs above, shorter. What each variant changes stands in "
-        "`benchmarks/ppo_ablation.py`. Runs of one setting lie apart: over all variants a run's gain deviates from its variant's mean by "
+        "`benchmarks/ppo_ablation.py`. `scores_not_centred` is the baseline but for rounding: the mean that is taken off the scores is "
+        "taken off the values too and, with gamma 1 and no score at the clip, leaves the advantages as they are. The runs of both "
+        "count as the baseline's, and how far they lie apart is chance: over all settings a run's gain deviates from its setting's mean by "
         f"{ablation['score_std']:.2f} in score and {ablation['gold_score_std']:.2f} in gold score (standard deviations). The intervals of "
-        f"the differences are over prompts and over runs that spread so, and of {len(ablation['variants']) - 1} comparisons one may "
-        "well be off 0 by chance. `scores_not_centred` shows what chance does: with gamma 1 and no score at the clip, the mean that is taken "
-        "off the scores is taken off the values too and leaves the advantages as they are, so that this variant and the baseline differ in "
-        "rounding alone.",
-        table((*head, "entropy"), rows),
+        f"the differences are over prompts and over runs that spread so, and of {compared} comparisons one may well be off 0 by chance. "
+        "Explained variance: the share of the returns' variance that the values explain, in the first and in the last third of a run; "
+        "below 0, a constant would be nearer. The value model begins as the reward model, which has learned to judge whole responses and "
+        "not their beginnings; `value_from_scratch` begins as that constant.",
+        table(head, rows),
         "Runs that broke off: " + (", ".join(failed) if failed else "none") + ".",
         f"Off 0 in score: {clear(ablation, 'score_above_baseline')}; in gold score: "
         f"{clear(ablation, 'gold_score_above_baseline')}. Every variant but `kl_horizon_200` and `missing_eos_penalty_1` leaves one of "

@@ -94,6 +94,27 @@ def test_advantages_of_an_update_by_hand():
     close(cut.advantages, [[-1.414110, 0.0]])
 
 
+def test_a_mean_taken_off_scores_and_values_leaves_the_advantages():
+    """By which the results page counts runs without it as runs of the baseline."""
+    mask = tensor([[TRUE, TRUE, TRUE], [TRUE, TRUE, FALSE]])
+
+    def advantages_less(mean):
+        micro = SimpleNamespace(
+            scores=tensor([1.0, -0.5]),
+            ended=tensor([TRUE, FALSE]),
+            response_mask=mask,
+            logprobs=tensor([[-1.0, -2.0, -0.5], [-0.2, -3.0, 0.0]]),
+            ref_logprobs=tensor([[-1.5, -1.0, -0.4], [-0.2, -2.0, 0.0]]),
+            values=(tensor([[0.3, -0.2, 0.9], [-1.0, 0.4, 0.0]]) - mean) * mask,
+        )
+        ppo_train.set_advantages([micro], kl_coef=0.1, baseline=mean, config=ppo_train.PRESETS["demo"])
+        return micro.advantages, micro.returns
+
+    raw, centred = advantages_less(0.0), advantages_less(0.7)
+    close(centred[0], raw[0])
+    close(centred[1], raw[1] - 0.7 * mask)
+
+
 def test_policy_loss_clips_on_both_sides():
     # ratios 2, 0.5, 1.1 and padding; with A > 0 only a rise is clipped, with A < 0 only a fall
     old, mask = torch.zeros(2, 4), tensor([[TRUE, TRUE, TRUE, FALSE]] * 2)

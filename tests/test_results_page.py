@@ -5,7 +5,6 @@ import re
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -79,7 +78,8 @@ def test_a_variant_is_held_against_the_baseline():
             "ppo_kl": 1.0
         }
         settings = {"total_episodes": 8, "max_eval_samples": 2}
-        return {"metrics": numbers, "gains": {"score": gains, "gold_score": gains}, "config": settings}
+        parts = {"gains": {"score": gains, "gold_score": gains}, "explained_variance": [-gains[0], 9.0, 0.25]}
+        return parts | {"metrics": numbers, "config": settings}
 
     records = {
         "ppo_baseline_0": run([1.0, 2.0]),
@@ -88,14 +88,18 @@ def test_a_variant_is_held_against_the_baseline():
         "ppo_score_clip_1_0": run([13.0, 15.0]),
     }
     records["ppo_value_from_scratch_0"] = {"failed": "scores not finite"}
+    records["ppo_scores_not_centred_0"] = run([0.0, 1.0])  # the baseline's third
     rows = page.ablation_summary(records)["variants"]
     assert rows["baseline"]["score_gains"] == [1.5, 5.5]
-    assert rows["no_kl_stop"]["score_above_baseline"] == 1.5  # of both seeds, 1.5 and 5.5
+    assert rows["no_kl_stop"]["score_above_baseline"] == 2.5  # 5 less the mean of 1.5, 5.5 and 0.5
+    assert rows["scores_not_centred"]["score_gains"] == [0.5]
+    assert "score_above_baseline" not in rows["scores_not_centred"]
     assert rows["value_from_scratch"] == {"failed": ["scores not finite"], "seeds": 0}
     text = "\n".join(page.ablation_part(page.ablation_summary(records)))
-    assert "value_from_scratch (scores not finite)" in text and "| no_kl_stop | 5.00 | +1.50 (" in text
-    assert "| the SFT model |  |  |  |  | 0 | 0.5 | 50% | 0.50 |" in text
-    assert "Off 0 in score: `score_clip_1` (+10.50); in gold score: `score_clip_1` (+10.50)." in text
+    assert "value_from_scratch (scores not finite)" in text and "| no_kl_stop | 5.00 | +2.50 (" in text
+    assert "| the SFT model |  |  |  |  | 0 | 0.5 | 50% | 0.50 |  |" in text
+    assert "| 1.0 | 100% | 1.00 | -4.00, 0.25 |" in text  # no_kl_stop's
+    assert "Off 0 in score: `score_clip_1` (+11.50); in gold score: `score_clip_1` (+11.50)." in text
 
 
 def test_a_reward_model_is_held_against_length_on_test_and_validation_pairs():
@@ -176,7 +180,7 @@ def test_the_page_is_made_of_any_part_of_the_records(monkeypatch):
     plots = [name for name in page.PLOTS.values() if (ROOT / "docs" / name).exists()]
     assert page.markdown(report, plots) == (ROOT / "docs" / "results.md").read_text()
     names = list(records)
-    monkeypatch.setattr(page, "interval", partial(page.interval, samples=10))  # from here on only what there is matters
+    monkeypatch.setattr(page, "SAMPLES", 10)  # from here on only what there is matters
     for left in [*([name] for name in names), *(names[i:] for i in range(len(names)))]:
         fewer = {name: record for name, record in records.items() if name not in left}
         text = page.markdown(report | {"records": fewer, "summary": page.summary(fewer)}, plots)
