@@ -402,18 +402,20 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
         f"One change at a time, {ablation['episodes']} episodes, gains on {ablation['prompts']} held-out prompts; all from the same "
         "SFT, reward and gold model, made by chain 0's commands, though it may be on another CPU and at an earlier commit than the "
         "chain's row names. `baseline` is the setting of the runs above, shorter. What each variant changes stands in "
-        "`benchmarks/ppo_ablation.py`. `scores_not_centred` is the baseline but for rounding: the mean that is taken off the scores is "
-        "taken off the values too and, with gamma 1 and no score at the clip, leaves the advantages as they are. The runs of both "
-        "count as the baseline's, and how far they lie apart is chance: over all settings a run's gain deviates from its setting's mean by "
-        f"{ablation['score_std']:.2f} in score and {ablation['gold_score_std']:.2f} in gold score (standard deviations). The intervals of "
-        f"the differences are over prompts and over runs that spread so, and of {compared} comparisons one may well be off 0 by chance. "
-        "Explained variance: the share of the returns' variance that the values explain, in the first and in the last third of a run; "
-        "below 0, a constant would be nearer. The value model begins as the reward model, which has learned to judge whole responses and "
-        "not their beginnings; `value_from_scratch` begins as that constant.",
+        "`benchmarks/ppo_ablation.py`.",
         table(head, rows),
         "Runs that broke off: " + (", ".join(failed) if failed else "none") + ".",
         f"Off 0 in score: {clear(ablation, 'score_above_baseline')}; in gold score: "
-        f"{clear(ablation, 'gold_score_above_baseline')}. Every variant but `kl_horizon_200` and `missing_eos_penalty_1` leaves one of "
+        f"{clear(ablation, 'gold_score_above_baseline')}. Intervals are over prompts and runs, where runs of any setting spread as those "
+        "of all: a run's gain deviates from its setting's mean by a standard deviation of "
+        f"{ablation['score_std']:.2f} in score and {ablation['gold_score_std']:.2f} in gold score. Of {compared} comparisons one may well be "
+        "off 0 by chance. `scores_not_centred` is the baseline but for rounding, and its runs count as the baseline's: the mean that is "
+        "taken off the scores is taken off the values too and, with gamma 1 and no score at the clip, leaves the advantages as they are.",
+        "Explained variance is the share of the returns' variance that the values explain, in the first and in the last third of a run; "
+        "below 0, a constant would do better. The value model begins as the reward model, which has learned to judge whole responses "
+        "and not their beginnings; `value_from_scratch` begins as a constant. Before the policy moves, `ppo_train.py` lets it learn "
+        f"alone for {usual.critic_warmup_updates} updates, the demo's preset, and with it the baseline, for {demo.critic_warmup_updates}.",
+        "Every variant but `kl_horizon_200` and `missing_eos_penalty_1` leaves one of "
         f"`ppo_train.py`'s defaults. Its KL controller has a horizon of {usual.kl_horizon:,} episodes in a run of "
         f"{usual.total_episodes:,} and so acts within the run, as that of `kl_horizon_200` does in these {ablation['episodes']}; the "
         f"demo's preset, and with it the baseline, has {demo.kl_horizon:,} and keeps its coefficient.",
