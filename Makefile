@@ -6,7 +6,7 @@
 # make torture    kills the training scripts at random moments and resumes them: is everything as if nothing had happened?
 # make soak       300 PPO updates of a tiny model: do memory or files grow?
 # make toys       PPO on problems with a known answer, five seeds each (make test has one)
-# make results    reward models and PPO on Dahoas/rm-static, or DATA=a local copy; writes docs/results.md (some 16 hours of a core)
+# make results    reward models and PPO on Dahoas/rm-static, or DATA=a local copy; writes docs/results.md (some 17 hours of a core)
 # make bench      our PPO beside TRL 1.12's, on the demo's checkpoints (an hour and a half)
 # make bench-growth  how a PPO update's time and memory grow with batch, response and vocabulary (a quarter of an hour)
 # make bench-train   SFT and reward training beside the stock `trl sft` and `trl reward`, on Dahoas/rm-static
