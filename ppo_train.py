@@ -468,7 +468,7 @@ def set_learning_rates(optimizer, update: int, config: Config) -> None:
         group["lr"] = group["peak_lr"] * warmup * (1 - (update - 1) / config.num_updates)
 
 
-# ---------------------------------------------------------------- before and after
+# ---------------------------------------------------------------- models and prompts
 
 
 def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tuple[SharedBase, dict[str, Any]]:
