@@ -79,6 +79,11 @@ def totals(numbers: dict[str, float]) -> dict[str, float]:
     return dict(zip(numbers, sums.tolist(), strict=True))
 
 
+def least(number: int) -> int:
+    """The least of what the processes say."""
+    return number if num_processes() == 1 else min(gather_object([number]))
+
+
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (over n) of the values [n] of all processes."""
     if num_processes() == 1:
