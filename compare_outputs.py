@@ -13,7 +13,6 @@ terminal, and the same in `reports/compare.md`, `reports/compare.html` (with the
     python compare_outputs.py --num-test-prompts 200 --show 4 --reward-checkpoint checkpoints/gold
 """
 
-import contextlib
 import itertools
 import json
 import math
@@ -28,7 +27,8 @@ from rlhf import data
 from rlhf.checkpoints import SCRIPTS, check_child, git_commit, read_run
 from rlhf.cli import UserError, check_at_least_one, check_between, run
 from rlhf.generation import generate
-from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base
+from rlhf.micro_batches import CPU_TOKENS
+from rlhf.modeling import BASE, REFERENCE, SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base
 from rlhf.page import read_curves, render_page
 from rlhf.reporting import (
     ENDINGS,
@@ -263,15 +263,14 @@ def load_models(config: Config, model, runs: dict[str, dict[str, Any]], dtype):
 
 def answer(config: Config, shared, form, prompts: list[list[int]], name: str, scored: bool) -> list[Answer]:
     """The answers of the model `name` to `prompts` (token ids), with the reward model's scores if `scored`."""
-    if name != "base":
-        shared.activate("policy" if name == "PPO" else None)
-    with shared.peft.disable_adapter() if name == "base" else contextlib.nullcontext():
-        seeds = [config.seed + i for i in range(len(prompts))]
-        responses = generate(shared, form, prompts, config.max_new_tokens, config.temperature, seeds, config.batch_size)
+    seeds = [config.seed + i for i in range(len(prompts))]
+    settings = config.max_new_tokens, config.temperature, seeds, config.batch_size
+    role = {"base": BASE, "PPO": "policy"}.get(name, REFERENCE)
+    responses = generate(shared, role, form, prompts, *settings)
     scores = [None] * len(prompts)
     if scored:
         texts = [p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
-        scores = shared.score(texts, config.batch_size).tolist()
+        scores = shared.score(texts, CPU_TOKENS).tolist()
         if not all(map(math.isfinite, scores)):
             raise UserError(f"the reward model gives {name} a score that is not finite: try --dtype fp32")
     return [

@@ -8,7 +8,7 @@ adapters on its upper layers. Each update, as in "The N+ implementation details 
 1. Rollout: sample a response to each prompt; it ends at EOS or where it runs on into the next "\\n\\nHuman:".
 2. Measure: score each response, and compute each token's log-probability under policy and reference, and its value.
 3. Reward: per token -kl_coef * (logprob - ref_logprob); at the last token also the score. Advantages by GAE, whitened.
-4. Optimise: several epochs of clipped policy and value losses over exact minibatches, stopped early by KL.
+4. Optimise: several epochs of clipped policy and value losses over a random partition into minibatches, stopped by KL.
 5. Adapt the KL coefficient; every few updates, look at held-out prompts, where a gold reward model may judge, too.
 
     python ppo_train.py
@@ -16,25 +16,36 @@ adapters on its upper layers. Each update, as in "The N+ implementation details 
 
 Next: python compare_outputs.py
 
-Shapes: b rows of a micro-batch, N tokens of their texts, R tokens of the longest response.
+Shapes: b episodes of this process, N tokens of their texts, n sampled tokens of all of them, R of the longest response.
 """
 
+import math
 import time
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 from rlhf.checkpoints import check_output, is_finished, output_folder, read_parents
 from rlhf.cli import next_command, run
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
 from rlhf.generation import Response, Seed, generate
-from rlhf.logprobs import chosen_logprobs
-from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base
+from rlhf.logprobs import Chosen, chosen_logprobs
+from rlhf.modeling import (
+    REFERENCE,
+    SharedBase,
+    choose_dtype,
+    load_base,
+    load_format,
+    read_stacked,
+    same_base,
+)
 from rlhf.plan import dry_run_ppo
-from rlhf.ppo_batch import MicroBatch, NotFinite, check_finite, fit, make_micro_batches, mean_kl, num_tokens, pick
+from rlhf.ppo_batch import Batch, Measured, MicroBatch, NotFinite, Old, count_tokens, make_batch
 from rlhf.ppo_eval import Evaluation, compare, describe, warnings
-from rlhf.ppo_log import Log, add_means, batch_metrics, mean_stats
+from rlhf.ppo_log import Log, batch_metrics, mean_stats
 from rlhf.ppo_state import State, save
-from rlhf.processes import gather, moments, num_processes, share, sum_gradients, total, totals
+from rlhf.processes import gather, moments, share, sum_gradients, total
 from rlhf.reporting import console
 from rlhf.resume import check_stop
 from rlhf.training import check_ppo_numbers, device
@@ -72,10 +83,10 @@ class Config:
     role_layers: int = 14  # upper layers that the policy adapts; 0: all
 
     total_episodes: int = 6400  # responses sampled in the whole run
-    per_device_train_batch_size: int = 4  # rows of a micro-batch
-    gradient_accumulation_steps: int = 4  # micro-batches of a minibatch
-    num_mini_batches: int = 4  # minibatches, each one optimizer step, of an epoch; an update has 4 x 4 x 4 episodes
+    episodes_per_update: int = 64  # responses sampled for an update, of all processes
+    num_mini_batches: int = 4  # parts of an update's episodes, each of them one optimizer step of an epoch
     num_ppo_epochs: int = 2  # passes over an update's episodes
+    micro_batch_tokens: int | Literal["auto"] = "auto"  # that go through the model at once; auto: what the card holds
     rollout_batch_size: int = 32  # rows sampled at a time
     learning_rate: float = 5e-5  # of the policy; linear to 0
     value_learning_rate: float = 5e-5  # of the value adapter and head; linear to 0
@@ -104,14 +115,8 @@ class Config:
     seed: int = 0  # of initialisation, shuffling and sampling
 
     @property
-    def batch_size(self) -> int:
-        """Episodes of an update, of all processes."""
-        micro = self.per_device_train_batch_size * num_processes()
-        return micro * self.gradient_accumulation_steps * self.num_mini_batches
-
-    @property
     def num_updates(self) -> int:
-        return min(self.total_episodes // self.batch_size, self.max_steps or self.total_episodes)
+        return min(self.total_episodes // self.episodes_per_update, self.max_steps or self.total_episodes)
 
 
 PRESETS = {
@@ -126,9 +131,7 @@ PRESETS = {
         role_layers=15,
         temperature=0.7,
         total_episodes=768,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=1,
-        num_mini_batches=4,
+        episodes_per_update=32,
         rollout_batch_size=40,
         learning_rate=1e-3,
         value_learning_rate=2e-3,
@@ -138,6 +141,9 @@ PRESETS = {
         eval_steps=8,
     ),
 }
+
+
+Sums = dict[str, Tensor]  # of statistics over tokens, each a scalar on the device
 
 
 # ---------------------------------------------------------------- the algorithm
@@ -163,6 +169,7 @@ def main(config: Config) -> None:
         {"name": "value", "params": shared.parameters("value"), "peak_lr": config.value_learning_rate},
     ]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
+    shared.decoder.follow(optimizer)
     scaler = torch.amp.GradScaler(shared.device.type, enabled=shared.dtype == torch.float16)
 
     with (
@@ -183,19 +190,22 @@ def main(config: Config) -> None:
             responses = rollout(config, shared, form, queries, seeds)
             clock.append(time.monotonic())
             # 2. Measure
-            batch = make_micro_batches(queries, responses, form, config.per_device_train_batch_size, shared.device)
-            fit(measure, shared, batch, config.temperature, baseline)  # measure(), in micro-batches that memory holds
+            shared.micro_batch.agree()
+            batch = make_batch(queries, responses, draw_minibatches(update, config), form, shared.device)
+            measured = measure(shared, batch, config.temperature, baseline)
             clock.append(time.monotonic())
             # 3. Reward
-            set_advantages(batch, kl_coef, baseline, config)
+            advantages, returns = advantages_and_returns(batch, measured, kl_coef, baseline, config)
             # 4. Optimise
             set_learning_rates(optimizer, update, config)
-            stats = optimise(config, shared, batch, baseline, optimizer, scaler, update)
+            old = Old.of(measured, advantages, returns, shared.device)
+            stats = optimise(config, shared, batch, old, baseline, optimizer, scaler, update)
             clock.append(time.monotonic())
             # 5. Adapt and report
-            log.update(batch_metrics(batch, update, kl_coef, clock, config) | stats)
+            log.update(batch_metrics(batch, measured, returns, update, kl_coef, clock, config) | stats)
             if config.kl_controller == "adaptive" and update > config.critic_warmup_updates + 1:  # before it KL is 0
-                kl_coef = adapt_kl_coef(kl_coef, mean_kl(batch), config)
+                kl_coef = adapt_kl_coef(kl_coef, measured.mean_kl(batch), config)
+            del measured, old  # their lower states make room for what is sampled next
             if update % config.eval_steps == 0 or update == config.num_updates:
                 last = evaluate(config, shared, form, eval_prompts)
                 log.evaluation(update, last, eval_prompts, form)
@@ -215,129 +225,162 @@ def draw_prompts(prompts: list[list[int]], update: int, config: Config) -> tuple
     Both follow from the seed and the episode's number alone.
     """
     queries, seeds = [], []
-    for episode in range((update - 1) * config.batch_size, update * config.batch_size):
+    count = config.episodes_per_update
+    for episode in range((update - 1) * count, update * count):
         epoch, place = divmod(episode, len(prompts))
         queries.append(prompts[np.random.default_rng((config.seed, 1, epoch)).permutation(len(prompts))[place]])
         seeds.append((config.seed, 2, episode))
     return queries, seeds
 
 
+def draw_minibatches(update: int, config: Config) -> list[list[int]]:
+    """A random partition of an update's episodes, the same for all its epochs."""
+    order = np.random.default_rng((config.seed, 3, update)).permutation(config.episodes_per_update)
+    return [part.tolist() for part in np.split(order, config.num_mini_batches)]
+
+
 def rollout(
     config: Config, shared: SharedBase, form: PromptFormat, prompts: list[list[int]], seeds: list[Seed]
 ) -> list[Response]:
     """Sample one response to each prompt from the policy."""
-    shared.activate("policy")
     settings = config.response_length, config.temperature, share(seeds), config.rollout_batch_size
-    return gather(generate(shared, form, share(prompts), *settings))
+    return gather(generate(shared, "policy", form, share(prompts), *settings))
 
 
 @torch.no_grad()
-def measure(shared: SharedBase, batch: list[MicroBatch], temperature: float, baseline: float) -> None:
-    """Fill in what each role says of the micro-batches; the lower layers run once for all of them, and for all epochs."""
-    for micro in batch:
-        check_stop()
-        micro.lower = shared.lower(micro.texts)
-        micro.logprobs, micro.entropy = token_logprobs(shared, "policy", micro, temperature)
-        micro.ref_logprobs, _ = token_logprobs(shared, None, micro, temperature)
-        micro.values = token_values(shared, micro, baseline)
-        micro.scores = score(shared, "reward", micro)
-        check_finite(micro)
+def measure(shared: SharedBase, batch: Batch, temperature: float, baseline: float) -> Measured:
+    """What each role says of the batch; the lower layers run once for all of them, and for all epochs."""
+
+    def work() -> Measured:
+        lower = torch.empty(
+            sum(map(len, batch.texts)), shared.lm_head_weight().shape[1], dtype=shared.dtype, device=shared.device
+        )
+        columns: dict[str, list[Tensor]] = {}
+        for micro in chain(*batch.micro_batches(shared.micro_batch.tokens)):
+            check_stop()
+            lower[micro.text_tokens] = below = shared.lower(micro.texts)
+            policy = token_logprobs(shared, "policy", micro, below, temperature, statistics=True)
+            said = {
+                "logprobs": policy.logprobs,
+                "ref_logprobs": token_logprobs(shared, REFERENCE, micro, below, temperature).logprobs,
+                "entropy": policy.entropy,
+                "values": token_values(shared, micro, below, baseline),
+                "scores": score(shared, "reward", micro, below),
+            }
+            for name, numbers in said.items():
+                columns.setdefault(name, []).append(numbers)
+        # One transfer, for all numbers that the formulas take on the CPU.
+        flat = [torch.cat(column) for column in columns.values()]
+        on_cpu = torch.cat(flat).cpu().split([len(column) for column in flat])
+        return Measured(lower, **dict(zip(columns, on_cpu, strict=True)))
+
+    measured = shared.micro_batch.fit(work, batch.longest)
+    measured.check_finite(batch)
+    return measured
 
 
-@torch.no_grad()
-def score(shared: SharedBase, role: str, micro: MicroBatch) -> Tensor:
-    """[b] what a reward model says at the EOS of each text."""
-    shared.activate(role)
-    return shared.heads[role](shared.upper(micro.lower, micro.texts)[micro.texts.last]).squeeze(-1)
+def score(shared: SharedBase, role: str, micro: MicroBatch, lower: Tensor) -> Tensor:
+    """What a reward model says at the EOS of each text of a micro-batch, float32."""
+    return shared.heads[role](shared.upper(lower, micro.texts, role)[micro.texts.last]).squeeze(-1)
 
 
 def token_logprobs(
-    shared: SharedBase, role: str | None, micro: MicroBatch, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy [b, R] of each sampled token under `role` (None: the reference); 0 at padding.
+    shared: SharedBase, role: str, micro: MicroBatch, lower: Tensor, temperature: float, statistics: bool = False
+) -> Chosen:
+    """Log-probability [n] of each sampled token under `role`, and with `statistics` its entropy.
 
-    The role gets gradients if they are being recorded. Measuring and optimising both come through here, with the same
-    micro-batches: in bf16 another padding or batch size alone would move the ratio away from 1.
+    Measuring and optimising both come through here, with the same micro-batches: in bf16 another padding or batch size
+    alone would move the ratio away from 1.
     """
-    shared.activate(role, train=torch.is_grad_enabled())
-    mask = micro.response_mask
-    hidden = shared.upper(micro.lower, micro.texts)[micro.positions[mask]]  # [response tokens, H]
-    flat = chosen_logprobs(hidden, shared.lm_head_weight(), micro.actions[mask], temperature)
-    zeros = torch.zeros(mask.shape, device=mask.device)
-    return zeros.masked_scatter(mask, flat.logprobs), zeros.masked_scatter(mask, flat.entropy)
+    hidden = shared.upper(lower, micro.texts, role)[micro.positions]
+    return chosen_logprobs(hidden, shared.lm_head_weight(), micro.actions, temperature, statistics)
 
 
-def token_values(shared: SharedBase, micro: MicroBatch, baseline: float) -> Tensor:
-    """[b, R] value before each sampled token. The head, copied from the reward model, speaks in raw scores: centre it."""
-    shared.activate("value", train=torch.is_grad_enabled())
-    values = shared.heads["value"](shared.upper(micro.lower, micro.texts)).squeeze(-1)  # [N]
-    return (values[micro.positions] - baseline) * micro.response_mask
+def token_values(shared: SharedBase, micro: MicroBatch, lower: Tensor, baseline: float) -> Tensor:
+    """[n] value before each sampled token. The head, copied from the reward model, speaks in raw scores: centre it."""
+    return shared.heads["value"](shared.upper(lower, micro.texts, "value")[micro.positions]).squeeze(-1) - baseline
 
 
-def set_advantages(batch: list[MicroBatch], kl_coef: float, baseline: float, config: Config) -> None:
-    """Rewards from scores and KL, advantages and returns from rewards; advantages whitened over the batch's tokens."""
-    masks = [micro.response_mask for micro in batch]
-    rewards = []
-    for micro in batch:
-        score = (micro.scores - baseline).clamp(-config.score_clip, config.score_clip)
-        score = score - config.missing_eos_penalty * (~micro.ended).float()
-        rewards.append(token_rewards(score, micro.logprobs - micro.ref_logprobs, micro.response_mask, kl_coef))
+def advantages_and_returns(
+    batch: Batch, measured: Measured, kl_coef: float, baseline: float, config: Config
+) -> tuple[Tensor, Tensor]:
+    """Rewards from scores and KL; from them advantages, whitened over the update's tokens, and returns. Both [n]."""
+    mask = batch.response_mask
+    scores = (measured.scores - baseline).clamp(-config.score_clip, config.score_clip)
+    scores = scores - config.missing_eos_penalty * (~batch.ended).float()
+    kl = batch.by_response(measured.logprobs - measured.ref_logprobs)
+    rewards = token_rewards(scores, kl, mask, kl_coef)
     if config.whiten_rewards:
-        rewards = whiten(rewards, masks, shift_mean=False)
-    for micro, reward in zip(batch, rewards, strict=True):
-        micro.advantages, micro.returns = gae(reward, micro.values, micro.response_mask, config.gamma, config.lam)
-    for micro, advantages in zip(batch, whiten([m.advantages for m in batch], masks), strict=True):
-        micro.advantages = advantages
+        rewards = batch.by_response(whiten(batch.end_to_end(rewards), shift_mean=False))
+    advantages, returns = gae(rewards, batch.by_response(measured.values), mask, config.gamma, config.lam)
+    return whiten(batch.end_to_end(advantages)), batch.end_to_end(returns)
 
 
 def optimise(
-    config: Config, shared: SharedBase, batch: list[MicroBatch], baseline: float, optimizer, scaler, update: int
+    config: Config, shared: SharedBase, batch: Batch, old: Old, baseline: float, optimizer, scaler, update: int
 ) -> dict[str, float]:
-    """Epochs over the batch; each minibatch, a random set of micro-batches, is one step. Returns mean statistics."""
-    random = np.random.default_rng((config.seed, 3, update))
+    """Epochs over the batch; each minibatch is one step. Returns mean statistics.
+
+    In the first updates only the value model learns.
+    """
+    policy = partial(policy_losses, config, shared, old)
+    value = partial(value_losses, config, shared, old, baseline)
     history: list[dict[str, float]] = []
-    for _ in range(config.num_ppo_epochs):
-        order = random.permutation(config.gradient_accumulation_steps * config.num_mini_batches)
-        for start in range(0, len(order), config.gradient_accumulation_steps):
-            check_stop(together=True)
-            chosen = order[start : start + config.gradient_accumulation_steps]
-            train_policy, check = update > config.critic_warmup_updates, not history
-            stats = fit(backward, shared, batch, chosen, config, baseline, scaler, train_policy, check)
-            if stats.get("policy/approxkl_avg", 0.0) > config.kl_stop:
+    for minibatch, tokens in list(enumerate(count_tokens(batch))) * config.num_ppo_epochs:
+        check_stop(together=True)
+        stats: dict[str, float] = {}
+        if update > config.critic_warmup_updates:
+            sums = backward(policy, shared, "policy", batch, minibatch, tokens, scaler)
+            if history or shared.micro_batch.halved:  # in smaller micro-batches rounding alone moves the ratio
+                sums["ratio_off"].zero_()
+            stats = read(sums, tokens)
+            if stats.pop("ratio_off"):
+                raise RuntimeError("the ratio is off 1 before the first step: measuring and optimising disagree")
+            if stats["policy/approxkl_avg"] > config.kl_stop:
                 optimizer.zero_grad()
-                return mean_stats(history)
-            history.append(stats | step(optimizer, scaler, config.max_grad_norm))
+                break
+        sums = backward(value, shared, "value", batch, minibatch, tokens, scaler)
+        history.append(stats | step(optimizer, scaler, config.max_grad_norm) | read(sums, tokens))
     return mean_stats(history)
 
 
-def backward(
-    shared: SharedBase, batch: list[MicroBatch], chosen, config: Config, baseline: float, scaler, train_policy, check
-) -> dict[str, float]:
-    """Add the gradients of policy and value over the `chosen` micro-batches, and return statistics.
+def backward(losses, shared: SharedBase, role: str, batch: Batch, minibatch: int, tokens: float, scaler) -> Sums:
+    """Add the gradients of `role` over a minibatch, and return sums of statistics over this process's tokens.
 
-    Losses are sums over real tokens, divided by their number. Above `kl_stop` the value's are not computed any more.
-    With `check` the policy still is the one that sampled, and that is seen to.
+    Args:
+        losses: makes of a micro-batch the loss [n] of each of its tokens, and statistics of them.
+        tokens: of the minibatch, of all processes: the loss is the mean over them.
     """
-    minibatch = pick(batch, chosen)
-    tokens = num_tokens(minibatch)
-    stats: dict[str, float] = {}
-    for micro in minibatch if train_policy else []:
-        logprobs, _ = token_logprobs(shared, "policy", micro, config.temperature)
-        # In smaller micro-batches than it was measured in, rounding alone moves the ratio.
-        if check and "micro-batch" not in shared.rows_that_fit:
-            check_ratio(logprobs, micro.logprobs)
-        losses, parts = policy_loss(logprobs, micro.logprobs, micro.advantages, micro.response_mask, config.cliprange)
-        scaler.scale(losses.sum() / tokens).backward()
-        add_means(stats, parts, micro.response_mask, tokens)
-    stats, critic = totals(stats), {}
-    if stats.get("policy/approxkl_avg", 0.0) > config.kl_stop:
-        return stats
-    for micro in minibatch:
-        values = token_values(shared, micro, baseline)
-        losses, parts = value_loss(values, micro.values, micro.returns, micro.response_mask, config.cliprange_value)
-        scaler.scale(losses.sum() / tokens).backward()
-        add_means(critic, parts, micro.response_mask, tokens)
-    return stats | totals(critic)
+
+    def work() -> Sums:
+        sums: Sums = {}
+        for micro in batch.micro_batches(shared.micro_batch.tokens)[minibatch]:
+            loss, statistics = losses(micro)
+            scaler.scale(loss.sum() / tokens).backward()
+            for name, numbers in statistics.items():
+                sums[name] = sums.get(name, 0.0) + numbers.detach().sum()
+        return sums
+
+    return shared.micro_batch.fit(work, batch.longest, undo=partial(shared.drop_gradients, role))
+
+
+def policy_losses(config: Config, shared: SharedBase, old: Old, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    lower = old.lower[micro.text_tokens]
+    logprobs = token_logprobs(shared, "policy", micro, lower, config.temperature).logprobs
+    return policy_loss(logprobs, old.logprobs[micro.tokens], old.advantages[micro.tokens], config.cliprange)
+
+
+def value_losses(
+    config: Config, shared: SharedBase, old: Old, baseline: float, micro: MicroBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    values = token_values(shared, micro, old.lower[micro.text_tokens], baseline)
+    return value_loss(values, old.values[micro.tokens], old.returns[micro.tokens], config.cliprange_value)
+
+
+def read(sums: Sums, tokens: float) -> dict[str, float]:
+    """Means over the tokens of all processes: the one place where the loop waits for the device."""
+    means = total(torch.stack(list(sums.values()))) / tokens
+    return dict(zip(sums, means.tolist(), strict=True))
 
 
 def step(optimizer, scaler, max_grad_norm: float) -> dict[str, float]:
@@ -346,10 +389,13 @@ def step(optimizer, scaler, max_grad_norm: float) -> dict[str, float]:
         sum_gradients(group["params"])
     scaler.unscale_(optimizer)
     norms = {}
-    for group in optimizer.param_groups:
-        norm = torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
-        if norm.isfinite():
-            norms[f"{group['name']}/grad_norm"] = norm.item()
+    clipped = [
+        torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm).to(group["params"][0].device)
+        for group in optimizer.param_groups
+    ]
+    for group, norm in zip(optimizer.param_groups, torch.stack(clipped).tolist(), strict=True):
+        if math.isfinite(norm):
+            norms[f"{group['name']}/grad_norm"] = norm
         # With fp16 the scaler skips such a step and halves its scale; a scale below 1 has no room left.
         elif not (scaler.is_enabled() and scaler.get_scale() >= 1):
             raise NotFinite(f"the {group['name']} gradient is not finite; lower its learning rate")
@@ -359,24 +405,34 @@ def step(optimizer, scaler, max_grad_norm: float) -> dict[str, float]:
     return norms
 
 
+@torch.no_grad()
 def evaluate(config: Config, shared: SharedBase, form: PromptFormat, prompts: list[list[int]]) -> Evaluation:
     """Sample from the policy on held-out prompts, always with the same seeds."""
     responses = rollout(config, shared, form, prompts, [(0, 4, i) for i in range(len(prompts))])
-    numbers = torch.zeros(4, len(prompts), device=shared.device)
-    scores, kl, entropy, gold_scores = numbers
-    batch = make_micro_batches(prompts, responses, form, config.per_device_train_batch_size, shared.device)
-    while batch:
-        parts = [batch.pop()]  # not all at once: each holds its lower states
-        fit(measure, shared, parts, config.temperature, 0.0)
-        for micro in parts:
-            scores[micro.rows] = micro.scores
-            kl[micro.rows] = (micro.logprobs - micro.ref_logprobs).sum(1)
-            entropy[micro.rows] = micro.entropy.sum(1) / micro.response_mask.sum(1)
-            if config.gold_checkpoint:
-                gold_scores[micro.rows] = score(shared, "gold", micro)
-    scores, kl, entropy, gold_scores = total(numbers).cpu()
+    batch = make_batch(prompts, responses, [list(range(len(prompts)))], form, shared.device)
+    judges = ["reward", "gold"] if config.gold_checkpoint else ["reward"]
+
+    def work() -> list[Tensor]:
+        columns: list[list[Tensor]] = [[] for _ in range(2 + len(judges))]
+        for micro in chain(*batch.micro_batches(shared.micro_batch.tokens)):
+            check_stop()
+            lower = shared.lower(micro.texts)
+            policy = token_logprobs(shared, "policy", micro, lower, config.temperature, statistics=True)
+            reference = token_logprobs(shared, REFERENCE, micro, lower, config.temperature)
+            said = [policy.logprobs - reference.logprobs, policy.entropy]
+            said += [score(shared, judge, micro, lower) for judge in judges]
+            for column, numbers in zip(columns, said, strict=True):
+                column.append(numbers)
+        return [torch.cat(column or [torch.empty(0)]).cpu() for column in columns]
+
+    kl, entropy, *scores = shared.micro_batch.fit(work, batch.longest)
+    numbers = torch.zeros(2 + len(judges), len(prompts))
+    numbers[0, batch.rows] = batch.by_response(kl).sum(1)
+    numbers[1, batch.rows] = batch.by_response(entropy).sum(1) / torch.tensor(batch.response_lengths)
+    numbers[2:, batch.rows] = torch.stack(scores)
+    kl, entropy, scores, *gold_scores = total(numbers.to(shared.device)).cpu()
     texts = [form.decode(response.text_ids) for response in responses]
-    return Evaluation(responses, texts, scores, kl, entropy, gold_scores if config.gold_checkpoint else None)
+    return Evaluation(responses, texts, scores, kl, entropy, *gold_scores)
 
 
 # ---------------------------------------------------------------- the formulas
@@ -413,51 +469,45 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, la
     return advantages, (advantages + values) * response_mask
 
 
-def whiten(tensors: list[Tensor], masks: list[Tensor], shift_mean: bool = True) -> list[Tensor]:
-    """Scale to variance 1 over all real tokens of the batch, and to mean 0 unless `shift_mean` is False."""
-    flat = torch.cat([tensor[mask] for tensor, mask in zip(tensors, masks, strict=True)])
-    mean, variance = moments(flat)
-    shift, scale = 0.0 if shift_mean else mean, (variance + 1e-8).rsqrt()
-    return [((tensor - mean) * scale + shift) * mask for tensor, mask in zip(tensors, masks, strict=True)]
+def whiten(values: Tensor, shift_mean: bool = True) -> Tensor:
+    """Scale [n] to variance 1 over the tokens of all processes, and to mean 0 unless `shift_mean` is False."""
+    mean, variance = moments(values)
+    return (values - mean) * (variance + 1e-8).rsqrt() + (0.0 if shift_mean else mean)
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, cliprange: float
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate (1707.06347, eq. 7) of each token [b, R], 0 at padding, and each token's statistics."""
-    log_ratio = (logprobs - old_logprobs) * response_mask
+    """Clipped surrogate (1707.06347, eq. 7) of each token [n], and each token's statistics."""
+    log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
-    loss, clipped_loss = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    losses = torch.maximum(loss, clipped_loss) * response_mask
+    loss = -advantages * ratio
+    clipped_loss = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    losses = torch.maximum(loss, clipped_loss)
     return losses, {
         "loss/policy_avg": losses,
         "policy/approxkl_avg": ratio - 1 - log_ratio,  # "k3": unbiased and never negative
         "policy/clipfrac_avg": (clipped_loss > loss).float(),
         "val/ratio": ratio,
+        "ratio_off": ((ratio - 1).abs() > 1e-4).float(),  # none may be before the first step
     }
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, cliprange_value: float
+    values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Half the squared error, clipped around the rollout's values, of each token [b, R], 0 at padding; statistics."""
+    """Half the squared error of each token [n], clipped around the rollout's values, and statistics."""
     clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
-    error, clipped_error = (values - returns).square(), (clipped - returns).square()
-    losses = 0.5 * torch.maximum(error, clipped_error) * response_mask
+    error = (values - returns).square()
+    clipped_error = (clipped - returns).square()
+    losses = 0.5 * torch.maximum(error, clipped_error)
     return losses, {"loss/value_avg": losses, "val/clipfrac_avg": (clipped_error > error).float()}
-
-
-def check_ratio(logprobs: Tensor, old_logprobs: Tensor) -> None:
-    """Before the first step policy and sampling policy are the same weights on the same micro-batch: the ratio is 1."""
-    off = ((logprobs - old_logprobs).exp() - 1).abs().max().item()
-    if not off <= 1e-4:
-        raise RuntimeError(f"the ratio is off 1 by {off:.1e} before the first step: measuring and optimising disagree")
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, config: Config) -> float:
     """Move the coefficient towards a KL of `kl_target` nats a response (1909.08593, section 2.2)."""
     error = min(max(kl / config.kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * config.batch_size / config.kl_horizon)
+    return kl_coef * (1 + error * config.episodes_per_update / config.kl_horizon)
 
 
 def set_learning_rates(optimizer, update: int, config: Config) -> None:
@@ -472,7 +522,7 @@ def set_learning_rates(optimizer, update: int, config: Config) -> None:
 
 
 def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tuple[SharedBase, dict[str, Any]]:
-    """The shared base with its four roles, and what identifies the base."""
+    """The shared base with its roles, of which policy and value learn, and what identifies the base."""
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
     set_seed(config.seed)
@@ -485,6 +535,7 @@ def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tupl
     shared.add_role("policy", config.lora_rank, config.lora_alpha, config.role_layers)
     if config.gold_checkpoint:
         shared.add_role("gold", **read_stacked(config.gold_checkpoint, shared))
+    shared.train("policy", "value")
     return shared, base
 
 

@@ -35,6 +35,7 @@ from rlhf.processes import gather, is_main, sharded, share
 from rlhf.reporting import console, plot_curves
 from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
 from rlhf.training import (
+    Restack,
     Resumable,
     check_trainer_numbers,
     device,
@@ -145,7 +146,7 @@ def main(config: Config) -> None:
     shared.heads["reward"] = model.score
     if not sharded():
         shared.decoder.gradient_checkpointing = config.gradient_checkpointing
-    shared.activate("reward", train=True)
+    shared.train("reward")
 
     with output_folder(config.output_dir, config.resume) as folder:
         # 3. Train.
@@ -241,6 +242,7 @@ def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, fol
     keep_fp32(trainer.model)
     if not sharded():  # FSDP has whole weights only inside the modules' own forwards
         read_prompts_once(shared)
+        trainer.add_callback(Restack(shared.decoder))
     return trainer
 
 
@@ -264,10 +266,7 @@ def evaluate(
     Returns the numbers of the test pairs, and of the votes under names that start with `votes_`. Raises UserError if the
     scores are worth nothing.
     """
-    scored = {
-        what: score(shared, pairs, form.eos_token_id, 2 * config.per_device_train_batch_size)
-        for what, pairs in eval_sets.items()
-    }
+    scored = {what: score(shared, pairs, form.eos_token_id, 1024) for what, pairs in eval_sets.items()}
     judged = {what: judge(pairs) for what, pairs in scored.items()}
     metrics = judged["test pairs"]
     if not np.isfinite(metrics["score_std"]):

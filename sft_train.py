@@ -28,6 +28,7 @@ from rlhf.plan import SAMPLE, plan_sft, read_shape, show_data, show_end, show_pl
 from rlhf.processes import sharded
 from rlhf.reporting import console, plot_curves
 from rlhf.training import (
+    Restack,
     Resumable,
     check_trainer_numbers,
     device,
@@ -192,13 +193,18 @@ def make_trainer(config: Config, model, form, train_set, eval_set, dtype, folder
     )
     keep_fp32(trainer.model)
     if not sharded():  # FSDP has whole weights only inside the modules' own forwards
-        read_responses_only(trainer.model.get_base_model(), config.gradient_checkpointing)
+        decoder = read_responses_only(trainer.model.get_base_model(), config.gradient_checkpointing)
+        trainer.add_callback(Restack(decoder))
     return trainer
 
 
-def read_responses_only(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
-    """Replace the fused forward that TRL gives `model`: no padding, and the LM head at the responses' tokens only."""
+def read_responses_only(model: PreTrainedModel, gradient_checkpointing: bool) -> Decoder:
+    """Replace the fused forward that TRL gives `model`: no padding, and the LM head at the responses' tokens only.
+
+    Returns the decoder that it goes through, whose stacks must follow the adapter.
+    """
     decoder = Decoder(model)
+    decoder.stack({"sft": ["default"]})  # PEFT's name for an adapter without one
     decoder.gradient_checkpointing = gradient_checkpointing
 
     def forward(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_) -> FusedCausalLMOutput:
@@ -207,13 +213,16 @@ def read_responses_only(model: PreTrainedModel, gradient_checkpointing: bool) ->
         following = torch.cat([labels[attention_mask.bool()][1:], labels.new_tensor([-100])])
         following[texts.last] = -100  # what follows there is the next text
         labelled = following != -100
-        hidden = decoder.norm(decoder.run(decoder.embed(texts), texts)[labelled])
-        chosen = chosen_logprobs(hidden, model.get_output_embeddings().weight, following[labelled], 1.0)
+        hidden = decoder.norm(decoder.run(decoder.embed(texts), texts, "sft")[labelled])
+        chosen = chosen_logprobs(
+            hidden, model.get_output_embeddings().weight, following[labelled], 1.0, statistics=True
+        )
         return FusedCausalLMOutput(
             log_probs=chosen.logprobs, entropy=chosen.entropy, is_top1=chosen.is_top1, label_mask=labelled
         )
 
     model.forward = forward
+    return decoder
 
 
 if __name__ == "__main__":

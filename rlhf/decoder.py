@@ -16,8 +16,9 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
+LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 SiLU = type(ACT2FN["silu"])  # the class that transformers gives `hidden_act: silu`
 
 
@@ -162,12 +163,15 @@ def check_layers(model: PreTrainedModel) -> None:
         if not isinstance(layer, LAYERS) or not isinstance(layer.mlp.act_fn, SiLU):
             raise UserError(
                 f"{type(layer).__name__} is not supported: this pipeline is for Llama-like decoders (Llama, Mistral, "
-                "Qwen2, SmolLM2)"
+                "Qwen2, Qwen3, SmolLM2)"
             )
 
 
 class Decoder:
     """The decoder of `model`, with or without adapters: `LeanLayer`s over transformers' modules and weights.
+
+    Whose adapters it runs with is an argument, a role: `stack` says which there are. PEFT's own idea of active adapters
+    does not count here.
 
     Raises:
         UserError: it is not a Llama-like decoder.
@@ -182,12 +186,35 @@ class Decoder:
         torch.backends.cuda.enable_cudnn_sdp(False)
         self.gradient_checkpointing = False  # whether a layer that trains is computed twice, and only its input kept
 
+    def stack(self, roles: dict[str, list[str]]) -> None:
+        """Name the roles and the adapters of each, in order. From then on, call `restack` after each write to their weights.
+
+        Tensors of earlier stacks are given up: do this before anything holds their addresses.
+        """
+        dtype = self.inner.embed_tokens.weight.dtype
+        for layer in self.layers:
+            for linear in layer.maps:
+                linear.stack(roles, dtype)
+
+    def restack(self, trained_only: bool = False) -> None:
+        """Take over the weights of all adapters, or of those that are trained, into the stacks that passes read."""
+        for layer in self.layers:
+            for linear in layer.maps:
+                for stack in set(linear.stacks.values()) - {None}:
+                    stack.write(trained_only)
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have all passes see what a step of `optimizer` changes, from the moment when it is made."""
+        optimizer.register_step_post_hook(lambda *_: self.restack(trained_only=True))
+
     def embed(self, texts: Texts) -> Tensor:
         """[N, H]"""
         return self.inner.embed_tokens(texts.ids)
 
-    def run(self, x: Tensor, texts: Texts, layers: slice = slice(None), cache: KVCache | None = None) -> Tensor:
-        """Hidden states [N, H] after some of the layers, from those before them; without the final norm."""
+    def run(
+        self, x: Tensor, texts: Texts, role: str, layers: slice = slice(None), cache: KVCache | None = None
+    ) -> Tensor:
+        """Hidden states [N, H] of `role` after some of the layers, from those before them; without the final norm."""
         if self.window is not None and texts.longest > self.window:
             raise UserError(
                 f"texts of more than this model's attention window of {self.window} tokens: cut them shorter"
@@ -201,9 +228,9 @@ class Decoder:
             mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, float("-inf"))
         for layer in self.layers[layers]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, texts.padded, mask, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, rope, texts.padded, mask, role, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, rope, texts.padded, mask, cache)
+                x = layer(x, rope, texts.padded, mask, role, cache)
         return x
 
     @staticmethod

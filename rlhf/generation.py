@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from rlhf.data import PromptFormat
 from rlhf.decoder import KVCache, lay_out, next_tokens
 from rlhf.logprobs import matmul
-from rlhf.modeling import SharedBase, by_length
+from rlhf.micro_batches import free_memory
+from rlhf.modeling import SharedBase
+from rlhf.reporting import console
 from rlhf.resume import check_stop
 
 import numpy as np
@@ -39,6 +41,7 @@ class Response:
 @torch.no_grad()
 def generate(
     shared: SharedBase,
+    role: str,
     form: PromptFormat,
     prompts: list[list[int]],
     max_new_tokens: int,
@@ -46,7 +49,7 @@ def generate(
     seeds: list[Seed],
     batch_size: int,
 ) -> list[Response]:
-    """Sample one response to each prompt from the active adapters.
+    """Sample one response of `role` to each prompt.
 
     Args:
         prompts: token ids, of any lengths.
@@ -57,34 +60,33 @@ def generate(
         One `Response` a prompt, in the prompts' order.
     """
     responses: list[Response | None] = [None] * len(prompts)
-    size = min(batch_size, shared.rows_that_fit.get("rollout", batch_size))
-    waiting = by_length(list(map(len, prompts)), size)[::-1]
-    while waiting:
-        rows = waiting.pop()
-        fit = shared.rows_that_fit.get("rollout", len(rows))
-        if len(rows) > fit:
-            waiting += [rows[fit:], rows[:fit]]
-            continue
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    while order:
+        rows = order[: min(batch_size, shared.rollout_rows or batch_size)]
         try:
-            for row, response in _generate_batch(shared, form, prompts, rows, max_new_tokens, temperature, seeds):
+            for row, response in _generate_batch(shared, role, form, prompts, rows, max_new_tokens, temperature, seeds):
                 responses[row] = response
+            order = order[len(rows) :]
             continue
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
         # Outside `except`, which would hold the cache that did not fit.
-        shared.ran_out("rollout", len(rows), (len(rows) + 1) // 2)
-        waiting.append(rows)
+        shared.rollout_rows = (len(rows) + 1) // 2
+        console.print(f"out of memory: {shared.rollout_rows} responses at a time from now on, not {len(rows)}")
+        free_memory()
     return responses
 
 
-def _generate_batch(shared, form, prompts, rows, max_new_tokens, temperature, seeds):
+def _generate_batch(shared, role, form, prompts, rows, max_new_tokens, temperature, seeds):
     """Yield (row, Response) for each of `rows`, as they end."""
     lengths = [len(prompts[row]) for row in rows]
     draws = torch.stack([_uniforms(seeds[row], max_new_tokens) for row in rows])  # [B, max_new_tokens]
     draws = draws.to(shared.device)
     cache = KVCache(shared.decoder.model, len(rows), max(lengths) + max_new_tokens)
-    hidden = torch.cat([_read(shared, prompts, rows, part, cache) for part in range(0, len(rows), PREFILL)])  # [B, H]
+    hidden = torch.cat(
+        [_read(shared, role, prompts, rows, part, cache) for part in range(0, len(rows), PREFILL)]
+    )  # [B, H]
     cache.start(lengths)
     chosen: list[list[int]] = [[] for _ in rows]
 
@@ -107,15 +109,15 @@ def _generate_batch(shared, form, prompts, rows, max_new_tokens, temperature, se
             tokens, draws = tokens[index], draws[index]
             rows, chosen = [rows[i] for i in keep], [chosen[i] for i in keep]
         texts = next_tokens(tokens, cache.lengths, cache.longest)
-        hidden = shared.decoder.norm(shared.decoder.run(shared.decoder.embed(texts), texts, cache=cache))
+        hidden = shared.decoder.norm(shared.read(texts, role, cache))
         cache.grow()
 
 
-def _read(shared, prompts, rows, start, cache) -> Tensor:
+def _read(shared, role, prompts, rows, start, cache) -> Tensor:
     """Read some of the prompts into the cache: the final hidden state [b, H] of each one's last token."""
     cache.reading = slice(start, start + PREFILL)
     texts = lay_out([prompts[row] for row in rows[cache.reading]], shared.device)
-    return shared.decoder.norm(shared.decoder.run(shared.decoder.embed(texts), texts, cache=cache)[texts.last])
+    return shared.decoder.norm(shared.read(texts, role, cache)[texts.last])
 
 
 def pick(logits: Tensor, temperature: float, draw: Tensor) -> Tensor:

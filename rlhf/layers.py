@@ -2,13 +2,15 @@
 
 The weights are frozen but for LoRA, and memory, not arithmetic, decides what fits a card. So what is kept of a layer is
 what cannot be had cheaply again: the inputs of its norms, the rotated q, k and v, the attention's output, gate and up.
-Linear maps that read the same input are one product, and all active adapters on them are one LoRA pair. Texts lie end to
+Linear maps that read the same input are one product, and all adapters of a role on them are one LoRA pair. Texts lie end to
 end; only attention sees them padded. Results are those of transformers' and PEFT's own layers; tests hold both side by
 side.
 
 Shapes: B texts, T tokens of the longest, S tokens attended to, N tokens of all texts, I and O features in and out, R
-summed rank of the active adapters, D features a head, G query heads to each of K key heads.
+summed rank of a role's adapters, D features a head, G query heads to each of K key heads.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,29 +24,37 @@ class LeanLayer:
     """The forward pass of one of transformers' Llama-like decoder layers, for plain LoRA without dropout.
 
     Args:
-        layer: LlamaDecoderLayer, MistralDecoderLayer or Qwen2DecoderLayer, with or without PEFT's LoRA layers in it.
+        layer: one of `decoder.LAYERS`, with or without PEFT's LoRA layers in it.
     """
 
     def __init__(self, layer: nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
         self.layer, self.attention = layer, attention
         self.heads = (attention.config.num_attention_heads, attention.config.num_key_value_heads)
+        self.head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None  # Qwen3
         self.qkv = LinearMap(attention.q_proj, attention.k_proj, attention.v_proj)
         self.o = LinearMap(attention.o_proj)
         self.gate_up = LinearMap(mlp.gate_proj, mlp.up_proj)
         self.down = LinearMap(mlp.down_proj)
+        self.maps = (self.qkv, self.o, self.gate_up, self.down)
 
-    def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], padded, mask: Tensor | None, cache=None) -> Tensor:
+    def __call__(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], padded, mask: Tensor | None, role: str, cache=None
+    ) -> Tensor:
         """Hidden states after the layer.
 
         Args:
             x: [N, H].
+            role: whose adapters the linear maps have, one that `LinearMap.stack` was told of.
             rope: cosines and sines of the tokens' positions, each [N, D].
             padded: where each token stands in [B, T], a `decoder.Padded`.
             mask: [B or 1, 1, T, S], added to the attention's scores; None: causal, for a fused kernel.
             cache: a `decoder.KVCache` that keeps k and v and gives those of earlier tokens.
         """
-        qkv = self.qkv(x, norm=self.layer.input_layernorm)  # [N, (GK + 2K) D]
+        qkv = self.qkv(x, role, norm=self.layer.input_layernorm)  # [N, (GK + 2K) D]
+        if self.head_norms:
+            q_norm, k_norm = self.head_norms
+            qkv = _NormHeads.apply(qkv, q_norm.weight, k_norm.weight, q_norm.variance_epsilon, self.heads)
         q, k, v = _Rotate.apply(qkv, *rope, self.heads, padded)  # [B, heads, T, D] each
         if cache is not None:
             k, v = cache.update(self.attention.layer_idx, k, v)
@@ -53,19 +63,54 @@ class LeanLayer:
             out = out.transpose(1, 2)
         else:
             out = _Attention.apply(q, k, v, mask, self.attention.scaling)  # [B, GK, T, D]
-        x = self.o(_Join.apply(out, padded), residual=x)
-        return self.down(self.gate_up(x, norm=self.layer.post_attention_layernorm), residual=x, gated=True)
+        x = self.o(_Join.apply(out, padded), role, residual=x)
+        gate_up = self.gate_up(x, role, norm=self.layer.post_attention_layernorm)
+        return self.down(gate_up, role, residual=x, gated=True)
 
 
 # ---------------------------------------------------------------- linear maps with LoRA
 
 
-class LinearMap:
-    """Linear layers that read the same input, as one: x -> [W1 x, W2 x, ...] + B A x.
+@dataclass(frozen=True)
+class Piece:
+    """One adapter of one layer, and where it stands in a `Stack`."""
 
-    A [R, I] stacks the active adapters' A; B [O, R] holds their scaled B where an adapter meets its layer, and 0
-    elsewhere. Both are in what the base computes in; PEFT runs each adapter in float32. Weights that are not quantised
-    move into one tensor, of which the layers then hold views.
+    a: nn.Parameter  # [r, I]
+    b: nn.Parameter  # [O of the layer, r]
+    scaling: float
+    columns: slice  # its r of the stack's R
+    rows: slice  # its layer's of the stack's O
+
+
+class Stack:
+    """All adapters that a role has on a `LinearMap`, as one: A [R, I] and B [O, R], in what the base computes in.
+
+    B holds the scaled B of each adapter where it meets its layer, and 0 elsewhere. Both tensors are made once and keep
+    their addresses; `write` must follow whatever writes to the adapters, whose own weights are float32.
+    """
+
+    def __init__(self, pieces: list[Piece], rank: int, out_features: int, dtype: torch.dtype):
+        self.pieces = pieces
+        self.weights = [weight for piece in pieces for weight in (piece.a, piece.b)]
+        like = {"dtype": dtype, "device": pieces[0].a.device}
+        self.a = torch.zeros(rank, pieces[0].a.shape[1], **like)
+        self.b = torch.zeros(out_features, rank, **like)
+        self.write()
+
+    @torch.no_grad()
+    def write(self, trained_only: bool = False) -> None:
+        """Copy the adapters' weights, or those of them that are trained, to where they stand."""
+        for piece in self.pieces:
+            if piece.a.requires_grad or not trained_only:
+                self.a[piece.columns] = piece.a
+                torch.mul(piece.b, piece.scaling, out=self.b[piece.rows, piece.columns])
+
+
+class LinearMap:
+    """Linear layers that read the same input, as one: x -> [W1 x, W2 x, ...] + B A x, with the A and B of a role.
+
+    PEFT runs each adapter by itself, in float32. Weights that are not quantised move into one tensor, of which the layers
+    then hold views.
     """
 
     def __init__(self, *layers: nn.Module):
@@ -75,7 +120,41 @@ class LinearMap:
         self.weight, self.bias = None, None  # of all layers, if not quantised
         if all(type(base) is nn.Linear for base in self.bases):
             self.weight, self.bias = (self.join(name) for name in ("weight", "bias"))
-        self.key, self.pairs, self.a, self.b = None, [], None, None
+        self.stacks: dict[str, Stack | None] = {}  # of each role; None: no adapter
+
+    def stack(self, roles: dict[str, list[str]], dtype: torch.dtype) -> None:
+        """Make the stacks of all roles, in the place of those there are. Roles with the same adapters here share one.
+
+        All are of the same rank R, that of the largest, so each role goes through products of the same shape and a
+        fresh policy (B = 0) equals its reference bit for bit.
+
+        Args:
+            roles: the names of PEFT's adapters that each role has, in the order in which they are stacked.
+        """
+        self.stacks.clear()
+        pieces = {role: self.pieces(adapters) for role, adapters in roles.items()}
+        rank = max((part[-1].columns.stop for part in pieces.values() if part), default=0)
+        made: dict[tuple[int, ...], Stack] = {}
+        for role, part in pieces.items():
+            key = tuple(id(piece.a) for piece in part)
+            if part and key not in made:
+                made[key] = Stack(part, rank, sum(self.out_features), dtype)
+            self.stacks[role] = made.get(key)
+
+    def pieces(self, adapters: list[str]) -> list[Piece]:
+        """The adapters of these names on the layers, one beside the other."""
+        pieces: list[Piece] = []
+        column = 0
+        for name in adapters:
+            row = 0
+            for layer, features in zip(self.layers, self.out_features, strict=True):
+                if isinstance(layer, LoraLayer) and name in layer.lora_A:
+                    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                    columns, rows = slice(column, column + len(a)), slice(row, row + features)
+                    pieces.append(Piece(a, b, layer.scaling[name], columns, rows))
+                    column += len(a)
+                row += features
+        return pieces
 
     def join(self, name: str) -> Tensor | None:
         """Move the layers' weights or biases into one tensor; the model must be on its device already."""
@@ -88,49 +167,19 @@ class LinearMap:
         return joined
 
     def __call__(
-        self, x: Tensor, norm: nn.Module | None = None, gated: bool = False, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        role: str,
+        norm: nn.Module | None = None,
+        gated: bool = False,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """[N, O] of norm(x), or of silu(gate) * up where x is [gate, up] and `gated`; `residual` is added."""
         prepare = _Gate if gated else _RMSNorm if norm is not None else _AsItIs
         constants = (norm.weight, norm.variance_epsilon) if norm is not None else ()
-        weights = self.stack_adapters(x.dtype)
-        return _LinearMap.apply(x, residual, self, prepare, constants, *weights)
-
-    def stack_adapters(self, dtype: torch.dtype) -> list[Tensor]:
-        """Make A and B of the active adapters, whose weights [A1, B1, A2, ...] are returned.
-
-        Between passes that train they are made only once: a rollout has a pass for each token. In passes that train
-        they are always made anew, as a fused optimizer's step does not show in a weight's version.
-        """
-        layers = [(i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, LoraLayer)]
-        names = layers[0][1].active_adapters if layers and not layers[0][1].disable_adapters else []
-        lora = [(i, layer, name) for name in names for i, layer in layers if name in layer.lora_A]
-        weights = [w for _, layer, name in lora for w in (layer.lora_A[name].weight, layer.lora_B[name].weight)]
-        room = self.room()
-        key = (dtype, room, [(w.data_ptr(), w._version) for w in weights])
-        if key != self.key or torch.is_grad_enabled():
-            self.key = None if torch.is_grad_enabled() else key
-            self.pairs, self.a, self.b = [], None, None  # the old ones go first
-            if weights:
-                like = {"dtype": dtype, "device": weights[0].device}
-                self.a = torch.zeros(room, weights[0].shape[1], **like)
-                self.b = torch.zeros(sum(self.out_features), room, **like)
-            start = 0
-            for (i, layer, name), a, b in zip(lora, weights[::2], weights[1::2], strict=True):
-                columns = slice(start, start := start + a.shape[0])
-                rows = slice(sum(self.out_features[:i]), sum(self.out_features[: i + 1]))
-                self.pairs.append((columns, rows, layer.scaling[name]))
-                self.a[columns] = a.detach()
-                self.b[rows, columns] = b.detach() * layer.scaling[name]
-        return weights
-
-    def room(self) -> int:
-        """R: that of the first adapter and of the largest other one, whichever are active.
-
-        Each role then goes through products of the same shape, so a fresh policy (B = 0) equals its reference bit for bit.
-        """
-        ranks = [list(layer.r.values()) for layer in self.layers if isinstance(layer, LoraLayer)]
-        return sum(first + max(others, default=0) for first, *others in ranks)
+        stack = self.stacks[role]
+        weights = stack.weights if stack else ()
+        return _LinearMap.apply(x, residual, self, stack, prepare, constants, *weights)
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T, and the bias if there is one"""
@@ -156,44 +205,52 @@ class LinearMap:
 
 
 class _LinearMap(Function):
-    """A `LinearMap` of what `prepare` makes of x. Kept: x and the [N, R] between A and B; `prepare` runs again in backward."""
+    """A `LinearMap` of what `prepare` makes of x. Kept: x and the [N, R] between A and B; `prepare` runs again in backward.
+
+    `weights` are those that `stack` is made of: it is they that get gradients.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor | None, linear: LinearMap, prepare, constants, *weights) -> Tensor:
+    def forward(
+        ctx, x: Tensor, residual: Tensor | None, linear: LinearMap, stack: Stack | None, prepare, constants, *weights
+    ) -> Tensor:
         y, kept = prepare.forward(x, *constants)
         out = linear.product(y)
-        down = None
-        if weights:
-            down = y @ linear.a.T  # [N, R]
-            out.addmm_(down, linear.b.T)
+        a, b, down = None, None, None
+        if stack:
+            a, b = stack.a, stack.b
+            down = y @ a.T  # [N, R]
+            out.addmm_(down, b.T)
         if residual is not None:
             out += residual
-        ctx.save_for_backward(x, down, kept, linear.a, linear.b)
-        ctx.linear, ctx.prepare, ctx.constants, ctx.pairs = linear, prepare, constants, linear.pairs
+        ctx.save_for_backward(x, down, kept, a, b)
+        ctx.linear, ctx.prepare, ctx.constants = linear, prepare, constants
+        ctx.pieces = stack.pieces if stack else []
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, down, kept, a, b = ctx.saved_tensors
         y, *again = ctx.prepare.again(x, kept, *ctx.constants)
-        need_weights = ctx.needs_input_grad[5:]
+        need_weights = ctx.needs_input_grad[6:]
         grad_down = grad @ b if down is not None else None  # [N, R]
         grads = [None] * len(need_weights)
         if any(need_weights):
             # Adapters that train come last, so their rows of A are one block.
-            first = next(columns.start for i, (columns, *_) in enumerate(ctx.pairs) if need_weights[2 * i])
-            grad_a = (grad_down[:, first : ctx.pairs[-1][0].stop].T @ y).float()
-            for i, (columns, rows, scaling) in enumerate(ctx.pairs):
+            first = next(piece.columns.start for i, piece in enumerate(ctx.pieces) if need_weights[2 * i])
+            grad_a = (grad_down[:, first : ctx.pieces[-1].columns.stop].T @ y).float()
+            for i, piece in enumerate(ctx.pieces):
                 if need_weights[2 * i]:
+                    columns = piece.columns
                     grads[2 * i] = grad_a[columns.start - first : columns.stop - first]
-                    grads[2 * i + 1] = (grad[:, rows].T @ down[:, columns]).float().mul_(scaling)
+                    grads[2 * i + 1] = (grad[:, piece.rows].T @ down[:, columns]).float().mul_(piece.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_y = ctx.linear.product_transposed(grad)
             if down is not None:
                 grad_y.addmm_(grad_down, a)
             grad_x = ctx.prepare.backward(grad_y, x, kept, *again, *ctx.constants)
-        return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, *grads
+        return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None, *grads
 
 
 # ---------------------------------------------------------------- what a map does to its input first
@@ -269,6 +326,29 @@ class Norm(Function):
 
 
 # ---------------------------------------------------------------- attention
+
+
+class _NormHeads(Function):
+    """`_RMSNorm` of each head of q and of k by itself, in [N, (GK + 2K) D]; v stays. The frozen weights [D] get no gradient."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, heads: tuple[int, int]) -> Tensor:
+        parts = qkv.view(len(qkv), -1, len(q_weight)).split([*heads, heads[1]], dim=1)
+        q, q_scale = _RMSNorm.forward(parts[0], q_weight, eps)
+        k, k_scale = _RMSNorm.forward(parts[1], k_weight, eps)
+        ctx.save_for_backward(qkv, q_weight, k_weight, q_scale, k_scale)
+        ctx.heads = heads
+        return torch.cat([q, k, parts[2]], dim=1).flatten(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        qkv, q_weight, k_weight, q_scale, k_scale = ctx.saved_tensors
+        split = [*ctx.heads, ctx.heads[1]]
+        parts = qkv.view(len(qkv), -1, len(q_weight)).split(split, dim=1)
+        grads = list(grad.view(len(grad), -1, len(q_weight)).split(split, dim=1))
+        for i, (weight, scale) in enumerate(((q_weight, q_scale), (k_weight, k_scale))):
+            grads[i] = _RMSNorm.backward(grads[i], parts[i], scale, parts[i] * scale, weight, 0.0)
+        return torch.cat(grads, dim=1).flatten(1), None, None, None, None
 
 
 class _Rotate(Function):

@@ -5,16 +5,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 23  # logits alive at a time
 CPU_BLOCK = 8  # rows in float32 at a time on a CPU, so that they stay in its cache
+
+
+def chunk_elements(on_card: bool) -> int:
+    """Logits alive at a time. The head is read once a chunk: 256 tokens of Llama 3's keep a card at work."""
+    return 1 << 25 if on_card else 1 << 23
 
 
 class Chosen(NamedTuple):
     """Of N chosen tokens, float32."""
 
     logprobs: Tensor  # [N] nats
-    entropy: Tensor  # [N] nats, of the whole distribution
-    is_top1: Tensor  # [N] 1 where no other token is likelier
+    entropy: Tensor | None  # [N] nats, of the whole distribution
+    is_top1: Tensor | None  # [N] 1 where no other token is likelier
 
 
 class _ChosenLogprobs(torch.autograd.Function):
@@ -25,11 +29,13 @@ class _ChosenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, need_grad: bool):
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, statistics: bool, need_grad: bool
+    ):
+        rows = max(1, chunk_elements(hidden.is_cuda) // weight.shape[0])
         block = rows if hidden.is_cuda else CPU_BLOCK
         logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        entropy, is_top1 = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        entropy, is_top1 = (torch.empty_like(logprobs) if statistics else None for _ in range(2))
         gradient = torch.empty_like(hidden) if need_grad else None
         for start in range(0, hidden.shape[0], rows):
             logits = matmul(hidden[start : start + rows], weight.T)  # [rows, V], in float32 on a GPU
@@ -42,8 +48,11 @@ class _ChosenLogprobs(torch.autograd.Function):
                 top1 = scaled.amax(-1)
                 logsumexp = top1 - softmax.amax(-1).log()
                 chosen = scaled.gather(-1, tokens[part, None]).squeeze(-1)
-                logprobs[part], is_top1[part] = chosen - logsumexp, chosen == top1
-                entropy[part] = logsumexp - (softmax * scaled).sum(-1)
+                logprobs[part] = chosen - logsumexp
+                if statistics:
+                    is_top1[part] = chosen == top1
+                    mean = torch.bmm(softmax[:, None], scaled[:, :, None])  # no third tensor of this size
+                    entropy[part] = logsumexp - mean.flatten()
                 if need_grad:
                     here.copy_(softmax)
             if need_grad:
@@ -51,13 +60,14 @@ class _ChosenLogprobs(torch.autograd.Function):
                 part = slice(start, start + rows)
                 gradient[part] = (weight[tokens[part]] - mean_weight) / temperature
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(entropy, is_top1)
+        if statistics:
+            ctx.mark_non_differentiable(entropy, is_top1)
         return logprobs, entropy, is_top1
 
     @staticmethod
     def backward(ctx, grad_logprobs: Tensor, *_):
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_logprobs[:, None]).to(gradient.dtype), None, None, None, None
+        return (gradient * grad_logprobs[:, None]).to(gradient.dtype), None, None, None, None, None
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -67,15 +77,18 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-def chosen_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> Chosen:
-    """Log-probability of each chosen token at the sampling temperature, and the distribution's entropy.
+def chosen_logprobs(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, statistics: bool = False
+) -> Chosen:
+    """Log-probability of each chosen token at the sampling temperature.
 
     Args:
         hidden: [N, H], final hidden states of the positions before the tokens.
         weight: [V, H], the frozen output embedding.
         tokens: [N].
+        statistics: whether the distribution's entropy, and whether the token is the likeliest, are wanted too.
     Returns:
         a `Chosen`, of which only the log-probabilities have a gradient, for `hidden`.
     """
     need_grad = torch.is_grad_enabled() and hidden.requires_grad
-    return Chosen(*_ChosenLogprobs.apply(hidden, weight, tokens, temperature, need_grad))
+    return Chosen(*_ChosenLogprobs.apply(hidden, weight, tokens, temperature, statistics, need_grad))

@@ -13,6 +13,7 @@ from rlhf.reporting import console
 import torch
 
 T = TypeVar("T")
+CPU_TOKENS = 1024  # a micro-batch on a CPU: more would not be faster there
 
 
 def cut_by_tokens(lengths: list[int], tokens: int) -> list[list[int]]:
@@ -28,6 +29,12 @@ def cut_by_tokens(lengths: list[int], tokens: int) -> list[list[int]]:
             micro_batches.append([])
         micro_batches[-1].append(index)
     return micro_batches
+
+
+def free_memory() -> None:
+    """Give back what the allocator of a card holds for nobody."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class MicroBatchSize:
@@ -66,8 +73,7 @@ class MicroBatchSize:
     def halve(self) -> None:
         before, self.tokens, self.halved = self.tokens, self.tokens // 2, True
         console.print(f"out of memory: a micro-batch has {self.tokens:,} tokens from now on, not {before:,}")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     def agree(self) -> None:
         """Take the least of all processes. All processes call it."""

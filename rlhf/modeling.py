@@ -1,8 +1,9 @@
 """One frozen base, the SFT adapter on it, and a small adapter for each role stacked on the upper layers.
 
-The SFT adapter is frozen and active for every role, so the reference policy is simply "no role adapter", and a fresh
-policy (LoRA B = 0) *is* the reference, bit for bit. A role adapts only the upper layers: what the lower layers compute
-for a text is the same for policy, reference, reward and value model, in every epoch, and is computed once.
+Who reads a text is an argument of each pass, a role. The SFT adapter is frozen and part of every role but the bare base,
+so the reference is simply "SFT and no more", and a fresh policy (LoRA B = 0) *is* the reference, bit for bit. A role
+adapts only the upper layers: what the lower layers compute for a text is the same for policy, reference, reward and value
+model, in every epoch, and is computed once.
 
 Shapes: N tokens of a batch of texts, B texts, H hidden size, V vocabulary.
 """
@@ -15,10 +16,10 @@ from typing import Any
 from rlhf.checkpoints import check_same_base
 from rlhf.cli import UserError, one_line
 from rlhf.data import PromptFormat
-from rlhf.decoder import Decoder, Texts, check_layers, lay_out, lay_out_pairs
+from rlhf.decoder import Decoder, KVCache, Texts, check_layers, lay_out, lay_out_pairs
 from rlhf.hub import hub_errors
+from rlhf.micro_batches import CPU_TOKENS, MicroBatchSize, cut_by_tokens
 from rlhf.processes import is_main, sharded, this_process, whole
-from rlhf.reporting import console
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,8 @@ from transformers.utils import cached_file
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|reserved_special_token_0|>")
+BASE = "base"  # the role of the bare base, without the SFT adapter
+REFERENCE = "reference"  # the role of the SFT model
 HEAD_KEY = "base_model.model.score.weight"  # where PEFT keeps the head of a sequence classification adapter
 
 
@@ -241,7 +244,10 @@ class SharedBase:
         self.device = this_process().device
         self.num_layers = self.first_role_layer = len(model.get_decoder().layers)
         self.heads: dict[str, ScalarHead] = {}
-        self.rows_that_fit: dict[str, int] = {}  # in a "rollout" or a "micro-batch", once more have run out of memory
+        self.adapters: dict[str, list[str]] = {BASE: [], REFERENCE: ["sft"]}  # of each role
+        self.micro_batch = MicroBatchSize(CPU_TOKENS)
+        self.rollout_rows: int | None = None  # that fit, once more have run out of memory
+        self.trained: tuple[str, ...] = ()  # the roles whose weights get gradients
         config, state = read_adapter(folder)
         if any(weight.shape[0] != config.r for key, weight in state.items() if "lora_A" in key):
             raise UserError(f"the adapter at {folder} does not have the rank of its config ({config.r})")
@@ -249,10 +255,9 @@ class SharedBase:
             self.peft = PeftModel(model, config, adapter_name="sft")
         except ValueError as error:  # no such layers
             raise UserError(f"the adapter at {folder} does not fit this base model ({one_line(error)})") from None
-        self.load("sft", state)
-        self.tuner_layers = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
         self.decoder = None if sharded() else Decoder(model)  # it reads weights of which FSDP has a part only
-        self.activate(None)
+        self.load("sft", state)
+        self.stack()
 
     def add_role(
         self,
@@ -265,7 +270,7 @@ class SharedBase:
     ) -> None:
         """Stack a LoRA adapter for `role` on the upper `num_layers` layers (0: on all), from `state` or fresh.
 
-        `head` [1, H], if given, becomes the role's scalar head. The role starts frozen; `activate` makes it train.
+        `head` [1, H], if given, becomes the role's scalar head. The role starts frozen; `train` makes it learn.
         """
         num_layers = num_layers or self.num_layers
         if not 0 < num_layers <= self.num_layers:
@@ -278,13 +283,15 @@ class SharedBase:
             layers_to_transform=list(range(first, self.num_layers)),
         )
         self.peft.add_adapter(role, config)
+        self.adapters[role] = ["sft", role]
         if state is not None:
             self.load(role, state)
         if head is not None:
             self.heads[role] = ScalarHead(head.shape[1]).to(self.device)
             self.heads[role].weight.data.copy_(head)
         self.first_role_layer = min(self.first_role_layer, first)
-        self.activate(None)
+        self.train(*self.trained)  # PEFT has a new adapter learn, and may have an old one
+        self.stack()
 
     def load(self, role: str, state: dict[str, Tensor]) -> None:
         """Copy LoRA weights under PEFT's names into `role`. Raises UserError if they do not fit."""
@@ -298,28 +305,53 @@ class SharedBase:
         if missing or result.unexpected_keys:
             odd = (missing + result.unexpected_keys)[0]
             raise UserError(f"the {role} adapter does not fit this base model (first odd weight: {odd})")
+        self.restack()
 
-    def activate(self, role: str | None, train: bool = False) -> None:
-        """Make the SFT adapter and `role`'s the active ones; None is the reference. Only with `train` does `role` get gradients.
+    def train(self, *roles: str) -> None:
+        """Have the weights of these roles learn, and nothing else.
 
-        Call backward before the next switch: checkpointed layers recompute with the adapters that are then active.
+        A sharded base goes through PEFT's own forward, which knows only one role at a time: the last.
         """
-        names = ["sft", role] if role else ["sft"]
-        for module in self.tuner_layers:
-            module.set_adapter(names, inference_mode=True)
-        self.peft.base_model.active_adapter = names
-        if train:
+        self.trained = roles
+        if sharded() and roles:
+            for module in self.peft.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.set_adapter(self.adapters[roles[-1]])
+        for module in (self.peft, *self.heads.values()):
+            module.requires_grad_(False)
+        for role in roles:
             for parameter in self.parameters(role):
                 parameter.requires_grad_(True)
 
-    def ran_out(self, what: str, rows: int, fewer: int) -> None:
-        """Note that memory was too small for so many rows, drop the gradients of what did not fit, and free what can be."""
-        self.rows_that_fit[what] = fewer
-        console.print(f"out of memory: a {what} has {fewer} rows at most from now on, not {rows}")
-        for module in (self.peft, *self.heads.values()):
-            module.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+    # Passes read stacked copies of the adapters (rlhf/layers.py). Whatever writes to the adapters themselves comes
+    # through here, or says so by `restack`.
+
+    def stack(self) -> None:
+        if self.decoder:
+            self.decoder.stack(self.adapters)
+
+    def restack(self) -> None:
+        """Have all passes see the weights of the adapters as they are now. To be called after each write to them."""
+        if self.decoder:
+            self.decoder.restack()
+
+    def drop_gradients(self, role: str) -> None:
+        for parameter in self.parameters(role):
+            parameter.grad = None
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """What is trained, by a name of its own; views, on the device."""
+        return {
+            f"{role}.{i}": parameter.detach()
+            for role in self.trained
+            for i, parameter in enumerate(self.parameters(role))
+        }
+
+    def load_trained(self, weights: dict[str, Tensor]) -> None:
+        """Put back what `trained_weights` gave."""
+        for name, weight in self.trained_weights().items():
+            weight.copy_(weights[name])
+        self.restack()
 
     def parameters(self, role: str) -> list[nn.Parameter]:
         """The weights that belong to `role`: its LoRA matrices and its head."""
@@ -333,61 +365,58 @@ class SharedBase:
 
     # -- forward
 
+    def read(self, texts: Texts, role: str, cache: KVCache | None = None) -> Tensor:
+        """Hidden states [N, H] of `role` after all layers, before the final norm."""
+        return self.decoder.run(self.decoder.embed(texts), texts, role, cache=cache)
+
     @torch.no_grad()
     def lower(self, texts: Texts) -> Tensor:
-        """Hidden states [N, H] below the first role layer, the same for every role, in the trunk's dtype."""
-        return self.decoder.run(self.decoder.embed(texts), texts, slice(0, self.first_role_layer))
+        """Hidden states [N, H] below the first role layer, the same for every role but the bare base."""
+        return self.decoder.run(self.decoder.embed(texts), texts, REFERENCE, slice(0, self.first_role_layer))
 
-    def upper(self, lower: Tensor, texts: Texts) -> Tensor:
-        """Final hidden states [N, H] of the active role, from those that `lower` gave."""
-        return self.decoder.norm(self.decoder.run(lower, texts, slice(self.first_role_layer, None)))
+    def upper(self, lower: Tensor, texts: Texts, role: str) -> Tensor:
+        """Final hidden states [N, H] of `role`, from those that `lower` gave."""
+        return self.decoder.norm(self.decoder.run(lower, texts, role, slice(self.first_role_layer, None)))
 
-    def read_head(self, texts: Texts) -> Tensor:
-        """What the reward model, if active, says at the last token of each text [B], float32; of pairs [2 x B]."""
-        return self.heads["reward"](self.upper(self.lower(texts), texts)[texts.last]).squeeze(-1)
+    def read_head(self, texts: Texts, role: str = "reward") -> Tensor:
+        """What the reward model `role` says at the last token of each text [B], float32; of pairs [2 x B]."""
+        return self.heads[role](self.upper(self.lower(texts), texts, role)[texts.last]).squeeze(-1)
 
     def lm_head_weight(self) -> Tensor:
         """[V, H]"""
         return self.peft.base_model.model.get_output_embeddings().weight
 
     @torch.no_grad()
-    def score(self, sequences: list[list[int]], batch_size: int = 16) -> Tensor:
+    def score(self, sequences: list[list[int]], tokens: int) -> Tensor:
         """The reward model's score of each text.
 
         Args:
             sequences: token ids, prompt and response, with EOS.
+            tokens: that go through the model at once.
         Returns:
             [len(sequences)], float32, on the CPU.
         """
-        self.activate("reward")
         scores = torch.empty(len(sequences))
-        for rows in by_length(list(map(len, sequences)), batch_size):
+        for rows in cut_by_tokens(list(map(len, sequences)), tokens):
             scores[rows] = self.read_head(lay_out([sequences[i] for i in rows], self.device)).cpu()
         return scores
 
     @torch.no_grad()
-    def score_pairs(self, pairs: list[tuple[list[int], list[int]]], batch_size: int = 8) -> Tensor:
+    def score_pairs(self, pairs: list[tuple[list[int], list[int]]], tokens: int) -> Tensor:
         """The same of pairs that begin alike, where what they share is read once: [2, len(pairs)]."""
-        self.activate("reward")
         scores = torch.empty(2, len(pairs))
-        for rows in by_length([len(a) + len(b) for a, b in pairs], batch_size):
+        for rows in cut_by_tokens([len(a) + len(b) for a, b in pairs], tokens):
             scores[:, rows] = self.read_pairs([pairs[i] for i in rows]).view(2, -1).cpu()
         return scores
 
     def read_pairs(self, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
-        """What the active reward model says of the first texts, then of the second ones [2 x B]."""
+        """What the reward model says of the first texts, then of the second ones [2 x B]."""
         if not sharded():
             return self.read_head(lay_out_pairs(pairs, self.device))
         texts = [text for side in zip(*pairs, strict=True) for text in side]
         ids = pad_right(texts, self.peft.base_model.model.config.pad_token_id, self.device)
         mask = pad_right([[1] * len(text) for text in texts], 0, self.device)
         return self.peft(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
-
-
-def by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Batches of indices, like lengths together."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def pad_right(sequences: list[list[int]], pad: float, device: torch.device) -> Tensor:

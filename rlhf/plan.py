@@ -12,7 +12,7 @@ from rlhf.cli import UserError, check_between, less_memory
 from rlhf.data import load_pairs, tokenize_prompts
 from rlhf.generation import PREFILL
 from rlhf.hub import hub_errors
-from rlhf.logprobs import CHUNK_ELEMENTS, CPU_BLOCK
+from rlhf.logprobs import CPU_BLOCK, chunk_elements
 from rlhf.modeling import load_format, same_base
 from rlhf.reporting import console
 
@@ -100,7 +100,7 @@ class Shape:
 
     def logits(self, tokens: int) -> float:
         """Of `tokens` chosen tokens, in chunks; on a GPU also in float32, with their softmax."""
-        elements = min(tokens * self.vocabulary, max(CHUNK_ELEMENTS, self.vocabulary))
+        elements = min(tokens * self.vocabulary, max(chunk_elements(self.fused_attention), self.vocabulary))
         if self.fused_attention:
             return elements * (8 + self.width)
         return elements * self.width + 2 * CPU_BLOCK * self.vocabulary * 4

@@ -1,155 +1,183 @@
-"""The unit that goes through the model: a few rollouts of like length, and what each role says of them.
+"""An update's episodes as they go through the model, and what each role says of them.
 
-Shapes: b rows, N tokens of their texts, R sampled tokens of the longest response, H hidden size.
+Sampled tokens lie end to end, as texts do, so a pass knows no padding; `by_response` gives the formulas theirs.
+
+Shapes: b episodes, N tokens of their texts, n sampled tokens of all of them, R of the longest response, H hidden size.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
 
 from rlhf.cli import UserError
 from rlhf.data import PromptFormat
-from rlhf.decoder import Texts, lay_out
+from rlhf.decoder import Padded, Texts, lay_out
 from rlhf.generation import Response
-from rlhf.modeling import SharedBase, by_length, pad_right
-from rlhf.processes import moments, num_processes, share, totals
+from rlhf.micro_batches import cut_by_tokens
+from rlhf.processes import moments, share, totals
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
-BY_ROW = ("rows", "positions", "actions", "response_mask", "ended", "scores", "logprobs", "ref_logprobs", "entropy")
-BY_ROW += ("values", "advantages", "returns")
-MEASURED = ("scores", "values", "logprobs", "ref_logprobs")
+MEASURED = ("logprobs", "ref_logprobs", "values", "scores")
 
 
 class NotFinite(UserError):
     """A number that PPO cannot go on with. Whoever knows the update adds it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class MicroBatch:
-    """Responses of like length that go through the model together, in every pass of an update.
+    """Neighbours of a `Batch`, laid out to go through the model together."""
 
-    Texts are prompt + response + EOS: a response that was cut is scored as if it had ended there. `actions` are the
-    tokens that were sampled, with the one that ended the text; `positions` is where the model stood when it chose them.
+    texts: Texts  # the score is read at EOS, their last token
+    positions: Tensor  # [n] of N, where the model stood when it chose each sampled token
+    actions: Tensor  # [n] the sampled tokens
+    tokens: slice  # where its n stand in the batch's
+    text_tokens: slice  # where its N stand in the batch's
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's episodes of an update, in the order in which they go through the model, in every pass alike.
+
+    Minibatch by minibatch, and by length within each. Texts are prompt + response + EOS: a response that was cut is
+    scored as if it had ended there. The tokens that were sampled include the one that ended the text.
     """
 
-    number: int  # of the micro-batch in the update; the parts of one that did not fit in memory have the same
-    rows: list[int]  # which of the update's responses
-    texts: Texts  # the score is read at EOS, their last token
-    positions: Tensor  # [b, R] of N
-    actions: Tensor  # [b, R]
-    response_mask: Tensor  # [b, R] True at sampled tokens
-    ended: Tensor  # [b] True where the policy itself wrote EOS
-    # Filled in by measure():
-    lower: Tensor = None  # [N, H] hidden states below the role adapters
-    scores: Tensor = None  # [b] what the reward model says
-    logprobs: Tensor = None  # [b, R] under the policy that sampled
-    ref_logprobs: Tensor = None  # [b, R]
-    entropy: Tensor = None  # [b, R] nats
-    values: Tensor = None  # [b, R] expected centred score from here on
-    # Filled in by set_advantages():
-    advantages: Tensor = None  # [b, R]
-    returns: Tensor = None  # [b, R]
+    rows: list[int]  # which of the update's episodes
+    minibatches: list[slice]  # of `rows`
+    prompts: list[list[int]]
+    texts: list[list[int]]
+    responses: list[Response]
+    device: torch.device
+    laid_out: dict[int, list[list[MicroBatch]]] = field(default_factory=dict)  # by size, so that each is made once
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(map(len, self.texts), default=0)
+
+    @property
+    def ended(self) -> Tensor:
+        """[b] True where the policy itself wrote EOS."""
+        return torch.tensor([response.ended_by == "eos" for response in self.responses])
+
+    @property
+    def response_lengths(self) -> list[int]:
+        """[b] sampled tokens."""
+        return [len(response.ids) for response in self.responses]
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[b, R] True at sampled tokens."""
+        return self.by_response(torch.ones(sum(self.response_lengths), dtype=torch.bool))
+
+    def by_response(self, tokens: Tensor) -> Tensor:
+        """[b, R], 0 at padding, of a number for each sampled token [n]; on the CPU, as what follows."""
+        return Padded(self.response_lengths, tokens.device).spread(tokens)
+
+    def end_to_end(self, by_response: Tensor) -> Tensor:
+        """[n] of [b, R]"""
+        return Padded(self.response_lengths, by_response.device).gather(by_response)
+
+    def micro_batches(self, tokens: int) -> list[list[MicroBatch]]:
+        """Of each minibatch its micro-batches of at most `tokens` tokens, padding counted, or of one text."""
+        if tokens not in self.laid_out:
+            self.laid_out[tokens] = [self.cut(rows, tokens) for rows in self.minibatches]
+        return self.laid_out[tokens]
+
+    def cut(self, rows: slice, tokens: int) -> list[MicroBatch]:
+        parts = cut_by_tokens([len(text) for text in self.texts[rows]], tokens)  # in order: they are sorted already
+        return [self.lay_out(slice(rows.start + part[0], rows.start + part[-1] + 1)) for part in parts]
+
+    def lay_out(self, rows: slice) -> MicroBatch:
+        positions: list[int] = []
+        start = 0
+        for prompt, text, response in zip(self.prompts[rows], self.texts[rows], self.responses[rows], strict=True):
+            first = start + len(prompt) - 1  # the last token of the prompt
+            positions += range(first, first + len(response.ids))
+            start += len(text)
+        actions = [token for response in self.responses[rows] for token in response.ids]
+        first = sum(self.response_lengths[: rows.start])
+        first_text = sum(map(len, self.texts[: rows.start]))
+        return MicroBatch(
+            texts=lay_out(self.texts[rows], self.device),
+            positions=torch.tensor(positions, device=self.device),
+            actions=torch.tensor(actions, device=self.device),
+            tokens=slice(first, first + len(actions)),
+            text_tokens=slice(first_text, first_text + start),
+        )
 
 
-def make_micro_batches(
-    prompts: list[list[int]], responses: list[Response], form: PromptFormat, size: int, device: torch.device
-) -> list[MicroBatch]:
-    """Sort by length, so that attention pads little, and cut into micro-batches of `size` rows for this process.
+def make_batch(
+    prompts: list[list[int]],
+    responses: list[Response],
+    minibatches: list[list[int]],
+    form: PromptFormat,
+    device: torch.device,
+) -> Batch:
+    """This process's share of each minibatch.
 
-    The n-th micro-batches of all processes belong together: they are one of n times `size` rows in a run of one process.
+    Args:
+        minibatches: the episodes of each; of all processes, as are `prompts` and `responses`.
     """
     texts = [p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
-    batch = []
-    for number, together in enumerate(by_length(list(map(len, texts)), size * num_processes())):
-        rows = share(together)
-        if not rows:
-            continue
-        laid_out = lay_out([texts[i] for i in rows], device)
-        ends = laid_out.last.tolist()
-        starts = torch.tensor(
-            [end - len(texts[i]) + len(prompts[i]) for i, end in zip(rows, ends, strict=True)], device=device
-        )  # [b] the last token of each prompt
-        lengths = torch.tensor([len(responses[i].ids) for i in rows], device=device)
-        steps = torch.arange(int(lengths.max()), device=device)
-        response_mask = steps < lengths[:, None]
-        batch.append(
-            MicroBatch(
-                number=number,
-                rows=rows,
-                texts=laid_out,
-                positions=(starts[:, None] + steps) * response_mask,
-                actions=pad_right([responses[i].ids for i in rows], form.pad_token_id, device),
-                response_mask=response_mask,
-                ended=torch.tensor([responses[i].ended_by == "eos" for i in rows], device=device),
-            )
-        )
-    return batch
+    rows: list[int] = []
+    slices = []
+    for minibatch in minibatches:
+        ours = share(sorted(minibatch, key=lambda row: len(texts[row])))
+        slices.append(slice(len(rows), len(rows) + len(ours)))
+        rows += ours
+    prompts, texts, responses = ([column[row] for row in rows] for column in (prompts, texts, responses))
+    return Batch(rows, slices, prompts, texts, responses, device)
 
 
-def num_tokens(batch: list[MicroBatch]) -> float:
-    """Sampled tokens, of all processes."""
-    return totals({"tokens": sum(micro.response_mask.sum().item() for micro in batch)})["tokens"]
+@dataclass(frozen=True)
+class Measured:
+    """What each role says of a batch, float32 on the CPU; but for `lower`, which stays on the device."""
+
+    lower: Tensor  # [N, H] hidden states below the role adapters
+    logprobs: Tensor  # [n] under the policy that sampled
+    ref_logprobs: Tensor  # [n]
+    entropy: Tensor  # [n] nats, of the policy
+    values: Tensor  # [n] expected centred score from here on
+    scores: Tensor  # [b] what the reward model says
+
+    def check_finite(self, batch: Batch) -> None:
+        """Raise NotFinite unless all of it is."""
+        for name in MEASURED:
+            fine = getattr(self, name).isfinite()
+            fine = fine if name == "scores" else batch.by_response(fine) | ~batch.response_mask
+            odd = [
+                str(row) for row, ok in zip(batch.rows, fine.view(len(fine), -1).all(1).tolist(), strict=True) if not ok
+            ]
+            if odd:
+                raise NotFinite(
+                    f"{name} not finite at texts {', '.join(odd)} of the batch; lower the learning rates, or try "
+                    "--dtype fp32"
+                )
+
+    def mean_kl(self, batch: Batch) -> float:
+        """Nats a response, over all processes."""
+        return moments(batch.by_response(self.logprobs - self.ref_logprobs).sum(1))[0].item()
 
 
-def mean_kl(batch: list[MicroBatch]) -> float:
-    """Nats a response, over all processes."""
-    return moments(torch.cat([(m.logprobs - m.ref_logprobs).sum(1) for m in batch]))[0].item()
+@dataclass(frozen=True)
+class Old:
+    """What the losses hold policy and values against, of all sampled tokens [n], on the device."""
+
+    lower: Tensor  # [N, H] as measured
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    @classmethod
+    def of(cls, measured: Measured, advantages: Tensor, returns: Tensor, device: torch.device) -> "Old":
+        numbers = torch.stack([measured.logprobs, measured.values, advantages, returns])  # one transfer
+        return cls(measured.lower, *numbers.to(device))
 
 
-def pick(batch: list[MicroBatch], numbers: Iterable[int]) -> list[MicroBatch]:
-    """The micro-batches of these numbers, in their order."""
-    return [micro for number in numbers for micro in batch if micro.number == number]
-
-
-def check_finite(micro: MicroBatch) -> None:
-    """Raise NotFinite unless all that was measured is."""
-    count = len(micro.rows)
-    fine = torch.stack([getattr(micro, name).reshape(count, -1).isfinite().all(1) for name in MEASURED]).tolist()
-    for name, rows in zip(MEASURED, fine, strict=True):
-        odd = ", ".join(str(row) for row, ok in zip(micro.rows, rows, strict=True) if not ok)
-        if odd:
-            raise NotFinite(
-                f"{name} not finite at texts {odd} of the batch; lower the learning rates, or try --dtype fp32"
-            )
-
-
-# ---------------------------------------------------------------- memory
-
-
-def fit(work: Callable[..., T], shared: SharedBase, batch: list[MicroBatch], *more: Any) -> T:
-    """`work(shared, batch, *more)`. When memory runs out, again, with each micro-batch in two of half the rows, in `batch` too.
-
-    Gradients of what did not fit are dropped first. Later batches are cut as small from the start.
-    """
-    while True:
-        largest = max(len(micro.rows) for micro in batch)
-        if largest > shared.rows_that_fit.get("micro-batch", largest):
-            batch[:] = [half for micro in batch for half in halves(micro)]
-            continue
-        try:
-            return work(shared, batch, *more)
-        except torch.OutOfMemoryError:
-            if largest == 1 or num_processes() > 1:
-                raise
-        shared.ran_out("micro-batch", largest, (largest + 1) // 2)
-
-
-def halves(micro: MicroBatch) -> list[MicroBatch]:
-    """The first and the last rows of a micro-batch, with all that was measured; one of a single row stays as it is."""
-    count = (len(micro.rows) + 1) // 2
-    if count == len(micro.rows):
-        return [micro]
-    lengths = micro.texts.last.diff(prepend=micro.texts.last.new_tensor([-1])).tolist()  # tokens of each text
-    border = sum(lengths[:count])
-    parts = []
-    for rows, tokens in ((slice(0, count), slice(0, border)), (slice(count, None), slice(border, None))):
-        texts = list(micro.texts.ids[tokens].split(lengths[rows]))
-        cut = {name: value[rows] for name, value in vars(micro).items() if value is not None and name in BY_ROW}
-        cut["positions"] = (cut["positions"] - tokens.start) * cut["response_mask"]
-        lower = None if micro.lower is None else micro.lower[tokens]
-        laid_out = lay_out([ids.tolist() for ids in texts], micro.texts.ids.device)
-        parts.append(replace(micro, texts=laid_out, lower=lower, **cut))
-    return parts
+def count_tokens(batch: Batch) -> list[float]:
+    """Sampled tokens of each minibatch, of all processes."""
+    lengths = batch.response_lengths
+    return list(totals({i: float(sum(lengths[rows])) for i, rows in enumerate(batch.minibatches)}).values())

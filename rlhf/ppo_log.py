@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data import PromptFormat
-from rlhf.ppo_batch import MicroBatch, mean_kl, num_tokens
+from rlhf.ppo_batch import Batch, Measured, count_tokens
 from rlhf.ppo_eval import Evaluation, penalty_warnings, warnings
 from rlhf.processes import is_main, moments, totals
 from rlhf.reporting import JsonLines, plain, progress
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -102,38 +101,27 @@ class Log:
 
 
 def batch_metrics(
-    batch: list[MicroBatch], update: int, kl_coef: float, clock: list[float], config: Any
+    batch: Batch, measured: Measured, returns: Tensor, update: int, kl_coef: float, clock: list[float], config: Any
 ) -> dict[str, float]:
     """What an update saw, under TRL's names; KL in nats a response; times in seconds between the readings of `clock`."""
-    means = {
-        "scores": moments(torch.cat([m.scores for m in batch]))[0].item(),
-        "ended": moments(torch.cat([m.ended for m in batch]).float())[0].item(),
-    }
-    kl, tokens = mean_kl(batch), num_tokens(batch)
-    entropy = totals({"sum": sum(m.entropy.sum().item() for m in batch)})["sum"] / tokens
-    penalty = config.missing_eos_penalty * (1 - means["ended"])
-    returns, values = (torch.cat([getattr(m, name)[m.response_mask] for m in batch]) for name in ("returns", "values"))
-    unexplained = moments(returns - values)[1] / moments(returns)[1].clamp(min=1e-8)
+    scores = moments(measured.scores)[0].item()
+    ended = moments(batch.ended.float())[0].item()
+    kl, tokens = measured.mean_kl(batch), sum(count_tokens(batch))
+    penalty = config.missing_eos_penalty * (1 - ended)
+    unexplained = moments(returns - measured.values)[1] / moments(returns)[1].clamp(min=1e-8)
     return {
         "update": update,
-        "episode": update * config.batch_size,
-        "objective/scores": means["scores"],
+        "episode": update * config.episodes_per_update,
+        "objective/scores": scores,
         "objective/kl": kl,
         "objective/kl_coef": kl_coef,
-        "objective/rlhf_reward": means["scores"] - penalty - kl_coef * kl,
-        "policy/entropy_avg": entropy,
-        "val/num_eos_tokens": round(means["ended"] * config.batch_size),
-        "val/response_length": tokens / config.batch_size,
+        "objective/rlhf_reward": scores - penalty - kl_coef * kl,
+        "policy/entropy_avg": totals({"sum": measured.entropy.sum().item()})["sum"] / tokens,
+        "val/num_eos_tokens": round(ended * config.episodes_per_update),
+        "val/response_length": tokens / config.episodes_per_update,
         "val/explained_variance": 1 - unexplained.item(),
         **{f"time/{name}": clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "measure", "optimise"))},
     }
-
-
-def add_means(stats: dict[str, float], parts: dict[str, Tensor], response_mask: Tensor, tokens: int) -> None:
-    """Add a micro-batch's share of the minibatch's means over real tokens."""
-    sums = torch.stack([values.detach().where(response_mask, 0).sum() for values in parts.values()]).tolist()
-    for name, value in zip(parts, sums, strict=True):
-        stats[name] = stats.get(name, 0.0) + value / tokens
 
 
 def mean_stats(history: list[dict[str, float]]) -> dict[str, float]:

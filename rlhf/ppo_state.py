@@ -87,7 +87,8 @@ class State:
             "update": self.update,
             "kl_coef": self.kl_coef,
             "scaler": self.scaler.state_dict(),
-            "rows_that_fit": self.shared.rows_that_fit,
+            "micro_batch_tokens": self.shared.micro_batch.tokens,
+            "rollout_rows": self.shared.rollout_rows,
             "positions": self.positions,
             "sft": {
                 "responses": [[r.ids, r.text_ids, r.ended_by] for r in self.sft.responses],
@@ -97,7 +98,7 @@ class State:
         }
         with new_state(self.folder, self.update, facts, self.config.save_total_limit) as folder:
             if is_main():
-                save_file(self.weights(), folder / "weights.safetensors")
+                save_file(self.shared.trained_weights(), folder / "weights.safetensors")
                 save_file(optimizer_tensors(self.optimizer), folder / "optimizer.safetensors")
         self.saved = self.update
 
@@ -110,25 +111,16 @@ class State:
             raise UserError(
                 f"--resume: {where} has made {facts['update']} updates: raise --total-episodes or --max-steps"
             )
-        weights = load_file(folder / "weights.safetensors")
-        for name, weight in self.weights().items():
-            weight.copy_(weights[name])
+        self.shared.load_trained(load_file(folder / "weights.safetensors"))
         load_optimizer(self.optimizer, load_file(folder / "optimizer.safetensors"))
         self.scaler.load_state_dict(facts["scaler"])
-        self.shared.rows_that_fit = facts["rows_that_fit"]
+        self.shared.micro_batch.tokens = facts["micro_batch_tokens"]
+        self.shared.rollout_rows = facts["rollout_rows"]
         self.update, self.kl_coef, self.positions = facts["update"], facts["kl_coef"], facts["positions"]
         sft = facts["sft"]
         columns = {name: None if sft[name] is None else torch.tensor(sft[name]) for name in COLUMNS}
         self.sft = Evaluation([Response(*response) for response in sft["responses"]], sft["texts"], **columns)
         self.log.rewind(*self.positions, self.sft, self.update)
-
-    def weights(self) -> dict[str, Tensor]:
-        """What is trained, by a name of its own."""
-        return {
-            f"{role}.{i}": parameter.detach()
-            for role in ("policy", "value")
-            for i, parameter in enumerate(self.shared.parameters(role))
-        }
 
 
 def to_list(tensor: Tensor | None) -> list[float] | None:
@@ -173,6 +165,6 @@ def save(config, folder: Path, shared, form, base, runs: dict, metrics: dict[str
         parents={role: run["adapter_sha256"] for role, run in runs.items()},
         data={"source": config.dataset},
         updates=config.num_updates,
-        episodes=config.num_updates * config.batch_size,
+        episodes=config.num_updates * config.episodes_per_update,
         metrics=metrics,
     )

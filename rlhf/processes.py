@@ -88,9 +88,10 @@ def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (over n) of the values [n] of all processes."""
     if num_processes() == 1:
         return values.mean(), values.var(unbiased=False)
-    count, sum_ = total(torch.stack([values.new_tensor(len(values)), values.sum()]).double())
-    mean = (sum_ / count).to(values.dtype)
-    return mean, (total((values - mean).square().sum().double()) / count).to(values.dtype)
+    on_device = this_process().device  # where the processes can add up
+    count, sum_ = total(torch.stack([values.new_tensor(len(values)), values.sum()]).double().to(on_device))
+    mean = (sum_ / count).to(values)
+    return mean, (total((values - mean).square().sum().double().to(on_device)) / count).to(values)
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

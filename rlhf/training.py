@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf.checkpoints import check_same
 from rlhf.cli import UserError, check_above_zero, check_at_least_one, check_between, check_tracker, flag
+from rlhf.decoder import Decoder
 from rlhf.processes import agree, is_main, num_processes, part, sharded, this_process, wait, whole, world
 from rlhf.reporting import TrainerLog, read_jsonl
 from rlhf.resume import (
@@ -99,8 +100,16 @@ def check_numbers(config: Any) -> None:
         if os.environ.get(name) != value:
             raise UserError(f"{name.lower()} must be {value} with FSDP, as in configs/fsdp2.yaml")
     check_tracker(config.log_with)
-    sizes = "per_device_train_batch_size", "gradient_accumulation_steps", "lora_rank", "lora_alpha", "max_steps"
-    check_at_least_one(config, *sizes, "max_train_samples", "max_eval_samples", "save_steps", "save_total_limit")
+    check_at_least_one(
+        config,
+        "lora_rank",
+        "lora_alpha",
+        "max_steps",
+        "max_train_samples",
+        "max_eval_samples",
+        "save_steps",
+        "save_total_limit",
+    )
     check_above_zero(config, "max_grad_norm", "card_gb")
     check_between(config, 0, math.inf, "learning_rate")
     check_between(config, 0, 2**32 - 1, "seed")
@@ -109,7 +118,7 @@ def check_numbers(config: Any) -> None:
 def check_trainer_numbers(config: Any) -> None:
     """The same for the SFT and the reward script."""
     check_numbers(config)
-    check_at_least_one(config, "max_length")
+    check_at_least_one(config, "max_length", "per_device_train_batch_size", "gradient_accumulation_steps")
     check_above_zero(config, "num_train_epochs")
     check_between(config, 0, 1, "warmup_ratio")
 
@@ -119,29 +128,41 @@ def check_ppo_numbers(config: Any) -> None:
     if sharded():
         raise UserError("FSDP is for sft_train.py and reward_train.py: start ppo_train.py with configs/ddp.yaml")
     check_numbers(config)
-    check_at_least_one(config, "num_mini_batches", "num_ppo_epochs", "max_prompt_length", "response_length")
+    check_at_least_one(config, "episodes_per_update", "num_mini_batches", "num_ppo_epochs")
+    check_at_least_one(config, "max_prompt_length", "response_length")
     check_at_least_one(config, "total_episodes", "rollout_batch_size", "eval_steps", "kl_horizon")
     check_above_zero(config, "temperature", "kl_target", "kl_stop", "cliprange", "cliprange_value", "score_clip")
     check_between(config, 0, 1, "gamma", "lam")
     check_between(config, 0, math.inf, "value_learning_rate", "kl_coef", "missing_eos_penalty")
     check_between(config, 0, math.inf, "warmup_updates", "critic_warmup_updates", "num_printed_samples")
-    if config.kl_controller == "adaptive" and config.batch_size >= 5 * config.kl_horizon:
+    if config.kl_controller == "adaptive" and config.episodes_per_update >= 5 * config.kl_horizon:
         raise UserError(
-            f"--kl-horizon {config.kl_horizon} is too short for an update's {config.batch_size} episodes: the coefficient "
-            "could turn negative"
+            f"--kl-horizon {config.kl_horizon} is too short for an update's {config.episodes_per_update} episodes: the "
+            "coefficient could turn negative"
         )
-    if config.total_episodes % config.batch_size:
-        parts = [config.per_device_train_batch_size, config.gradient_accumulation_steps, config.num_mini_batches]
-        parts += [f"{num_processes()} processes"] if num_processes() > 1 else []
+    parts = config.num_mini_batches * num_processes()
+    if config.episodes_per_update % parts:
+        among = f" x {num_processes()} processes" if num_processes() > 1 else ""
         raise UserError(
-            f"--total-episodes {config.total_episodes} is not a multiple of an update's {config.batch_size} episodes "
-            f"({' x '.join(map(str, parts))})"
+            f"--episodes-per-update {config.episodes_per_update} is not a multiple of {config.num_mini_batches} "
+            f"minibatches{among}: the nearest is {nearest_multiple(config.episodes_per_update, parts)}"
+        )
+    if config.total_episodes % config.episodes_per_update:
+        nearest = nearest_multiple(config.total_episodes, config.episodes_per_update)
+        raise UserError(
+            f"--total-episodes {config.total_episodes} is not a multiple of --episodes-per-update "
+            f"{config.episodes_per_update}: the nearest is {nearest}"
         )
     if config.num_updates <= config.critic_warmup_updates:
         raise UserError(
             f"--critic-warmup-updates {config.critic_warmup_updates} are all that the run makes "
             f"({config.num_updates}): the policy would not be trained"
         )
+
+
+def nearest_multiple(number: int, of: int) -> int:
+    """The multiple of `of`, at least once it, that is nearest to `number`."""
+    return max(1, round(number / of)) * of
 
 
 def keep_fp32(model: nn.Module) -> None:
@@ -169,6 +190,17 @@ class StopWhenAsked(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if asked_to_stop():
             control.should_save = control.should_training_stop = True
+
+
+class Restack(TrainerCallback):
+    """Has the decoder's passes see the adapters as they are when training begins, and after each step."""
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+
+    def on_train_begin(self, args, state, control, optimizer, **kwargs):
+        self.decoder.restack()  # a state may have been loaded
+        self.decoder.follow(optimizer.optimizer)  # the one that accelerate's holds
 
 
 class Resumable(Trainer):
