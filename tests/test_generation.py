@@ -41,8 +41,8 @@ def silent(form):
     return form
 
 
-def sample(shared, form, prompts, temperature, seeds, batch_size, new=NEW):
-    return [r.ids for r in generate(shared, form, prompts, new, temperature, seeds, batch_size)]
+def sample(shared, form, prompts, temperature, seeds, batch_size, new=NEW, role="reference"):
+    return [r.ids for r in generate(shared, role, form, prompts, new, temperature, seeds, batch_size)]
 
 
 # ---------------------------------------------------------------- the batch changes nothing
@@ -53,16 +53,16 @@ def test_a_size_that_ran_out_of_memory_is_not_tried_again(shared, silent, prompt
     alone = sample(shared, silent, prompts, 1.0, seeds, 6, new=4)
     generate_batch = rlhf.generation._generate_batch
 
-    def small_card(shared, form, prompts, rows, *more):
+    def small_card(shared, role, form, prompts, rows, *more):
         if len(rows) > 2:
             failed.append(len(rows))
             raise torch.OutOfMemoryError("out of memory")
-        return generate_batch(shared, form, prompts, rows, *more)
+        return generate_batch(shared, role, form, prompts, rows, *more)
 
     monkeypatch.setattr(rlhf.generation, "_generate_batch", small_card)
-    monkeypatch.setattr(shared, "rows_that_fit", {})
+    monkeypatch.setattr(shared, "rollout_rows", None)
     assert sample(shared, silent, prompts, 1.0, seeds, 6, new=4) == alone
-    assert (failed, shared.rows_that_fit) == ([6, 3], {"rollout": 2})
+    assert (failed, shared.rollout_rows) == ([6, 3], 2)
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
@@ -91,7 +91,7 @@ def test_a_row_that_ends_leaves_the_others_as_they_were(shared, silent, prompts,
     expected = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in whole]
     assert min(map(len, expected)) < NEW == max(map(len, expected))
     for batch_size in (6, 2):
-        responses = generate(shared, silent, prompts, NEW, temperature, range(6), batch_size)
+        responses = generate(shared, "reference", silent, prompts, NEW, temperature, range(6), batch_size)
         assert [r.ids for r in responses] == expected
         assert [r.ended_by for r in responses] == ["eos" if ids[-1] == eos else "length" for ids in expected]
         assert [r.text_ids for r in responses] == [ids[:-1] if ids[-1] == eos else ids for ids in expected]
@@ -123,26 +123,25 @@ def test_greedy_is_what_transformers_generates(trained, tiny_model, shared, sile
     assert sample(shared, silent, prompts, 0, [0] * 6, 6) == expected
 
 
-def test_the_active_role_is_the_one_that_speaks(trained, tiny_model, silent, prompts):
+def test_the_role_that_is_named_is_the_one_that_speaks(trained, tiny_model, silent, prompts):
     base = base_facts(str(tiny_model), None, load_in_4bit=False)
     shared = SharedBase(load_base(base, torch.float32, pad_token_id=0), str(trained.sft), torch.float32)
     reference = sample(shared, silent, prompts, 0, [0] * 6, 6)
     shared.add_role("policy", rank=4, alpha=8, num_layers=2)
-    shared.activate("policy")
-    assert sample(shared, silent, prompts, 0, [0] * 6, 6) == reference  # B = 0
+    assert sample(shared, silent, prompts, 0, [0] * 6, 6, role="policy") == reference  # B = 0
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in shared.parameters("policy"):
             parameter.normal_()
-    changed = sample(shared, silent, prompts, 0, [0] * 6, 6)
+    shared.restack()
+    changed = sample(shared, silent, prompts, 0, [0] * 6, 6, role="policy")
     assert changed != reference
-    assert sample(shared, silent, prompts[1:2], 0, [0], 1) == changed[1:2]
-    shared.activate(None)
+    assert sample(shared, silent, prompts[1:2], 0, [0], 1, role="policy") == changed[1:2]
     assert sample(shared, silent, prompts, 0, [0] * 6, 6) == reference
 
 
 def test_no_prompts_no_responses(shared, form):
-    assert generate(shared, form, [], NEW, 1.0, [], 4) == []
+    assert generate(shared, "reference", form, [], NEW, 1.0, [], 4) == []
 
 
 def test_a_response_of_one_token(shared, silent, prompts):

@@ -10,6 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
@@ -35,7 +37,7 @@ def two_adapters(model):
     for name, weight in peft.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(weight, std=0.1)
-    peft.base_model.set_adapter(["sft", "policy"])
+    peft.base_model.set_adapter(["sft", "policy"])  # of PEFT's own passes
     for name, weight in peft.named_parameters():
         weight.requires_grad_(".policy." in name)
     return peft.eval()
@@ -50,9 +52,15 @@ def own_logits(peft, texts=TEXTS):
     return torch.cat([peft(input_ids=torch.tensor([ids])).logits[0] for ids in texts])
 
 
-def our_logits(peft, texts=TEXTS, decoder=None, laid_out=None):
-    decoder, laid_out = decoder or Decoder(peft.get_base_model()), laid_out or lay_out(texts, CPU)
-    hidden = decoder.norm(decoder.run(decoder.embed(laid_out), laid_out))
+def make_decoder(peft):
+    decoder = Decoder(peft.get_base_model())
+    decoder.stack({"base": [], "reference": ["sft"], "policy": ["sft", "policy"]})
+    return decoder
+
+
+def our_logits(peft, texts=TEXTS, decoder=None, laid_out=None, role="policy"):
+    decoder, laid_out = decoder or make_decoder(peft), laid_out or lay_out(texts, CPU)
+    hidden = decoder.norm(decoder.run(decoder.embed(laid_out), laid_out, role))
     return hidden @ peft.get_base_model().get_output_embeddings().weight.T
 
 
@@ -77,24 +85,29 @@ def assert_same(peft, ours, own, count=2 * 7 * 2):
 def test_logits_and_gradients_equal_pefts(tiny_model, base, texts):
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     peft = tiny(tiny_model, **({"quantization_config": nf4} if base == "nf4" else {}))
-    decoder = Decoder(peft.get_base_model())
+    decoder = make_decoder(peft)
     decoder.gradient_checkpointing = base == "checkpointed"
     assert_same(peft, our_logits(peft, texts, decoder), own_logits(peft, texts))
 
 
 @pytest.mark.parametrize(
     ("make", "config"),
-    [(LlamaForCausalLM, None), (MistralForCausalLM, MistralConfig), (Qwen2ForCausalLM, Qwen2Config)],
+    [
+        (LlamaForCausalLM, None),
+        (MistralForCausalLM, MistralConfig),
+        (Qwen2ForCausalLM, Qwen2Config),
+        (Qwen3ForCausalLM, Qwen3Config),
+    ],
 )
 def test_other_families(tiny_model, make, config):
-    """Qwen2 has biases on q, k and v, Mistral a head size of its own."""
+    """Qwen2 has biases on q, k and v, Mistral a head size of its own, Qwen3 that and norms of each head of q and k."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    extra = {"head_dim": 6} if make is MistralForCausalLM else {}
+    extra = {"head_dim": 6} if make in (MistralForCausalLM, Qwen3ForCausalLM) else {}
     torch.manual_seed(0)
     model = make(config(**sizes, **heads, **extra)) if config else AutoModelForCausalLM.from_pretrained(tiny_model)
     for name, weight in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith("bias") or "_norm.weight" in name:  # which are 0 and 1 in a fresh model
             torch.nn.init.normal_(weight)
     peft = two_adapters(model)
     own = own_logits(peft).detach()
@@ -107,48 +120,71 @@ def test_another_architecture_and_a_text_beyond_the_attention_window_are_refused
 
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
-    with pytest.raises(UserError, match="Qwen3DecoderLayer is not supported"):
-        Decoder(Qwen3ForCausalLM(Qwen3Config(**sizes, **heads)))
+    with pytest.raises(UserError, match="GraniteDecoderLayer is not supported"):
+        Decoder(GraniteForCausalLM(GraniteConfig(**sizes, **heads)))
     model = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=4))
     decoder, short, long = Decoder(model), lay_out([[1, 2, 3, 4]], CPU), lay_out([[1, 2, 3, 4, 5]], CPU)
-    decoder.run(decoder.embed(short), short)
+    decoder.stack({"base": []})
+    decoder.run(decoder.embed(short), short, "base")
     with pytest.raises(UserError, match="attention window of 4 tokens"):
-        decoder.run(decoder.embed(long), long)
+        decoder.run(decoder.embed(long), long, "base")
 
 
-def test_switching_adapters_and_optimizer_steps_are_seen(tiny_model):
-    """Also after passes without gradients, for which A and B are kept: a fused step does not show in a weight's version."""
+def test_roles_are_pefts_active_adapters(tiny_model):
     own = tiny(tiny_model)
     ours = copy.deepcopy(own)
-    decoder = Decoder(ours.get_base_model())
+    decoder = make_decoder(ours)
     with torch.no_grad():
-        our_logits(ours, decoder=decoder)
+        for role, names in (("reference", ["sft"]), ("policy", ["sft", "policy"])):
+            own.base_model.set_adapter(names)
+            torch.testing.assert_close(our_logits(ours, decoder=decoder, role=role), own_logits(own), atol=1e-4, rtol=0)
+        with own.disable_adapter():
+            bare = our_logits(ours, decoder=decoder, role="base")
+            torch.testing.assert_close(bare, own_logits(own), atol=1e-4, rtol=0)
+
+
+def test_an_optimizer_step_is_seen_by_the_next_pass(tiny_model):
+    """Also after a pass without gradients between backward and step: a fused step does not show in a weight's version."""
+    own = tiny(tiny_model)
+    ours = copy.deepcopy(own)
+    decoder = make_decoder(ours)
+    stacks = [(stack.a, stack.b) for linear in decoder.layers[3].maps for stack in linear.stacks.values() if stack]
+    before = our_logits(ours, decoder=decoder).detach()
     for peft, logits in ((own, lambda: own_logits(own)), (ours, lambda: our_logits(ours, decoder=decoder))):
         optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=0.01, fused=True)
-        before = logits().detach()
+        if peft is ours:
+            decoder.follow(optimizer)
         for _ in range(2):
             gradients(peft, logits())
+            with torch.no_grad():
+                logits()
             optimizer.step()
-        assert (logits() - before).abs().max() > 0.01
     with torch.no_grad():
-        torch.testing.assert_close(our_logits(ours, decoder=decoder), own_logits(own), atol=1e-4, rtol=0)
-        for names in (["sft"], ["policy"], ["sft", "policy"]):
-            for peft in (own, ours):
-                peft.base_model.set_adapter(names)
-            torch.testing.assert_close(our_logits(ours, decoder=decoder), own_logits(own), atol=1e-4, rtol=0)
-        with own.disable_adapter(), ours.disable_adapter():
-            torch.testing.assert_close(our_logits(ours, decoder=decoder), own_logits(own), atol=1e-4, rtol=0)
+        after = our_logits(ours, decoder=decoder)
+        assert (after - before).abs().max() > 0.01
+        torch.testing.assert_close(after, own_logits(own), atol=1e-4, rtol=0)
+    now = [(stack.a, stack.b) for linear in decoder.layers[3].maps for stack in linear.stacks.values() if stack]
+    assert [(id(a), id(b)) for a, b in stacks] == [(id(a), id(b)) for a, b in now]  # always the same tensors
+
+
+def test_roles_share_the_stacks_of_layers_without_adapters_of_their_own(tiny_model):
+    decoder = make_decoder(tiny(tiny_model))
+    for linear in decoder.layers[0].maps:
+        assert linear.stacks["policy"] is linear.stacks["reference"] and linear.stacks["base"] is None
+    for linear in decoder.layers[3].maps:
+        reference, policy = linear.stacks["reference"], linear.stacks["policy"]
+        assert reference.a.shape == policy.a.shape and reference is not policy
 
 
 def test_the_cache(tiny_model):
     """Texts of different lengths read as prompts, two rows and then the rest, and then token by token, less a row that left."""
     peft = tiny(tiny_model)
-    decoder, prompts, more = Decoder(peft.get_base_model()), [ids[:-1] for ids in TEXTS[:3]], [[8, 30, 35], [4, 5, 6]]
+    decoder, prompts, more = make_decoder(peft), [ids[:-1] for ids in TEXTS[:3]], [[8, 30, 35], [4, 5, 6]]
     cache = KVCache(decoder.model, 3, 16)
     head = peft.get_base_model().get_output_embeddings().weight.T
 
     def logits(texts):
-        return decoder.norm(decoder.run(decoder.embed(texts), texts, cache=cache)) @ head
+        return decoder.norm(decoder.run(decoder.embed(texts), texts, "policy", cache=cache)) @ head
 
     with torch.no_grad():
         for rows in (slice(0, 2), slice(2, 4)):

@@ -7,7 +7,7 @@ import ppo_train
 from ppo_train import adapt_kl_coef, gae, policy_loss, token_rewards, value_loss, whiten
 from rlhf.generation import Response
 from rlhf.logprobs import chosen_logprobs
-from rlhf.ppo_batch import NotFinite, make_micro_batches
+from rlhf.ppo_batch import Measured, NotFinite, count_tokens, make_batch
 from rlhf.ppo_log import Log, mean_stats
 
 import pytest
@@ -58,88 +58,81 @@ def test_gae_is_the_discounted_sum_of_deltas_and_ignores_padding():
     assert not advantages[~mask].any() and not returns[~mask].any()
 
 
-def test_whitening_is_over_real_tokens_of_all_micro_batches():
-    masks = [tensor([[TRUE, FALSE]]), tensor([[TRUE, TRUE]])]
-    white = whiten([tensor([[1.0, 99.0]]), tensor([[2.0, 3.0]])], masks)
-    close(white[0], [[-1.2247449, 0.0]])  # (1 - 2) / sqrt(2/3)
-    close(white[1], [[0.0, 1.2247449]])
-    kept = whiten([tensor([[1.0, 99.0]]), tensor([[2.0, 3.0]])], masks, shift_mean=False)
-    close(torch.cat([kept[0][masks[0]], kept[1][masks[1]]]).mean(), 2.0)
+def test_whitening_by_hand():
+    close(whiten(tensor([1.0, 2.0, 3.0])), [-1.2247449, 0.0, 1.2247449])  # (1 - 2) / sqrt(2/3)
+    close(whiten(tensor([1.0, 2.0, 3.0]), shift_mean=False), [2 - 1.2247449, 2.0, 2 + 1.2247449])
+
+
+def make_update(ended_by, lengths, **measured):
+    """A batch of responses of these lengths, and what was measured of it."""
+    responses = [Response([9] * n, [9] * n, why) for n, why in zip(lengths, ended_by, strict=True)]
+    form = SimpleNamespace(eos_token_id=2)
+    batch = make_batch([[5]] * len(responses), responses, [list(range(len(responses)))], form, torch.device("cpu"))
+    numbers = {"lower": None, "entropy": None, **{name: tensor(value) for name, value in measured.items()}}
+    return batch, Measured(**numbers)
 
 
 def test_advantages_of_an_update_by_hand():
     """Scores are centred, clipped and fined; KL is charged to the policy; with lambda 1 and values 0 returns are sums of rewards."""
     config = dataclasses.replace(ppo_train.Config(), score_clip=1.5, missing_eos_penalty=1.0, gamma=1.0, lam=1.0)
-    ended = SimpleNamespace(
-        scores=tensor([3.0]),  # 2 above the baseline, clipped to 1.5
-        ended=tensor([TRUE]),
-        response_mask=tensor([[TRUE, TRUE]]),
-        logprobs=tensor([[-1.0, -2.0]]),
-        ref_logprobs=tensor([[-1.5, -1.0]]),  # KL 0.5 and -1
-        values=torch.zeros(1, 2),
+    batch, measured = make_update(
+        ("length", "eos"),
+        (1, 2),
+        scores=[0.0, 3.0],  # 1 below the baseline, and 1 for the missing EOS; 2 above it, clipped to 1.5
+        logprobs=[-1.0, -1.0, -2.0],
+        ref_logprobs=[-1.0, -1.5, -1.0],  # KL 0; 0.5 and -1
+        values=[0.0, 0.0, 0.0],
     )
-    cut = SimpleNamespace(
-        scores=tensor([0.0]),  # 1 below the baseline, and 1 for the missing EOS
-        ended=tensor([FALSE]),
-        response_mask=tensor([[TRUE, FALSE]]),
-        logprobs=tensor([[-1.0, 0.0]]),
-        ref_logprobs=tensor([[-1.0, 0.0]]),
-        values=torch.zeros(1, 2),
-    )
-    ppo_train.set_advantages([ended, cut], kl_coef=0.1, baseline=1.0, config=config)
-    close(ended.returns, [[-0.05 + 1.6, 1.6]])  # the last token gets 0.1 + 1.5
-    close(cut.returns, [[-2.0, 0.0]])
+    advantages, returns = ppo_train.advantages_and_returns(batch, measured, kl_coef=0.1, baseline=1.0, config=config)
+    close(returns, [-2.0, -0.05 + 1.6, 1.6])  # the last token of the second gets 0.1 + 1.5
     # 1.55, 1.6 and -2 have mean 0.383333 and variance 2.840556
-    close(ended.advantages, [[0.692222, 0.721888]])
-    close(cut.advantages, [[-1.414110, 0.0]])
+    close(advantages, [-1.414110, 0.692222, 0.721888])
 
 
 def test_a_mean_taken_off_scores_and_values_leaves_the_advantages():
     """By which the results page counts runs without it as runs of the baseline."""
-    mask = tensor([[TRUE, TRUE, TRUE], [TRUE, TRUE, FALSE]])
 
     def advantages_less(mean):
-        micro = SimpleNamespace(
-            scores=tensor([1.0, -0.5]),
-            ended=tensor([TRUE, FALSE]),
-            response_mask=mask,
-            logprobs=tensor([[-1.0, -2.0, -0.5], [-0.2, -3.0, 0.0]]),
-            ref_logprobs=tensor([[-1.5, -1.0, -0.4], [-0.2, -2.0, 0.0]]),
-            values=(tensor([[0.3, -0.2, 0.9], [-1.0, 0.4, 0.0]]) - mean) * mask,
+        batch, measured = make_update(
+            ("length", "eos"),
+            (2, 3),
+            scores=[-0.5, 1.0],
+            logprobs=[-0.2, -3.0, -1.0, -2.0, -0.5],
+            ref_logprobs=[-0.2, -2.0, -1.5, -1.0, -0.4],
+            values=[value - mean for value in (-1.0, 0.4, 0.3, -0.2, 0.9)],
         )
-        ppo_train.set_advantages([micro], kl_coef=0.1, baseline=mean, config=ppo_train.PRESETS["demo"])
-        return micro.advantages, micro.returns
+        return ppo_train.advantages_and_returns(batch, measured, 0.1, mean, ppo_train.PRESETS["demo"])
 
     raw, centred = advantages_less(0.0), advantages_less(0.7)
-    close(centred[0], raw[0])
-    close(centred[1], raw[1] - 0.7 * mask)
+    close(centred[0], raw[0].tolist())
+    close(centred[1], (raw[1] - 0.7).tolist())
 
 
 def test_policy_loss_clips_on_both_sides():
-    # ratios 2, 0.5, 1.1 and padding; with A > 0 only a rise is clipped, with A < 0 only a fall
-    old, mask = torch.zeros(2, 4), tensor([[TRUE, TRUE, TRUE, FALSE]] * 2)
-    new = tensor([[2.0, 0.5, 1.1, 5.0]] * 2).log()
-    advantages = tensor([[1.0] * 4, [-1.0] * 4])
-    losses, stats = policy_loss(new, old, advantages, mask, cliprange=0.2)
-    close(losses, [[-1.2, -0.5, -1.1, 0.0], [2.0, 0.8, 1.1, 0.0]])
-    close(stats["policy/clipfrac_avg"][:, :3], [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    close(stats["policy/approxkl_avg"][0, :3], [2 - 1 - 0.6931472, 0.5 - 1 + 0.6931472, 1.1 - 1 - 0.0953102])
+    # ratios 2, 0.5 and 1.1; with A > 0 only a rise is clipped, with A < 0 only a fall
+    new = tensor([2.0, 0.5, 1.1, 2.0, 0.5, 1.1]).log()
+    advantages = tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    losses, stats = policy_loss(new, torch.zeros(6), advantages, cliprange=0.2)
+    close(losses, [-1.2, -0.5, -1.1, 2.0, 0.8, 1.1])
+    close(stats["policy/clipfrac_avg"], [1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    close(stats["policy/approxkl_avg"][:3], [2 - 1 - 0.6931472, 0.5 - 1 + 0.6931472, 1.1 - 1 - 0.0953102])
+    close(stats["ratio_off"], [1.0] * 6)
+    close(policy_loss(tensor([0.0, 9e-5, 2e-4]), torch.zeros(3), torch.ones(3), 0.2)[1]["ratio_off"], [0.0, 0.0, 1.0])
 
 
 def test_clipped_tokens_give_no_gradient():
-    new = tensor([[2.0, 0.5, 1.1]]).log().requires_grad_()
-    losses, _ = policy_loss(new, torch.zeros(1, 3), torch.ones(1, 3), torch.ones(1, 3) > 0, 0.2)
+    new = tensor([2.0, 0.5, 1.1]).log().requires_grad_()
+    losses, _ = policy_loss(new, torch.zeros(3), torch.ones(3), 0.2)
     losses.sum().backward()
-    close(new.grad, [[0.0, -0.5, -1.1]])
+    close(new.grad, [0.0, -0.5, -1.1])
 
 
 def test_value_loss_clips_around_the_old_values():
-    values, old, returns = tensor([[1.0, 0.1, -1.0, 9.0]]), torch.zeros(1, 4), tensor([[2.0, 2.0, 1.0, 0.0]])
-    mask = tensor([[TRUE, TRUE, TRUE, FALSE]])
-    losses, stats = value_loss(values, old, returns, mask, cliprange_value=0.2)
+    values, old, returns = tensor([1.0, 0.1, -1.0]), torch.zeros(3), tensor([2.0, 2.0, 1.0])
+    losses, stats = value_loss(values, old, returns, cliprange_value=0.2)
     # clipped values .2, .1, -.2: errors max(1, 3.24), 3.61, max(4, 1.44)
-    close(losses, [[1.62, 1.805, 2.0, 0.0]])
-    close(stats["val/clipfrac_avg"][:, :3], [[1.0, 0.0, 0.0]])
+    close(losses, [1.62, 1.805, 2.0])
+    close(stats["val/clipfrac_avg"], [1.0, 0.0, 0.0])
 
 
 def test_kl_coefficient_moves_towards_the_target_by_at_most_a_fifth():
@@ -163,9 +156,7 @@ def test_learning_rates_warm_up_and_fall_to_zero():
 
 
 def test_every_prompt_comes_once_an_epoch_and_every_episode_has_its_own_seed():
-    config = dataclasses.replace(
-        ppo_train.Config(), per_device_train_batch_size=2, gradient_accumulation_steps=1, num_mini_batches=2, seed=3
-    )
+    config = dataclasses.replace(ppo_train.Config(), episodes_per_update=4, num_mini_batches=2, seed=3)
     drawn = [ppo_train.draw_prompts(list(range(6)), update, config) for update in (1, 2, 3)]
     order = [prompt for prompts, _ in drawn for prompt in prompts]
     assert sorted(order[:6]) == sorted(order[6:]) == list(range(6)) and order[:6] != order[6:]
@@ -173,33 +164,62 @@ def test_every_prompt_comes_once_an_epoch_and_every_episode_has_its_own_seed():
     assert drawn[1] == ppo_train.draw_prompts(list(range(6)), 2, config)
 
 
-def test_micro_batches_by_hand():
-    form = SimpleNamespace(eos_token_id=2, pad_token_id=0)
+def test_minibatches_are_a_random_partition():
+    config = dataclasses.replace(ppo_train.Config(), episodes_per_update=12, num_mini_batches=3, seed=3)
+    first, second = ppo_train.draw_minibatches(1, config), ppo_train.draw_minibatches(2, config)
+    assert [len(minibatch) for minibatch in first] == [4, 4, 4]
+    assert sorted(sum(first, [])) == list(range(12)) != sum(first, [])
+    assert first != second and first == ppo_train.draw_minibatches(1, config)
+
+
+def test_a_batch_by_hand():
+    form = SimpleNamespace(eos_token_id=2)
     prompts = [[5, 6, 7], [5], [5, 6]]
     responses = [
         Response([11, 12, 2], [11, 12], "eos"),  # text 11 12, then EOS was sampled
         Response([13, 14], [13, 14], "length"),  # cut: it is scored with an EOS that nobody sampled
         Response([15, 9], [15], "stop_text"),  # text 15; then token 9 began the next turn
     ]
-    short, long = make_micro_batches(prompts, responses, form, 2, torch.device("cpu"))
-    assert short.rows == [1, 2] and long.rows == [0]
+
+    def make(minibatches, tokens):
+        batch = make_batch(prompts, responses, minibatches, form, torch.device("cpu"))
+        return batch, batch.micro_batches(tokens)
+
+    batch, ((short, long),) = make([[0, 1, 2]], 8)  # 4, 4 and 6 tokens: 2 x 4 fit, 3 x 6 do not
+    assert batch.rows == [1, 2, 0] and batch.longest == 6 and batch.ended.tolist() == [FALSE, FALSE, TRUE]
     assert short.texts.ids.tolist() == [5, 13, 14, 2, 5, 6, 15, 2] and short.texts.last.tolist() == [3, 7]
     assert long.texts.ids.tolist() == [5, 6, 7, 11, 12, 2] and long.texts.last.tolist() == [5]
-    assert short.actions.tolist() == [[13, 14], [15, 9]] and long.actions.tolist() == [[11, 12, 2]]
-    assert short.positions.tolist() == [[0, 1], [5, 6]] and long.positions.tolist() == [[2, 3, 4]]
-    assert short.ended.tolist() == [False, False] and long.ended.tolist() == [True]
+    assert short.actions.tolist() == [13, 14, 15, 9] and long.actions.tolist() == [11, 12, 2]
+    assert short.positions.tolist() == [0, 1, 5, 6] and long.positions.tolist() == [2, 3, 4]
+    assert (short.tokens, long.tokens) == (slice(0, 4), slice(4, 7))
+    assert (short.text_tokens, long.text_tokens) == (slice(0, 8), slice(8, 14))
+    assert batch.response_mask.tolist() == [[TRUE, TRUE, FALSE], [TRUE, TRUE, FALSE], [TRUE, TRUE, TRUE]]
+    assert batch.by_response(torch.arange(7)).tolist() == [[0, 1, 0], [2, 3, 0], [4, 5, 6]]
+    assert batch.end_to_end(batch.by_response(torch.arange(7))).tolist() == list(range(7))
 
-    (ragged,) = make_micro_batches(prompts, responses, form, 3, torch.device("cpu"))
-    assert ragged.rows == [1, 2, 0]
-    assert ragged.response_mask.tolist() == [[TRUE, TRUE, FALSE], [TRUE, TRUE, FALSE], [TRUE, TRUE, TRUE]]
+    _, ((ragged,),) = make([[0, 1, 2]], 18)
     assert ragged.texts.ids.tolist() == [5, 13, 14, 2, 5, 6, 15, 2, 5, 6, 7, 11, 12, 2]
-    assert ragged.texts.last.tolist() == [3, 7, 13]
-    assert ragged.positions.tolist() == [[0, 1, 0], [5, 6, 0], [10, 11, 12]]
+    assert ragged.texts.last.tolist() == [3, 7, 13] and ragged.positions.tolist() == [0, 1, 5, 6, 10, 11, 12]
+
+    batch, ((first,), (second,)) = make([[2, 0], [1]], 100)
+    assert batch.rows == [2, 0, 1] and batch.minibatches == [slice(0, 2), slice(2, 3)]
+    assert second.texts.ids.tolist() == [5, 13, 14, 2] and second.tokens == slice(5, 7)
+    assert count_tokens(batch) == [5, 2]
 
     # Token 9 was half text, which stands there as token 8: the policy still is asked for 9, where it chose it.
-    (spanning,) = make_micro_batches([[5, 6]], [Response([15, 9], [15, 8], "stop_text")], form, 1, torch.device("cpu"))
+    halves = [Response([15, 9], [15, 8], "stop_text")]
+    (spanning,) = make_batch([[5, 6]], halves, [[0]], form, torch.device("cpu")).micro_batches(9)[0]
     assert spanning.texts.ids.tolist() == [5, 6, 15, 8, 2] and spanning.texts.last.tolist() == [4]
-    assert spanning.actions.tolist() == [[15, 9]] and spanning.positions.tolist() == [[1, 2]]
+    assert spanning.actions.tolist() == [15, 9] and spanning.positions.tolist() == [1, 2]
+
+
+def test_what_is_not_finite_is_named_by_its_row():
+    batch, measured = make_update(
+        ("eos", "eos"), (1, 2), scores=[0.0, 1.0], logprobs=[0.0, 0.0, 0.0], ref_logprobs=[0.0, 0.0, torch.nan],
+        values=[0.0, 0.0, 0.0],
+    )  # fmt: skip
+    with pytest.raises(NotFinite, match="ref_logprobs not finite at texts 1 of the batch"):
+        measured.check_finite(batch)
 
 
 # ---------------------------------------------------------------- what is logged
@@ -239,7 +259,9 @@ def test_the_end_of_a_tracker_leaves_the_processes_together(monkeypatch, tmp_pat
 
 
 def test_chosen_logprobs_equal_log_softmax_in_value_entropy_and_gradient(monkeypatch):
-    monkeypatch.setattr("rlhf.logprobs.CHUNK_ELEMENTS", 3 * 11)  # three rows a chunk, in blocks of two: both uneven
+    monkeypatch.setattr(
+        "rlhf.logprobs.chunk_elements", lambda on_card: 3 * 11
+    )  # three rows a chunk, in blocks of two: both uneven
     monkeypatch.setattr("rlhf.logprobs.CPU_BLOCK", 2)
     torch.manual_seed(0)
     hidden, weight, tokens = torch.randn(7, 5), torch.randn(11, 5), torch.randint(11, (7,))
@@ -248,7 +270,7 @@ def test_chosen_logprobs_equal_log_softmax_in_value_entropy_and_gradient(monkeyp
     expected = log_softmax[torch.arange(7), tokens]
     (expected * torch.arange(7)).sum().backward()
     with torch.no_grad():
-        logprobs, entropy, is_top1 = chosen_logprobs(hidden, weight, tokens, 0.7)
+        logprobs, entropy, is_top1 = chosen_logprobs(hidden, weight, tokens, 0.7, statistics=True)
     assert is_top1.tolist() == (log_softmax.argmax(-1) == tokens).tolist()
     torch.testing.assert_close(logprobs, expected)
     torch.testing.assert_close(entropy, -(log_softmax.exp() * log_softmax).sum(-1))
