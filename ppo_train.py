@@ -536,6 +536,8 @@ def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tupl
     if config.gold_checkpoint:
         shared.add_role("gold", **read_stacked(config.gold_checkpoint, shared))
     shared.train("policy", "value")
+    if config.micro_batch_tokens != "auto":
+        shared.micro_batch.tokens = config.micro_batch_tokens
     return shared, base
 
 

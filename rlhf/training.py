@@ -129,6 +129,8 @@ def check_ppo_numbers(config: Any) -> None:
         raise UserError("FSDP is for sft_train.py and reward_train.py: start ppo_train.py with configs/ddp.yaml")
     check_numbers(config)
     check_at_least_one(config, "episodes_per_update", "num_mini_batches", "num_ppo_epochs")
+    if config.micro_batch_tokens != "auto":
+        check_at_least_one(config, "micro_batch_tokens")
     check_at_least_one(config, "max_prompt_length", "response_length")
     check_at_least_one(config, "total_episodes", "rollout_batch_size", "eval_steps", "kl_horizon")
     check_above_zero(config, "temperature", "kl_target", "kl_stop", "cliprange", "cliprange_value", "score_clip")

@@ -12,7 +12,7 @@ from test_mistakes import assert_one_line, snapshot
 
 HERE = Path(__file__).parent / "bad_inputs"
 CASES = tomllib.loads((HERE / "cases.toml").read_text(encoding="utf-8"))["case"]
-PPO = "--response-length 8 --max-prompt-length 64 --per-device-train-batch-size 2 --gradient-accumulation-steps 1"
+PPO = "--response-length 8 --max-prompt-length 64 --episodes-per-update 4"
 PPO += " --num-mini-batches 2 --total-episodes 4 --rollout-batch-size 4 --max-eval-samples 3 --lora-rank 4"
 PPO += " --critic-warmup-updates 0"
 

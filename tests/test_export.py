@@ -33,7 +33,7 @@ def export(call_main, tmp_path):
 def ppo(trained, tiny_data, call_main, tmp_path_factory):
     """A PPO checkpoint that has moved: an adapter on all layers and one on the upper two."""
     folder = tmp_path_factory.mktemp("exporting") / "ppo"
-    flags = "--response-length 8 --max-prompt-length 64 --per-device-train-batch-size 2 --gradient-accumulation-steps 1"
+    flags = "--response-length 8 --max-prompt-length 64 --episodes-per-update 4"
     flags += " --num-mini-batches 2 --total-episodes 12 --rollout-batch-size 4 --max-eval-samples 3 --lora-rank 4"
     flags += " --lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --warmup-updates 0 --critic-warmup-updates 0"
     parents = ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--dataset", tiny_data]

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 PPO = "--response-length 8 --max-prompt-length 64 --num-mini-batches 2 --num-ppo-epochs 2 --total-episodes 40 "
-PPO += "--gradient-accumulation-steps 2 --rollout-batch-size 4 --max-eval-samples 5 --eval-steps 2 --lora-rank 4 "
+PPO += "--episodes-per-update 8 --rollout-batch-size 4 --max-eval-samples 5 --eval-steps 2 --lora-rank 4 "
 PPO += "--lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --value-learning-rate 1e-2 --critic-warmup-updates 1 "
 PPO += "--num-printed-samples 0 --no-gradient-checkpointing --dtype fp32"
 
@@ -40,9 +40,8 @@ def command(flags, trained, tiny_data):
             "reward": ["--sft-checkpoint", trained.sft],
             "ppo": ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--dataset", tiny_data],
         }[phase]
-        rows = (2 if phase == "ppo" else 4) // processes
         own = PPO.split() if phase == "ppo" else [*flags[f"{phase}_train"], "--max-steps", 5]
-        sizes = ["--per-device-train-batch-size", rows]
+        sizes = [] if phase == "ppo" else ["--per-device-train-batch-size", 4 // processes]
         return [f"{phase}_train.py", *map(str, [*own, *parents, *sizes, "--output-dir", folder])]
 
     return command

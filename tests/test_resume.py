@@ -42,7 +42,7 @@ class Crash(Exception):
 @pytest.fixture
 def commands(flags, trained, tiny_data, tmp_path):
     """Script and flags of each phase, four steps or updates long, for an output folder."""
-    ppo = "--response-length 8 --max-prompt-length 64 --per-device-train-batch-size 2 --gradient-accumulation-steps 1"
+    ppo = "--response-length 8 --max-prompt-length 64 --episodes-per-update 4"
     ppo += " --num-mini-batches 2 --num-ppo-epochs 2 --total-episodes 16 --rollout-batch-size 4 --max-eval-samples 3"
     ppo += (
         " --eval-steps 2 --lora-rank 4 --lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --value-learning-rate 1e-2"
@@ -122,7 +122,7 @@ MOMENTS = [  # phase, module, function, which call
     ("reward", rlhf.training.Resumable, "training_step", 4),
     ("reward", rlhf.resume, "sync", 3),
     ("ppo", ppo_train, "generate", 4),
-    ("ppo", ppo_train, "measure", 5),
+    ("ppo", ppo_train, "measure", 3),
     ("ppo", ppo_train, "value_loss", 14),
     ("ppo", rlhf.resume, "sync", 3),
     ("ppo", rlhf.resume, "sync", 4),
@@ -370,14 +370,14 @@ def test_ppo_ends_at_what_is_not_finite(commands, call_main, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_batch_that_does_not_fit_is_halved_and_nothing_else_changes(commands, call_main, tmp_path, accumulation):
+@pytest.mark.parametrize("tokens", [100, 200])
+def test_a_micro_batch_that_does_not_fit_is_halved_and_nothing_else_changes(commands, call_main, tmp_path, tokens):
     """Memory runs out in the second update's backward and, later, in a rollout: the same run, within rounding.
 
-    With two micro-batches a minibatch it is the second one's backward, and the first has left gradients.
+    With 100 tokens a minibatch has two micro-batches: it is the second one's backward, and the first has left gradients.
     """
     alone, (script, argv) = tmp_path / "alone", commands("ppo", tmp_path / "cut")
-    argv += ["--gradient-accumulation-steps", str(accumulation), "--num-mini-batches", str(2 // accumulation)]
+    argv += ["--micro-batch-tokens", str(tokens)]
     result = call_main(script, [*argv, "--output-dir", alone])
     assert result.returncode == 0, result.stderr
 
@@ -389,7 +389,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_else_changes(commands, 
         at_call(patch, rlhf.generation, "next_tokens", 30, out_of_memory)
         result = call_main(script, argv)
     assert result.returncode == 0, result.stderr
-    assert "a micro-batch has 1 rows at most" in result.stdout and "a rollout has 2 rows at most" in result.stdout
+    assert f"a micro-batch has {tokens // 2} tokens from now on" in result.stdout
+    assert "2 responses at a time from now on" in result.stdout
     for ours, theirs in zip(metrics(alone), metrics(tmp_path / "cut"), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
     for part in ("adapter_model.safetensors", "value/adapter_model.safetensors"):

@@ -7,6 +7,7 @@ import dataclasses
 import json
 
 import ppo_train
+from rlhf.ppo_batch import Batch
 
 import pytest
 import torch
@@ -15,8 +16,7 @@ from conftest import Checkpoints, make_model
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))]
 TARGET = 10  # a token that the tiny model writes now and then
 SETTINGS = {
-    "per_device_train_batch_size": 32,
-    "gradient_accumulation_steps": 1,
+    "episodes_per_update": 64,
     "num_mini_batches": 2,
     "num_ppo_epochs": 4,
     "rollout_batch_size": 32,
@@ -43,20 +43,19 @@ SETTINGS = {
 }
 
 
-def frequency(micro):
+def frequency(ids):
     """The share of TARGET among the tokens: 1 at best."""
-    return ((micro.actions == TARGET) & micro.response_mask).sum(1) / micro.response_mask.sum(1)
+    return ids.count(TARGET) / len(ids)
 
 
-def length(micro):
+def length(ids):
     """1 for a response of three tokens, EOS among them; a third less for each token more or less."""
-    return 1 - (micro.response_mask.sum(1) - 3).abs() / 3
+    return 1 - abs(len(ids) - 3) / 3
 
 
-def last_token(micro):
+def last_token(ids):
     """1 if the number of the last token is a multiple of 8, else 0, whatever came before."""
-    last = micro.response_mask.sum(1, keepdim=True) - 1
-    return (micro.actions.gather(1, last).squeeze(1) % 8 == 0).float()
+    return float(ids[-1] % 8 == 0)
 
 
 @pytest.fixture(scope="module")
@@ -78,21 +77,24 @@ def run(parents, tiny_data, tmp_path, monkeypatch):
     """`run(score, updates, **changes)`: the metrics of each update, with the variance of its raw advantages."""
 
     def run(score, updates, **changes):
-        measure, whiten, variances = ppo_train.measure, ppo_train.whiten, []
+        lay_out, whiten, sampled, variances = Batch.lay_out, ppo_train.whiten, {}, []
 
-        def scored(shared, batch, *more):
-            measure(shared, batch, *more)
-            for micro in batch:
-                micro.scores = score(micro).float()
+        def watched_lay_out(batch, rows):
+            micro = lay_out(batch, rows)
+            sampled[id(micro)] = micro, [response.ids for response in batch.responses[rows]]
+            return micro
 
-        def watched(tensors, masks):
-            advantages = torch.cat([tensor[mask] for tensor, mask in zip(tensors, masks, strict=True)])
+        def scored(shared, role, micro, lower):
+            return torch.tensor([score(ids) for ids in sampled[id(micro)][1]])
+
+        def watched_whiten(advantages):
             variances.append(advantages.var().item())
-            return whiten(tensors, masks)
+            return whiten(advantages)
 
         with monkeypatch.context() as patch:
-            patch.setattr(ppo_train, "measure", scored)
-            patch.setattr(ppo_train, "whiten", watched)
+            patch.setattr(Batch, "lay_out", watched_lay_out)
+            patch.setattr(ppo_train, "score", scored)
+            patch.setattr(ppo_train, "whiten", watched_whiten)
             settings = SETTINGS | {"total_episodes": 64 * updates} | changes
             checkpoints = {"sft_checkpoint": str(parents.sft), "reward_checkpoint": str(parents.reward)}
             folders = {"dataset": str(tiny_data), "output_dir": str(tmp_path / "ppo"), "overwrite": True}
@@ -143,9 +145,9 @@ def test_without_a_critic_advantages_vary_more(run, monkeypatch):
     def variance():
         looked = []
 
-        def score(micro):
-            looked.append(micro)
-            return torch.full((len(micro.rows),), float(len(looked) > 1))
+        def score(ids):
+            looked.append(ids)
+            return float(len(looked) > SETTINGS["max_eval_samples"])
 
         return mean(run(score, 30, learning_rate=0.0, value_learning_rate=1e-2)[-5:], "variance")
 
