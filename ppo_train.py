@@ -43,11 +43,12 @@ from rlhf.modeling import (
 from rlhf.plan import dry_run_ppo
 from rlhf.ppo_batch import Batch, Measured, MicroBatch, NotFinite, Old, count_tokens, make_batch
 from rlhf.ppo_eval import Evaluation, compare, describe, warnings
-from rlhf.ppo_log import Log, batch_metrics, mean_stats
+from rlhf.ppo_log import Log, batch_metrics, mean_stats, speed_metrics
 from rlhf.ppo_state import State, save
 from rlhf.processes import gather, moments, share, sum_gradients, total
 from rlhf.reporting import console
 from rlhf.resume import check_stop
+from rlhf.speed import Stopwatch
 from rlhf.training import check_ppo_numbers, device
 
 import numpy as np
@@ -185,24 +186,25 @@ def main(config: Config) -> None:
 
         for update in range(state.update + 1, config.num_updates + 1):
             # 1. Rollout
-            clock = [time.monotonic()]
+            clock = Stopwatch(shared.device)
             queries, seeds = draw_prompts(prompts, update, config)
             responses = rollout(config, shared, form, queries, seeds)
-            clock.append(time.monotonic())
+            clock.lap("rollout")
             # 2. Measure
             shared.micro_batch.agree()
             batch = make_batch(queries, responses, draw_minibatches(update, config), form, shared.device)
             measured = measure(shared, batch, config.temperature, baseline)
-            clock.append(time.monotonic())
+            clock.lap("measure")
             # 3. Reward
             advantages, returns = advantages_and_returns(batch, measured, kl_coef, baseline, config)
             # 4. Optimise
             set_learning_rates(optimizer, update, config)
             old = Old.of(measured, advantages, returns, shared.device)
             stats = optimise(config, shared, batch, old, baseline, optimizer, scaler, update)
-            clock.append(time.monotonic())
+            clock.lap("optimise")
             # 5. Adapt and report
-            log.update(batch_metrics(batch, measured, returns, update, kl_coef, clock, config) | stats)
+            metrics = batch_metrics(batch, measured, returns, update, kl_coef, config) | stats
+            log.update(metrics | speed_metrics(shared, batch, stats, clock.seconds, config))
             if config.kl_controller == "adaptive" and update > config.critic_warmup_updates + 1:  # before it KL is 0
                 kl_coef = adapt_kl_coef(kl_coef, measured.mean_kl(batch), config)
             del measured, old  # their lower states make room for what is sampled next

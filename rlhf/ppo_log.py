@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data import PromptFormat
+from rlhf.modeling import SharedBase
 from rlhf.ppo_batch import Batch, Measured, count_tokens
 from rlhf.ppo_eval import Evaluation, penalty_warnings, warnings
 from rlhf.processes import is_main, moments, totals
 from rlhf.reporting import JsonLines, plain, progress
+from rlhf.speed import Work, memory_gib, peak_flops
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -76,6 +78,7 @@ class Log:
         """One update's metrics."""
         self.row(row)
         note = f"score {row['objective/scores']:.2f} kl {row['objective/kl']:.2f}"
+        note += f" {row['speed/tokens_per_second']:,.0f} tokens/s"
         self.bar.update(self.task, completed=row["update"], note=note)
 
     def evaluation(self, update: int, result: Evaluation, prompts: list[list[int]], form: PromptFormat) -> None:
@@ -101,9 +104,9 @@ class Log:
 
 
 def batch_metrics(
-    batch: Batch, measured: Measured, returns: Tensor, update: int, kl_coef: float, clock: list[float], config: Any
+    batch: Batch, measured: Measured, returns: Tensor, update: int, kl_coef: float, config: Any
 ) -> dict[str, float]:
-    """What an update saw, under TRL's names; KL in nats a response; times in seconds between the readings of `clock`."""
+    """What an update saw, under TRL's names; KL in nats a response."""
     scores = moments(measured.scores)[0].item()
     ended = moments(batch.ended.float())[0].item()
     kl, tokens = measured.mean_kl(batch), sum(count_tokens(batch))
@@ -120,8 +123,41 @@ def batch_metrics(
         "val/num_eos_tokens": round(ended * config.episodes_per_update),
         "val/response_length": tokens / config.episodes_per_update,
         "val/explained_variance": 1 - unexplained.item(),
-        **{f"time/{name}": clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "measure", "optimise"))},
     }
+
+
+def speed_metrics(
+    shared: SharedBase, batch: Batch, stats: dict[str, float], seconds: dict[str, float], config: Any
+) -> dict[str, float]:
+    """How fast an update was; tokens are those of all processes, memory and MFU this one's.
+
+    Args:
+        stats: what `optimise` returned.
+        seconds: of each part.
+    """
+    texts = sum(map(len, batch.texts))
+    sampled = sum(batch.response_lengths)
+    counts = totals({"texts": texts, "sampled": sampled})
+    epochs = stats["policy/optimizer_steps"] / config.num_mini_batches
+    work = Work.of(shared).ppo_update(texts, sampled, epochs * ("policy/approxkl_avg" in stats), epochs)
+    peak = peak_flops(shared.device, shared.dtype)
+    mfu = {"speed/mfu": work / sum(seconds.values()) / peak} if peak else {}
+    return {
+        **{f"time/{part}": spent for part, spent in seconds.items()},
+        "speed/tokens_per_second": counts["texts"] / sum(seconds.values()),
+        "speed/sampled_tokens_per_second": counts["sampled"] / seconds["rollout"],
+        **mfu,
+        **memory_gib(shared.device),
+    }
+
+
+def whole_speed(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Of a whole run, from the rows of its updates: tokens/s, and seconds of each part."""
+    rows = [row for row in rows if "episode" in row]
+    parts = [name for name in rows[0] if name.startswith("time/")]
+    seconds = {name: sum(row[name] for row in rows) for name in parts}
+    tokens = sum(row["speed/tokens_per_second"] * sum(row[name] for name in parts) for row in rows)
+    return {"speed/tokens_per_second": tokens / sum(seconds.values())} | seconds
 
 
 def mean_stats(history: list[dict[str, float]]) -> dict[str, float]:

@@ -16,9 +16,9 @@ from rlhf.generation import Response
 from rlhf.modeling import SharedBase, save_stacked
 from rlhf.ppo_batch import NotFinite
 from rlhf.ppo_eval import Evaluation, plot_frontier
-from rlhf.ppo_log import CURVES, Log
+from rlhf.ppo_log import CURVES, Log, whole_speed
 from rlhf.processes import is_main, world
-from rlhf.reporting import plot_curves
+from rlhf.reporting import plot_curves, read_jsonl
 from rlhf.resume import HARMLESS, new_state, newest_state, read_facts, states, stop_when_asked
 
 import torch
@@ -167,4 +167,5 @@ def save(config, folder: Path, shared, form, base, runs: dict, metrics: dict[str
         updates=config.num_updates,
         episodes=config.num_updates * config.episodes_per_update,
         metrics=metrics,
+        speed=whole_speed(read_jsonl(folder / "metrics.jsonl")),
     )

@@ -1,0 +1,57 @@
+"""What a run says of its speed."""
+
+from types import SimpleNamespace
+
+from rlhf.ppo_log import whole_speed
+from rlhf.speed import Stopwatch, Work, memory_gib, peak_flops
+
+import pytest
+import torch
+
+CPU = torch.device("cpu")
+
+
+def test_operations_of_a_token_by_hand():
+    """Two layers of a 2 x 3 and a 3 x 4 map, roles on the upper one, and an LM head of 5 x 2."""
+    linears = [SimpleNamespace(in_features=2, out_features=3), SimpleNamespace(in_features=3, out_features=4)]
+    layer = SimpleNamespace(maps=[SimpleNamespace(bases=linears)])
+    shared = SimpleNamespace(
+        decoder=SimpleNamespace(layers=[layer, layer]), first_role_layer=1, lm_head_weight=lambda: torch.zeros(5, 2)
+    )
+    assert Work.of(shared) == Work(lower=36, upper=36, head=20)
+
+
+def test_operations_of_an_update_by_hand():
+    work = Work(lower=10, upper=100, head=1000)
+    rollout = 7 * 110 + 3 * 1000
+    measure = 7 * 410 + 3 * 2000
+    assert work.ppo_update(7, 3, 0, 0) == rollout + measure
+    assert work.ppo_update(7, 3, 0, 2) == rollout + measure + 2 * 2 * 700
+    assert work.ppo_update(7, 3, 2, 2) == rollout + measure + 2 * 2 * 700 + 2 * 2 * (700 + 3000)
+
+
+def test_laps_add_up(monkeypatch):
+    times = iter([10.0, 12.0, 12.5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    watch = Stopwatch(CPU)
+    watch.lap("rollout")
+    watch.lap("measure")
+    assert watch.seconds == {"rollout": 2.0, "measure": 0.5}
+
+
+def test_the_peak_is_that_of_a_card_of_exactly_this_name(monkeypatch):
+    card = torch.device("cuda")
+    for name, peak in (("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert peak_flops(card, torch.bfloat16) == (peak and pytest.approx(peak))
+        assert peak_flops(card, torch.float32) is None
+    assert peak_flops(CPU, torch.bfloat16) is None and memory_gib(CPU) == {}
+
+
+def test_the_speed_of_a_whole_run():
+    rows = [
+        {"update": 0, "eval/scores": 1.0},
+        {"episode": 4, "time/rollout": 1.0, "time/measure": 1.0, "speed/tokens_per_second": 100.0},
+        {"episode": 8, "time/rollout": 2.0, "time/measure": 4.0, "speed/tokens_per_second": 50.0},
+    ]
+    assert whole_speed(rows) == {"speed/tokens_per_second": 62.5, "time/rollout": 3.0, "time/measure": 5.0}
