@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 PHASES = ("sft", "reward", "ppo")
 CLOCKS = (
     "time/",
+    "speed/",
     "train_",
     "eval_runtime",
     "eval_model_prep",

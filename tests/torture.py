@@ -39,7 +39,16 @@ FLAGS = {
     "--response-length 8 --episodes-per-update 8 --num-mini-batches 2 --num-ppo-epochs 2 --total-episodes {episodes} --rollout-batch-size 8 "
     "--max-eval-samples 3 --eval-steps 5 --learning-rate 1e-2 --value-learning-rate 1e-2 --num-printed-samples 0",
 }
-CLOCKS = ("time/", "train_", "eval_runtime", "eval_model_prep", "eval_samples_per", "eval_steps_per", "total_flos")
+CLOCKS = (
+    "time/",
+    "speed/",
+    "train_",
+    "eval_runtime",
+    "eval_model_prep",
+    "eval_samples_per",
+    "eval_steps_per",
+    "total_flos",
+)
 COUNTERS = ("num_tokens", "eval_num_tokens")
 
 
