@@ -16,7 +16,6 @@ import math
 import multiprocessing
 import sys
 import threading
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,9 @@ import ppo_train  # noqa: E402
 from rlhf.checkpoints import read_run  # noqa: E402
 from rlhf.cli import UserError, quiet_libraries, run  # noqa: E402
 from rlhf.modeling import load_format  # noqa: E402
-from rlhf.ppo_batch import make_micro_batches  # noqa: E402
+from rlhf.ppo_batch import Old, make_batch  # noqa: E402
 from rlhf.reporting import console  # noqa: E402
+from rlhf.speed import Stopwatch  # noqa: E402
 
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
@@ -92,8 +92,8 @@ def measure(config: Config, batch: int, response: int, vocabulary: int, pipe) ->
         dataset=config.dataset,
         response_length=response,
         rollout_batch_size=MICRO_BATCH,
-        per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=batch // MICRO_BATCH,
+        episodes_per_update=batch,
+        micro_batch_tokens=MICRO_BATCH * 2 * response,
         num_mini_batches=1,
         num_ppo_epochs=1,
         critic_warmup_updates=0,
@@ -119,7 +119,8 @@ def measure(config: Config, batch: int, response: int, vocabulary: int, pipe) ->
     prompts = [flat[i * response : (i + 1) * response] for i in range(batch)]
     groups = [{"name": name, "params": shared.parameters(name)} for name in ("policy", "value")]
     optimizer = torch.optim.AdamW(groups, lr=1e-6, fused=True)
-    update(replace(settings, response_length=8, gradient_accumulation_steps=1), shared, form, optimizer, prompts[:8])
+    shared.decoder.follow(optimizer)
+    update(replace(settings, response_length=8, episodes_per_update=8), shared, form, optimizer, prompts[:8])
     with PeakMemory() as memory:
         seconds = update(settings, shared, form, optimizer, prompts)
     pipe.send(
@@ -138,19 +139,18 @@ def measure(config: Config, batch: int, response: int, vocabulary: int, pipe) ->
 
 def update(settings, shared, form, optimizer, prompts) -> dict[str, float]:
     """Seconds of each phase of one update."""
-    clock = [time.monotonic()]
+    clock = Stopwatch(shared.device)
     responses = ppo_train.rollout(settings, shared, form, prompts, list(range(len(prompts))))
     assert {len(response.ids) for response in responses} == {settings.response_length}
-    clock.append(time.monotonic())
-    batch = make_micro_batches(prompts, responses, form, MICRO_BATCH, shared.device)
-    for micro in batch:
-        ppo_train.measure(shared, [micro], settings.temperature, 0.0)
-    clock.append(time.monotonic())
-    ppo_train.set_advantages(batch, 0.05, 0.0, settings)
+    clock.lap("rollout")
+    batch = make_batch(prompts, responses, ppo_train.draw_minibatches(1, settings), form, shared.device)
+    measured = ppo_train.measure(shared, batch, settings.temperature, 0.0)
+    clock.lap("measure")
+    old = Old.of(measured, *ppo_train.advantages_and_returns(batch, measured, 0.05, 0.0, settings), shared.device)
     scaler = torch.amp.GradScaler(shared.device.type, enabled=False)
-    ppo_train.optimise(settings, shared, batch, 0.0, optimizer, scaler, 1)
-    clock.append(time.monotonic())
-    return {name: clock[i + 1] - clock[i] for i, name in enumerate(PHASES)}
+    ppo_train.optimise(settings, shared, batch, old, 0.0, optimizer, scaler, 1)
+    clock.lap("optimise")
+    return clock.seconds
 
 
 class PeakMemory:

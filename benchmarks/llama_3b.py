@@ -25,7 +25,6 @@ import sft_train  # noqa: E402
 from rlhf.checkpoints import peak_memory_gib, read_run  # noqa: E402
 from rlhf.cli import quiet_libraries, run  # noqa: E402
 from rlhf.data import Pair, PromptFormat, tokenize_pairs, tokenize_prompt  # noqa: E402
-from rlhf.layers import LinearMap  # noqa: E402
 from rlhf.modeling import load_tokenizer  # noqa: E402
 from rlhf.plan import OWNERS, plan_ppo, plan_reward, plan_sft, read_shape, show_plan  # noqa: E402
 from rlhf.reporting import console  # noqa: E402
@@ -168,11 +167,11 @@ def measure(phase: str) -> None:
         "max_steps": 2,
         "max_eval_samples": 2,
         "max_length": PROMPT + RESPONSE + 1,
-        "gradient_accumulation_steps": 1,
+        "batch_size": 1,
     }
     sft = {"sft_checkpoint": str(WORK / "sft")}
     if phase == "sft":
-        base = {"base_model": str(WORK / "model"), "per_device_train_batch_size": 1}
+        base = {"base_model": str(WORK / "model")}
         script, config = sft_train, replace(sft_train.Config(), **base, **shared, **step)
     elif phase == "reward":
         script, config = reward_train, replace(reward_train.Config(), **sft, **shared, **step)
@@ -186,8 +185,7 @@ def measure(phase: str) -> None:
             max_prompt_length=PROMPT,
             response_length=RESPONSE,
             total_episodes=8,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=2,
+            episodes_per_update=8,
             num_mini_batches=1,
             rollout_batch_size=8,
             critic_warmup_updates=0,
@@ -216,7 +214,7 @@ def measure(phase: str) -> None:
 
 
 def watch(script, memory: TensorMemory) -> None:
-    """Tell `memory` whose tensors are whose, as soon as the script's model is loaded, and when adapters are stacked."""
+    """Tell `memory` whose tensors are whose, as soon as the script's model is loaded."""
     name = "load_models" if script is ppo_train else "make_trainer"
     inner = getattr(script, name)
 
@@ -225,6 +223,10 @@ def watch(script, memory: TensorMemory) -> None:
         models = [result[0].peft, *result[0].heads.values()] if script is ppo_train else [result.model]
         for model in models:
             register(model, memory)
+        owner = result[0] if script is ppo_train else getattr(result, "shared", result)
+        for stack in (stack for layer in owner.decoder.layers for m in layer.maps for stack in m.stacks.values()):
+            for tensor in (stack.a, stack.b) if stack else ():
+                memory.add(tensor, "adapters", again=True)
         memory.loading = sum(memory.peak.values())
         memory.reset()
         return result
@@ -238,15 +240,6 @@ def watch(script, memory: TensorMemory) -> None:
             save(*args)
 
         script.save_stacked = stop_and_save
-    stack = LinearMap.stack_adapters
-
-    def stack_and_tell(self, dtype):
-        weights = stack(self, dtype)
-        for tensor in (self.a, self.b) if weights else ():
-            memory.add(tensor, "adapters", again=True)
-        return weights
-
-    LinearMap.stack_adapters = stack_and_tell
 
 
 def register(model: nn.Module, memory: TensorMemory) -> None:

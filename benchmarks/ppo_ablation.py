@@ -38,26 +38,28 @@ def value_from_scratch(stack: ExitStack) -> None:
             for name, weight in shared.peft.named_parameters():
                 if ".value." in name and "lora_B" in name:
                     weight.zero_()
+        shared.restack()
         return shared, base
 
     changes: dict[str, Callable] = {
         "load_models": load_models,
-        "token_values": lambda shared, micro, _: token_values(shared, micro, 0.0),  # in centred scores from the start
+        # In centred scores from the start.
+        "token_values": lambda shared, micro, lower, _: token_values(shared, micro, lower, 0.0),
     }
     stack.enter_context(mock.patch.multiple(ppo_train, **changes))
 
 
 def unwhitened(stack: ExitStack) -> None:
     """Advantages as they are, neither centred nor scaled."""
-    stack.enter_context(mock.patch.object(ppo_train, "whiten", lambda tensors, masks, shift_mean=True: tensors))
+    stack.enter_context(mock.patch.object(ppo_train, "whiten", lambda values, shift_mean=True: values))
 
 
 def uncentred(stack: ExitStack) -> None:
     """Scores without SFT's mean taken off."""
-    set_advantages, token_values = ppo_train.set_advantages, ppo_train.token_values
+    advantages, token_values = ppo_train.advantages_and_returns, ppo_train.token_values
     changes: dict[str, Callable] = {
-        "set_advantages": lambda batch, kl_coef, _, config: set_advantages(batch, kl_coef, 0.0, config),
-        "token_values": lambda shared, micro, _: token_values(shared, micro, 0.0),
+        "advantages_and_returns": lambda batch, measured, kl, _, config: advantages(batch, measured, kl, 0.0, config),
+        "token_values": lambda shared, micro, lower, _: token_values(shared, micro, lower, 0.0),
     }
     stack.enter_context(mock.patch.multiple(ppo_train, **changes))
 

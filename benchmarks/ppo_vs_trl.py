@@ -43,7 +43,7 @@ WORK = ROOT / "benchmarks" / "work"
 TRL = WORK / "trl-1.12.0"
 BATCH = 16  # episodes of a TRL update
 SAME_ALGORITHM = [
-    *["--per-device-train-batch-size", "8", "--gradient-accumulation-steps", "2", "--num-mini-batches", "1"],
+    *["--episodes-per-update", "16", "--num-mini-batches", "1"],
     *["--num-ppo-epochs", "4", "--role-layers", "0", "--rollout-batch-size", "16"],
     *["--warmup-updates", "0", "--critic-warmup-updates", "0", "--kl-stop", "1e9", "--kl-controller", "fixed"],
 ]

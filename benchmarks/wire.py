@@ -25,8 +25,8 @@ from rich.table import Table  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 PROCESSES = 2
-MICRO = ["--per-device-train-batch-size", "4", "--max-eval-samples", "8", "--save-steps", "1000", "--overwrite"]
-PPO = ["--gradient-accumulation-steps", "1", "--num-mini-batches", "4", "--num-ppo-epochs", "2", "--kl-stop", "1000"]
+SAME = ["--max-eval-samples", "8", "--save-steps", "1000", "--overwrite"]
+PPO = ["--episodes-per-update", "32", "--num-mini-batches", "4", "--num-ppo-epochs", "2", "--kl-stop", "1000"]
 PPO += ["--response-length", "16", "--critic-warmup-updates", "0", "--eval-steps", "1000", "--rollout-batch-size", "16"]
 
 
@@ -72,9 +72,9 @@ def measure(config: Config, phase: str) -> dict[str, float]:
 
 def launch(phase: str, folder: Path, steps: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
-    command += [f"{phase}_train.py", "--preset", "demo", "--output-dir", str(folder), *MICRO]
+    command += [f"{phase}_train.py", "--preset", "demo", "--output-dir", str(folder), *SAME]
     if phase == "ppo":
-        command += [*PPO, "--total-episodes", str(steps * PROCESSES * 16)]
+        command += [*PPO, "--total-episodes", str(steps * 32)]
     else:
         command += ["--max-steps", str(steps)]
     env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
