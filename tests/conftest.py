@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,6 +139,42 @@ def form(tokenizer):
     from rlhf.data import PromptFormat
 
     return PromptFormat("hh", tokenizer)
+
+
+# ---------------------------------------------------------------- what a card would wait for
+
+READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"}
+READS_BELOW = {"_local_scalar_dense", "nonzero", "masked_select"}
+
+
+@contextlib.contextmanager
+def count_host_reads() -> Iterator[list[str]]:
+    """The calls within the block that read a tensor's values: where they are a card's, the CPU waits for it."""
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    reads: list[str] = []
+
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function.__name__ in READS:
+                reads.append(function.__name__)
+                with torch.utils._python_dispatch._disable_current_modes():
+                    return function(*args, **(kwargs or {}))
+            return function(*args, **(kwargs or {}))
+
+    class CountBelow(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+            if name in READS_BELOW or by_mask:
+                reads.append(name)
+            return function(*args, **(kwargs or {}))
+
+    import torch
+
+    with CountBelow(), Count():
+        yield reads
 
 
 # ---------------------------------------------------------------- the scripts

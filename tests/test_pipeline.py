@@ -20,7 +20,7 @@ from rlhf.reward_eval import judge
 import datasets
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, count_host_reads
 from safetensors.torch import load_file
 
 SCRIPTS = ("sft_train", "reward_train", "ppo_train", "compare_outputs")
@@ -455,6 +455,37 @@ def test_held_out_prompts_are_measured_a_micro_batch_at_a_time(trained, monkeypa
     result = ppo_train.evaluate(config, shared, form, prompts)
     assert len(at_once) > 3 and max(at_once) <= 2  # the one at hand, and the one before it
     assert len(result.scores) == 8 and not result.scores.eq(0).any()
+
+
+def test_the_loop_waits_for_the_device_once_a_minibatch_and_step(trained):
+    """One transfer when all is measured; then for the KL stop, for the norms, and for what the value model's loss was."""
+    from rlhf.generation import Response
+    from rlhf.ppo_batch import Old, make_batch
+
+    shared, form = open_shared(trained)
+    scorer = read_stacked(str(trained.reward), shared)
+    shared.add_role("policy", 4, 8, 2)
+    shared.add_role("reward", **scorer)
+    shared.add_role("value", **scorer)
+    shared.train("policy", "value")
+    config = dataclasses.replace(ppo_train.Config(), num_ppo_epochs=1, num_mini_batches=2, critic_warmup_updates=0)
+    groups = [{"name": role, "params": shared.parameters(role)} for role in ("policy", "value")]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    shared.decoder.follow(optimizer)
+    prompts = [form.prompt_ids([("user", "Hi" * n)]) for n in range(1, 9)]
+    responses = [Response([7] * n, [7] * n, "length") for n in range(1, 9)]
+    batch = make_batch(prompts, responses, [[0, 2, 4, 6], [1, 3, 5, 7]], form, shared.device)
+    shared.micro_batch.tokens = 80
+    assert min(map(len, batch.micro_batches(80))) > 1
+    with count_host_reads() as reads:
+        measured = ppo_train.measure(shared, batch, 1.0, 0.0)
+    before_checks = reads.index("cpu")
+    assert before_checks == 0, reads[:before_checks]
+    old = Old.of(measured, *ppo_train.advantages_and_returns(batch, measured, 0.05, 0.0, config), shared.device)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with count_host_reads() as reads:
+        ppo_train.optimise(config, shared, batch, old, 0.0, optimizer, scaler, 1)
+    assert reads == ["tolist"] * 3 * 2
 
 
 def test_kl_stop_ends_the_epochs(trained, tiny_data, call_main, tmp_path):
