@@ -25,8 +25,19 @@ from rich.table import Table  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 PROCESSES = 2
-MICRO = ["--per-device-train-batch-size", "4", "--max-eval-samples", "8", "--save-steps", "1000", "--overwrite"]
-PPO = ["--gradient-accumulation-steps", "1", "--num-mini-batches", "4", "--num-ppo-epochs", "2", "--kl-stop", "1000"]
+SHORT = ["--max-eval-samples", "8", "--save-steps", "1000", "--overwrite"]
+PPO = [
+    "--per-device-train-batch-size",
+    "4",
+    "--gradient-accumulation-steps",
+    "1",
+    "--num-mini-batches",
+    "4",
+    "--num-ppo-epochs",
+    "2",
+    "--kl-stop",
+    "1000",
+]
 PPO += ["--response-length", "16", "--critic-warmup-updates", "0", "--eval-steps", "1000", "--rollout-batch-size", "16"]
 
 
@@ -72,7 +83,7 @@ def measure(config: Config, phase: str) -> dict[str, float]:
 
 def launch(phase: str, folder: Path, steps: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
-    command += [f"{phase}_train.py", "--preset", "demo", "--output-dir", str(folder), *MICRO]
+    command += [f"{phase}_train.py", "--preset", "demo", "--output-dir", str(folder), *SHORT]
     if phase == "ppo":
         command += [*PPO, "--total-episodes", str(steps * PROCESSES * 16)]
     else:

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,6 +139,28 @@ def form(tokenizer):
     from rlhf.data import PromptFormat
 
     return PromptFormat("hh", tokenizer)
+
+
+# ---------------------------------------------------------------- what a card would wait for
+
+READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"}
+
+
+@contextlib.contextmanager
+def count_host_reads() -> Iterator[list[str]]:
+    """The calls within the block that read a tensor's values: where they are a card's, the CPU waits for it."""
+    from torch.overrides import TorchFunctionMode
+
+    reads = []
+
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function.__name__ in READS:
+                reads.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Count():
+        yield reads
 
 
 # ---------------------------------------------------------------- the scripts

@@ -16,11 +16,12 @@ from rlhf.data import PromptFormat, load_pairs, tokenize_pairs
 from rlhf.decoder import lay_out
 from rlhf.modeling import SharedBase, base_facts, load_base, load_format, load_tokenizer, pad_right, read_stacked
 from rlhf.reward_eval import judge
+from rlhf.training import Resumable
 
 import datasets
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, count_host_reads
 from safetensors.torch import load_file
 
 SCRIPTS = ("sft_train", "reward_train", "ppo_train", "compare_outputs")
@@ -329,8 +330,7 @@ def assert_close(ours: dict, own: dict):
 def test_the_sft_loss_and_its_gradients_are_those_of_transformers(tiny_model, tiny_data, form, tmp_path):
     config = dataclasses.replace(
         sft_train.Config(),
-        per_device_train_batch_size=5,
-        gradient_accumulation_steps=1,
+        batch_size=5,
         lora_rank=4,
         load_in_4bit=False,
     )
@@ -344,12 +344,12 @@ def test_the_sft_loss_and_its_gradients_are_those_of_transformers(tiny_model, ti
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
-    batch = next(iter(trainer.get_train_dataloader()))
-    loss = trainer.compute_loss(trainer.model, dict(batch))
+    batch = next(iter(trainer.get_train_dataloader()))["rows"]
+    loss = trainer.part_loss(batch)["loss"] / sum(map(trainer.items, batch))
     loss.backward()
     ours = gradients(trainer.model)
-    del trainer.model.get_base_model().forward  # what is left is transformers'
-    own = trainer.model(**batch).loss
+    del trainer.model.get_base_model().forward  # TRL's; what is left is transformers'
+    own = trainer.model(**trainer.padded(batch)).loss
     own.backward()
     torch.testing.assert_close(loss, own, atol=1e-5, rtol=0)
     assert_close(ours, gradients(trainer.model))
@@ -359,8 +359,7 @@ def test_the_reward_loss_and_its_gradients_are_those_of_pairs_apart(trained, tin
     """Against transformers' classification model, which reads each padded text by itself."""
     config = dataclasses.replace(
         reward_train.Config(),
-        per_device_train_batch_size=5,
-        gradient_accumulation_steps=1,
+        batch_size=5,
         gradient_checkpointing=False,
     )
     run = json.loads((trained.sft / "run.json").read_text())
@@ -377,15 +376,57 @@ def test_the_reward_loss_and_its_gradients_are_those_of_pairs_apart(trained, tin
     rows = reward_train.both_responses(pairs, form.eos_token_id)
     trainer = reward_train.make_trainer(config, shared, form, rows, torch.float32, tmp_path)
     shared.activate("reward", train=True)
-    batch = next(iter(trainer.get_train_dataloader()))
-    loss = trainer.compute_loss(trainer.model, dict(batch))
+    batch = next(iter(trainer.get_train_dataloader()))["rows"]
+    loss = trainer.part_loss(batch)["loss"] / len(batch)
     loss.backward()
     ours = gradients(trainer.model)
-    del model.forward
-    own = trainer.compute_loss(trainer.model, dict(batch))
+    own = trainer.compute_loss(trainer.model, dict(trainer.padded(batch)))  # TRL's
     own.backward()
     torch.testing.assert_close(loss, own, atol=1e-5, rtol=0)
     assert_close(ours, gradients(trainer.model))
+
+
+LOSSES = {  # at 1e17a1f, with --per-device-train-batch-size 4 --gradient-accumulation-steps 1
+    "sft": [6.64067, 6.68887, 6.57834, 6.79074],
+    "reward": [1.09985, 0.85263, 1.24463, 1.72687],
+}
+
+
+@pytest.mark.parametrize("phase", ["sft", "reward"])
+def test_the_parts_of_a_step_change_nothing(phase, trained, call_main, tmp_path):
+    """Neither weights nor metrics, of the evaluation too; the losses are those of a step in one batch."""
+    flags, metrics, weights = getattr(trained, f"{phase}_flags"), [], []
+    for tokens in (40, 400, 100_000):  # each row by itself; two or three together; all together
+        folder = tmp_path / str(tokens)
+        result = call_main(f"{phase}_train", [*flags, "--micro-batch-tokens", tokens, "--output-dir", folder])
+        assert result.returncode == 0, result.stderr
+        metrics.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+        weights.append(load_file(folder / "adapter_model.safetensors"))
+    assert [row["loss"] for row in metrics[0] if "loss" in row] == pytest.approx(LOSSES[phase], rel=1e-3)
+    for other, weight in zip(metrics[1:], weights[1:], strict=True):
+        for mine, theirs in zip(metrics[0], other, strict=True):
+            assert mine.keys() == theirs.keys()
+            for name in mine.keys() - {"train_runtime", "train_samples_per_second", "train_steps_per_second"}:
+                assert mine[name] == pytest.approx(theirs[name], abs=1e-5), name
+        for name, value in weights[0].items():
+            # Adam makes a visible part of a step of the rounding of a gradient that is almost 0.
+            torch.testing.assert_close(weight[name], value, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("phase", ["sft", "reward"])
+def test_a_step_waits_for_the_device_once(phase, trained, call_main, tmp_path, monkeypatch):
+    step, reads = Resumable.training_step, []
+
+    def counted(*args):
+        with count_host_reads() as calls:
+            loss = step(*args)
+        reads.append(calls)
+        return loss
+
+    monkeypatch.setattr(Resumable, "training_step", counted)
+    flags = [*getattr(trained, f"{phase}_flags"), "--micro-batch-tokens", "40", "--output-dir", tmp_path / "out"]
+    assert call_main(f"{phase}_train", flags).returncode == 0
+    assert reads == [["tolist"]] * 4  # of four parts each
 
 
 def test_gradient_checkpointing_changes_nothing(trained, tiny_data, call_main, tmp_path):
