@@ -27,7 +27,6 @@ from rlhf import data
 from rlhf.checkpoints import SCRIPTS, check_child, git_commit, read_run
 from rlhf.cli import UserError, check_at_least_one, check_between, run
 from rlhf.generation import generate
-from rlhf.micro_batches import CPU_TOKENS
 from rlhf.modeling import BASE, REFERENCE, SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base
 from rlhf.page import read_curves, render_page
 from rlhf.reporting import (
@@ -270,7 +269,7 @@ def answer(config: Config, shared, form, prompts: list[list[int]], name: str, sc
     scores = [None] * len(prompts)
     if scored:
         texts = [p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
-        scores = shared.score(texts, CPU_TOKENS).tolist()
+        scores = shared.score(texts).tolist()
         if not all(map(math.isfinite, scores)):
             raise UserError(f"the reward model gives {name} a score that is not finite: try --dtype fp32")
     return [

@@ -31,6 +31,7 @@ from rlhf.cli import next_command, run
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
 from rlhf.generation import Response, Seed, generate
 from rlhf.logprobs import Chosen, chosen_logprobs
+from rlhf.micro_batches import MicroBatchSize
 from rlhf.modeling import (
     REFERENCE,
     SharedBase,
@@ -49,7 +50,7 @@ from rlhf.processes import gather, moments, share, sum_gradients, total
 from rlhf.reporting import console
 from rlhf.resume import check_stop
 from rlhf.speed import Stopwatch
-from rlhf.training import check_ppo_numbers, device
+from rlhf.training import check_ppo_numbers, device, micro_batch_tokens
 
 import numpy as np
 import torch
@@ -109,7 +110,8 @@ class Config:
     missing_eos_penalty: float = 1.0  # taken from the score of a response that did not end by EOS
 
     eval_steps: int = 10  # updates between looks at the held-out prompts
-    save_steps: int = 1  # updates between states to resume from; a crash costs at most so many
+    save_minutes: float = 10.0  # between states to resume from; a crash costs at most so long
+    save_steps: int | None = None  # the same in updates, instead
     save_total_limit: int = 2  # states kept
     num_printed_samples: int = 2  # held-out responses shown at each look
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
@@ -538,8 +540,7 @@ def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tupl
     if config.gold_checkpoint:
         shared.add_role("gold", **read_stacked(config.gold_checkpoint, shared))
     shared.train("policy", "value")
-    if config.micro_batch_tokens != "auto":
-        shared.micro_batch.tokens = config.micro_batch_tokens
+    shared.micro_batch = MicroBatchSize(micro_batch_tokens(config))
     return shared, base
 
 

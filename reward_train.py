@@ -22,13 +22,13 @@ Next: python ppo_train.py
 import math
 import time
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.checkpoints import check_child, check_output, is_finished, output_folder, read_run, write_run
 from rlhf.cli import UserError, check_at_least_one, check_between, next_command, run
 from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, tokenize_pairs
-from rlhf.decoder import lay_out_pairs, unpad
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
 from rlhf.plan import SAMPLE, plan_reward, read_shape, show_data, show_end, show_plan
 from rlhf.processes import gather, is_main, sharded, share
@@ -37,9 +37,9 @@ from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
 from rlhf.training import (
     Restack,
     Resumable,
+    Row,
     check_trainer_numbers,
     device,
-    effective_batch,
     keep_fp32,
     num_steps,
     trainer_options,
@@ -48,9 +48,9 @@ from rlhf.votes import VotePairs, load_votes
 
 import datasets
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import set_seed
-from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 
 
@@ -82,12 +82,13 @@ class Config:
     learning_rate: float = 2e-4  # of AdamW at its peak
     num_train_epochs: float = 1.0  # a second epoch overfits
     max_steps: int | None = None  # stop after so many optimizer steps
-    per_device_train_batch_size: int = 2  # pairs
-    gradient_accumulation_steps: int = 8  # effective batch: 2 x 8 pairs
+    batch_size: int = 16  # pairs of an optimizer step, of all processes
+    micro_batch_tokens: int | Literal["auto"] = "auto"  # that go through the model at once; auto: what the card holds
     warmup_ratio: float = 0.05  # share of the steps; then cosine to 0
     center_rewards_coefficient: float = 0.01  # keeps the scores near mean 0 (2312.09244)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    save_steps: int = 50  # optimizer steps between states to resume from; a crash costs at most so many
+    save_minutes: float = 10.0  # between states to resume from; a crash costs at most so long
+    save_steps: int | None = None  # the same in optimizer steps, instead
     save_total_limit: int = 2  # states kept
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
     seed: int = 0  # of initialisation and shuffling
@@ -102,8 +103,7 @@ PRESETS = {
         role_layers=15,
         learning_rate=5e-4,
         num_train_epochs=2.0,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=1,
+        batch_size=8,
         warmup_ratio=0.1,
     ),
 }
@@ -160,6 +160,7 @@ def main(config: Config) -> None:
         }
         same = {"sft checkpoint": sft["adapter_sha256"], "dtype": str(dtype), "data": data["sha256"]}
         trainer.prepare(config, folder, same, "Reward model")
+        shared.micro_batch = trainer.micro_batch
         trainer.run()
 
         # 4. Score the test split.
@@ -214,7 +215,7 @@ def dry_run(config: Config, base, form, pairs, sft) -> None:
     sample = tokenize_pairs(pairs[:SAMPLE], form, config.max_length, "train")
     lengths = [len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in sample]  # the prompt is read once
     show_data("training pairs", len(pairs), lengths)
-    console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {effective_batch(config)} pairs")
+    console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {config.batch_size} pairs")
     shape = read_shape(base, config.dtype)
     check_between(config, 0, shape.layers, "role_layers")
     plan = plan_reward(shape, config, sft["hyperparameters"]["lora_rank"], max(lengths))
@@ -223,15 +224,45 @@ def dry_run(config: Config, base, form, pairs, sft) -> None:
 
 
 class Trainer(Resumable, RewardTrainer):
-    """TRL's, with states to resume from."""
+    """TRL's, with states to resume from, and steps in parts by tokens. Its loss is a mean over pairs."""
+
+    means = ("loss", "mean_reward", "accuracy", "margin")
+    extremes = ("min_reward", "max_reward")
+    shared: SharedBase
+
+    def tokens(self, row: Row) -> int:
+        chosen, rejected = row["chosen_ids"], row["rejected_ids"]
+        if sharded():  # both are read by themselves, and padded
+            return 2 * max(len(chosen), len(rejected))
+        return len(chosen) + len(rejected) - len(commonprefix([chosen, rejected]))  # the prompt is read once
+
+    def items(self, row: Row) -> int:
+        return 1
+
+    def part_loss(self, rows: list[Row]) -> dict[str, Tensor]:
+        scores = self.shared.read_pairs([(row["chosen_ids"], row["rejected_ids"]) for row in rows])
+        chosen, rejected = scores.chunk(2)
+        return {
+            "loss": self.pair_losses(chosen, rejected).sum(),
+            "mean_reward": scores.sum() / 2,  # of both texts of a pair
+            "accuracy": (chosen > rejected).sum(),
+            "margin": (chosen - rejected).sum(),
+            "min_reward": scores.min(),
+            "max_reward": scores.max(),
+        }
+
+    def pair_losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """Bradley-Terry's, and what keeps the scores near mean 0 [pairs]."""
+        centering = self.args.center_rewards_coefficient * (chosen + rejected).square()
+        return centering - F.logsigmoid(chosen - rejected)
 
 
 def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, folder: Path):
-    """TRL's RewardTrainer on an adapter that is already in place; keeps adapter and head in float32."""
+    """The trainer of an adapter that is already in place; keeps adapter and head in float32."""
     args = RewardConfig(
         **trainer_options(config, dtype, folder, len(train_set)),
         max_length=None,
-        center_rewards_coefficient=config.center_rewards_coefficient or None,
+        center_rewards_coefficient=config.center_rewards_coefficient,
     )
     trainer = Trainer(
         model=shared.peft,
@@ -240,22 +271,10 @@ def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, fol
         processing_class=form.tokenizer,
     )
     keep_fp32(trainer.model)
-    if not sharded():  # FSDP has whole weights only inside the modules' own forwards
-        read_prompts_once(shared)
+    if shared.decoder:
         trainer.add_callback(Restack(shared.decoder))
+    trainer.shared = shared
     return trainer
-
-
-def read_prompts_once(shared: SharedBase) -> None:
-    """Let the model read a pair as one text, prompt, chosen, rejected, so that the prompt goes through it once."""
-
-    def forward(input_ids: Tensor, attention_mask: Tensor, **_) -> SequenceClassifierOutput:
-        """Scores [2 x pairs, 1] of padded texts [2 x pairs, T], all chosen ones first, as TRL's collator makes them."""
-        chosen, rejected = (unpad(*part) for part in zip(input_ids.chunk(2), attention_mask.chunk(2), strict=True))
-        texts = lay_out_pairs(list(zip(chosen, rejected, strict=True)), shared.device)
-        return SequenceClassifierOutput(logits=shared.read_head(texts)[:, None])
-
-    shared.peft.get_base_model().forward = forward
 
 
 def evaluate(
@@ -266,7 +285,7 @@ def evaluate(
     Returns the numbers of the test pairs, and of the votes under names that start with `votes_`. Raises UserError if the
     scores are worth nothing.
     """
-    scored = {what: score(shared, pairs, form.eos_token_id, 1024) for what, pairs in eval_sets.items()}
+    scored = {what: score(shared, pairs, form.eos_token_id) for what, pairs in eval_sets.items()}
     judged = {what: judge(pairs) for what, pairs in scored.items()}
     metrics = judged["test pairs"]
     if not np.isfinite(metrics["score_std"]):
@@ -286,18 +305,16 @@ def evaluate(
     return metrics
 
 
-def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int, batch_size: int) -> ScoredPairs:
+def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int) -> ScoredPairs:
     """Scores of pairs, with what else the evaluation looks at. Each process reads its share of them.
 
     Of a base that is sharded all processes read each text together.
     """
     answers = [[closed(ids, eos_token_id) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs]
     texts = [(p.prompt_ids + a, p.prompt_ids + b) for p, (a, b) in zip(pairs, answers, strict=True)]
-    if sharded():
-        scores = shared.score_pairs(texts, batch_size).T.tolist()
-    else:
-        scores = gather(shared.score_pairs(share(texts), batch_size).T.tolist())
-    chosen, rejected = np.array(scores).T
+    ours = texts if sharded() else share(texts)
+    scores = shared.score_pairs(ours).T.tolist()
+    chosen, rejected = np.array(scores if sharded() else gather(scores)).T
     tokens = np.array([[len(a), len(b)] for a, b in answers])
     turns = np.array([sum(role == "user" for role, _ in p.pair.turns) for p in pairs])
     return ScoredPairs(chosen, rejected, *tokens.T, turns)

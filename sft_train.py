@@ -21,30 +21,30 @@ from typing import Literal
 from rlhf.checkpoints import check_output, is_finished, output_folder, write_run
 from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
-from rlhf.decoder import Decoder, lay_out, unpad
-from rlhf.logprobs import chosen_logprobs
+from rlhf.decoder import Decoder, lay_out
+from rlhf.logprobs import Chosen, chosen_logprobs
 from rlhf.modeling import base_facts, choose_dtype, linear_names, load_base, load_tokenizer
 from rlhf.plan import SAMPLE, plan_sft, read_shape, show_data, show_end, show_plan
-from rlhf.processes import sharded
+from rlhf.processes import sharded, share
 from rlhf.reporting import console, plot_curves
 from rlhf.training import (
     Restack,
     Resumable,
+    Row,
     check_trainer_numbers,
     device,
-    effective_batch,
     keep_fp32,
     num_steps,
     trainer_options,
 )
 
 import datasets
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.utils import FusedCausalLMOutput
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,18 @@ class Config:
     learning_rate: float = 2e-4  # of AdamW at its peak
     num_train_epochs: float = 2.0  # passes over the training rows
     max_steps: int | None = None  # stop after so many optimizer steps
-    per_device_train_batch_size: int = 4  # rows of a step on one device
-    gradient_accumulation_steps: int = 4  # effective batch: 4 x 4
+    batch_size: int = 16  # rows of an optimizer step, of all processes
+    micro_batch_tokens: int | Literal["auto"] = "auto"  # that go through the model at once; auto: what the card holds
     warmup_ratio: float = 0.03  # share of the steps; then cosine to 0
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    save_steps: int = 50  # optimizer steps between states to resume from; a crash costs at most so many
+    save_minutes: float = 10.0  # between states to resume from; a crash costs at most so long
+    save_steps: int | None = None  # the same in optimizer steps, instead
     save_total_limit: int = 2  # states kept
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
     seed: int = 0  # of initialisation and shuffling
 
 
+SFT = "sft"  # the role whose adapter is trained
 PRESETS = {
     "demo": Config(
         base_model="models/SmolLM2-135M-Instruct",
@@ -91,8 +93,7 @@ PRESETS = {
         load_in_4bit=False,
         learning_rate=1e-3,
         num_train_epochs=1.0,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=1,
+        batch_size=8,
         warmup_ratio=0.1,
     ),
 }
@@ -169,18 +170,58 @@ def dry_run(config: Config, base, form, pairs) -> None:
     sample = tokenize_pairs(pairs[:SAMPLE], form, config.max_length, "train")
     lengths = [len(p.prompt_ids) + len(p.chosen_ids) for p in sample]
     show_data("training rows", len(pairs), lengths)
-    console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {effective_batch(config)} rows")
+    console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {config.batch_size} rows")
     plan = plan_sft(read_shape(base, config.dtype), config, max(lengths))
     show_plan(plan, config)
     show_end()
 
 
 class Trainer(Resumable, SFTTrainer):
-    """TRL's, with states to resume from."""
+    """TRL's, with states to resume from, and steps in parts by tokens. Its loss is a mean over response tokens."""
+
+    means = ("loss", "entropy", "mean_token_accuracy")
+    decoder: Decoder  # unless the model is sharded
+
+    def tokens(self, row: Row) -> int:
+        return len(row["input_ids"])
+
+    def items(self, row: Row) -> int:
+        return sum(label != -100 for label in row["labels"][1:])  # nothing predicts the first token
+
+    def part_loss(self, rows: list[Row]) -> dict[str, Tensor]:
+        if sharded():  # FSDP has whole weights only inside the modules' own forwards
+            batch = {name: x.to(self.args.device) for name, x in self.padded(rows).items()}
+            chosen = self.model(**batch, use_cache=False, fused_lm_head=True)
+            logprobs = chosen.log_probs
+        else:
+            chosen = self.read_responses(rows)
+            logprobs = chosen.logprobs
+        sums = -logprobs.sum(), chosen.entropy.sum(), chosen.is_top1.sum()
+        return dict(zip(self.means, sums, strict=True))
+
+    def read_responses(self, rows: list[Row]) -> Chosen:
+        """Of all tokens [N] that have a label: no padding is computed, and the LM head at these tokens only."""
+        texts = lay_out([row["input_ids"] for row in rows], self.args.device)
+        following = np.array([label for row in rows for label in [*row["labels"][1:], -100]])
+        labelled = np.flatnonzero(following != -100)
+        labels, places = torch.from_numpy(np.stack([following[labelled], labelled])).to(self.args.device)
+        states = self.decoder.run(self.decoder.embed(texts), texts, SFT)[places]
+        lm_head = self.decoder.model.get_output_embeddings().weight
+        return chosen_logprobs(self.decoder.norm(states), lm_head, labels, 1.0, statistics=True)
+
+    @torch.no_grad()
+    def evaluate(self, *_, **__) -> dict[str, float]:
+        """Means over all response tokens of the test rows, of which each process reads its share; logs them."""
+        self.model.eval()
+        means, _ = self.go_through(share(list(self.eval_dataset)))
+        metrics = {f"eval_{name}": value for name, value in means.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 def make_trainer(config: Config, model, form, train_set, eval_set, dtype, folder: Path):
-    """TRL's SFTTrainer on `model` with a fresh LoRA adapter; keeps the adapter in float32."""
+    """The trainer of `model` with a fresh LoRA adapter, which is kept in float32."""
     lora = LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=linear_names(model), task_type="CAUSAL_LM"
     )
@@ -192,37 +233,12 @@ def make_trainer(config: Config, model, form, train_set, eval_set, dtype, folder
         processing_class=form.tokenizer,
     )
     keep_fp32(trainer.model)
-    if not sharded():  # FSDP has whole weights only inside the modules' own forwards
-        decoder = read_responses_only(trainer.model.get_base_model(), config.gradient_checkpointing)
-        trainer.add_callback(Restack(decoder))
+    if not sharded():
+        trainer.decoder = Decoder(trainer.model.get_base_model())
+        trainer.decoder.stack({SFT: ["default"]})  # PEFT's name for an adapter without one
+        trainer.decoder.gradient_checkpointing = config.gradient_checkpointing
+        trainer.add_callback(Restack(trainer.decoder))
     return trainer
-
-
-def read_responses_only(model: PreTrainedModel, gradient_checkpointing: bool) -> Decoder:
-    """Replace the fused forward that TRL gives `model`: no padding, and the LM head at the responses' tokens only.
-
-    Returns the decoder that it goes through, whose stacks must follow the adapter.
-    """
-    decoder = Decoder(model)
-    decoder.stack({"sft": ["default"]})  # PEFT's name for an adapter without one
-    decoder.gradient_checkpointing = gradient_checkpointing
-
-    def forward(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_) -> FusedCausalLMOutput:
-        """What TRL asks for, of the tokens [N] that have a label, from padded rows [B, T]."""
-        texts = lay_out(unpad(input_ids, attention_mask), labels.device)
-        following = torch.cat([labels[attention_mask.bool()][1:], labels.new_tensor([-100])])
-        following[texts.last] = -100  # what follows there is the next text
-        labelled = following != -100
-        hidden = decoder.norm(decoder.run(decoder.embed(texts), texts, "sft")[labelled])
-        chosen = chosen_logprobs(
-            hidden, model.get_output_embeddings().weight, following[labelled], 1.0, statistics=True
-        )
-        return FusedCausalLMOutput(
-            log_probs=chosen.logprobs, entropy=chosen.entropy, is_top1=chosen.is_top1, label_mask=labelled
-        )
-
-    model.forward = forward
-    return decoder
 
 
 if __name__ == "__main__":

@@ -167,14 +167,13 @@ def measure(phase: str) -> None:
         "max_steps": 2,
         "max_eval_samples": 2,
         "max_length": PROMPT + RESPONSE + 1,
-        "batch_size": 1,
     }
     sft = {"sft_checkpoint": str(WORK / "sft")}
     if phase == "sft":
-        base = {"base_model": str(WORK / "model")}
+        base = {"base_model": str(WORK / "model"), "batch_size": 1}
         script, config = sft_train, replace(sft_train.Config(), **base, **shared, **step)
     elif phase == "reward":
-        script, config = reward_train, replace(reward_train.Config(), **sft, **shared, **step)
+        script, config = reward_train, replace(reward_train.Config(), batch_size=2, **sft, **shared, **step)
     else:
         script = ppo_train
         config = replace(

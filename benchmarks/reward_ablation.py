@@ -155,17 +155,18 @@ def train(config: Config) -> None:
         blank_sft(config.sft_checkpoint, blank)
 
     class Trainer(reward_train.Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
-            margin = chosen - rejected
+        def part_loss(self, rows):
+            signs = [np.sign(len(row["chosen_ids"]) - len(row["rejected_ids"])) for row in rows]
+            self.weights = self.weight_of_sign[np.array(signs) + 1].to(self.args.device)
+            return super().part_loss(rows)
+
+        def pair_losses(self, chosen, rejected):
+            losses, margin = super().pair_losses(chosen, rejected), chosen - rejected
             if variant.balance_lengths:
-                a, b = inputs["attention_mask"].sum(1).chunk(2)
-                weights = self.weight_of_sign.to(margin.device)[(a - b).sign() + 1]
-                loss = loss + ((weights - 1) * -F.logsigmoid(margin)).mean()
+                losses = losses + (self.weights - 1) * -F.logsigmoid(margin)
             if variant.label_smoothing:  # -(1 - e) logsigmoid(m) - e logsigmoid(-m) = -logsigmoid(m) + e m
-                loss = loss + variant.label_smoothing * margin.mean()
-            return (loss, outputs) if return_outputs else loss
+                losses = losses + variant.label_smoothing * margin
+            return losses
 
     def make_trainer(settings, shared, form, train_set, *rest):
         head = shared.heads["reward"].weight
@@ -221,7 +222,7 @@ def judge_average(config: Config, folders: list[Path], seconds: float) -> None:
     here.mkdir(exist_ok=True)
     save_validation(config, shared, form, here)
     tokens = tokenize_pairs(load_pairs(config.dataset, "test", config.test_pairs), form, config.max_length, "test")
-    save_scores(here / "scores.json", reward_train.score(shared, tokens, form.eos_token_id, 16))
+    save_scores(here / "scores.json", reward_train.score(shared, tokens, form.eos_token_id))
     (here / "run.json").write_text(json.dumps({"seconds": seconds}))
 
 
@@ -235,7 +236,7 @@ def open_base(config: Config) -> tuple[SharedBase, PromptFormat]:
 def save_validation(config: Config, shared: SharedBase, form: PromptFormat, folder: Path) -> None:
     pairs = load_pairs(config.dataset, "train", None, "second")[-config.validation_pairs :]
     tokens = tokenize_pairs(pairs, form, config.max_length, "validation")
-    save_scores(folder / "validation.json", reward_train.score(shared, tokens, form.eos_token_id, 16))
+    save_scores(folder / "validation.json", reward_train.score(shared, tokens, form.eos_token_id))
 
 
 def save_scores(path: Path, pairs: ScoredPairs) -> None:

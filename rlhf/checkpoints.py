@@ -38,8 +38,8 @@ BASE_FACTS = {
     "load_in_4bit": bool,
 }
 LOGGING = frozenset(  # settings that change nothing of what a run makes
-    ("output_dir", "overwrite", "resume", "eval_only", "dry_run", "card_gb", "save_steps", "save_total_limit")
-    + ("num_printed_samples", "log_with")
+    ("output_dir", "overwrite", "resume", "eval_only", "dry_run", "card_gb", "save_minutes", "save_steps")
+    + ("save_total_limit", "num_printed_samples", "log_with")
 )
 LOCK = "lock"  # a file in the partial folder, held by the run that writes there
 MAX_RUN_JSON = 1 << 20  # bytes; ours have a few thousand

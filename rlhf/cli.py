@@ -17,8 +17,8 @@ import tyro
 
 Config = TypeVar("Config")
 SIZES = (  # fields that take memory
-    *("per_device_train_batch_size", "rollout_batch_size", "batch_size", "max_length", "max_prompt_length"),
-    *("response_length", "max_new_tokens", "lora_rank"),
+    *("micro_batch_tokens", "rollout_batch_size", "batch_size", "max_length"),
+    *("max_prompt_length", "response_length", "max_new_tokens", "lora_rank"),
 )
 
 
@@ -80,6 +80,8 @@ def flag(name: str) -> str:
 def less_memory(config: Any) -> str:
     """What to do when memory runs out: which flags of the script to turn, if it has such."""
     names = {field.name for field in dataclasses.fields(config)}
+    if "micro_batch_tokens" in names:
+        names.discard("batch_size")  # then it takes no memory
     off = [
         flag(name) for name in ("gradient_checkpointing", "load_in_4bit") if name in names and not vars(config)[name]
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rlhf.cli import UserError
 from rlhf.layers import LeanLayer, Norm
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -33,8 +34,8 @@ class Padded:
         self.rows, self.width = len(lengths), max(lengths)
         self.place: Tensor | None = None  # [N] of B x T, unless nothing is padded
         if sum(lengths) < self.rows * self.width:
-            real = torch.arange(self.width) < torch.tensor(lengths)[:, None]  # [B, T]
-            self.place = real.flatten().nonzero().squeeze(1).to(device)
+            real = np.arange(self.width) < np.array(lengths)[:, None]  # [B, T]
+            self.place = torch.from_numpy(np.flatnonzero(real)).to(device)
 
     def spread(self, x: Tensor) -> Tensor:
         """[N, ...] -> [B, T, ...], with zeros for padding."""

@@ -7,7 +7,7 @@ computes nor which rows it has.
 from collections.abc import Callable
 from typing import TypeVar
 
-from rlhf.processes import least
+from rlhf.processes import least, sharded
 from rlhf.reporting import console
 
 import torch
@@ -57,13 +57,13 @@ class MicroBatchSize:
             longest: tokens of the longest text. When that does not fit by itself, nothing smaller helps.
             undo: drops what `work` has left half-done, such as gradients.
         Raises:
-            torch.OutOfMemoryError: a micro-batch of one text does not fit.
+            torch.OutOfMemoryError: a micro-batch of one text does not fit, or FSDP has all processes wait for each other.
         """
         while True:
             try:
                 return work()
             except torch.OutOfMemoryError:
-                if self.tokens <= longest:
+                if self.tokens <= longest or sharded():
                     raise
             # Outside `except`, which would hold the tensors that did not fit.
             self.halve()

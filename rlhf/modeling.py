@@ -10,6 +10,7 @@ Shapes: N tokens of a batch of texts, B texts, H hidden size, V vocabulary.
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -386,28 +387,33 @@ class SharedBase:
         """[V, H]"""
         return self.peft.base_model.model.get_output_embeddings().weight
 
-    @torch.no_grad()
-    def score(self, sequences: list[list[int]], tokens: int) -> Tensor:
+    def score(self, sequences: list[list[int]]) -> Tensor:
         """The reward model's score of each text.
 
         Args:
             sequences: token ids, prompt and response, with EOS.
-            tokens: that go through the model at once.
         Returns:
             [len(sequences)], float32, on the CPU.
         """
-        scores = torch.empty(len(sequences))
-        for rows in cut_by_tokens(list(map(len, sequences)), tokens):
-            scores[rows] = self.read_head(lay_out([sequences[i] for i in rows], self.device)).cpu()
-        return scores
+        return self._score(
+            sequences, list(map(len, sequences)), lambda texts: self.read_head(lay_out(texts, self.device))
+        )
+
+    def score_pairs(self, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
+        """The same of pairs that begin alike, where what they share is read once: [2, len(pairs)]."""
+        lengths = [len(a) + len(b) for a, b in pairs]
+        return self._score(pairs, lengths, lambda some: self.read_pairs(some).view(2, -1))
 
     @torch.no_grad()
-    def score_pairs(self, pairs: list[tuple[list[int], list[int]]], tokens: int) -> Tensor:
-        """The same of pairs that begin alike, where what they share is read once: [2, len(pairs)]."""
-        scores = torch.empty(2, len(pairs))
-        for rows in cut_by_tokens([len(a) + len(b) for a, b in pairs], tokens):
-            scores[:, rows] = self.read_pairs([pairs[i] for i in rows]).view(2, -1).cpu()
-        return scores
+    def _score(self, items: list, lengths: list[int], read: Callable[[list], Tensor]) -> Tensor:
+        """What `read` says of the items [..., len(items)], some of like length at a time."""
+
+        def work() -> Tensor:
+            parts = cut_by_tokens(lengths, self.micro_batch.tokens)
+            scores = torch.cat([read([items[i] for i in part]) for part in parts], -1).cpu()
+            return scores[..., torch.tensor(sum(parts, [])).argsort()]
+
+        return self.micro_batch.fit(work, max(lengths)) if items else torch.empty(0)
 
     def read_pairs(self, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
         """What the reward model says of the first texts, then of the second ones [2 x B]."""

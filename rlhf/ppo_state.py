@@ -17,9 +17,9 @@ from rlhf.modeling import SharedBase, save_stacked
 from rlhf.ppo_batch import NotFinite
 from rlhf.ppo_eval import Evaluation, plot_frontier
 from rlhf.ppo_log import CURVES, Log, whole_speed
-from rlhf.processes import is_main, world
+from rlhf.processes import agree, is_main, world
 from rlhf.reporting import plot_curves, read_jsonl
-from rlhf.resume import HARMLESS, new_state, newest_state, read_facts, states, stop_when_asked
+from rlhf.resume import HARMLESS, SaveClock, keep_tokens, new_state, newest_state, read_facts, states, stop_when_asked
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -46,6 +46,7 @@ class State:
         self.optimizer, self.scaler, self.log = optimizer, scaler, log
         self.update, self.kl_coef = 0, config.kl_coef
         self.sft: Evaluation | None = None  # what the SFT policy says to the held-out prompts
+        self.clock = SaveClock(config.save_minutes, config.save_steps)
         self.moved = False  # whether an optimizer step was made since
         optimizer.register_step_post_hook(self._note_step)
 
@@ -77,7 +78,7 @@ class State:
         """Note that an update is whole; save it when it is time to."""
         self.update, self.kl_coef, self.moved = update, kl_coef, False
         self.positions = self.log.positions()
-        if update % self.config.save_steps == 0 and update < self.config.num_updates:
+        if update < self.config.num_updates and agree(self.clock.due(update)):
             self.save()
 
     def save(self) -> None:
@@ -101,6 +102,7 @@ class State:
                 save_file(self.shared.trained_weights(), folder / "weights.safetensors")
                 save_file(optimizer_tensors(self.optimizer), folder / "optimizer.safetensors")
         self.saved = self.update
+        self.clock.saved()
 
     def restore(self, folder: Path) -> None:
         facts = read_facts(folder)
@@ -114,7 +116,7 @@ class State:
         self.shared.load_trained(load_file(folder / "weights.safetensors"))
         load_optimizer(self.optimizer, load_file(folder / "optimizer.safetensors"))
         self.scaler.load_state_dict(facts["scaler"])
-        self.shared.micro_batch.tokens = facts["micro_batch_tokens"]
+        keep_tokens(self.config, self.shared.micro_batch, facts)
         self.shared.rollout_rows = facts["rollout_rows"]
         self.update, self.kl_coef, self.positions = facts["update"], facts["kl_coef"], facts["positions"]
         sft = facts["sft"]

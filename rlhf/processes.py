@@ -71,6 +71,13 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def largest(tensor: Tensor) -> Tensor:
+    """The elementwise maximum over all processes, in the tensor's place."""
+    if num_processes() > 1 and tensor.numel():
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+    return tensor
+
+
 def totals(numbers: dict[str, float]) -> dict[str, float]:
     """Each number summed over all processes."""
     if num_processes() == 1:
@@ -84,6 +91,11 @@ def least(number: int) -> int:
     return number if num_processes() == 1 else min(gather_object([number]))
 
 
+def most(number: int) -> int:
+    """The most of what the processes say."""
+    return -least(-number)
+
+
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (over n) of the values [n] of all processes."""
     if num_processes() == 1:
@@ -95,14 +107,21 @@ def moments(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace each gradient by its sum over all processes, in one message."""
-    if num_processes() == 1:
+    """Replace each gradient by its sum over all processes, in one message.
+
+    A parameter that has none here counts as zeros, since all processes must send the same. Only where none of them has
+    one, as while PPO trains its critic alone, nothing is sent: then that must be so on every process.
+    """
+    parameters = list(parameters)
+    if num_processes() == 1 or all(parameter.grad is None for parameter in parameters):
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if gradients:
-        flat = total(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters]
+    flat = total(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def wait() -> None:

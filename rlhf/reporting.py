@@ -89,7 +89,8 @@ class TrainerLog(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
-            logs = {name: value for name, value in logs.items() if name != "train_loss"}  # since the last start only
+            # Since the last start only, and what the Trainer cannot know of batches that are lists.
+            logs = {name: value for name, value in logs.items() if name not in ("train_loss", "total_flos")}
             self.metrics.write({"step": state.global_step, **logs})
             if "eval_loss" in logs:
                 self.progress.console.print(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}")

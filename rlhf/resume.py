@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from rlhf.checkpoints import LOGGING, sha256, sync
 from rlhf.cli import Stopped
+from rlhf.micro_batches import MicroBatchSize
 from rlhf.processes import agree, is_main, num_processes, wait
 from rlhf.reporting import console
 
@@ -26,7 +28,7 @@ from accelerate.utils import gather_object
 MANIFEST = "manifest.json"
 HARMLESS = LOGGING | {  # may change on the way: places, as what is there is hashed, how long it goes on, what it keeps
     *("base_model", "revision", "dataset", "extra_data", "sft_checkpoint", "reward_checkpoint", "gold_checkpoint"),
-    *("max_steps", "num_train_epochs", "total_episodes", "eval_steps", "gradient_checkpointing"),
+    *("max_steps", "num_train_epochs", "total_episodes", "eval_steps", "gradient_checkpointing", "micro_batch_tokens"),
 }
 MAX_FACTS = 1 << 26  # bytes of facts.json; a thousand held-out responses have about a million
 
@@ -54,8 +56,48 @@ def stop_when_asked() -> Iterator[None]:
 
 def asked_to_stop() -> int:
     """The number of the signal that asked the run to end, at whichever process; 0 for none. All processes call it."""
+    return after_step(False, 0)[0]
+
+
+class SaveClock:
+    """Says after each step whether a state is due: every `save_steps` of them, or without that every `save_minutes`."""
+
+    def __init__(self, save_minutes: float, save_steps: int | None):
+        self.seconds, self.steps, self.last = 60 * save_minutes, save_steps, time.monotonic()
+
+    def due(self, step: int) -> bool:
+        if self.steps:
+            return step % self.steps == 0
+        return time.monotonic() - self.last >= self.seconds
+
+    def saved(self) -> None:
+        """Begin to count anew."""
+        self.last = time.monotonic()
+
+
+def after_step(due: bool, tokens: int) -> tuple[int, bool, int]:
+    """What the processes settle after each step, in one message. All processes call it.
+
+    Args:
+        due: whether this process finds that a state is due: the main one decides.
+        tokens: of this process's micro-batches.
+    Returns:
+        the signal that asked the run to end, at whichever process, or 0; whether to save; the least tokens.
+    """
     number = _asked[0] if _asked else 0
-    return number if num_processes() == 1 else max(gather_object([number]))
+    if num_processes() == 1:
+        return number, due, tokens
+    signals, dues, sizes = zip(*gather_object([(number, due, tokens)]), strict=True)
+    return max(signals), dues[0], min(sizes)
+
+
+def keep_tokens(config: Any, micro_batch: MicroBatchSize, facts: dict[str, Any]) -> None:
+    """Go on with micro-batches of the size that the state's `facts` name, unless the flag names another."""
+    before = facts["micro_batch_tokens"]
+    if config.micro_batch_tokens == "auto":
+        micro_batch.tokens = before
+    elif micro_batch.tokens != before:
+        console.print(f"A micro-batch has {micro_batch.tokens:,} tokens from now on, not {before:,}.")
 
 
 def check_stop(together: bool = False) -> None:

@@ -7,14 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoints import check_same
-from rlhf.cli import UserError, check_above_zero, check_at_least_one, check_between, check_tracker, flag
+from rlhf.cli import UserError, check_above_zero, check_at_least_one, check_between, check_tracker
 from rlhf.decoder import Decoder
-from rlhf.processes import agree, is_main, num_processes, part, sharded, this_process, wait, whole, world
+from rlhf.micro_batches import CPU_TOKENS, MicroBatchSize, cut_by_tokens
+from rlhf.processes import (
+    agree,
+    is_main,
+    largest,
+    most,
+    num_processes,
+    part,
+    sharded,
+    sum_gradients,
+    this_process,
+    total,
+    wait,
+    whole,
+    world,
+)
 from rlhf.reporting import TrainerLog, read_jsonl
 from rlhf.resume import (
     HARMLESS,
-    asked_to_stop,
+    SaveClock,
+    after_step,
     check_stop,
+    keep_tokens,
     new_state,
     newest_state,
     read_facts,
@@ -24,9 +41,11 @@ from rlhf.resume import (
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import FSDP_MODEL_NAME
+
+Row = dict[str, list[int]]  # of a data set: token ids, and labels, by column
 
 # What FSDP must be told: the states are whole files, and checkpointing would give the weights other names.
 SHARDED = {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
@@ -44,21 +63,17 @@ def device() -> torch.device:
     return device
 
 
-def effective_batch(config: Any) -> int:
-    """Rows of an optimizer step, of all processes."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * num_processes()
+def micro_batch_tokens(config: Any) -> int:
+    """Tokens of a micro-batch that the flag asks for."""
+    return CPU_TOKENS if config.micro_batch_tokens == "auto" else config.micro_batch_tokens
 
 
 def num_steps(config: Any, rows: int) -> int:
     """Optimizer steps of a run. Raises UserError when the rows do not fill one."""
-    batch = effective_batch(config)
-    if rows < batch:
-        names = "per_device_train_batch_size", "gradient_accumulation_steps"
-        lower = " or ".join(flag(name) for name in names if getattr(config, name) > 1) or "the number of processes"
-        raise UserError(f"{rows} training rows do not fill one batch of {batch}: lower {lower}")
-    side_by_side = config.per_device_train_batch_size * num_processes()
-    batches = rows // side_by_side if num_processes() > 1 else math.ceil(rows / side_by_side)
-    epoch = math.ceil(batches / config.gradient_accumulation_steps)  # as the Trainer counts
+    if rows < config.batch_size:
+        raise UserError(f"{rows} training rows do not fill one batch of {config.batch_size}: lower --batch-size")
+    whole_batches = rows // config.batch_size
+    epoch = whole_batches if num_processes() > 1 else math.ceil(rows / config.batch_size)  # as the Trainer counts
     return config.max_steps or math.ceil(epoch * config.num_train_epochs)
 
 
@@ -69,9 +84,8 @@ def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) ->
         "learning_rate": config.learning_rate,
         "num_train_epochs": config.num_train_epochs,
         "max_steps": config.max_steps or -1,
-        "per_device_train_batch_size": config.per_device_train_batch_size,
-        "per_device_eval_batch_size": 2 * config.per_device_train_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "per_device_train_batch_size": config.batch_size // num_processes(),  # `training_step` takes it in parts
+        "gradient_accumulation_steps": 1,
         "gradient_checkpointing": False,  # the decoder's own is used, or `prepare` turns it on
         "lr_scheduler_type": "cosine",
         "warmup_steps": round(config.warmup_ratio * num_steps(config, rows)),
@@ -79,12 +93,11 @@ def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) ->
         "bf16": False,  # the base computes in bfloat16 by itself; autocast on top of it would only cost time
         "fp16": dtype == torch.float16,  # for the gradient scaler
         "use_cpu": this_process().device.type == "cpu",
-        "ddp_find_unused_parameters": False,
-        "dataloader_pin_memory": this_process().device.type != "cpu",
+        "dataloader_pin_memory": False,
         "logging_steps": 1,  # what a longer mean has seen would be lost when a run is cut short
         "logging_nan_inf_filter": False,
         "report_to": config.log_with or "none",
-        "save_steps": config.save_steps,
+        "save_strategy": "no",  # `AfterStep` says when
         "disable_tqdm": True,
         "seed": config.seed,
     }
@@ -100,17 +113,11 @@ def check_numbers(config: Any) -> None:
         if os.environ.get(name) != value:
             raise UserError(f"{name.lower()} must be {value} with FSDP, as in configs/fsdp2.yaml")
     check_tracker(config.log_with)
-    check_at_least_one(
-        config,
-        "lora_rank",
-        "lora_alpha",
-        "max_steps",
-        "max_train_samples",
-        "max_eval_samples",
-        "save_steps",
-        "save_total_limit",
-    )
-    check_above_zero(config, "max_grad_norm", "card_gb")
+    check_at_least_one(config, "lora_rank", "lora_alpha", "max_steps", "max_train_samples", "max_eval_samples")
+    check_at_least_one(config, "save_steps", "save_total_limit")
+    if config.micro_batch_tokens != "auto":
+        check_at_least_one(config, "micro_batch_tokens")
+    check_above_zero(config, "max_grad_norm", "card_gb", "save_minutes")
     check_between(config, 0, math.inf, "learning_rate")
     check_between(config, 0, 2**32 - 1, "seed")
 
@@ -118,9 +125,14 @@ def check_numbers(config: Any) -> None:
 def check_trainer_numbers(config: Any) -> None:
     """The same for the SFT and the reward script."""
     check_numbers(config)
-    check_at_least_one(config, "max_length", "per_device_train_batch_size", "gradient_accumulation_steps")
+    check_at_least_one(config, "batch_size", "max_length")
     check_above_zero(config, "num_train_epochs")
     check_between(config, 0, 1, "warmup_ratio")
+    if config.batch_size % num_processes():
+        nearest = nearest_multiple(config.batch_size, num_processes())
+        raise UserError(
+            f"--batch-size {config.batch_size} is not a multiple of {num_processes()} processes: the nearest is {nearest}"
+        )
 
 
 def check_ppo_numbers(config: Any) -> None:
@@ -129,8 +141,6 @@ def check_ppo_numbers(config: Any) -> None:
         raise UserError("FSDP is for sft_train.py and reward_train.py: start ppo_train.py with configs/ddp.yaml")
     check_numbers(config)
     check_at_least_one(config, "episodes_per_update", "num_mini_batches", "num_ppo_epochs")
-    if config.micro_batch_tokens != "auto":
-        check_at_least_one(config, "micro_batch_tokens")
     check_at_least_one(config, "max_prompt_length", "response_length")
     check_at_least_one(config, "total_episodes", "rollout_batch_size", "eval_steps", "kl_horizon")
     check_above_zero(config, "temperature", "kl_target", "kl_stop", "cliprange", "cliprange_value", "score_clip")
@@ -177,21 +187,37 @@ def keep_fp32(model: nn.Module) -> None:
 # ---------------------------------------------------------------- TRL's trainers, resumable
 
 
+def num_tokens(row: Row) -> int:
+    """Tokens of a row's texts, as TRL counts them: a prompt twice if two responses have it."""
+    return sum(len(ids) for column, ids in row.items() if column.endswith("_ids"))
+
+
 class AllStepsMade(Exception):
     """A run goes on from its very last step."""
 
 
-class StopWhenAsked(TrainerCallback):
-    """Ends the training after the step at hand, with a state, when a signal has asked for it."""
+class AfterStep(TrainerCallback):
+    """What the processes settle after each step: whether a signal has asked for the end, and whether to write a state.
+
+    There is one at the end of the training too: what comes after it may fail.
+    """
+
+    def __init__(self, clock: SaveClock, micro_batch: MicroBatchSize):
+        self.clock, self.micro_batch = clock, micro_batch
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:  # the Trainer would make one more before it looks
             raise AllStepsMade
-        state.save_steps = args.save_steps  # it has the interrupted run's
 
     def on_step_end(self, args, state, control, **kwargs):
-        if asked_to_stop():
-            control.should_save = control.should_training_stop = True
+        last = state.global_step >= state.max_steps
+        due = last or self.clock.due(state.global_step)
+        signal, due, self.micro_batch.tokens = after_step(due, self.micro_batch.tokens)
+        control.should_save = due or bool(signal)
+        control.should_training_stop = last or bool(signal)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.clock.saved()
 
 
 class Restack(TrainerCallback):
@@ -208,13 +234,35 @@ class Restack(TrainerCallback):
 class Resumable(Trainer):
     """What comes before TRL's trainer in a trainer of ours; `run` takes the place of `train`.
 
-    transformers' Trainer writes its checkpoints in place and removes old ones before anybody has looked at the new one.
-    Here they go through `rlhf.resume`: the weights that are trained, optimizer, scheduler, scaler, random numbers and the
-    place in the data. A loss or gradient that is not finite ends the run.
+    Two things are not as in transformers' Trainer. It writes its checkpoints in place and removes old ones before anybody
+    has looked at the new one; here they go through `rlhf.resume`: the weights that are trained, optimizer, scheduler,
+    scaler, random numbers and the place in the data. And a step has one batch, of which as much goes through the model
+    at once as memory holds: `go_through`. A loss or gradient that is not finite ends the run.
+
+    A trainer says what its loss is a mean of: items, of which a row of the data has some.
     """
 
+    means: tuple[str, ...]  # what is logged as a mean over the items; the loss is the first
+    extremes: tuple[str, ...] = ()  # as the least or the most: `min_...`, `max_...`
     partial = Path()  # the state that is being written
-    at_hand: list[list[int]]  # token ids of the texts of the step
+    at_hand: list[Row]  # the step's
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.padded = self.data_collator  # TRL's
+        self.data_collator = lambda rows: {"rows": rows}
+
+    def tokens(self, row: Row) -> int:
+        """Tokens of a row that go through the model."""
+        raise NotImplementedError
+
+    def items(self, row: Row) -> int:
+        """Items of a row, which the loss is a mean of."""
+        raise NotImplementedError
+
+    def part_loss(self, rows: list[Row]) -> dict[str, Tensor]:
+        """Each of `means` summed over the items of some rows, the loss with its gradient; and their `extremes`."""
+        raise NotImplementedError
 
     def prepare(self, config: Any, folder: Path, inputs: dict[str, Any], name: str) -> None:
         """Find the state to go on from, if there is one and --resume was given.
@@ -227,17 +275,18 @@ class Resumable(Trainer):
         """
         inputs = inputs | world()
         self.config, self.folder, self.inputs, self.lines = config, folder, inputs, TrainerLog(folder, name)
-        self.at_hand, position = [], 0
+        self.micro_batch, position = MicroBatchSize(micro_batch_tokens(config)), 0
         self.resumed = newest_state(folder) if config.resume else None
         if self.resumed:
             facts, where = read_facts(self.resumed), f"the run in {folder}"
             check_same(facts["hyperparameters"], dataclasses.asdict(config), HARMLESS, where)
             check_same(facts["inputs"], inputs, (), where)
             position = facts["position"]
+            keep_tokens(config, self.micro_batch, facts)
         if is_main():
             self.lines.metrics.cut(position)
         self.remove_callback(PrinterCallback)  # it prints each log as a dictionary; TrainerLog is ours
-        self.add_callback(StopWhenAsked())
+        self.add_callback(AfterStep(SaveClock(config.save_minutes, config.save_steps), self.micro_batch))
         self.add_callback(self.lines)
         self.args.eval_on_start = self.eval_dataset is not None and not self.resumed
         if sharded() and config.gradient_checkpointing:
@@ -267,14 +316,15 @@ class Resumable(Trainer):
         """The weights that are trained, by name."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
-    def whole_weights(self) -> dict[str, torch.Tensor]:
+    def whole_weights(self) -> dict[str, Tensor]:
         """The weights that are trained, by name. All processes call it."""
         return {name: whole(parameter.detach()).contiguous() for name, parameter in self.trained().items()}
 
     def not_finite(self, what: str) -> UserError:
         """The error for a number that is not finite: the step, the rows at hand, and from where to go on."""
         column = "chosen_ids" if "chosen_ids" in self.train_dataset.column_names else "input_ids"
-        rows = [i for i, ids in enumerate(self.train_dataset[column]) if ids in self.at_hand]
+        at_hand = [row[column] for row in self.at_hand]
+        rows = [i for i, ids in enumerate(self.train_dataset[column]) if ids in at_hand]
         state = next(iter(states(self.folder)), "none")
         return UserError(
             f"step {self.state.global_step + 1}: the {what} is not finite, at usable training rows "
@@ -282,37 +332,98 @@ class Resumable(Trainer):
             "--learning-rate, try --dtype fp32, or look at these rows"
         )
 
+    # -- a step in parts
+
+    def go_through(self, rows: list[Row]) -> tuple[dict[str, float], int]:
+        """Forward, and backward where gradients are enabled, through the rows of all processes, in parts by tokens.
+
+        The gradients are those of the mean loss; `sum_gradients` has still to sum them, unless FSDP did. No process waits
+        for another between the parts, so each can make them smaller when its memory runs out; under FSDP, where every
+        forward is of all processes together, they have as many parts each, and none can.
+
+        Args:
+            rows: of this process.
+        Returns:
+            `means` and `extremes` over the rows of all processes, whatever the parts; the number of their tokens.
+        """
+        lengths = [self.tokens(row) for row in rows]
+        counts = [sum(map(self.items, rows)), sum(map(num_tokens, rows))]
+        counts = total(torch.tensor(counts, dtype=torch.float64, device=self.args.device))
+        weight = ((num_processes() if sharded() else 1) / counts[0]).float()  # FSDP takes the mean of gradients
+
+        def work() -> list[dict[str, Tensor]]:
+            parts = cut_by_tokens(lengths, self.micro_batch.tokens)
+            found = [self.differentiate([rows[i] for i in part], weight) for part in parts]
+            for _ in range(most(len(parts)) - len(parts) if sharded() else 0):
+                self.differentiate([self.train_dataset[0]], 0 * weight)
+            return found
+
+        found = self.micro_batch.fit(work, max(lengths, default=0), self.model.zero_grad)
+        sums, peaks = self.add_up(found)
+        *values, tokens = torch.cat([sums / counts[0], peaks, counts[1:]]).tolist()  # the one wait for the device
+        return dict(zip(self.means + self.extremes, values, strict=True)), int(tokens)
+
+    def differentiate(self, rows: list[Row], weight: Tensor) -> dict[str, Tensor]:
+        """`part_loss`, and backward of `weight` times the loss where gradients are enabled."""
+        found = self.part_loss(rows)
+        if torch.is_grad_enabled():
+            self.accelerator.backward(weight * found["loss"])
+        return {name: value.detach() for name, value in found.items()}
+
+    def add_up(self, found: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The sums behind `means`, and the `extremes`, of the parts of all processes."""
+        like = {"dtype": torch.float64, "device": self.args.device}
+        sums = torch.zeros(len(self.means), **like)
+        peaks = torch.full((len(self.extremes),), -math.inf, **like)
+        signs = torch.tensor([-1 if name.startswith("min_") else 1 for name in self.extremes], **like)
+        for of_part in found:
+            numbers = torch.stack([of_part[name].double() for name in self.means + self.extremes])
+            sums += numbers[: len(sums)]
+            peaks = torch.maximum(peaks, signs * numbers[len(sums) :])
+        return total(sums), signs * largest(peaks)
+
     # -- called by transformers' Trainer
 
     def get_train_dataloader(self):
-        """With several processes the rows that do not fill a last batch for all are left out: accelerate would repeat others."""
+        """Rows stay lists, on the CPU, until a part of them is laid out.
+
+        With several processes the rows that do not fill a last batch for all are left out: accelerate would repeat others.
+        So every process has rows in every step.
+        """
         self.args.dataloader_drop_last = num_processes() > 1
+        self.accelerator.device_placement = False
         try:
             return super().get_train_dataloader()
         finally:
             self.args.dataloader_drop_last = False
+            self.accelerator.device_placement = True
 
-    def training_step(self, model, inputs, *args, **kwargs):
-        self.at_hand += [
-            ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        ]
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        if not loss.isfinite():
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Gradients and metrics of the step. `model` may be DDP's, which would wait for others: it is left out."""
+        self.at_hand = inputs["rows"]
+        self.model.train()
+        values, tokens = self.go_through(self.at_hand)
+        if not math.isfinite(values["loss"]):
             raise self.not_finite("loss")
-        return loss
+        if not sharded():
+            sum_gradients(self.trained().values())
+        loss = values.pop("loss")
+        self._total_train_tokens += tokens
+        for name, value in {"num_tokens": self._total_train_tokens, **values}.items():
+            self._metrics["train"][name] = [value]  # which TRL adds to the log
+        return torch.tensor(loss, device=self.args.device)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))  # read once, for the log too
         scaler = self.accelerator.scaler  # with fp16 it skips such a step and halves its scale; below 1 no room is left
         if not math.isfinite(norm) and not (scaler and scaler.get_scale() >= 1):
             raise self.not_finite("gradient")
-        self.at_hand = []
         return norm
 
     def _save_checkpoint(self, model, trial):
         step = self.state.global_step
         facts = {"hyperparameters": dataclasses.asdict(self.config), "inputs": self.inputs}
-        facts["position"] = self.lines.metrics.position()
+        facts |= {"position": self.lines.metrics.position(), "micro_batch_tokens": self.micro_batch.tokens}
         with new_state(self.folder, step, facts, self.config.save_total_limit) as self.partial:
             Trainer._save_checkpoint(self, model, trial)  # not TRL's, which writes a model card first
             wait()

@@ -220,7 +220,7 @@ def call_main() -> Callable[[str, list], Result]:
 @pytest.fixture(scope="session")
 def flags(tiny_model, tiny_data) -> dict[str, list[str]]:
     """Flags with which a script runs in a second on the tiny model; without --output-dir and the parents."""
-    small = f"--dtype fp32 --max-steps 4 --max-length 256 --lora-rank 4 --lora-alpha 8 --no-gradient-checkpointing --dataset {tiny_data} --per-device-train-batch-size 4 --gradient-accumulation-steps 1 --learning-rate 1e-2".split()
+    small = f"--dtype fp32 --max-steps 4 --max-length 256 --lora-rank 4 --lora-alpha 8 --no-gradient-checkpointing --dataset {tiny_data} --batch-size 4 --learning-rate 1e-2".split()
     return {
         "sft_train": [*small, "--base-model", str(tiny_model), "--no-load-in-4bit"],
         "reward_train": [*small, "--role-layers", "2"],

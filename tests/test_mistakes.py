@@ -88,6 +88,12 @@ def test_a_tracker_that_is_not_installed(call_main, tmp_path, monkeypatch, scrip
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("script", ["sft_train", "reward_train"])
+def test_a_batch_that_the_processes_cannot_share(refused, monkeypatch, script):
+    monkeypatch.setattr("rlhf.training.num_processes", lambda: 3)
+    refused(script, ["--batch-size", "8"], "--batch-size 8 is not a multiple of 3 processes: the nearest is 9")
+
+
 def test_a_script_of_its_own_process_ends_the_same(run_script, tmp_path):
     done = run_script("reward_train.py", "--dataset", "x", cwd=tmp_path)
     assert_one_line(done.returncode, done.stderr, "checkpoints/sft", "python sft_train.py")

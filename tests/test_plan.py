@@ -75,15 +75,16 @@ def test_what_is_lowered_lowers_the_plan(phase):
 
 @pytest.mark.parametrize(
     ("rows", "epochs", "processes", "steps"),
-    [(24, 1, 1, 6), (25, 2, 1, 14), (25, 0.5, 1, 4), (25, 1, 2, 3), (27, 3, 2, 9), (100, 1.5, 2, 20)],
+    [(24, 1, 1, 6), (25, 2, 1, 14), (25, 0.5, 1, 4), (25, 1, 2, 6), (27, 3, 2, 18), (100, 1.5, 2, 38)],
 )
 def test_steps_are_those_that_the_trainer_makes(tmp_path, monkeypatch, rows, epochs, processes, steps):
-    """Batches of 2, two of them a step, on each process: transformers counts whole steps an epoch."""
+    """Batches of 4 rows, over all processes: transformers counts whole steps an epoch."""
     monkeypatch.setattr("rlhf.training.num_processes", lambda: processes)
-    config = sft_train.Config(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=epochs)
+    config = sft_train.Config(batch_size=4, num_train_epochs=epochs)
     assert num_steps(config, rows) == steps
-    loader = torch.utils.data.DataLoader(range(rows // processes), 2, drop_last=processes > 1)
-    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": epochs}
+    size = 4 // processes
+    loader = torch.utils.data.DataLoader(range(rows // processes), size, drop_last=processes > 1)
+    options = {"per_device_train_batch_size": size, "num_train_epochs": epochs}
     arguments = TrainingArguments(str(tmp_path), **options, use_cpu=True)
     trainer = Trainer(torch.nn.Linear(1, 1), arguments)
     assert trainer.set_initial_training_values(arguments, loader)[-1] == steps

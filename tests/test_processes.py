@@ -27,12 +27,27 @@ PPO += "--episodes-per-update 8 --rollout-batch-size 4 --max-eval-samples 5 --ev
 PPO += "--lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --value-learning-rate 1e-2 --critic-warmup-updates 1 "
 PPO += "--num-printed-samples 0 --no-gradient-checkpointing --dtype fp32"
 
-EPOCH = ["--max-steps", "None", "--num-train-epochs", "1", "--per-device-train-batch-size", "4"]
+LOGGED = {"loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "eval_loss", "eval_entropy"}
+LOGGED |= {"min_reward", "mean_reward", "max_reward", "accuracy", "margin"}
+SUM = """
+import torch
+from rlhf.processes import sum_gradients, this_process
+
+rank = this_process().process_index
+weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+weights[0].grad = torch.tensor([1.0 + rank])
+weights[1].grad = torch.tensor([5.0]) if rank else None
+sum_gradients(weights[:2])
+sum_gradients(weights[2:])
+print([weight.grad if weight.grad is None else weight.grad.tolist() for weight in weights], flush=True)
+"""
+
+EPOCH = ["--max-steps", "None", "--num-train-epochs", "1", "--batch-size", "8"]
 
 
 @pytest.fixture
 def command(flags, trained, tiny_data):
-    """Script and flags of a phase, five steps or updates of 8 rows, or pairs, each for `processes` processes."""
+    """Script and flags of a phase, five steps of 4 rows, or pairs, or updates of 8, each for `processes` processes."""
 
     def command(phase, folder, processes):
         parents = {
@@ -41,16 +56,20 @@ def command(flags, trained, tiny_data):
             "ppo": ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--dataset", tiny_data],
         }[phase]
         own = PPO.split() if phase == "ppo" else [*flags[f"{phase}_train"], "--max-steps", 5]
-        sizes = [] if phase == "ppo" else ["--per-device-train-batch-size", 4 // processes]
+        sizes = []
         return [f"{phase}_train.py", *map(str, [*own, *parents, *sizes, "--output-dir", folder])]
 
     return command
 
 
-def launch(command, env=None):
-    """Two processes on CPUs; with `launch_env` of configs/fsdp2.yaml they shard the model."""
+def launch(command, env=None, by=None):
+    """Two processes on CPUs; with `launch_env` of configs/fsdp2.yaml they shard the model.
+
+    `by`: a script of tests/ that runs the command.
+    """
     script, *argv = command
-    scripts = [ROOT / "tests" / "fsdp_on_cpu.py"] * ("ACCELERATE_USE_FSDP" in (env or {})) + [ROOT / script]
+    by = "fsdp_on_cpu.py" if "ACCELERATE_USE_FSDP" in (env or {}) else by
+    scripts = [ROOT / "tests" / by, ROOT / script] if by else [ROOT / script]
     cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     return subprocess.Popen(
         [*LAUNCH, *map(str, scripts), *argv],
@@ -90,7 +109,10 @@ def test_two_processes_make_what_one_makes(command, call_main, tmp_path, phase):
     one, two = tmp_path / "one", tmp_path / "two"
     script, *argv = command(phase, one, 1)
     assert call_main(script.removesuffix(".py"), argv).returncode == 0
-    run = launch(command(phase, two, 2))
+    own = (
+        [] if phase == "ppo" else ["--micro-batch-tokens", 200]
+    )  # parts of one text, or two; in the one process all are one
+    run = launch([*command(phase, two, 2), *map(str, own)], by=None if phase == "ppo" else "out_of_memory_once.py")
     out, err = run.communicate(timeout=300)
     assert run.returncode == 0, err[-6000:]
     assert out.count("Next: python") == 1
@@ -102,9 +124,18 @@ def test_two_processes_make_what_one_makes(command, call_main, tmp_path, phase):
             assert (theirs[name] - weight).norm() <= 1e-4 * weight.norm(), name
     if phase == "ppo":
         assert rows(one, "samples.jsonl", "response") == rows(two, "samples.jsonl", "response")
+    names = {"objective/scores", "objective/kl", "policy/approxkl_avg"} if phase == "ppo" else LOGGED
     for mine, other in zip(rows(one), rows(two), strict=True):
-        for name in {"loss", "accuracy", "objective/scores", "objective/kl", "policy/approxkl_avg"} & {*mine}:
+        for name in names & {*mine}:
             assert mine[name] == pytest.approx(other[name], abs=1e-4), name
+
+
+def test_a_gradient_that_only_one_process_has_is_summed(tmp_path):
+    (tmp_path / "sum.py").write_text(SUM)
+    run = launch([tmp_path / "sum.py"], {"PYTHONPATH": str(ROOT)})
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 0, err[-6000:]
+    assert sorted(out.splitlines()) == ["[[3.0], [5.0], None]"] * 2
 
 
 def test_no_row_comes_twice_in_an_epoch(command, tmp_path):
@@ -136,6 +167,7 @@ def test_sharded_processes_killed_and_resumed_make_what_one_makes(command, call_
     one, two, partial = tmp_path / "one", tmp_path / "two", tmp_path / "two.partial"
     # Adam makes much of a gradient that is almost nothing, whose sign is the rounding's: a step is small here.
     more = ["--learning-rate", "1e-3", "--save-steps", "1", "--gradient-checkpointing"]
+    more += ["--micro-batch-tokens", "200"]  # so that the processes have different numbers of parts
     script, *argv = command(phase, one, 1)
     assert call_main(script.removesuffix(".py"), [*argv, *more]).returncode == 0
     sharded = [*command(phase, two, 2), *more]

@@ -1,6 +1,7 @@
 """A run that was stopped or cut short, and went on, against the same run left alone: the very same weights and metrics."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -9,16 +10,19 @@ import subprocess
 import sys
 
 import ppo_train
+import reward_train
 import rlhf.generation
 import rlhf.ppo_state
 import rlhf.reporting
 import rlhf.resume
 import rlhf.training
-from rlhf.resume import new_state, newest_state, states
+import sft_train
+from rlhf.resume import SaveClock, new_state, newest_state, read_facts, states
 
 import pytest
 import torch
 from conftest import ROOT
+from out_of_memory_once import run_out_once
 from safetensors.torch import load_file, save_file
 
 PHASES = ("sft", "reward", "ppo")
@@ -56,7 +60,7 @@ def commands(flags, trained, tiny_data, tmp_path):
             "reward": ["--sft-checkpoint", trained.sft],
             "ppo": ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--dataset", tiny_data],
         }[phase]
-        own = ppo.split() if phase == "ppo" else [*flags[f"{phase}_train"], "--save-steps", "1"]
+        own = [*(ppo.split() if phase == "ppo" else flags[f"{phase}_train"]), "--save-steps", "1"]
         return f"{phase}_train", [*own, *parents, "--output-dir", folder, "--dtype", dtype]
 
     return command
@@ -330,17 +334,15 @@ def test_a_disk_that_is_full(commands, call_main, left_alone, small_disk, phase)
 
 @pytest.mark.parametrize("phase", ["sft", "reward"])
 def test_a_loss_that_is_not_finite_ends_the_run(commands, call_main, tmp_path, monkeypatch, phase):
-    from trl import RewardTrainer, SFTTrainer
+    trainer, calls = {"sft": sft_train.Trainer, "reward": reward_train.Trainer}[phase], []
+    part_loss = trainer.part_loss
 
-    trainer, calls = {"sft": SFTTrainer, "reward": RewardTrainer}[phase], []
-    compute_loss = trainer.compute_loss
+    def spoiled(self, rows):
+        found = part_loss(self, rows)
+        calls.append(self.model.training)
+        return found | {"loss": found["loss"] * float("nan")} if sum(calls) == 3 else found
 
-    def spoiled(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        result = compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-        calls.append(model.training)
-        return result * float("nan") if sum(calls) == 3 else result
-
-    monkeypatch.setattr(trainer, "compute_loss", spoiled)
+    monkeypatch.setattr(trainer, "part_loss", spoiled)
     script, argv = commands(phase, tmp_path / "out")
     result = call_main(script, argv)
     assert result.returncode == 2 and "step 3: the loss is not finite" in result.stderr
@@ -398,6 +400,51 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_nothing_else_changes(comm
         ours, theirs = (load_file(folder / part) for folder in (alone, tmp_path / "cut"))
         for name in ours:
             torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("phase", ["sft", "reward"])
+def test_a_part_that_does_not_fit_is_halved_and_nothing_else_changes(
+    commands, call_main, left_alone, tmp_path, monkeypatch, phase
+):
+    """Memory runs out once, in the second step, when a part before has left gradients."""
+    alone, (script, argv) = left_alone(phase), commands(phase, tmp_path / "cut")
+    run_out_once(monkeypatch)
+    result = call_main(script, [*argv, "--micro-batch-tokens", "250"])
+    assert result.returncode == 0, result.stderr
+    assert "a micro-batch has 125 tokens from now on, not 250" in result.stdout
+    for ours, theirs in zip(metrics(alone), metrics(tmp_path / "cut"), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (alone, tmp_path / "cut"))
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-4)
+
+
+def test_the_tokens_of_a_micro_batch_are_kept_unless_others_are_asked_for(commands, call_main, tmp_path):
+    """So that a run that goes on is the same to the bit."""
+    script, argv = commands("sft", tmp_path / "cut")
+    kept = lambda: read_facts(newest_state(tmp_path / "cut.partial"))["micro_batch_tokens"]  # noqa: E731
+    for call, tokens, then in ((2, "250", 250), (2, "auto", 250), (2, "300", 300)):
+        with pytest.MonkeyPatch.context() as patch:
+            at_call(patch, rlhf.training.Resumable, "training_step", call, crash)
+            said = io.StringIO()
+            patch.setattr(rlhf.resume.console, "file", said)
+            with pytest.raises(Crash):
+                call_main(script, [*argv, "--resume", "--micro-batch-tokens", tokens])
+        assert kept() == then
+        assert ("A micro-batch has 300 tokens from now on, not 250." in said.getvalue()) == (then == 300)
+
+
+def test_a_state_is_due_by_the_clock_or_by_the_steps(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("rlhf.resume.time.monotonic", lambda: now[0])
+    clock, due = SaveClock(save_minutes=10, save_steps=None), []
+    for step in range(1, 8):
+        now[0] += 240
+        due.append(clock.due(step))
+        if due[-1]:
+            clock.saved()
+    assert due == [False, False, True, False, False, True, False]
+    assert [step for step in range(1, 8) if SaveClock(10, 3).due(step)] == [3, 6]
 
 
 def test_killed_at_random_moments_nothing_is_lost():

@@ -29,14 +29,15 @@ import torch  # noqa: E402
 from conftest import make_model, read_demo, run_main, write_jsonl  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-SMALL = "--dtype {dtype} --lora-rank 4 --lora-alpha 8 --no-gradient-checkpointing "
-SMALL += "--save-steps 1 --dataset {data} --output-dir {folder} "
-TRAINER = "--per-device-train-batch-size 4 --gradient-accumulation-steps 1 --max-length 256 --max-steps {steps} --learning-rate 1e-2 "
+SMALL = "--dtype {dtype} --lora-rank 4 --lora-alpha 8 --no-gradient-checkpointing --save-steps 1 "
+SMALL += "--dataset {data} --output-dir {folder} "
+TRAINER = "--batch-size 4 --max-length 256 --max-steps {steps} --learning-rate 1e-2 "
 FLAGS = {
     "sft": TRAINER + "--base-model {base} --no-load-in-4bit",
     "reward": TRAINER + "--role-layers 2 --sft-checkpoint {alone}/sft",
     "ppo": "--role-layers 2 --sft-checkpoint {alone}/sft --reward-checkpoint {alone}/reward --max-prompt-length 64 "
-    "--response-length 8 --episodes-per-update 8 --num-mini-batches 2 --num-ppo-epochs 2 --total-episodes {episodes} --rollout-batch-size 8 "
+    "--response-length 8 --episodes-per-update 8 --num-mini-batches 2 --num-ppo-epochs 2 --total-episodes {episodes} "
+    "--rollout-batch-size 8 "
     "--max-eval-samples 3 --eval-steps 5 --learning-rate 1e-2 --value-learning-rate 1e-2 --num-printed-samples 0",
 }
 CLOCKS = (

@@ -1,0 +1,38 @@
+"""Runs sft_train.py or reward_train.py in a process whose memory runs out once; of several, the last one's.
+
+torchrun --nproc-per-node 2 tests/out_of_memory_once.py sft_train.py ...
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import rlhf.training  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def run_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second step, when a part has left gradients."""
+    differentiate, ran_out = rlhf.training.Resumable.differentiate, []
+
+    def spoiled(self, *args):
+        begun = any(weight.grad is not None for weight in self.trained().values())
+        if self.state.global_step == 1 and begun and not ran_out:
+            ran_out.append(True)
+            raise torch.OutOfMemoryError("out of memory")
+        return differentiate(self, *args)
+
+    monkeypatch.setattr(rlhf.training.Resumable, "differentiate", spoiled)
+
+
+if __name__ == "__main__":
+    if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+        run_out_once(pytest.MonkeyPatch())
+    del sys.argv[0]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
