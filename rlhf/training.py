@@ -353,8 +353,9 @@ class Resumable(Trainer):
 
         def work() -> list[dict[str, Tensor]]:
             parts = cut_by_tokens(lengths, self.micro_batch.tokens)
+            missing = most(len(parts)) - len(parts) if sharded() else 0  # agreed on before the first of them
             found = [self.differentiate([rows[i] for i in part], weight) for part in parts]
-            for _ in range(most(len(parts)) - len(parts) if sharded() else 0):
+            for _ in range(missing):
                 self.differentiate([self.train_dataset[0]], 0 * weight)
             return found
 
