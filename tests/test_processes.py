@@ -25,7 +25,7 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 PPO = "--response-length 8 --max-prompt-length 64 --num-mini-batches 2 --num-ppo-epochs 2 --total-episodes 40 "
 PPO += "--episodes-per-update 8 --rollout-batch-size 4 --max-eval-samples 5 --eval-steps 2 --lora-rank 4 "
 PPO += "--lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --value-learning-rate 1e-2 --critic-warmup-updates 1 "
-PPO += "--num-printed-samples 0 --no-gradient-checkpointing --dtype fp32"
+PPO += "--num-printed-samples 0 --no-gradient-checkpointing --dtype fp32 --save-steps 1"
 
 LOGGED = {"loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "eval_loss", "eval_entropy"}
 LOGGED |= {"min_reward", "mean_reward", "max_reward", "accuracy", "margin"}
@@ -110,7 +110,7 @@ def test_two_processes_make_what_one_makes(command, call_main, tmp_path, phase):
     script, *argv = command(phase, one, 1)
     assert call_main(script.removesuffix(".py"), argv).returncode == 0
     own = (
-        [] if phase == "ppo" else ["--micro-batch-tokens", 200]
+        [] if phase == "ppo" else ["--micro-batch-tokens", 300]
     )  # parts of one text, or two; in the one process all are one
     run = launch([*command(phase, two, 2), *map(str, own)], by=None if phase == "ppo" else "out_of_memory_once.py")
     out, err = run.communicate(timeout=300)
