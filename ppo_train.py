@@ -26,12 +26,12 @@ from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
+from rlhf.card import choose_tokens, describe_start
 from rlhf.checkpoints import check_output, is_finished, output_folder, read_parents
 from rlhf.cli import next_command, run
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
 from rlhf.generation import Response, Seed, generate
 from rlhf.logprobs import Chosen, chosen_logprobs
-from rlhf.micro_batches import MicroBatchSize
 from rlhf.modeling import (
     REFERENCE,
     SharedBase,
@@ -41,7 +41,7 @@ from rlhf.modeling import (
     read_stacked,
     same_base,
 )
-from rlhf.plan import dry_run_ppo
+from rlhf.plan import dry_run_ppo, ppo_plan, read_shape
 from rlhf.ppo_batch import Batch, Measured, MicroBatch, NotFinite, Old, count_tokens, make_batch
 from rlhf.ppo_eval import Evaluation, compare, describe, warnings
 from rlhf.ppo_log import Log, batch_metrics, mean_stats, speed_metrics
@@ -50,7 +50,7 @@ from rlhf.processes import gather, moments, share, sum_gradients, total
 from rlhf.reporting import console
 from rlhf.resume import check_stop
 from rlhf.speed import Stopwatch
-from rlhf.training import check_ppo_numbers, device, micro_batch_tokens
+from rlhf.training import check_ppo_numbers, device
 
 import numpy as np
 import torch
@@ -166,7 +166,10 @@ def main(config: Config) -> None:
         return
     form = load_format(config.sft_checkpoint, runs["sft"])
     prompts, eval_prompts = load_prompts(config, form)
+    tokens, why = choose_micro_batch(config, runs, prompts)
     shared, base = load_models(config, runs["sft"], form)
+    shared.micro_batch.tokens = tokens
+    console.print(describe_start(shared.device, tokens, config.episodes_per_update, shared.dtype, why))
     groups = [
         {"name": "policy", "params": shared.parameters("policy"), "peak_lr": config.learning_rate},
         {"name": "value", "params": shared.parameters("value"), "peak_lr": config.value_learning_rate},
@@ -525,6 +528,14 @@ def set_learning_rates(optimizer, update: int, config: Config) -> None:
 # ---------------------------------------------------------------- models and prompts
 
 
+def choose_micro_batch(config: Config, runs: dict[str, dict[str, Any]], prompts: list[list[int]]) -> tuple[int, str]:
+    """Tokens of a micro-batch, and why so many; before anything is loaded, as what is free then counts."""
+    base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
+    longest = max(map(len, prompts))
+    plan = ppo_plan(read_shape(base, config.dtype), config, runs, longest)
+    return choose_tokens(config, plan, longest + config.response_length + 1, device())
+
+
 def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tuple[SharedBase, dict[str, Any]]:
     """The shared base with its roles, of which policy and value learn, and what identifies the base."""
     dtype = choose_dtype(config.dtype, device())
@@ -540,7 +551,6 @@ def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tupl
     if config.gold_checkpoint:
         shared.add_role("gold", **read_stacked(config.gold_checkpoint, shared))
     shared.train("policy", "value")
-    shared.micro_batch = MicroBatchSize(micro_batch_tokens(config))
     return shared, base
 
 

@@ -26,11 +26,12 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.card import choose_tokens, describe_start
 from rlhf.checkpoints import check_child, check_output, is_finished, output_folder, read_run, write_run
 from rlhf.cli import UserError, check_at_least_one, check_between, next_command, run
 from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, tokenize_pairs
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
-from rlhf.plan import SAMPLE, plan_reward, read_shape, show_data, show_end, show_plan
+from rlhf.plan import SAMPLE, Plan, plan_reward, read_shape, show_data, show_end, show_plan
 from rlhf.processes import gather, is_main, sharded, share
 from rlhf.reporting import console, plot_curves
 from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
@@ -135,10 +136,14 @@ def main(config: Config) -> None:
     if config.dry_run:
         dry_run(config, base, form, train_pairs, sft)
         return
-    train_set = both_responses(tokenize_pairs(train_pairs, form, config.max_length, "train"), form.eos_token_id)
+    token_pairs = tokenize_pairs(train_pairs, form, config.max_length, "train")
+    train_set = both_responses(token_pairs, form.eos_token_id)
     eval_sets = tokenize_eval(config, form, eval_pairs, votes)
 
     # 2. The SFT adapter stays frozen below the reward model's own.
+    longest = max(map(num_tokens, token_pairs))
+    tokens, why = choose_tokens(config, make_plan(config, base, sft, longest), longest, device())
+    console.print(describe_start(device(), tokens, config.batch_size, dtype, why))
     set_seed(config.seed)
     model = load_base(base, dtype, form.pad_token_id, with_head=True)
     shared = SharedBase(model, config.sft_checkpoint, dtype)
@@ -159,7 +164,7 @@ def main(config: Config) -> None:
             **({"votes": votes.counts | {"source": config.extra_data, "weight": config.extra_weight}} if votes else {}),
         }
         same = {"sft checkpoint": sft["adapter_sha256"], "dtype": str(dtype), "data": data["sha256"]}
-        trainer.prepare(config, folder, same, "Reward model")
+        trainer.prepare(config, folder, same, "Reward model", tokens)
         shared.micro_batch = trainer.micro_batch
         trainer.run()
 
@@ -192,6 +197,11 @@ def closed(ids: list[int], eos_token_id: int) -> list[int]:
     return ids if ids[-1] == eos_token_id else [*ids, eos_token_id]
 
 
+def num_tokens(pair: TokenPair) -> int:
+    """What goes through the model, where the prompt is read once; both responses closed by EOS."""
+    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) + 2
+
+
 def both_responses(pairs: list[TokenPair], eos_token_id: int) -> datasets.Dataset:
     """Token ids of prompt + chosen and of prompt + rejected."""
     rows = [
@@ -213,14 +223,20 @@ def tokenize_eval(config: Config, form, pairs: list[Pair], votes: VotePairs | No
 def dry_run(config: Config, base, form, pairs, sft) -> None:
     """Rows, tokens, steps and the memory plan."""
     sample = tokenize_pairs(pairs[:SAMPLE], form, config.max_length, "train")
-    lengths = [len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in sample]  # the prompt is read once
+    lengths = list(map(num_tokens, sample))
     show_data("training pairs", len(pairs), lengths)
     console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {config.batch_size} pairs")
     shape = read_shape(base, config.dtype)
     check_between(config, 0, shape.layers, "role_layers")
-    plan = plan_reward(shape, config, sft["hyperparameters"]["lora_rank"], max(lengths))
-    show_plan(plan, config)
+    longest = max(lengths)
+    show_plan(make_plan(config, base, sft, longest), longest, config)
     show_end()
+
+
+def make_plan(config: Config, base, sft, longest: int) -> Plan:
+    """The memory plan on a card, by tokens of a micro-batch, for pairs of `longest` tokens at most."""
+    shape = read_shape(base, config.dtype)
+    return lambda tokens: plan_reward(shape, config, sft["hyperparameters"]["lora_rank"], longest, tokens)
 
 
 class Trainer(Resumable, RewardTrainer):

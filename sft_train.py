@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rlhf.card import choose_tokens, describe_start
 from rlhf.checkpoints import check_output, is_finished, output_folder, write_run
 from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
 from rlhf.decoder import Decoder, lay_out
 from rlhf.logprobs import Chosen, chosen_logprobs
 from rlhf.modeling import base_facts, choose_dtype, linear_names, load_base, load_tokenizer
-from rlhf.plan import SAMPLE, plan_sft, read_shape, show_data, show_end, show_plan
+from rlhf.plan import SAMPLE, Plan, plan_sft, read_shape, show_data, show_end, show_plan
 from rlhf.processes import sharded, share
 from rlhf.reporting import console, plot_curves
 from rlhf.training import (
@@ -120,13 +121,16 @@ def main(config: Config) -> None:
     eval_set = response_only(tokenize_pairs(eval_pairs, form, config.max_length, "test"))
 
     # 2. and 3.
+    longest = max(map(len, train_set["input_ids"]))
+    tokens, why = choose_tokens(config, make_plan(config, base, longest), longest, device())
+    console.print(describe_start(device(), tokens, config.batch_size, dtype, why))
     set_seed(config.seed)
     model = load_base(base, dtype, form.pad_token_id)
     with output_folder(config.output_dir, config.resume) as folder:
         trainer = make_trainer(config, model, form, train_set, eval_set, dtype, folder)
         data = {"source": config.dataset, "train_rows": len(train_set), "sha256": fingerprint(train_pairs)}
         same = {"base": [base["config_sha256"], base["weights_sha256"]], "dtype": str(dtype), "data": data["sha256"]}
-        trainer.prepare(config, folder, same, "SFT")
+        trainer.prepare(config, folder, same, "SFT", tokens)
         trainer.run()
         before, after = trainer.first_row("eval_loss"), trainer.evaluate()["eval_loss"]
         if not math.isfinite(after):
@@ -171,9 +175,15 @@ def dry_run(config: Config, base, form, pairs) -> None:
     lengths = [len(p.prompt_ids) + len(p.chosen_ids) for p in sample]
     show_data("training rows", len(pairs), lengths)
     console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {config.batch_size} rows")
-    plan = plan_sft(read_shape(base, config.dtype), config, max(lengths))
-    show_plan(plan, config)
+    longest = max(lengths)
+    show_plan(make_plan(config, base, longest), longest, config)
     show_end()
+
+
+def make_plan(config: Config, base, longest: int) -> Plan:
+    """The memory plan on a card, by tokens of a micro-batch, for texts of `longest` tokens at most."""
+    shape = read_shape(base, config.dtype)
+    return lambda tokens: plan_sft(shape, config, longest, tokens)
 
 
 class Trainer(Resumable, SFTTrainer):

@@ -25,6 +25,7 @@ import sft_train  # noqa: E402
 from rlhf.checkpoints import peak_memory_gib, read_run  # noqa: E402
 from rlhf.cli import quiet_libraries, run  # noqa: E402
 from rlhf.data import Pair, PromptFormat, tokenize_pairs, tokenize_prompt  # noqa: E402
+from rlhf.micro_batches import CPU_TOKENS  # noqa: E402
 from rlhf.modeling import load_tokenizer  # noqa: E402
 from rlhf.plan import OWNERS, plan_ppo, plan_reward, plan_sft, read_shape, show_plan  # noqa: E402
 from rlhf.reporting import console  # noqa: E402
@@ -87,13 +88,13 @@ def main(config: Config) -> None:
     facts = read_run(str(WORK / "sft"), "sft")["base"]
     shape = read_shape(facts, "auto")
     sft, reward, ppo = sft_train.Config(), reward_train.Config(), ppo_train.Config()
-    for name, script, plan in (
-        ("sft_train.py", sft, plan_sft(shape, sft, 512)),
-        ("reward_train.py", reward, plan_reward(shape, reward, 16, 512 + 128)),
-        ("ppo_train.py", ppo, plan_ppo(shape, ppo, 16, 16, 14, 384)),
+    for name, script, longest, plan in (
+        ("sft_train.py", sft, 512, lambda tokens: plan_sft(shape, sft, 512, tokens)),
+        ("reward_train.py", reward, 640, lambda tokens: plan_reward(shape, reward, 16, 640, tokens)),
+        ("ppo_train.py", ppo, 512, lambda tokens: plan_ppo(shape, ppo, 16, 16, 14, 384, tokens)),
     ):
         console.print(name)
-        show_plan(plan, script)
+        show_plan(plan, longest, script)
 
 
 # ---------------------------------------------------------------- model and data
@@ -198,9 +199,9 @@ def measure(phase: str) -> None:
     facts = read_run(str(WORK / "sft"), "sft")["base"]
     shape = read_shape(facts, "bf16", fused_attention=False)
     plan = {
-        "sft": lambda: plan_sft(shape, config, PROMPT + RESPONSE),
-        "reward": lambda: plan_reward(shape, config, 16, PROMPT + 2 * RESPONSE),
-        "ppo": lambda: plan_ppo(shape, config, 16, 16, reward_train.Config().role_layers, PROMPT),
+        "sft": lambda: plan_sft(shape, config, PROMPT + RESPONSE, CPU_TOKENS),
+        "reward": lambda: plan_reward(shape, config, 16, PROMPT + 2 * RESPONSE, CPU_TOKENS),
+        "ppo": lambda: plan_ppo(shape, config, 16, 16, reward_train.Config().role_layers, PROMPT, CPU_TOKENS),
     }[phase]()
     result = {
         "counted_gb": {owner: memory.peak[owner] / 1e9 for owner in OWNERS},

@@ -5,24 +5,27 @@ backward pass. Bytes are of tensors; a card needs some 0.5 GB more for the drive
 `benchmarks/llama_3b.py` counts the same owners while the scripts run.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.card import CARD_OVERHEAD, tokens_that_fit
 from rlhf.cli import UserError, check_between, less_memory
 from rlhf.data import load_pairs, tokenize_prompts
 from rlhf.generation import PREFILL
 from rlhf.hub import hub_errors
 from rlhf.logprobs import CPU_BLOCK, chunk_elements
 from rlhf.modeling import load_format, same_base
+from rlhf.processes import num_processes
 from rlhf.reporting import console
 
 from rich.table import Table
 from transformers import AutoConfig
 
-CARD_OVERHEAD = 0.08  # share of a card kept free for the driver's context and the allocator's gaps
 SAMPLE = 2000  # rows that a dry run tokenises
 OWNERS = ("base", "adapters", "optimizer", "KV cache", "activations", "logits")
 Bytes = dict[str, float]  # by owner
+Plan = Callable[[int], Bytes]  # of the tokens of a micro-batch
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Shape:
     in_4bit: bool
     width: int  # bytes of a number in what the base computes in
     fused_attention: bool  # as on a GPU: no matrix of attention weights
+    head_norms: bool = False  # of each head of q and k, as Qwen3 has
 
     @property
     def linears(self) -> list[tuple[int, int]]:
@@ -60,39 +64,47 @@ class Shape:
     def kv_cache(self, rows: int, tokens: int) -> float:
         return rows * tokens * self.layers * 2 * self.kv_heads * self.head_dim * self.width
 
-    def stacks(self, sft_rank: int, role_rank: int, role_layers: int) -> float:
-        """The pairs A, B that rlhf/layers.py makes of a role's adapters, in what the base computes in."""
+    def stacks(self, sft_rank: int, role_rank: int, role_layers: int, roles: int) -> float:
+        """The pairs A, B that rlhf/layers.py makes of adapters, in what the base computes in.
+
+        On the upper `role_layers` layers (0: all) each of the roles has a pair of its own, of one rank for all of them; on
+        those below they share SFT's.
+        """
         h, i, q, kv = self.hidden, self.intermediate, self.heads * self.head_dim, self.kv_heads * self.head_dim
         a_and_b = 3 * (h + q + 2 * kv) + (q + h) + 2 * (h + 2 * i) + (i + h)  # numbers of a layer for each rank
-        role_layers = role_layers or self.layers
-        return a_and_b * (self.layers * sft_rank + role_layers * role_rank) * self.width
+        upper = role_layers or self.layers
+        return a_and_b * ((self.layers - upper) * sft_rank + upper * roles * (sft_rank + role_rank)) * self.width
 
     def backward(
-        self, rows: int, tokens: int, layers: int, rank: int, checkpointing: bool, masked: bool = False
+        self, tokens: int, longest: int, layers: int, rank: int, checkpointing: bool, masked: bool = False
     ) -> float:
-        """Most held at once between forward and the end of backward of `rows` texts through `layers` layers.
+        """Most held at once between forward and the end of backward of a micro-batch through `layers` layers (0: all).
 
         What a layer keeps is what rlhf/layers.py keeps; checkpointed layers keep their input, and one is at work.
         `masked`: the attention has a mask of its own, as for pairs; a fused kernel then keeps k and v once for each query head.
         """
-        n, q, kv = rows * tokens, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         # Both norms' inputs, q, k, v, the attention's output (twice where a fused kernel keeps its own), gate and up.
         k_and_v = 2 * (q if masked and self.fused_attention else kv)
         numbers = 2 * self.hidden + (3 if self.fused_attention else 2) * q + k_and_v + 2 * self.intermediate + 7 * rank
-        kept = n * (numbers * self.width + 8)  # 8: both norms' scales
+        scales = 2
+        if self.head_norms:  # q, k and v as they were before, and a scale of each head
+            numbers += q + 2 * kv
+            scales += self.heads + self.kv_heads
+        kept = tokens * (numbers * self.width + 4 * scales)
         layers = layers or self.layers
-        standing = layers * n * self.hidden * self.width + kept if checkpointing else layers * kept
-        mlp = 7 * n * self.intermediate * self.width  # its output, its activation, and their gradients
-        return standing + max(mlp, self.attention(rows, tokens, 3)) + self.matrix()
+        standing = layers * tokens * self.hidden * self.width + kept if checkpointing else layers * kept
+        mlp = 7 * tokens * self.intermediate * self.width  # its output, its activation, and their gradients
+        return standing + max(mlp, self.attention(tokens, longest, 3)) + self.matrix()
 
-    def forward(self, rows: int, tokens: int) -> float:
+    def forward(self, tokens: int, longest: int) -> float:
         """What one layer needs while it computes without gradients."""
-        mlp = 3 * rows * tokens * self.intermediate * self.width
-        return max(mlp, self.attention(rows, tokens, 2)) + self.matrix()
+        mlp = 3 * tokens * self.intermediate * self.width
+        return max(mlp, self.attention(tokens, longest, 2)) + self.matrix()
 
-    def attention(self, rows: int, tokens: int, matrices: int) -> float:
+    def attention(self, tokens: int, longest: int, matrices: int) -> float:
         """Its weights, where no fused kernel does without them."""
-        return 0 if self.fused_attention else matrices * rows * self.heads * tokens**2 * self.width
+        return 0 if self.fused_attention else matrices * tokens * longest * self.heads * self.width
 
     def matrix(self) -> float:
         """The largest weight of a layer, dequantised."""
@@ -128,6 +140,7 @@ def read_shape(base: dict[str, Any], dtype: str, fused_attention: bool = True) -
             in_4bit=base["load_in_4bit"],
             width=4 if dtype == "fp32" else 2,
             fused_attention=fused_attention,
+            head_norms=config.model_type == "qwen3",
         )
     except AttributeError as error:
         raise UserError(f"{base['model']} is not a Llama-like decoder ({error}): no memory plan for it") from None
@@ -136,20 +149,20 @@ def read_shape(base: dict[str, Any], dtype: str, fused_attention: bool = True) -
 # ---------------------------------------------------------------- the three phases
 
 
-def plan_sft(shape: Shape, config: Any, longest: int) -> Bytes:
-    """`longest`: tokens of the longest text."""
-    rows, weights = config.per_device_train_batch_size, shape.lora(config.lora_rank, 0)
-    kept = shape.backward(rows, longest, 0, config.lora_rank, config.gradient_checkpointing)
-    stacks = shape.stacks(config.lora_rank, 0, 0)
-    return trained(shape, weights, stacks, weights, kept) | {"logits": shape.logits(rows * longest)}
+def plan_sft(shape: Shape, config: Any, longest: int, tokens: int) -> Bytes:
+    """`longest`: tokens of the longest text; `tokens`: of a micro-batch."""
+    weights, tokens = shape.lora(config.lora_rank, 0), max(tokens, longest)
+    kept = shape.backward(tokens, longest, 0, config.lora_rank, config.gradient_checkpointing)
+    stacks = shape.stacks(config.lora_rank, 0, 0, 1)
+    return trained(shape, weights, stacks, weights, kept) | {"logits": shape.logits(tokens)}
 
 
-def plan_reward(shape: Shape, config: Any, sft_rank: int, longest: int) -> Bytes:
-    """`longest`: tokens of the longest pair, the prompt counted once."""
-    rows, weights = config.per_device_train_batch_size, shape.lora(config.lora_rank, config.role_layers)
+def plan_reward(shape: Shape, config: Any, sft_rank: int, longest: int, tokens: int) -> Bytes:
+    """`longest`: tokens of the longest pair, the prompt counted once; `tokens`: of a micro-batch."""
+    weights, tokens = shape.lora(config.lora_rank, config.role_layers), max(tokens, longest)
     rank = sft_rank + config.lora_rank
-    kept = shape.backward(rows, longest, config.role_layers, rank, config.gradient_checkpointing, masked=True)
-    stacks = shape.stacks(sft_rank, config.lora_rank, config.role_layers)
+    kept = shape.backward(tokens, longest, config.role_layers, rank, config.gradient_checkpointing, masked=True)
+    stacks = shape.stacks(sft_rank, config.lora_rank, config.role_layers, 2)  # SFT's and the reward model's
     return trained(shape, shape.lora(sft_rank, 0) + weights, stacks, weights, kept)
 
 
@@ -160,32 +173,37 @@ def plan_ppo(
     reward_rank: int,
     reward_layers: int,
     longest: int,
+    tokens: int,
     gold: tuple[int, int] = (0, 1),
+    processes: int = 1,
 ) -> Bytes:
     """The larger of a full rollout and of a micro-batch's backward pass.
 
-    `longest`: tokens of the longest prompt; `gold`: rank and layers of the judge's adapter, rank 0 if there is none.
+    `longest`: tokens of the longest prompt; `tokens`: of a micro-batch; `gold`: rank and layers of the judge's adapter,
+    rank 0 if there is none.
     """
     scorer, policy = shape.lora(reward_rank, reward_layers), shape.lora(config.lora_rank, config.role_layers)
     role_layers = max(config.role_layers or shape.layers, reward_layers or shape.layers)
     role_rank, length = max(config.lora_rank, reward_rank, gold[0]), longest + config.response_length
-    rows, micro = min(config.rollout_batch_size, config.batch_size), config.per_device_train_batch_size
-    stacks = shape.stacks(sft_rank, role_rank, role_layers)
-    standing = trained(
-        shape, shape.lora(sft_rank, 0) + 2 * scorer + policy + shape.lora(*gold), stacks, scorer + policy, 0
-    )
+    episodes = config.episodes_per_update // processes
+    rows, tokens = min(config.rollout_batch_size, episodes), max(tokens, length)
+    roles = 5 if gold[0] else 4  # SFT's, policy, value, reward
+    stacks = shape.stacks(sft_rank, role_rank, role_layers, roles)
+    adapters = shape.lora(sft_rank, 0) + 2 * scorer + policy + shape.lora(*gold)
+    standing = trained(shape, adapters, stacks, scorer + policy, 0)
     rollout = standing | {
         "KV cache": shape.kv_cache(rows, length),
         "activations": shape.forward(rows, 1),
         # Logits (on a GPU in float32), softmax, its sum in float64, and that times the total.
         "logits": rows * shape.vocabulary * ((4 if shape.fused_attention else shape.width) + 4 + 8 + 8),
     }
-    prefill = rollout | {"activations": shape.forward(min(rows, PREFILL), longest), "logits": 0}
-    lower = config.batch_size * length * shape.hidden * shape.width  # of the layers below the roles, for all epochs
+    prefill = min(rows, PREFILL) * longest
+    prefill = rollout | {"activations": shape.forward(prefill, longest), "logits": 0}
+    lower = episodes * length * shape.hidden * shape.width  # of the layers below the roles, for all epochs
     rank = sft_rank + role_rank
     backward = standing | {
-        "activations": lower + shape.backward(micro, length, role_layers, rank, config.gradient_checkpointing),
-        "logits": shape.logits(micro * config.response_length),
+        "activations": lower + shape.backward(tokens, length, role_layers, rank, config.gradient_checkpointing),
+        "logits": shape.logits(tokens),
     }
     return max((rollout, prefill, backward), key=lambda plan: sum(plan.values()))
 
@@ -205,20 +223,27 @@ def trained(shape: Shape, adapters: int, stacks: float, trainable: int, activati
 # ---------------------------------------------------------------- the report
 
 
-def show_plan(plan: Bytes, config: Any) -> None:
-    """Print a plan, and whether a card of `config.card_gb` GB has room for it; else which flags of the script to turn."""
+def show_plan(plan: Plan, longest: int, config: Any) -> None:
+    """Print the plan for a card of `config.card_gb` GB, and whether it has room for it; else which flags to turn.
+
+    Args:
+        plan: bytes by owner, of a micro-batch of so many tokens.
+        longest: tokens of the longest text.
+    """
+    room = config.card_gb * 1e9 * (1 - CARD_OVERHEAD)
+    tokens = tokens_that_fit(plan, longest, room) if config.micro_batch_tokens == "auto" else config.micro_batch_tokens
+    console.print(f"micro-batches of {tokens:,} tokens" + (", by auto" if config.micro_batch_tokens == "auto" else ""))
     table = Table(title="Memory plan: worked out, not measured")
     table.add_column("owner")
     table.add_column("GB", justify="right")
     for owner in OWNERS:
-        table.add_row(owner, f"{plan.get(owner, 0) / 1e9:.2f}")
-    total, room = sum(plan.values()) / 1e9, config.card_gb * (1 - CARD_OVERHEAD)
-    table.add_row("all tensors", f"{total:.2f}")
+        table.add_row(owner, f"{plan(tokens).get(owner, 0) / 1e9:.2f}")
+    total = sum(plan(tokens).values())
+    table.add_row("all tensors", f"{total / 1e9:.2f}")
     console.print(table)
-    if total <= room:
-        console.print(f"It fits a card of {config.card_gb:g} GB: {room:.1f} GB of it are for tensors.")
-    else:
-        console.print(f"It does not fit a card of {config.card_gb:g} GB: {room:.1f} GB of it are for tensors.")
+    fits = "fits" if total <= room else "does not fit"
+    console.print(f"It {fits} a card of {config.card_gb:g} GB: {room / 1e9:.1f} GB of it are for tensors.")
+    if total > room:
         console.print(f"To make it smaller, {less_memory(config)}.")
 
 
@@ -245,16 +270,22 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     show_data("prompts", len(pairs), [len(prompt) for prompt in prompts])
     console.print(f"held-out prompts: {len(load_pairs(config.dataset, 'test', config.max_eval_samples))}")
     console.print(
-        f"updates: {config.num_updates} of {config.batch_size} responses of up to {config.response_length} tokens, "
+        f"updates: {config.num_updates} of {config.episodes_per_update} responses of up to {config.response_length} tokens, "
         f"{config.num_ppo_epochs * config.num_mini_batches} optimizer steps each"
     )
     shape = read_shape(base, config.dtype)
     check_between(config, 0, shape.layers, "role_layers")
+    longest = max(map(len, prompts))
+    show_plan(ppo_plan(shape, config, runs, longest), longest + config.response_length, config)
+    show_end()
+
+
+def ppo_plan(shape: Shape, config: Any, runs: dict[str, dict[str, Any]], longest: int) -> Plan:
+    """The plan of `ppo_train.py` by tokens of a micro-batch, from the run.json of its checkpoints, by role."""
     adapters = {
         role: (run["hyperparameters"]["lora_rank"], run["hyperparameters"].get("role_layers", 0))
         for role, run in runs.items()
     }
+    parents = adapters["sft"][0], *adapters["reward"]
     gold = adapters.get("gold", (0, 1))
-    plan = plan_ppo(shape, config, adapters["sft"][0], *adapters["reward"], max(map(len, prompts)), gold)
-    show_plan(plan, config)
-    show_end()
+    return lambda tokens: plan_ppo(shape, config, *parents, longest, tokens, gold, num_processes())

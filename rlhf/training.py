@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.checkpoints import check_same
 from rlhf.cli import UserError, check_above_zero, check_at_least_one, check_between, check_tracker
 from rlhf.decoder import Decoder
-from rlhf.micro_batches import CPU_TOKENS, MicroBatchSize, cut_by_tokens
+from rlhf.micro_batches import MicroBatchSize, cut_by_tokens
 from rlhf.processes import (
     agree,
     is_main,
@@ -61,11 +61,6 @@ def device() -> torch.device:
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"{device.type} is not supported: set ACCELERATE_USE_CPU=1 to compute on the CPU")
     return device
-
-
-def micro_batch_tokens(config: Any) -> int:
-    """Tokens of a micro-batch that the flag asks for."""
-    return CPU_TOKENS if config.micro_batch_tokens == "auto" else config.micro_batch_tokens
 
 
 def num_steps(config: Any, rows: int) -> int:
@@ -264,18 +259,19 @@ class Resumable(Trainer):
         """Each of `means` summed over the items of some rows, the loss with its gradient; and their `extremes`."""
         raise NotImplementedError
 
-    def prepare(self, config: Any, folder: Path, inputs: dict[str, Any], name: str) -> None:
+    def prepare(self, config: Any, folder: Path, inputs: dict[str, Any], name: str, tokens: int) -> None:
         """Find the state to go on from, if there is one and --resume was given.
 
         Args:
             inputs: what the run starts from, by name: it goes on only from the same.
             name: of the run, at its progress bar.
+            tokens: of a micro-batch, unless the state says otherwise.
         Raises:
             UserError: the run began with other settings or inputs.
         """
         inputs = inputs | world()
         self.config, self.folder, self.inputs, self.lines = config, folder, inputs, TrainerLog(folder, name)
-        self.micro_batch, position = MicroBatchSize(micro_batch_tokens(config)), 0
+        self.micro_batch, position = MicroBatchSize(tokens), 0
         self.resumed = newest_state(folder) if config.resume else None
         if self.resumed:
             facts, where = read_facts(self.resumed), f"the run in {folder}"

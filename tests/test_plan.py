@@ -4,7 +4,8 @@ import dataclasses
 import importlib
 
 import sft_train
-from rlhf.plan import Shape, plan_ppo, plan_sft
+from rlhf.card import CARD_OVERHEAD, MOST_TOKENS, STEP, tokens_that_fit
+from rlhf.plan import Shape, plan_ppo, plan_reward, plan_sft
 from rlhf.training import num_steps
 
 import pytest
@@ -39,37 +40,63 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
     """
     work = 10 * 7 * 16 * 2
     kept = 10 * (101 * 2 + 8)
-    assert shape().backward(1, 10, 0, rank=3, checkpointing=False) == 2 * kept + work
-    assert shape().backward(1, 10, 0, rank=3, checkpointing=True) == 2 * 10 * 8 * 2 + kept + work
+    assert shape().backward(10, 10, 0, rank=3, checkpointing=False) == 2 * kept + work
+    assert shape().backward(10, 10, 0, rank=3, checkpointing=True) == 2 * 10 * 8 * 2 + kept + work
     # A fused kernel with a mask keeps k and v once for each of the two query heads.
-    assert shape().backward(1, 10, 0, rank=3, checkpointing=False, masked=True) == 2 * 10 * (109 * 2 + 8) + work
+    assert shape().backward(10, 10, 0, rank=3, checkpointing=False, masked=True) == 2 * 10 * (109 * 2 + 8) + work
     # Without a fused kernel one output of the attention less is kept, and its 3 matrices [2 heads, 40, 40] are larger.
-    plain = shape(fused_attention=False).backward(1, 40, 0, rank=3, checkpointing=False)
+    plain = shape(fused_attention=False).backward(40, 40, 0, rank=3, checkpointing=False)
     assert plain == 2 * 40 * ((101 - 8) * 2 + 8) + 3 * 2 * 40**2 * 2
+    # Of 80 tokens in two such texts it has twice as many. Norms of heads keep q, k and v (16) once more, and 3 scales.
+    plain = shape(fused_attention=False).backward(80, 40, 0, rank=3, checkpointing=False)
+    assert plain == 2 * 80 * ((101 - 8) * 2 + 8) + 3 * 2 * 2 * 40**2 * 2
+    normed = shape(head_norms=True).backward(10, 10, 0, rank=3, checkpointing=False)
+    assert normed == 2 * kept + work + 2 * 10 * (16 * 2 + 3 * 4)
 
 
 def test_stacks_by_hand():
     """q, k, v: A [3R, 8], B [16, 3R]; o: [R, 8], [8, R]; gate, up: [2R, 8], [32, 2R]; down: [R, 16], [8, R]."""
     rank = 3 * 8 + 16 * 3 + 8 + 8 + 2 * 8 + 32 * 2 + 16 + 8
-    assert shape().stacks(sft_rank=3, role_rank=5, role_layers=1) == 2 * rank * (2 * 3 + 1 * 5)
-    assert shape().stacks(sft_rank=3, role_rank=5, role_layers=0) == 2 * rank * (2 * 3 + 2 * 5)
+    assert shape().stacks(sft_rank=3, role_rank=0, role_layers=0, roles=1) == 2 * rank * 2 * 3
+    # Four roles on one of the layers; on the other they share SFT's.
+    assert shape().stacks(sft_rank=3, role_rank=5, role_layers=1, roles=4) == 2 * rank * (3 + 4 * (3 + 5))
+    assert shape().stacks(sft_rank=3, role_rank=5, role_layers=0, roles=4) == 2 * rank * 2 * 4 * (3 + 5)
+
+
+LLAMA_3B = Shape(28, 3072, 8192, 24, 8, 128, 128_256, True, in_4bit=True, width=2, fused_attention=True)
+LLAMA_1B = Shape(16, 2048, 8192, 32, 8, 64, 128_256, True, in_4bit=True, width=2, fused_attention=True)
+
+
+def plan_of(phase, of, **changes):
+    """The plan of a phase by tokens of a micro-batch at the defaults, and its longest text."""
+    config = dataclasses.replace(importlib.import_module(f"{phase}_train").Config(), **changes)
+    return {
+        "sft": (lambda tokens: plan_sft(of, config, 512, tokens), 512),
+        "reward": (lambda tokens: plan_reward(of, config, 16, 640, tokens), 640),
+        "ppo": (lambda tokens: plan_ppo(of, config, 16, 16, config.role_layers, 384, tokens), 512),
+    }[phase]
+
+
+@pytest.mark.parametrize("card_gb", [8, 12, 16, 24, 80])
+@pytest.mark.parametrize(("of", "role_layers"), [(LLAMA_3B, 14), (LLAMA_1B, 8)], ids=["3B", "1B"])
+@pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
+def test_auto_takes_what_fits_and_no_less(phase, of, role_layers, card_gb):
+    plan, longest = plan_of(phase, of, **({} if phase == "sft" else {"role_layers": role_layers}))
+    room = card_gb * 1e9 * (1 - CARD_OVERHEAD)
+    tokens = tokens_that_fit(plan, longest, room)
+    assert sum(plan(tokens).values()) <= room
+    assert tokens == MOST_TOKENS or sum(plan(tokens + STEP).values()) > room
+    assert tokens % STEP == 0 and longest <= tokens <= MOST_TOKENS
 
 
 @pytest.mark.parametrize("phase", ["sft", "ppo"])
 def test_what_is_lowered_lowers_the_plan(phase):
-    def total(**changes) -> float:
-        defaults = importlib.import_module(f"{phase}_train").Config(per_device_train_batch_size=4)
-        config = defaults.__class__(**(vars(defaults) | changes))
-        llama = Shape(28, 3072, 8192, 24, 8, 128, 128_256, True, in_4bit=True, width=2, fused_attention=True)
-        plan = plan_sft(llama, config, 512) if phase == "sft" else plan_ppo(llama, config, 16, 16, 14, 384)
-        return sum(plan.values())
+    def total(tokens=2048, **changes) -> float:
+        return sum(plan_of(phase, LLAMA_3B, **changes)[0](tokens).values())
 
-    lowered = {
-        "sft": [{"per_device_train_batch_size": 1}, {"lora_rank": 8}],
-        "ppo": [{"per_device_train_batch_size": 2}, {"gradient_checkpointing": True}, {"lora_rank": 8}],
-    }[phase]
     assert 2.2e9 < total() < 11e9  # the base alone is 2.2 GB; a 12 GB card
-    for changes in lowered:
+    assert total(tokens=1024) < total()
+    for changes in ({"gradient_checkpointing": True}, {"lora_rank": 8}):
         assert total(**changes) < total()
 
 
@@ -114,4 +141,4 @@ def test_a_dry_run_tells_and_touches_nothing(script, trained, tiny_model, tiny_d
     assert "It fits a card of 4 GB" in result.stdout
     assert not (tmp_path / "out").exists()
     small = call_main(script, [*map(str, flags), "--card-gb", "0.0001"])
-    assert "does not fit" in small.stdout and "lower --per-device" in small.stdout
+    assert "does not fit" in small.stdout and "lower --micro-batch-tokens" in small.stdout

@@ -1,0 +1,82 @@
+"""How many tokens of a micro-batch a card holds, by the memory plan, and the first line of a run, which says so."""
+
+from collections.abc import Callable
+from typing import Any
+
+from rlhf.cli import UserError, less_memory
+from rlhf.micro_batches import CPU_TOKENS
+from rlhf.processes import least, sharded
+
+import torch
+
+CARD_OVERHEAD = 0.08  # share of a card kept free for the driver's context and the allocator's gaps
+STEP = 256  # tokens: `auto` takes a multiple of it
+MOST_TOKENS = 8192  # more does not pay: a card is at work by then
+
+
+def tokens_that_fit(plan: Callable[[int], dict[str, float]], longest: int, room: float) -> int:
+    """The largest multiple of `STEP`, `MOST_TOKENS` at most, whose plan has no more than `room` bytes.
+
+    Where even one text has more, it is that text: a micro-batch has one at least.
+
+    Args:
+        plan: bytes by owner, of a micro-batch of so many tokens.
+        longest: tokens of the longest text.
+    """
+    fitting = [n for n in range(STEP, MOST_TOKENS + 1, STEP) if sum(plan(n).values()) <= room]
+    return max(fitting[-1] if fitting else 0, longest)
+
+
+def room_for_tensors(total: int, free: int, reserved: int, fraction: float) -> float:
+    """Bytes of a card that this process may fill.
+
+    Args:
+        total: of the card; free: of it now; reserved: what this process holds already.
+        fraction: of the card that this process may have.
+    """
+    others = total - free - reserved
+    return min(total * fraction, total - others) - total * CARD_OVERHEAD
+
+
+def room_on_card(device: torch.device) -> float:
+    free, total = torch.cuda.mem_get_info(device)
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    return room_for_tensors(total, free, torch.cuda.memory_reserved(device), fraction)
+
+
+def choose_tokens(
+    config: Any, plan: Callable[[int], dict[str, float]], longest: int, device: torch.device
+) -> tuple[int, str]:
+    """Tokens of a micro-batch, the same for all processes, and why. All processes call it.
+
+    Raises:
+        UserError: the plan has more than the card, with as many tokens as were asked for, or with one text.
+    """
+    asked = config.micro_batch_tokens
+    if device.type != "cuda" or sharded():  # the plan knows nothing of shards
+        return (
+            (CPU_TOKENS, "as on any CPU" if device.type != "cuda" else "sharded")
+            if asked == "auto"
+            else (asked, "as asked")
+        )
+    room = room_on_card(device)
+    fitting = least(tokens_that_fit(plan, longest, room))
+    if sum(plan(fitting).values()) > room:
+        raise UserError(
+            f"by the memory plan one text of {longest} tokens takes {sum(plan(fitting).values()) / 1e9:.1f} GB, and "
+            f"{room / 1e9:.1f} GB of this card are free for it: {less_memory(config)}"
+        )
+    if asked == "auto":
+        return fitting, "the most that pays" if fitting == MOST_TOKENS else "what this card holds by the plan"
+    if max(asked, longest) > fitting and sum(plan(asked).values()) > room:
+        raise UserError(f"--micro-batch-tokens {asked} is more than this card holds by the memory plan: {fitting} fit")
+    return asked, "as asked"
+
+
+def describe_start(device: torch.device, tokens: int, rows: int, dtype: torch.dtype, why: str) -> str:
+    """The first line of a run."""
+    where = "CPU"
+    if device.type == "cuda":
+        where = f"{torch.cuda.get_device_name(device)}, {torch.cuda.mem_get_info(device)[0] / 1e9:.1f} GB free"
+    name = str(dtype).removeprefix("torch.")
+    return f"{where}: micro-batches of {tokens:,} tokens ({why}), {rows} rows a step, {name}"

@@ -1,0 +1,76 @@
+"""What a run takes of a card."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import rlhf.card
+from rlhf.card import choose_tokens, room_for_tensors, tokens_that_fit
+from rlhf.cli import UserError
+
+import pytest
+import torch
+from conftest import ROOT
+
+CARD = torch.device("cuda")
+
+
+def plan(tokens: int) -> dict[str, float]:
+    return {"base": 1000.0, "activations": float(tokens)}
+
+
+def test_tokens_that_fit_by_hand():
+    assert tokens_that_fit(plan, longest=10, room=1000 + 256 * 3) == 256 * 3
+    assert tokens_that_fit(plan, longest=10, room=1000 + 256 * 4 - 1) == 256 * 3
+    assert tokens_that_fit(plan, longest=10, room=1e9) == 8192
+    assert tokens_that_fit(plan, longest=300, room=1100) == 300  # one text at least
+    assert tokens_that_fit(plan, longest=900, room=1000 + 256 * 3) == 900
+
+
+def test_room_is_what_others_and_the_fraction_leave():
+    assert room_for_tensors(total=1000, free=1000, reserved=0, fraction=1.0) == 920
+    assert room_for_tensors(total=1000, free=600, reserved=100, fraction=1.0) == 620  # others hold 300
+    assert room_for_tensors(total=1000, free=600, reserved=100, fraction=0.5) == 420
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card with room for 1,024 tokens by `plan`."""
+    monkeypatch.setattr(rlhf.card, "room_on_card", lambda _: 1000.0 + 1024)
+    return lambda asked, longest=10: choose_tokens(SimpleNamespace(micro_batch_tokens=asked), plan, longest, CARD)
+
+
+def test_what_is_chosen_on_a_card(card):
+    assert card("auto") == (1024, "what this card holds by the plan")
+    assert card(700) == (700, "as asked")
+
+
+def test_the_least_of_all_processes_is_chosen(card, monkeypatch):
+    monkeypatch.setattr(rlhf.card, "least", lambda tokens: min(tokens, 512))
+    assert card("auto")[0] == 512
+
+
+def test_what_does_not_fit_is_refused_with_what_would(card):
+    with pytest.raises(UserError, match="--micro-batch-tokens 1100 is more than this card holds.*: 1024 fit"):
+        card(1100)
+
+
+def test_a_cpu_needs_no_plan():
+    config = SimpleNamespace(micro_batch_tokens="auto")
+    assert choose_tokens(config, None, 10, torch.device("cpu")) == (1024, "as on any CPU")
+
+
+@pytest.mark.parametrize(
+    ("set_before", "then"),
+    [
+        ({}, "expandable_segments:True None"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a"}, "a None"),
+        ({"PYTORCH_ALLOC_CONF": "b"}, "None b"),
+    ],
+)
+def test_memory_grows_in_pieces_unless_it_was_set_otherwise(set_before, then):
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTORCH_")} | set_before
+    code = "import os, rlhf; print(*map(os.environ.get, ('PYTORCH_CUDA_ALLOC_CONF', 'PYTORCH_ALLOC_CONF')))"
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == then
