@@ -24,6 +24,7 @@ def run_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
         begun = any(weight.grad is not None for weight in self.trained().values())
         if self.state.global_step == 1 and begun and not ran_out:
             ran_out.append(True)
+            print("out of memory")
             raise torch.OutOfMemoryError("out of memory")
         return differentiate(self, *args)
 

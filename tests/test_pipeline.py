@@ -409,15 +409,15 @@ def test_the_reward_loss_and_its_gradients_are_those_of_pairs_apart(trained, tin
     assert_close(ours, gradients(trainer.model))
 
 
-LOSSES = {  # at 1e17a1f, with --per-device-train-batch-size 4 --gradient-accumulation-steps 1
-    "sft": [6.64067, 6.68887, 6.57834, 6.79074],
-    "reward": [1.09985, 0.85263, 1.24463, 1.72687],
+AT_1E17A1F = {  # with --per-device-train-batch-size 4 --gradient-accumulation-steps 1
+    "sft": {"loss": [6.64067, 6.68887, 6.57834, 6.79074], "grad_norm": [0.9415, 0.73161, 0.86492, 0.98306]},
+    "reward": {"loss": [1.09985, 0.85263, 1.24463, 1.72687], "grad_norm": [3.25431, 2.18634, 2.95423, 3.5195]},
 }
 
 
 @pytest.mark.parametrize("phase", ["sft", "reward"])
 def test_the_parts_of_a_step_change_nothing(phase, trained, call_main, tmp_path):
-    """Neither weights nor metrics, of the evaluation too; the losses are those of a step in one batch."""
+    """Neither weights nor metrics, of the evaluation too; losses and gradients are those of a step in one batch."""
     flags, metrics, weights = getattr(trained, f"{phase}_flags"), [], []
     for tokens in (40, 400, 100_000):  # each row by itself; two or three together; all together
         folder = tmp_path / str(tokens)
@@ -425,7 +425,8 @@ def test_the_parts_of_a_step_change_nothing(phase, trained, call_main, tmp_path)
         assert result.returncode == 0, result.stderr
         metrics.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
         weights.append(load_file(folder / "adapter_model.safetensors"))
-    assert [row["loss"] for row in metrics[0] if "loss" in row] == pytest.approx(LOSSES[phase], rel=1e-3)
+    for name, before in AT_1E17A1F[phase].items():
+        assert [row[name] for row in metrics[0] if name in row] == pytest.approx(before, rel=1e-3), name
     for other, weight in zip(metrics[1:], weights[1:], strict=True):
         for mine, theirs in zip(metrics[0], other, strict=True):
             assert mine.keys() == theirs.keys()
