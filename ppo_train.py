@@ -27,7 +27,7 @@ from itertools import chain
 from typing import Any, Literal
 
 from rlhf.card import choose_tokens, describe_start
-from rlhf.checkpoints import check_output, is_finished, output_folder, read_parents
+from rlhf.checkpoints import check_output, is_finished, output_folder, read_parents, start_run
 from rlhf.cli import next_command, run
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
 from rlhf.generation import Response, Seed, generate
@@ -183,6 +183,7 @@ def main(config: Config) -> None:
         Log(config, folder, config.num_updates) as log,
         State(config, folder, runs, (prompts, eval_prompts), shared, optimizer, scaler, log) as state,
     ):
+        start_run(folder, "ppo", config, shared.dtype, tokens)
         if not state.sft:
             state.sft = evaluate(config, shared, form, eval_prompts)  # as the new policy equals SFT's
             log.evaluation(0, state.sft, eval_prompts, form)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.card import choose_tokens, describe_start
-from rlhf.checkpoints import check_child, check_output, is_finished, output_folder, read_run, write_run
+from rlhf.checkpoints import check_child, check_output, is_finished, output_folder, read_run, start_run, write_run
 from rlhf.cli import UserError, check_at_least_one, check_between, next_command, run
 from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, tokenize_pairs
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
@@ -166,6 +166,7 @@ def main(config: Config) -> None:
         same = {"sft checkpoint": sft["adapter_sha256"], "dtype": str(dtype), "data": data["sha256"]}
         trainer.prepare(config, folder, same, "Reward model", tokens)
         shared.micro_batch = trainer.micro_batch
+        start_run(folder, "reward", config, dtype, tokens)
         trainer.run()
 
         # 4. Score the test split.
@@ -184,6 +185,7 @@ def main(config: Config) -> None:
                 parents={"sft": sft["adapter_sha256"]},
                 data=data,
                 steps=trainer.state.global_step,
+                micro_batch_tokens=trainer.micro_batch.tokens,
                 metrics={name: value for name, value in metrics.items() if not isinstance(value, list)},
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")

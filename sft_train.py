@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf.card import choose_tokens, describe_start
-from rlhf.checkpoints import check_output, is_finished, output_folder, write_run
+from rlhf.checkpoints import check_output, is_finished, output_folder, start_run, write_run
 from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
 from rlhf.decoder import Decoder, lay_out
@@ -131,6 +131,7 @@ def main(config: Config) -> None:
         data = {"source": config.dataset, "train_rows": len(train_set), "sha256": fingerprint(train_pairs)}
         same = {"base": [base["config_sha256"], base["weights_sha256"]], "dtype": str(dtype), "data": data["sha256"]}
         trainer.prepare(config, folder, same, "SFT", tokens)
+        start_run(folder, "sft", config, dtype, tokens)
         trainer.run()
         before, after = trainer.first_row("eval_loss"), trainer.evaluate()["eval_loss"]
         if not math.isfinite(after):
@@ -155,6 +156,7 @@ def main(config: Config) -> None:
                 data=data,
                 epochs=round(trainer.state.epoch or 0, 2),
                 steps=trainer.state.global_step,
+                micro_batch_tokens=trainer.micro_batch.tokens,
                 metrics={"eval_loss_before": before, "eval_loss": after},
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+from rlhf.checkpoints import recorded_tokens
 from rlhf.cli import UserError, less_memory
 from rlhf.micro_batches import CPU_TOKENS
-from rlhf.processes import least, sharded
+from rlhf.processes import agree, least, sharded
 
 import torch
 
@@ -53,6 +54,10 @@ def choose_tokens(
         UserError: the plan has more than the card, with as many tokens as were asked for, or with one text.
     """
     asked = config.micro_batch_tokens
+    if asked == "auto" and config.resume:
+        recorded = agree(recorded_tokens(config.output_dir))
+        if recorded:
+            return recorded, "as the run began"
     if device.type != "cuda" or sharded():  # the plan knows nothing of shards
         return (
             (CPU_TOKENS, "as on any CPU" if device.type != "cuda" else "sharded")

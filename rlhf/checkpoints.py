@@ -1,7 +1,8 @@
 """The hand-off between the scripts: folders that appear whole, and the `run.json` that says what is in them.
 
 A phase works in `NAME.partial` beside its output folder and renames it in at the end, so a finished checkpoint is
-either all there or not there. `run.json` is written last and names the base model, the prompt format, the data and
+either all there or not there. `run.json` begins with what is known before the first step; at the end it says when it
+was finished, and names the base model, the prompt format, the data and
 the parents with their hashes; the next script checks it before it loads anything.
 """
 
@@ -174,9 +175,12 @@ def look_for_run(config: Any) -> bool:
             raise UserError(f"--resume: {final} holds no run of this script: choose another --output-dir")
         return False
     try:
-        theirs = dict(json.loads((folder / "run.json").read_text(encoding="utf-8"))["hyperparameters"])
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        theirs = dict(run["hyperparameters"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / 'run.json'} is damaged ({error}): train that phase again") from None
+    if not run.get("finished"):
+        return False
     check_same(theirs, dataclasses.asdict(config), LOGGING, f"{final} is finished, and")
     put_in_place(final)
     console.print(f"{final} is finished: there is nothing to resume.")
@@ -198,6 +202,13 @@ def check_same(theirs: dict[str, Any], ours: dict[str, Any], harmless: Container
         )
 
 
+def start_run(folder: Path, phase: str, config: Any, dtype: torch.dtype, micro_batch_tokens: int) -> None:
+    """Write what `run.json` can say before the first step. `finished` is null until `write_run`."""
+    if is_main():
+        facts = {"phase": phase, "micro_batch_tokens": micro_batch_tokens, "finished": None}
+        write_json(folder / "run.json", facts | how_it_runs(config, dtype))
+
+
 def write_run(folder: Path, phase: str, config: Any, dtype: torch.dtype, started: float, **facts: Any) -> None:
     """Write `run.json`: the resolved hyperparameters of `config` (a dataclass) and what else the next phase checks.
 
@@ -209,19 +220,39 @@ def write_run(folder: Path, phase: str, config: Any, dtype: torch.dtype, started
         "phase": phase,
         **facts,
         "adapter_sha256": sha256(folder / "adapter_model.safetensors"),
+        "seconds": round(time.monotonic() - started),
+        **how_it_runs(config, dtype),
+        "peak_memory_gib": peak_memory_gib(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_json(folder / "run.json", run)
+
+
+def how_it_runs(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    return {
         "device": str(this_process().device),
         "dtype": str(dtype),
-        "seconds": round(time.monotonic() - started),
         "hyperparameters": dataclasses.asdict(config),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES}
         | {"python": platform.python_version()},
         "commit": git_commit(),
-        "peak_memory_gib": peak_memory_gib(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    partial = folder / "run.json.partial"
-    partial.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.rename(folder / "run.json")
+
+
+def write_json(path: Path, facts: dict[str, Any]) -> None:
+    """Write a file that is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.rename(path)
+
+
+def recorded_tokens(output_dir: str) -> int | None:
+    """Tokens of a micro-batch that an unfinished run has begun with; None if there is no such run."""
+    try:
+        run = json.loads((partial_of(Path(output_dir)) / "run.json").read_text(encoding="utf-8"))
+        return int(run["micro_batch_tokens"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]:
@@ -242,6 +273,8 @@ def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]
         if path.stat().st_size > MAX_RUN_JSON:
             raise ValueError("it is larger than 1 MiB")
         run = json.loads(path.read_text(encoding="utf-8"))
+        if not run["finished"]:
+            raise UserError(f"{folder} is not finished: add --resume to the command that makes it")
         for key, kind in RUN_FACTS.items():
             if not isinstance(run[key], kind):
                 raise ValueError(f"{key} is not a {kind.__name__}")

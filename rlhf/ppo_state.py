@@ -168,6 +168,7 @@ def save(config, folder: Path, shared, form, base, runs: dict, metrics: dict[str
         data={"source": config.dataset},
         updates=config.num_updates,
         episodes=config.num_updates * config.episodes_per_update,
+        micro_batch_tokens=shared.micro_batch.tokens,
         metrics=metrics,
         speed=whole_speed(read_jsonl(folder / "metrics.jsonl")),
     )

@@ -34,11 +34,15 @@ def test_room_is_what_others_and_the_fraction_leave():
     assert room_for_tensors(total=1000, free=600, reserved=100, fraction=0.5) == 420
 
 
+def asking(tokens, **more):
+    return SimpleNamespace(micro_batch_tokens=tokens, resume=False, output_dir="out", **more)
+
+
 @pytest.fixture
 def card(monkeypatch):
     """A card with room for 1,024 tokens by `plan`."""
     monkeypatch.setattr(rlhf.card, "room_on_card", lambda _: 1000.0 + 1024)
-    return lambda asked, longest=10: choose_tokens(SimpleNamespace(micro_batch_tokens=asked), plan, longest, CARD)
+    return lambda asked, longest=10: choose_tokens(asking(asked), plan, longest, CARD)
 
 
 def test_what_is_chosen_on_a_card(card):
@@ -57,8 +61,7 @@ def test_what_does_not_fit_is_refused_with_what_would(card):
 
 
 def test_a_cpu_needs_no_plan():
-    config = SimpleNamespace(micro_batch_tokens="auto")
-    assert choose_tokens(config, None, 10, torch.device("cpu")) == (1024, "as on any CPU")
+    assert choose_tokens(asking("auto"), None, 10, torch.device("cpu")) == (1024, "as on any CPU")
 
 
 @pytest.mark.parametrize(

@@ -422,6 +422,10 @@ def test_a_part_that_does_not_fit_is_halved_and_nothing_else_changes(
 def test_the_tokens_of_a_micro_batch_are_kept_unless_others_are_asked_for(commands, call_main, tmp_path):
     """So that a run that goes on is the same to the bit."""
     script, argv = commands("sft", tmp_path / "cut")
+
+    def recorded():
+        return json.loads((tmp_path / "cut.partial" / "run.json").read_text())
+
     kept = lambda: read_facts(newest_state(tmp_path / "cut.partial"))["micro_batch_tokens"]  # noqa: E731
     for call, tokens, then in ((2, "250", 250), (2, "auto", 250), (2, "300", 300)):
         with pytest.MonkeyPatch.context() as patch:
@@ -430,8 +434,26 @@ def test_the_tokens_of_a_micro_batch_are_kept_unless_others_are_asked_for(comman
             patch.setattr(rlhf.resume.console, "file", said)
             with pytest.raises(Crash):
                 call_main(script, [*argv, "--resume", "--micro-batch-tokens", tokens])
-        assert kept() == then
+        assert kept() == recorded()["micro_batch_tokens"] == then
+        assert recorded()["finished"] is None
         assert ("A micro-batch has 300 tokens from now on, not 250." in said.getvalue()) == (then == 300)
+    assert call_main(script, [*argv, "--resume"]).returncode == 0
+    run = json.loads((tmp_path / "cut" / "run.json").read_text())
+    assert run["micro_batch_tokens"] == 300 and run["finished"]
+
+
+def test_a_run_without_a_state_goes_on_with_the_tokens_it_began_with(commands, call_main, tmp_path):
+    script, argv = commands("ppo", tmp_path / "cut")
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, ppo_train, "generate", 1, crash)
+        with pytest.raises(Crash):
+            call_main(script, [*argv, "--micro-batch-tokens", "77"])
+    unfinished = call_main(
+        "reward_train", ["--sft-checkpoint", tmp_path / "cut.partial", "--output-dir", tmp_path / "r"]
+    )
+    assert unfinished.returncode == 2 and "is not finished: add --resume" in unfinished.stderr
+    assert call_main(script, [*argv, "--resume"]).returncode == 0
+    assert json.loads((tmp_path / "cut" / "run.json").read_text())["micro_batch_tokens"] == 77
 
 
 def test_a_state_is_due_by_the_clock_or_by_the_steps(monkeypatch):
