@@ -1,0 +1,59 @@
+"""What `--micro-batch-tokens auto` takes on cards of several sizes, and the plan for it; worked out, nothing is loaded.
+
+    python benchmarks/auto_tokens.py
+
+Prints a table in Markdown. Llama-3.2's shapes in NF4 at the scripts' defaults: texts of 512 tokens, pairs of 640 (the
+prompt counted once), prompts of 384 with responses of 128. A card of 12 GB has 12e9 bytes here.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ppo_train  # noqa: E402
+import reward_train  # noqa: E402
+import sft_train  # noqa: E402
+from rlhf.card import CARD_OVERHEAD, MOST_TOKENS, STEP, tokens_that_fit  # noqa: E402
+from rlhf.plan import Plan, Shape, plan_ppo, plan_reward, plan_sft  # noqa: E402
+
+CARDS = (8, 12, 16, 24, 80)  # GB
+LLAMA = {
+    "3B": Shape(28, 3072, 8192, 24, 8, 128, 128_256, True, in_4bit=True, width=2, fused_attention=True),
+    "1B": Shape(16, 2048, 8192, 32, 8, 64, 128_256, True, in_4bit=True, width=2, fused_attention=True),
+}
+
+
+def plans(shape: Shape) -> dict[str, tuple[Plan, int]]:
+    """The plan of each phase by tokens of a micro-batch, and its longest text."""
+    layers = shape.layers // 2  # that the roles adapt
+    sft = sft_train.Config()
+    reward = replace(reward_train.Config(), role_layers=layers)
+    ppo = replace(ppo_train.Config(), role_layers=layers)
+    return {
+        "SFT": (lambda tokens: plan_sft(shape, sft, 512, tokens), 512),
+        "reward model": (lambda tokens: plan_reward(shape, reward, 16, 640, tokens), 640),
+        "PPO": (lambda tokens: plan_ppo(shape, ppo, 16, 16, layers, 384, tokens), 512),
+    }
+
+
+def main() -> None:
+    print("| | " + " | ".join(f"{card} GB" for card in CARDS) + " |")
+    print("|---" * (len(CARDS) + 1) + "|")
+    for name, shape in LLAMA.items():
+        for phase, (plan, longest) in plans(shape).items():
+            cells = [cell(plan, longest, card * 1e9 * (1 - CARD_OVERHEAD)) for card in CARDS]
+            print(f"| {name}, {phase} | {' | '.join(cells)} |")
+
+
+def cell(plan: Plan, longest: int, room: float) -> str:
+    """Tokens: GB of the plan; GB of the plan for 256 tokens more, unless that is more than `auto` ever takes."""
+    tokens = tokens_that_fit(plan, longest, room)
+    now, more = (sum(plan(number).values()) / 1e9 for number in (tokens, tokens + STEP))
+    return f"{tokens:,}: {now:.1f}" + ("" if tokens == MOST_TOKENS else f" ({more:.1f})")
+
+
+if __name__ == "__main__":
+    main()
