@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import ppo_train
 from ppo_train import policy_loss, token_rewards, value_loss
+from rlhf.decoder import Padded
 
 import pytest
 import torch
@@ -150,31 +151,39 @@ def recorded() -> dict:
 
 
 def ours(name: str, inputs: dict[str, Tensor]) -> SimpleNamespace:
-    """A micro-batch of the same rows after `set_advantages`; only its real tokens hold anything."""
+    """The same rows with our advantages and returns, all [b, R]; only real tokens hold anything."""
     settings = {key: value for key, value in CASES[name][1].items() if key not in ("kl_coef", "kl_estimator")}
     mask = inputs["responses"] != PAD
-    micro = SimpleNamespace(
+    padded = Padded(mask.sum(1).tolist(), mask.device)
+    rows = SimpleNamespace(
         response_mask=mask,
         scores=inputs["scores"],
         ended=(inputs["responses"] == EOS).any(1),
+        by_response=padded.spread,
+        end_to_end=padded.gather,
         **{key: inputs[key] * mask for key in ("logprobs", "ref_logprobs", "values", "new_logprobs", "new_values")},
     )
     config = dataclasses.replace(ppo_train.Config(), score_clip=math.inf, missing_eos_penalty=PENALTY, **settings)
-    ppo_train.set_advantages([micro], CASES[name][1]["kl_coef"], baseline=0.0, config=config)
-    return micro
+    measured = SimpleNamespace(
+        scores=rows.scores,
+        **{name: rows.end_to_end(getattr(rows, name)) for name in ("logprobs", "ref_logprobs", "values")},
+    )
+    found = ppo_train.advantages_and_returns(rows, measured, CASES[name][1]["kl_coef"], baseline=0.0, config=config)
+    rows.advantages, rows.returns = map(padded.spread, found)
+    return rows
 
 
 def policy(micro: SimpleNamespace, advantages: Tensor) -> tuple[float, dict[str, float]]:
     """The policy loss and the statistics, as means over real tokens."""
-    losses, parts = policy_loss(micro.new_logprobs, micro.logprobs, advantages, micro.response_mask, CLIPRANGE)
-    tokens = micro.response_mask.sum()
-    return losses.sum() / tokens, {key: part[micro.response_mask].sum() / tokens for key, part in parts.items()}
+    flat = map(micro.end_to_end, (micro.new_logprobs, micro.logprobs, advantages))
+    losses, parts = policy_loss(*flat, CLIPRANGE)
+    return losses.mean(), {key: part.mean() for key, part in parts.items()}
 
 
 def value(micro: SimpleNamespace) -> tuple[float, float]:
-    losses, parts = value_loss(micro.new_values, micro.values, micro.returns, micro.response_mask, CLIPRANGE)
-    tokens = micro.response_mask.sum()
-    return losses.sum() / tokens, parts["val/clipfrac_avg"][micro.response_mask].sum() / tokens
+    flat = map(micro.end_to_end, (micro.new_values, micro.values, micro.returns))
+    losses, parts = value_loss(*flat, CLIPRANGE)
+    return losses.mean(), parts["val/clipfrac_avg"].mean()
 
 
 def unbiased(micro: SimpleNamespace, advantages: Tensor) -> Tensor:
@@ -218,7 +227,7 @@ def test_full_length_rows_agree_in_everything(name, record):
         close(parts["policy/clipfrac_avg"], trl["pg_clipfrac"])
     else:  # rewards over the standard deviation, the mean kept
         rewards = token_rewards(scores, kl, micro.response_mask, 0.1)
-        (white,) = ppo_train.whiten([rewards], [micro.response_mask], shift_mean=False)
+        white = ppo_train.whiten(rewards, shift_mean=False)  # all of it is real
         theirs = rewards.mean() + unbiased(micro, white - rewards.mean())
         close(theirs, trl["rewards"])
         settings = CASES[name][1]
@@ -226,7 +235,7 @@ def test_full_length_rows_agree_in_everything(name, record):
             theirs, micro.values, micro.response_mask, settings["gamma"], settings["lam"]
         )
         close(returns, trl["returns"])
-        (advantages,) = ppo_train.whiten([advantages], [micro.response_mask])
+        advantages = ppo_train.whiten(advantages)
         close(unbiased(micro, advantages), trl["advantages"])
 
 
@@ -234,8 +243,8 @@ def test_k3_agrees(record):
     """Ours is the approximate KL of an update, with the same terms: exp(d) - 1 - d, for d of any two models."""
     inputs, trl = record["k3"]["inputs"], record["k3"]["outputs"]
     mask = inputs["responses"] != PAD
-    _, parts = policy_loss(inputs["ref_logprobs"], inputs["logprobs"], torch.ones(mask.shape), mask, CLIPRANGE)
-    close(-0.1 * parts["policy/approxkl_avg"], trl["non_score_reward"])
+    _, parts = policy_loss(inputs["ref_logprobs"], inputs["logprobs"], torch.ones(mask.shape), CLIPRANGE)
+    close(-0.1 * parts["policy/approxkl_avg"] * mask, trl["non_score_reward"])
 
 
 def test_ragged_rows_agree_where_the_value_past_eos_is_the_score(record):

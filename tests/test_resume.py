@@ -431,7 +431,7 @@ def test_the_tokens_of_a_micro_batch_are_kept_unless_others_are_asked_for(comman
         with pytest.MonkeyPatch.context() as patch:
             at_call(patch, rlhf.training.Resumable, "training_step", call, crash)
             said = io.StringIO()
-            patch.setattr(rlhf.resume.console, "file", said)
+            patch.setattr(rlhf.resume.console, "_file", said)  # `file` would stay set
             with pytest.raises(Crash):
                 call_main(script, [*argv, "--resume", "--micro-batch-tokens", tokens])
         assert kept() == recorded()["micro_batch_tokens"] == then
