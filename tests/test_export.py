@@ -13,7 +13,7 @@ from conftest import make_model
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from test_mistakes import assert_one_line, snapshot
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 
 @pytest.fixture
@@ -68,6 +68,25 @@ def test_a_float32_merge_is_base_and_adapter(export, trained, ppo, phase):
         assert (logits(merged, ids) - logits(peft, ids)).abs().max() > 0.1
     greedy = {"max_new_tokens": 64, "do_sample": False}
     assert torch.equal(merged.generate(ids, **greedy), peft.generate(input_ids=ids, **greedy))
+
+
+def test_qwen3_is_trained_and_exported(export, call_main, flags, tokenizer, tmp_path):
+    """It has norms of each head of q and k, and a head size of its own."""
+    sizes = {"vocab_size": 448, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 12}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True, initializer_range=0.2))
+    for name, weight in model.named_parameters():
+        if "_norm" in name:
+            torch.nn.init.normal_(weight, mean=1.0, std=0.3)
+    model.save_pretrained(tmp_path / "qwen3")
+    tokenizer.save_pretrained(tmp_path / "qwen3")
+    argv = [*flags["sft_train"], "--base-model", str(tmp_path / "qwen3"), "--output-dir", str(tmp_path / "sft")]
+    assert call_main("sft_train", argv).returncode == 0
+    merged = AutoModelForCausalLM.from_pretrained(export(tmp_path / "sft", "--dtype", "fp32"))
+    peft = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "sft", dtype=torch.float32)
+    ids = torch.randint(3, 400, (5, 12), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logits(merged, ids), logits(peft, ids), rtol=0, atol=1e-4)
 
 
 def test_a_wrong_merge_is_not_written(call_main, ppo, tmp_path, monkeypatch):
