@@ -186,6 +186,7 @@ def main(config: Config) -> None:
                 data=data,
                 steps=trainer.state.global_step,
                 micro_batch_tokens=trainer.micro_batch.tokens,
+                speed=trainer.speed(),
                 metrics={name: value for name, value in metrics.items() if not isinstance(value, list)},
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")

@@ -157,6 +157,7 @@ def main(config: Config) -> None:
                 epochs=round(trainer.state.epoch or 0, 2),
                 steps=trainer.state.global_step,
                 micro_batch_tokens=trainer.micro_batch.tokens,
+                speed=trainer.speed(),
                 metrics={"eval_loss_before": before, "eval_loss": after},
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")

@@ -95,7 +95,8 @@ class TrainerLog(TrainerCallback):
             if "eval_loss" in logs:
                 self.progress.console.print(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}")
             if "loss" in logs:
-                self.progress.update(self.task, note=f"loss {float(logs['loss']):.3f}")
+                speed = logs.get("speed/tokens_per_second", 0.0)
+                self.progress.update(self.task, note=f"loss {float(logs['loss']):.3f} {speed:,.0f} tokens/s")
 
     def stop(self) -> None:
         """Give the terminal back, however the training ended."""

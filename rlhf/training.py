@@ -38,6 +38,7 @@ from rlhf.resume import (
     states,
     stop_when_asked,
 )
+from rlhf.speed import Stopwatch, memory_gib
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -241,6 +242,7 @@ class Resumable(Trainer):
     extremes: tuple[str, ...] = ()  # as the least or the most: `min_...`, `max_...`
     partial = Path()  # the state that is being written
     at_hand: list[Row]  # the step's
+    clock: Stopwatch | None = None  # since the first step
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -307,6 +309,13 @@ class Resumable(Trainer):
         """What the run has logged before its first step."""
         rows = read_jsonl(self.folder / "metrics.jsonl") if is_main() else []
         return agree(rows[0].get(name) if rows else None)
+
+    def speed(self) -> dict[str, float]:
+        """Tokens a second, and seconds of all steps, of the whole run."""
+        rows = [row for row in read_jsonl(self.folder / "metrics.jsonl") if "time/step" in row]
+        seconds = sum(row["time/step"] for row in rows)
+        tokens = sum(row["time/step"] * row["speed/tokens_per_second"] for row in rows)
+        return {"speed/tokens_per_second": tokens / seconds, "time/steps": seconds}
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The weights that are trained, by name."""
@@ -398,6 +407,7 @@ class Resumable(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Gradients and metrics of the step. `model` may be DDP's, which would wait for others: it is left out."""
         self.at_hand = inputs["rows"]
+        self.clock = self.clock or Stopwatch(self.args.device)
         self.model.train()
         values, tokens = self.go_through(self.at_hand)
         if not math.isfinite(values["loss"]):
@@ -406,7 +416,10 @@ class Resumable(Trainer):
             sum_gradients(self.trained().values())
         loss = values.pop("loss")
         self._total_train_tokens += tokens
-        for name, value in {"num_tokens": self._total_train_tokens, **values}.items():
+        self.clock.lap("time/step")  # since the last one: with its optimizer step and what was written after it
+        seconds = self.clock.seconds["time/step"]
+        speed = {"speed/tokens_per_second": tokens / seconds, "time/step": seconds, **memory_gib(self.args.device)}
+        for name, value in {"num_tokens": self._total_train_tokens, **values, **speed}.items():
             self._metrics["train"][name] = [value]  # which TRL adds to the log
         return torch.tensor(loss, device=self.args.device)
 

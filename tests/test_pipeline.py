@@ -430,7 +430,9 @@ def test_the_parts_of_a_step_change_nothing(phase, trained, call_main, tmp_path)
     for other, weight in zip(metrics[1:], weights[1:], strict=True):
         for mine, theirs in zip(metrics[0], other, strict=True):
             assert mine.keys() == theirs.keys()
-            for name in mine.keys() - {"train_runtime", "train_samples_per_second", "train_steps_per_second"}:
+            for name in mine:
+                if name.startswith(("train_", "time/", "speed/")):
+                    continue
                 assert mine[name] == pytest.approx(theirs[name], abs=1e-5), name
         for name, value in weights[0].items():
             # Adam makes a visible part of a step of the rounding of a gradient that is almost 0.
