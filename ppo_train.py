@@ -169,7 +169,8 @@ def main(config: Config) -> None:
     tokens, why = choose_micro_batch(config, runs, prompts)
     shared, base = load_models(config, runs["sft"], form)
     shared.micro_batch.tokens = tokens
-    console.print(describe_start(shared.device, tokens, config.episodes_per_update, shared.dtype, why))
+    rows = config.episodes_per_update // config.num_mini_batches
+    console.print(describe_start(shared.device, tokens, rows, shared.dtype, why))
     groups = [
         {"name": "policy", "params": shared.parameters("policy"), "peak_lr": config.learning_rate},
         {"name": "value", "params": shared.parameters("value"), "peak_lr": config.value_learning_rate},
@@ -209,8 +210,8 @@ def main(config: Config) -> None:
             stats = optimise(config, shared, batch, old, baseline, optimizer, scaler, update)
             clock.lap("optimise")
             # 5. Adapt and report
-            metrics = batch_metrics(batch, measured, returns, update, kl_coef, config) | stats
-            log.update(metrics | speed_metrics(shared, batch, stats, clock.seconds, config))
+            row = batch_metrics(batch, measured, returns, update, kl_coef, config) | stats
+            log.update(row | speed_metrics(shared, batch, stats, clock.seconds, config))
             if config.kl_controller == "adaptive" and update > config.critic_warmup_updates + 1:  # before it KL is 0
                 kl_coef = adapt_kl_coef(kl_coef, measured.mean_kl(batch), config)
             del measured, old  # their lower states make room for what is sampled next
@@ -373,6 +374,7 @@ def backward(losses, shared: SharedBase, role: str, batch: Batch, minibatch: int
 
 
 def policy_losses(config: Config, shared: SharedBase, old: Old, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """`policy_loss` of a micro-batch as the policy now is."""
     lower = old.lower[micro.text_tokens]
     logprobs = token_logprobs(shared, "policy", micro, lower, config.temperature).logprobs
     return policy_loss(logprobs, old.logprobs[micro.tokens], old.advantages[micro.tokens], config.cliprange)
@@ -381,12 +383,13 @@ def policy_losses(config: Config, shared: SharedBase, old: Old, micro: MicroBatc
 def value_losses(
     config: Config, shared: SharedBase, old: Old, baseline: float, micro: MicroBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """`value_loss` of a micro-batch as the value model now is."""
     values = token_values(shared, micro, old.lower[micro.text_tokens], baseline)
     return value_loss(values, old.values[micro.tokens], old.returns[micro.tokens], config.cliprange_value)
 
 
 def read(sums: Sums, tokens: float) -> dict[str, float]:
-    """Means over the tokens of all processes: the one place where the loop waits for the device."""
+    """Means over the tokens of all processes. The CPU waits for the device here."""
     means = total(torch.stack(list(sums.values()))) / tokens
     return dict(zip(sums, means.tolist(), strict=True))
 

@@ -58,12 +58,10 @@ def choose_tokens(
         recorded = agree(recorded_tokens(config.output_dir))
         if recorded:
             return recorded, "as the run began"
-    if device.type != "cuda" or sharded():  # the plan knows nothing of shards
-        return (
-            (CPU_TOKENS, "as on any CPU" if device.type != "cuda" else "sharded")
-            if asked == "auto"
-            else (asked, "as asked")
-        )
+    if device.type != "cuda":
+        return (CPU_TOKENS, "as on any CPU") if asked == "auto" else (asked, "as asked")
+    if sharded():
+        return (CPU_TOKENS, "the plan knows no shards") if asked == "auto" else (asked, "as asked")
     room = room_on_card(device)
     fitting = least(tokens_that_fit(plan, longest, room))
     if sum(plan(fitting).values()) > room:
@@ -73,7 +71,7 @@ def choose_tokens(
         )
     if asked == "auto":
         return fitting, "the most that pays" if fitting == MOST_TOKENS else "what this card holds by the plan"
-    if max(asked, longest) > fitting and sum(plan(asked).values()) > room:
+    if sum(plan(asked).values()) > room:
         raise UserError(f"--micro-batch-tokens {asked} is more than this card holds by the memory plan: {fitting} fit")
     return asked, "as asked"
 

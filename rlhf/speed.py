@@ -60,15 +60,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:
-    """The most that tensors and the allocator have held on the card since this was last asked; nothing on a CPU."""
+    """The most that tensors and the allocator have held on the card so far; nothing on a CPU."""
     if device.type != "cuda":
         return {}
-    held = {
+    return {
         "memory/allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30,
         "memory/reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
     }
-    torch.cuda.reset_peak_memory_stats(device)
-    return held
 
 
 @dataclass(frozen=True)

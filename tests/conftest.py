@@ -30,6 +30,7 @@ import pytest  # noqa: E402
 
 DEMO = ROOT / "demo" / "data"
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+CLOCKS = ("time/", "speed/", "train_", "num_tokens")  # metrics of clocks, and of what is counted since the last start
 HANGS = 60  # seconds, after which a script on the tiny model is taken to hang
 
 

@@ -64,6 +64,11 @@ def test_a_cpu_needs_no_plan():
     assert choose_tokens(asking("auto"), None, 10, torch.device("cpu")) == (1024, "as on any CPU")
 
 
+def test_the_first_line_of_a_run():
+    said = rlhf.card.describe_start(torch.device("cpu"), 1024, 16, torch.bfloat16, "as on any CPU")
+    assert said == "CPU: micro-batches of 1,024 tokens (as on any CPU), 16 rows a step, bfloat16"
+
+
 @pytest.mark.parametrize(
     ("set_before", "then"),
     [

@@ -59,6 +59,7 @@ def ppo(trained, tiny_data, call_main, tmp_path_factory):
     }
     result = call_main("ppo_train", ppo_flags(trained, tiny_data, folder))
     assert result.returncode == 0, result.stderr
+    assert "CPU: micro-batches of 1,024 tokens (as on any CPU), 4 rows a step, float32" in result.stdout
     after = {phase: (getattr(trained, phase) / "adapter_model.safetensors").read_bytes() for phase in ("sft", "reward")}
     assert before == after
     return folder

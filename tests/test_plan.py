@@ -4,8 +4,9 @@ import dataclasses
 import importlib
 
 import sft_train
+from benchmarks import auto_tokens
 from rlhf.card import CARD_OVERHEAD, MOST_TOKENS, STEP, tokens_that_fit
-from rlhf.plan import Shape, plan_ppo, plan_reward, plan_sft
+from rlhf.plan import Shape, plan_ppo, plan_sft
 from rlhf.training import num_steps
 
 import pytest
@@ -63,25 +64,11 @@ def test_stacks_by_hand():
     assert shape().stacks(sft_rank=3, role_rank=5, role_layers=0, roles=4) == 2 * rank * 2 * 4 * (3 + 5)
 
 
-LLAMA_3B = Shape(28, 3072, 8192, 24, 8, 128, 128_256, True, in_4bit=True, width=2, fused_attention=True)
-LLAMA_1B = Shape(16, 2048, 8192, 32, 8, 64, 128_256, True, in_4bit=True, width=2, fused_attention=True)
-
-
-def plan_of(phase, of, **changes):
-    """The plan of a phase by tokens of a micro-batch at the defaults, and its longest text."""
-    config = dataclasses.replace(importlib.import_module(f"{phase}_train").Config(), **changes)
-    return {
-        "sft": (lambda tokens: plan_sft(of, config, 512, tokens), 512),
-        "reward": (lambda tokens: plan_reward(of, config, 16, 640, tokens), 640),
-        "ppo": (lambda tokens: plan_ppo(of, config, 16, 16, config.role_layers, 384, tokens), 512),
-    }[phase]
-
-
-@pytest.mark.parametrize("card_gb", [8, 12, 16, 24, 80])
-@pytest.mark.parametrize(("of", "role_layers"), [(LLAMA_3B, 14), (LLAMA_1B, 8)], ids=["3B", "1B"])
-@pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
-def test_auto_takes_what_fits_and_no_less(phase, of, role_layers, card_gb):
-    plan, longest = plan_of(phase, of, **({} if phase == "sft" else {"role_layers": role_layers}))
+@pytest.mark.parametrize("card_gb", auto_tokens.CARDS)
+@pytest.mark.parametrize("shape", auto_tokens.LLAMA.values(), ids=auto_tokens.LLAMA)
+@pytest.mark.parametrize("phase", ["SFT", "reward model", "PPO"])
+def test_auto_takes_what_fits_and_no_less(phase, shape, card_gb):
+    plan, longest = auto_tokens.plans(shape)[phase]
     room = card_gb * 1e9 * (1 - CARD_OVERHEAD)
     tokens = tokens_that_fit(plan, longest, room)
     assert sum(plan(tokens).values()) <= room
@@ -92,7 +79,11 @@ def test_auto_takes_what_fits_and_no_less(phase, of, role_layers, card_gb):
 @pytest.mark.parametrize("phase", ["sft", "ppo"])
 def test_what_is_lowered_lowers_the_plan(phase):
     def total(tokens=2048, **changes) -> float:
-        return sum(plan_of(phase, LLAMA_3B, **changes)[0](tokens).values())
+        config = dataclasses.replace(importlib.import_module(f"{phase}_train").Config(), **changes)
+        llama = auto_tokens.LLAMA["3B"]
+        sft = phase == "sft"
+        plan = plan_sft(llama, config, 512, tokens) if sft else plan_ppo(llama, config, 16, 16, 14, 384, tokens)
+        return sum(plan.values())
 
     assert 2.2e9 < total() < 11e9  # the base alone is 2.2 GB; a 12 GB card
     assert total(tokens=1024) < total()

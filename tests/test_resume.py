@@ -21,23 +21,11 @@ from rlhf.resume import SaveClock, new_state, newest_state, read_facts, states
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CLOCKS, ROOT
 from out_of_memory_once import run_out_once
 from safetensors.torch import load_file, save_file
 
 PHASES = ("sft", "reward", "ppo")
-CLOCKS = (
-    "time/",
-    "speed/",
-    "train_",
-    "eval_runtime",
-    "eval_model_prep",
-    "eval_samples_per_second",
-    "eval_steps_per_second",
-    "num_tokens",
-    "eval_num_tokens",
-    "total_flos",
-)
 
 
 class Crash(Exception):

@@ -26,7 +26,7 @@ import sft_train  # noqa: E402, F401
 from rlhf.resume import MANIFEST  # noqa: E402
 
 import torch  # noqa: E402
-from conftest import make_model, read_demo, run_main, write_jsonl  # noqa: E402
+from conftest import CLOCKS, make_model, read_demo, run_main, write_jsonl  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 SMALL = "--dtype {dtype} --lora-rank 4 --lora-alpha 8 --no-gradient-checkpointing --save-steps 1 "
@@ -40,17 +40,6 @@ FLAGS = {
     "--rollout-batch-size 8 "
     "--max-eval-samples 3 --eval-steps 5 --learning-rate 1e-2 --value-learning-rate 1e-2 --num-printed-samples 0",
 }
-CLOCKS = (
-    "time/",
-    "speed/",
-    "train_",
-    "eval_runtime",
-    "eval_model_prep",
-    "eval_samples_per",
-    "eval_steps_per",
-    "total_flos",
-)
-COUNTERS = ("num_tokens", "eval_num_tokens")
 
 
 def main() -> None:
@@ -161,7 +150,7 @@ def differences(alone: Path, cut: Path) -> list[str]:
 
 def rows(folder: Path) -> list[dict[str, float]]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if not k.startswith(CLOCKS) and k not in COUNTERS} for row in lines]
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in lines]
 
 
 if __name__ == "__main__":
