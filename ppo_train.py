@@ -41,7 +41,7 @@ from rlhf.modeling import (
     read_stacked,
     same_base,
 )
-from rlhf.plan import dry_run_ppo, ppo_plan, read_shape
+from rlhf.plan import dry_run_ppo, ppo_plan, read_shape, show_end
 from rlhf.ppo_batch import Batch, Measured, MicroBatch, NotFinite, Old, count_tokens, make_batch
 from rlhf.ppo_eval import Evaluation, compare, describe, warnings
 from rlhf.ppo_log import Log, batch_metrics, mean_stats, speed_metrics
@@ -51,6 +51,7 @@ from rlhf.reporting import console
 from rlhf.resume import check_stop
 from rlhf.speed import Stopwatch
 from rlhf.training import check_ppo_numbers, device
+from rlhf.trial import time_steps
 
 import numpy as np
 import torch
@@ -70,6 +71,7 @@ class Config:
     resume: bool = False  # go on with a run that was stopped or cut short
     dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
     card_gb: float = 12.0  # the card that --dry-run plans for
+    measure: bool = False  # with --dry-run: make a few real steps on this machine, and say how long the run would take
 
     max_prompt_length: int = 384  # tokens; longer prompts are cut from the left at a turn boundary
     response_length: int = 128  # tokens sampled at most
@@ -163,6 +165,9 @@ def main(config: Config) -> None:
         return
     if config.dry_run:
         dry_run_ppo(config, runs)
+        if config.measure:
+            time_steps(main, config, config.num_updates)
+        show_end(config)
         return
     form = load_format(config.sft_checkpoint, runs["sft"])
     prompts, eval_prompts = load_prompts(config, form)

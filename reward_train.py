@@ -35,6 +35,7 @@ from rlhf.plan import SAMPLE, Plan, plan_reward, read_shape, show_data, show_end
 from rlhf.processes import gather, is_main, sharded, share
 from rlhf.reporting import console, plot_curves
 from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
+from rlhf.speed import Work
 from rlhf.training import (
     Restack,
     Resumable,
@@ -45,6 +46,7 @@ from rlhf.training import (
     num_steps,
     trainer_options,
 )
+from rlhf.trial import time_steps
 from rlhf.votes import VotePairs, load_votes
 
 import datasets
@@ -68,6 +70,7 @@ class Config:
     eval_only: bool = False  # train nothing: score the test split with the reward model in output_dir
     dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
     card_gb: float = 12.0  # the card that --dry-run plans for
+    measure: bool = False  # with --dry-run: make a few real steps on this machine, and say how long the run would take
 
     max_length: int = 512  # tokens of prompt and response; prompts are cut from the left at a turn boundary
     half: Literal["both", "first", "second"] = "both"  # of the training prompts; the other can train a judge for PPO
@@ -233,7 +236,9 @@ def dry_run(config: Config, base, form, pairs, sft) -> None:
     check_between(config, 0, shape.layers, "role_layers")
     longest = max(lengths)
     show_plan(make_plan(config, base, sft, longest), longest, config)
-    show_end()
+    if config.measure:
+        time_steps(main, config, num_steps(config, len(pairs)))
+    show_end(config)
 
 
 def make_plan(config: Config, base, sft, longest: int) -> Plan:
@@ -290,9 +295,10 @@ def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, fol
         processing_class=form.tokenizer,
     )
     keep_fp32(trainer.model)
+    trainer.shared, trainer.dtype = shared, dtype
     if shared.decoder:
         trainer.add_callback(Restack(shared.decoder))
-    trainer.shared = shared
+        trainer.work = Work.of(shared.decoder, shared.first_role_layer, None)
     return trainer
 
 

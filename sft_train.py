@@ -28,6 +28,7 @@ from rlhf.modeling import base_facts, choose_dtype, linear_names, load_base, loa
 from rlhf.plan import SAMPLE, Plan, plan_sft, read_shape, show_data, show_end, show_plan
 from rlhf.processes import sharded, share
 from rlhf.reporting import console, plot_curves
+from rlhf.speed import Work
 from rlhf.training import (
     Restack,
     Resumable,
@@ -38,6 +39,7 @@ from rlhf.training import (
     num_steps,
     trainer_options,
 )
+from rlhf.trial import time_steps
 
 import datasets
 import numpy as np
@@ -58,6 +60,7 @@ class Config:
     resume: bool = False  # go on with a run that was stopped or cut short
     dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
     card_gb: float = 12.0  # the card that --dry-run plans for
+    measure: bool = False  # with --dry-run: make a few real steps on this machine, and say how long the run would take
     prompt_format: Literal["hh", "model"] = "hh"  # hh: "\n\nHuman: ..."; model: an Instruct base's own chat template
 
     max_length: int = 512  # tokens of prompt and response; prompts are cut from the left at a turn boundary
@@ -180,7 +183,9 @@ def dry_run(config: Config, base, form, pairs) -> None:
     console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {config.batch_size} rows")
     longest = max(lengths)
     show_plan(make_plan(config, base, longest), longest, config)
-    show_end()
+    if config.measure:
+        time_steps(main, config, num_steps(config, len(pairs)))
+    show_end(config)
 
 
 def make_plan(config: Config, base, longest: int) -> Plan:
@@ -246,10 +251,12 @@ def make_trainer(config: Config, model, form, train_set, eval_set, dtype, folder
         processing_class=form.tokenizer,
     )
     keep_fp32(trainer.model)
+    trainer.dtype = dtype
     if not sharded():
         trainer.decoder = Decoder(trainer.model.get_base_model())
         trainer.decoder.stack({SFT: ["default"]})  # PEFT's name for an adapter without one
         trainer.decoder.gradient_checkpointing = config.gradient_checkpointing
+        trainer.work = Work.of(trainer.decoder, 0, model.get_output_embeddings().weight)
         trainer.add_callback(Restack(trainer.decoder))
     return trainer
 

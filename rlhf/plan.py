@@ -256,8 +256,9 @@ def show_data(what: str, rows: int, sample: list[int]) -> None:
     )
 
 
-def show_end() -> None:
-    console.print("Dry run: no weights were loaded, and nothing was written.")
+def show_end(config: Any) -> None:
+    loaded = "a few steps were made and thrown away" if config.measure else "no weights were loaded"
+    console.print(f"Dry run: {loaded}, and nothing was written.")
 
 
 def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
@@ -277,7 +278,6 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     check_between(config, 0, shape.layers, "role_layers")
     longest = max(map(len, prompts))
     show_plan(ppo_plan(shape, config, runs, longest), longest + config.response_length, config)
-    show_end()
 
 
 def ppo_plan(shape: Shape, config: Any, runs: dict[str, dict[str, Any]], longest: int) -> Plan:

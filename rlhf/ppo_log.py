@@ -12,7 +12,7 @@ from rlhf.ppo_batch import Batch, Measured, count_tokens
 from rlhf.ppo_eval import Evaluation, penalty_warnings, warnings
 from rlhf.processes import is_main, moments, totals
 from rlhf.reporting import JsonLines, plain, progress
-from rlhf.speed import Work, memory_gib, peak_flops
+from rlhf.speed import Work, memory_gib, mfu
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -129,24 +129,22 @@ def batch_metrics(
 def speed_metrics(
     shared: SharedBase, batch: Batch, stats: dict[str, float], seconds: dict[str, float], config: Any
 ) -> dict[str, float]:
-    """How fast an update was; tokens are those of all processes, memory and MFU this one's.
+    """How fast an update was; tokens are those of all processes, memory is this one's.
 
     Args:
         stats: what `optimise` returned.
         seconds: of each part.
     """
-    texts = sum(map(len, batch.texts))
-    sampled = sum(batch.response_lengths)
-    counts = totals({"texts": texts, "sampled": sampled})
+    counts = totals({"texts": sum(map(len, batch.texts)), "sampled": sum(batch.response_lengths)})
     epochs = stats["policy/optimizer_steps"] / config.num_mini_batches
-    work = Work.of(shared).ppo_update(texts, sampled, epochs * ("policy/approxkl_avg" in stats), epochs)
-    peak = peak_flops(shared.device, shared.dtype)
-    mfu = {"speed/mfu": work / sum(seconds.values()) / peak} if peak else {}
+    work = Work.of(shared.decoder, shared.first_role_layer, shared.lm_head_weight())
+    operations = work.ppo_update(**counts, policy_epochs=epochs * ("policy/approxkl_avg" in stats), value_epochs=epochs)
+    whole = sum(seconds.values())
     return {
         **{f"time/{part}": spent for part, spent in seconds.items()},
-        "speed/tokens_per_second": counts["texts"] / sum(seconds.values()),
+        "speed/tokens_per_second": counts["texts"] / whole,
         "speed/sampled_tokens_per_second": counts["sampled"] / seconds["rollout"],
-        **mfu,
+        **mfu(operations, whole, shared.device, shared.dtype),
         **memory_gib(shared.device),
     }
 

@@ -8,7 +8,8 @@ out; they are a few percent.
 import time
 from dataclasses import dataclass
 
-from rlhf.modeling import SharedBase
+from rlhf.decoder import Decoder
+from rlhf.processes import num_processes
 
 import torch
 
@@ -51,6 +52,12 @@ class Stopwatch:
         self.last = now
 
 
+def mfu(operations: float, seconds: float, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What share of their cards' arithmetic all processes together made use of; nothing where a card is not known."""
+    peak = peak_flops(device, dtype)
+    return {"speed/mfu": operations / seconds / peak / num_processes()} if peak else {}
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Operations a second that the card can do at most in `dtype`; None if that is not known."""
     if device.type != "cuda" or dtype == torch.float32:
@@ -78,13 +85,22 @@ class Work:
     head: float  # of the LM head
 
     @classmethod
-    def of(cls, shared: SharedBase) -> "Work":
+    def of(cls, decoder: Decoder, first: int, lm_head: torch.Tensor | None) -> "Work":
+        """Of a decoder whose layers from `first` on have adapters that train."""
         layers = [
             2.0 * sum(base.in_features * base.out_features for linear in layer.maps for base in linear.bases)
-            for layer in shared.decoder.layers
+            for layer in decoder.layers
         ]
-        first = shared.first_role_layer
-        return cls(sum(layers[:first]), sum(layers[first:]), 2.0 * shared.lm_head_weight().numel())
+        head = 0.0 if lm_head is None else 2.0 * lm_head.numel()
+        return cls(sum(layers[:first]), sum(layers[first:]), head)
+
+    def training(self, texts: float, predicted: float) -> float:
+        """Operations of a step of SFT, or of the reward model, which has no LM head.
+
+        Args:
+            texts: tokens that go through the model; predicted: those whose probability the loss wants.
+        """
+        return texts * (self.lower + 2 * self.upper) + predicted * 2 * self.head
 
     def ppo_update(self, texts: int, sampled: int, policy_epochs: float, value_epochs: float) -> float:
         """Operations of an update.

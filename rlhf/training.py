@@ -38,7 +38,7 @@ from rlhf.resume import (
     states,
     stop_when_asked,
 )
-from rlhf.speed import Stopwatch, memory_gib
+from rlhf.speed import Stopwatch, Work, memory_gib, mfu
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -108,6 +108,8 @@ def check_numbers(config: Any) -> None:
     for name, value in SHARDED.items() if sharded() else ():
         if os.environ.get(name) != value:
             raise UserError(f"{name.lower()} must be {value} with FSDP, as in configs/fsdp2.yaml")
+    if config.measure and not config.dry_run:
+        raise UserError("--measure belongs to --dry-run: add it, or leave --measure out")
     check_tracker(config.log_with)
     check_at_least_one(config, "lora_rank", "lora_alpha", "max_steps", "max_train_samples", "max_eval_samples")
     check_at_least_one(config, "save_steps", "save_total_limit")
@@ -242,6 +244,8 @@ class Resumable(Trainer):
     extremes: tuple[str, ...] = ()  # as the least or the most: `min_...`, `max_...`
     partial = Path()  # the state that is being written
     at_hand: list[Row]  # the step's
+    work: Work | None = None  # of a token; None: the model is sharded
+    dtype: torch.dtype  # the base computes in
     clock: Stopwatch | None = None  # since the first step
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -339,7 +343,7 @@ class Resumable(Trainer):
 
     # -- a step in parts
 
-    def go_through(self, rows: list[Row]) -> tuple[dict[str, float], int]:
+    def go_through(self, rows: list[Row]) -> tuple[dict[str, float], dict[str, int]]:
         """Forward, and backward where gradients are enabled, through the rows of all processes, in parts by tokens.
 
         The gradients are those of the mean loss; `sum_gradients` has still to sum them, unless FSDP did. No process waits
@@ -349,10 +353,11 @@ class Resumable(Trainer):
         Args:
             rows: of this process.
         Returns:
-            `means` and `extremes` over the rows of all processes, whatever the parts; the number of their tokens.
+            `means` and `extremes` over the rows of all processes, whatever the parts; and how many they have of items, of
+            tokens as TRL counts them, and of tokens that go through the model.
         """
         lengths = [self.tokens(row) for row in rows]
-        counts = [sum(map(self.items, rows)), sum(map(num_tokens, rows))]
+        counts = [sum(map(self.items, rows)), sum(map(num_tokens, rows)), sum(lengths)]
         counts = total(torch.tensor(counts, dtype=torch.float64, device=self.args.device))
         weight = ((num_processes() if sharded() else 1) / counts[0]).float()  # FSDP takes the mean of gradients
 
@@ -366,8 +371,10 @@ class Resumable(Trainer):
 
         found = self.micro_batch.fit(work, max(lengths, default=0), self.model.zero_grad)
         sums, peaks = self.add_up(found)
-        *values, tokens = torch.cat([sums / counts[0], peaks, counts[1:]]).tolist()  # the one wait for the device
-        return dict(zip(self.means + self.extremes, values, strict=True)), int(tokens)
+        numbers = torch.cat([sums / counts[0], peaks, counts]).tolist()  # the one wait for the device
+        names = self.means + self.extremes
+        values = dict(zip(names, numbers, strict=False))
+        return values, dict(zip(("items", "num_tokens", "texts"), map(int, numbers[len(names) :]), strict=True))
 
     def differentiate(self, rows: list[Row], weight: Tensor) -> dict[str, Tensor]:
         """`part_loss`, and backward of `weight` times the loss where gradients are enabled."""
@@ -409,16 +416,20 @@ class Resumable(Trainer):
         self.at_hand = inputs["rows"]
         self.clock = self.clock or Stopwatch(self.args.device)
         self.model.train()
-        values, tokens = self.go_through(self.at_hand)
+        values, counts = self.go_through(self.at_hand)
         if not math.isfinite(values["loss"]):
             raise self.not_finite("loss")
         if not sharded():
             sum_gradients(self.trained().values())
         loss = values.pop("loss")
-        self._total_train_tokens += tokens
+        self._total_train_tokens += counts["num_tokens"]
         self.clock.lap("time/step")  # since the last one: with its optimizer step and what was written after it
         seconds = self.clock.seconds["time/step"]
-        speed = {"speed/tokens_per_second": tokens / seconds, "time/step": seconds, **memory_gib(self.args.device)}
+        speed = {"speed/tokens_per_second": counts["texts"] / seconds, "time/step": seconds}
+        if self.work:
+            operations = self.work.training(counts["texts"], counts["items"])
+            speed |= mfu(operations, seconds, self.args.device, self.dtype)
+        speed |= memory_gib(self.args.device)
         for name, value in {"num_tokens": self._total_train_tokens, **values, **speed}.items():
             self._metrics["train"][name] = [value]  # which TRL adds to the log
         return torch.tensor(loss, device=self.args.device)

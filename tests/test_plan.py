@@ -133,3 +133,35 @@ def test_a_dry_run_tells_and_touches_nothing(script, trained, tiny_model, tiny_d
     assert not (tmp_path / "out").exists()
     small = call_main(script, [*map(str, flags), "--card-gb", "0.0001"])
     assert "does not fit" in small.stdout and "lower --micro-batch-tokens" in small.stdout
+
+
+@pytest.mark.parametrize("script", ["sft_train", "reward_train", "ppo_train"])
+def test_a_measured_dry_run_says_how_long_and_leaves_nothing(
+    script, trained, tiny_model, tiny_data, call_main, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    flags = ["--dataset", tiny_data, "--output-dir", tmp_path / "out", "--dry-run", "--measure", "--dtype", "fp32"]
+    flags += (
+        ["--base-model", tiny_model, "--no-load-in-4bit"]
+        if script == "sft_train"
+        else ["--sft-checkpoint", trained.sft]
+    )
+    flags += (
+        ["--batch-size", "4", "--max-steps", "3"] if script != "ppo_train" else ["--reward-checkpoint", trained.reward]
+    )
+    flags += ["--role-layers", "2"] if script != "sft_train" else []
+    flags += (
+        ["--episodes-per-update", "4", "--total-episodes", "40", "--response-length", "8"]
+        if script == "ppo_train"
+        else []
+    )
+    result = call_main(script, [*map(str, flags)])
+    assert result.returncode == 0, result.stderr
+    counted = 3 if script == "ppo_train" else 2  # the first is not
+    assert f"measured on this machine, {counted} steps: " in result.stdout and " tokens/s, " in result.stdout
+    assert f"{10 if script == 'ppo_train' else 3} steps would take 0 minutes" in result.stdout
+    assert ("rollout " in result.stdout) == (script == "ppo_train")
+    assert "Saved" not in result.stdout and "a few steps were made and thrown away" in result.stdout
+    assert not list(tmp_path.iterdir())
+    alone = call_main(script, [*map(str, flags[:4]), *map(str, flags[5:])])
+    assert alone.returncode == 2 and "--measure belongs to --dry-run" in alone.stderr

@@ -3,7 +3,8 @@
 from types import SimpleNamespace
 
 from rlhf.ppo_log import whole_speed
-from rlhf.speed import Stopwatch, Work, memory_gib, peak_flops
+from rlhf.speed import Stopwatch, Work, memory_gib, mfu, peak_flops
+from rlhf.trial import describe
 
 import pytest
 import torch
@@ -15,10 +16,23 @@ def test_operations_of_a_token_by_hand():
     """Two layers of a 2 x 3 and a 3 x 4 map, roles on the upper one, and an LM head of 5 x 2."""
     linears = [SimpleNamespace(in_features=2, out_features=3), SimpleNamespace(in_features=3, out_features=4)]
     layer = SimpleNamespace(maps=[SimpleNamespace(bases=linears)])
-    shared = SimpleNamespace(
-        decoder=SimpleNamespace(layers=[layer, layer]), first_role_layer=1, lm_head_weight=lambda: torch.zeros(5, 2)
-    )
-    assert Work.of(shared) == Work(lower=36, upper=36, head=20)
+    decoder = SimpleNamespace(layers=[layer, layer])
+    assert Work.of(decoder, 1, torch.zeros(5, 2)) == Work(lower=36, upper=36, head=20)
+    assert Work.of(decoder, 0, None) == Work(lower=0, upper=72, head=0)
+
+
+def test_operations_of_a_step_by_hand():
+    """SFT: adapters on all layers, an LM head. The reward model: layers below it that go forward only, no LM head."""
+    assert Work(lower=0, upper=100, head=1000).training(7, 3) == 7 * 200 + 3 * 2000
+    assert Work(lower=10, upper=100, head=0).training(7, 2) == 7 * 210
+
+
+def test_mfu_is_of_all_processes_cards(monkeypatch):
+    monkeypatch.setattr("rlhf.speed.peak_flops", lambda *_: 100.0)
+    monkeypatch.setattr("rlhf.speed.num_processes", lambda: 2)
+    assert mfu(300.0, 3.0, CPU, torch.bfloat16) == {"speed/mfu": 0.5}
+    monkeypatch.setattr("rlhf.speed.peak_flops", lambda *_: None)
+    assert mfu(300.0, 3.0, CPU, torch.bfloat16) == {}
 
 
 def test_operations_of_an_update_by_hand():
@@ -55,3 +69,20 @@ def test_the_speed_of_a_whole_run():
         {"episode": 8, "time/rollout": 2.0, "time/measure": 4.0, "speed/tokens_per_second": 50.0},
     ]
     assert whole_speed(rows) == {"speed/tokens_per_second": 62.5, "time/rollout": 3.0, "time/measure": 5.0}
+
+
+def test_what_a_few_steps_say_of_a_whole_run():
+    step = {"step": 2, "loss": 1.0, "time/step": 2.0, "speed/tokens_per_second": 1500.0}
+    said = describe([step, step | {"time/step": 4.0}, step | {"time/step": 3.0}], 1024, 2400)
+    assert "3 steps: 1,500 tokens/s, 3.0 s a step, micro-batches of 1,024 tokens" in said
+    assert "2,400 steps would take 2.0 hours" in said
+    ppo = {
+        "time/rollout": 2.0,
+        "time/measure": 0.5,
+        "time/optimise": 1.5,
+        "speed/tokens_per_second": 10.0,
+        "speed/mfu": 0.25,
+    }
+    said = describe([ppo], 1024, 30)
+    assert "4.0 s a step (rollout 2.0, measure 0.5, optimise 1.5), MFU 25%" in said
+    assert "30 steps would take 2 minutes" in said
