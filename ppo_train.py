@@ -342,19 +342,22 @@ def optimise(
     history: list[dict[str, float]] = []
     for minibatch, tokens in list(enumerate(count_tokens(batch))) * config.num_ppo_epochs:
         check_stop(together=True)
-        stats: dict[str, float] = {}
+        sums: Sums = {}
         if update > config.critic_warmup_updates:
-            sums = backward(policy, shared, "policy", batch, minibatch, tokens, scaler)
+            sums |= backward(policy, shared, "policy", batch, minibatch, tokens, scaler)
             if history or shared.micro_batch.halved:  # in smaller micro-batches rounding alone moves the ratio
                 sums["ratio_off"].zero_()
-            stats = read(sums, tokens)
-            if stats.pop("ratio_off"):
-                raise RuntimeError("the ratio is off 1 before the first step: measuring and optimising disagree")
-            if stats["policy/approxkl_avg"] > config.kl_stop:
-                optimizer.zero_grad()
-                break
-        sums = backward(value, shared, "value", batch, minibatch, tokens, scaler)
-        history.append(stats | step(optimizer, scaler, config.max_grad_norm) | read(sums, tokens))
+        sums |= backward(value, shared, "value", batch, minibatch, tokens, scaler)
+        norms = clip(optimizer, scaler, config.max_grad_norm)
+        stats = read(sums, tokens, norms)
+        if stats.pop("ratio_off", 0.0):
+            raise RuntimeError("the ratio is off 1 before the first step: measuring and optimising disagree")
+        if stats.get("policy/approxkl_avg", 0.0) > config.kl_stop:
+            optimizer.zero_grad()
+            scaler.update()
+            break
+        step(optimizer, scaler, stats)
+        history.append({name: value for name, value in stats.items() if math.isfinite(value)})
     return mean_stats(history)
 
 
@@ -393,32 +396,36 @@ def value_losses(
     return value_loss(values, old.values[micro.tokens], old.returns[micro.tokens], config.cliprange_value)
 
 
-def read(sums: Sums, tokens: float) -> dict[str, float]:
-    """Means over the tokens of all processes. The CPU waits for the device here."""
-    means = total(torch.stack(list(sums.values()))) / tokens
-    return dict(zip(sums, means.tolist(), strict=True))
-
-
-def step(optimizer, scaler, max_grad_norm: float) -> dict[str, float]:
-    """Clip the gradients of policy and value, each to `max_grad_norm`, and step. Raises NotFinite if they are not."""
+def clip(optimizer, scaler, max_grad_norm: float) -> dict[str, Tensor]:
+    """Sum the gradients of all processes and clip those of policy and value, each to `max_grad_norm`. Returns their norms."""
     for group in optimizer.param_groups:
         sum_gradients(group["params"])
     scaler.unscale_(optimizer)
-    norms = {}
-    clipped = [
-        torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm).to(group["params"][0].device)
+    return {
+        f"{group['name']}/grad_norm": torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
         for group in optimizer.param_groups
-    ]
-    for group, norm in zip(optimizer.param_groups, torch.stack(clipped).tolist(), strict=True):
-        if math.isfinite(norm):
-            norms[f"{group['name']}/grad_norm"] = norm
-        # With fp16 the scaler skips such a step and halves its scale; a scale below 1 has no room left.
-        elif not (scaler.is_enabled() and scaler.get_scale() >= 1):
+    }
+
+
+def read(sums: Sums, tokens: float, norms: dict[str, Tensor]) -> dict[str, float]:
+    """Means over the tokens of all processes, and the norms: the one wait of a minibatch for the device."""
+    means = total(torch.stack(list(sums.values()))) / tokens
+    numbers = torch.cat([means, torch.stack(list(norms.values())).to(means)])
+    return dict(zip([*sums, *norms], numbers.tolist(), strict=True))
+
+
+def step(optimizer, scaler, stats: dict[str, float]) -> None:
+    """Make the step whose gradients are clipped. Raises NotFinite if by their norms in `stats` they are not finite.
+
+    With fp16 the scaler skips such a step and halves its scale; a scale below 1 has no room left.
+    """
+    for group in optimizer.param_groups:
+        finite = math.isfinite(stats[f"{group['name']}/grad_norm"])
+        if not finite and not (scaler.is_enabled() and scaler.get_scale() >= 1):
             raise NotFinite(f"the {group['name']} gradient is not finite; lower its learning rate")
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    return norms
 
 
 @torch.no_grad()

@@ -237,10 +237,14 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_the_scaler_or_ends_the_run(
     optimizer = torch.optim.SGD([{"name": "policy", "params": [weight]}], lr=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     weight.grad = scaler.scale(torch.tensor([torch.inf, 1.0, 1.0]))
-    assert ppo_train.step(optimizer, scaler, 1.0) == {} and weight.tolist() == [0, 0, 0] and scaler.get_scale() == 1.0
+    stats = ppo_train.read({"loss": torch.tensor(0.0)}, 1.0, ppo_train.clip(optimizer, scaler, 1.0))
+    ppo_train.step(optimizer, scaler, stats)
+    assert weight.tolist() == [0, 0, 0] and scaler.get_scale() == 1.0
+    without = torch.amp.GradScaler("cpu", enabled=False)
+    weight.grad = torch.tensor([torch.nan, 1.0, 1.0])
+    stats = ppo_train.read({"loss": torch.tensor(0.0)}, 1.0, ppo_train.clip(optimizer, without, 1.0))
     with pytest.raises(NotFinite, match="policy gradient"):
-        weight.grad = torch.tensor([torch.nan, 1.0, 1.0])
-        ppo_train.step(optimizer, torch.amp.GradScaler("cpu", enabled=False), 1.0)
+        ppo_train.step(optimizer, without, stats)
 
 
 def test_the_end_of_a_tracker_leaves_the_processes_together(monkeypatch, tmp_path):
