@@ -223,7 +223,7 @@ class Trainer(Resumable, SFTTrainer):
         following = np.array([label for row in rows for label in [*row["labels"][1:], -100]])
         labelled = np.flatnonzero(following != -100)
         labels, places = torch.from_numpy(np.stack([following[labelled], labelled])).to(self.args.device)
-        states = self.decoder.run(self.decoder.embed(texts), texts, SFT)[places]
+        states = self.decoder.run(self.decoder.embed(texts), texts, SFT, self.decoder.layers)[places]
         lm_head = self.decoder.model.get_output_embeddings().weight
         return chosen_logprobs(self.decoder.norm(states), lm_head, labels, 1.0, statistics=True)
 

@@ -1,15 +1,15 @@
 """Sampling responses from the shared base.
 
 A loop of our own, because PPO needs three things of it: a draw that depends on (seed, episode, token) alone and not
-on what else is in the batch; rows that leave the batch when they end; and, for a response that runs on into the
-next `\\n\\nHuman:`, the token with which it did so.
+on what else is in the batch; each token's log-probability; and, for a response that runs on into the next
+`\\n\\nHuman:`, the token with which it did so.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from rlhf.data import PromptFormat
-from rlhf.decoder import KVCache, lay_out, next_tokens
-from rlhf.logprobs import matmul
+from rlhf.decoding import LAG, Decoding
 from rlhf.micro_batches import free_memory
 from rlhf.modeling import SharedBase
 from rlhf.reporting import console
@@ -21,7 +21,6 @@ from torch import Tensor
 
 Seed = int | tuple[int, ...]
 
-PREFILL = 8  # prompts read at a time
 TAIL = 12  # tokens decoded to look for the stop text, which is shorter than that
 
 
@@ -36,6 +35,7 @@ class Response:
     ids: list[int]
     text_ids: list[int]
     ended_by: str  # "eos", "stop_text" or "length"
+    logprobs: tuple[float, ...] = ()  # nats, of each of `ids` as they were sampled; none at temperature 0
 
 
 @torch.no_grad()
@@ -60,17 +60,21 @@ def generate(
         One `Response` a prompt, in the prompts' order.
     """
     responses: list[Response | None] = [None] * len(prompts)
+    settings = max_new_tokens, temperature
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     while order:
         rows = order[: min(batch_size, shared.rollout_rows or batch_size)]
+        ours = [prompts[row] for row in rows], [seeds[row] for row in rows]
         try:
-            for row, response in _generate_batch(shared, role, form, prompts, rows, max_new_tokens, temperature, seeds):
+            for row, response in zip(rows, _sample(shared, role, form, *ours, *settings), strict=True):
                 responses[row] = response
             order = order[len(rows) :]
             continue
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
+        finally:
+            shared.graphs.clear()
         # Outside `except`, which would hold the cache that did not fit.
         shared.rollout_rows = (len(rows) + 1) // 2
         console.print(f"out of memory: {shared.rollout_rows} responses at a time from now on, not {len(rows)}")
@@ -78,61 +82,64 @@ def generate(
     return responses
 
 
-def _generate_batch(shared, role, form, prompts, rows, max_new_tokens, temperature, seeds):
-    """Yield (row, Response) for each of `rows`, as they end."""
-    lengths = [len(prompts[row]) for row in rows]
-    draws = torch.stack([_uniforms(seeds[row], max_new_tokens) for row in rows])  # [B, max_new_tokens]
-    draws = draws.to(shared.device)
-    cache = KVCache(shared.decoder.model, len(rows), max(lengths) + max_new_tokens)
-    hidden = torch.cat(
-        [_read(shared, role, prompts, rows, part, cache) for part in range(0, len(rows), PREFILL)]
-    )  # [B, H]
-    cache.start(lengths)
-    chosen: list[list[int]] = [[] for _ in rows]
-
-    for step in range(max_new_tokens):
-        check_stop()
-        tokens = pick(matmul(hidden, shared.lm_head_weight().T), temperature, draws[:, step])
-        keep = []
-        for i, token in enumerate(tokens.tolist()):
-            chosen[i].append(token)
-            response = _ended(chosen[i], form, max_new_tokens)
-            if response:
-                yield rows[i], response
-            else:
-                keep.append(i)
-        if not keep:
-            return
-        if len(keep) < len(rows):  # rows that ended leave the batch
-            index = torch.tensor(keep, device=shared.device)
-            cache.keep(index)
-            tokens, draws = tokens[index], draws[index]
-            rows, chosen = [rows[i] for i in keep], [chosen[i] for i in keep]
-        texts = next_tokens(tokens, cache.lengths, cache.longest)
-        hidden = shared.decoder.norm(shared.read(texts, role, cache))
-        cache.grow()
-
-
-def _read(shared, role, prompts, rows, start, cache) -> Tensor:
-    """Read some of the prompts into the cache: the final hidden state [b, H] of each one's last token."""
-    cache.reading = slice(start, start + PREFILL)
-    texts = lay_out([prompts[row] for row in rows[cache.reading]], shared.device)
-    return shared.decoder.norm(shared.read(texts, role, cache)[texts.last])
-
-
-def pick(logits: Tensor, temperature: float, draw: Tensor) -> Tensor:
-    """One token a row: the largest logit at temperature 0, else the inverse of the softmax's CDF at `draw` in [0, 1).
-
-    Args:
-        logits: [B, V]; draw: [B], float64.
-    Returns:
-        [B]
-    """
+def _sample(shared, role, form, prompts, seeds, max_new_tokens, temperature) -> list[Response]:
+    """The responses to prompts that run together."""
+    decoding = start(shared, role, prompts, seeds, max_new_tokens, temperature)
+    ended = {row: response for row, _, response in stream(decoding, form) if response}
+    responses = [ended[row] for row in range(len(prompts))]
     if temperature == 0:
-        return logits.argmax(-1)
-    cdf = torch.softmax(logits.float() / temperature, dim=-1).double().cumsum(-1)
-    tokens = torch.searchsorted(cdf, draw[:, None] * cdf[:, -1:], right=True).squeeze(-1)
-    return tokens.clamp(max=logits.shape[-1] - 1)
+        return responses
+    logprobs = decoding.logprobs.tolist()
+    return [
+        replace(response, logprobs=tuple(of_row[: len(response.ids)]))
+        for response, of_row in zip(responses, logprobs, strict=False)
+    ]
+
+
+def start(
+    shared: SharedBase,
+    role: str,
+    prompts: list[list[int]],
+    seeds: list[Seed],
+    max_new_tokens: int,
+    temperature: float,
+) -> Decoding:
+    """Read prompts, from the shortest on, and sample the first token of each response."""
+    draws = torch.stack([_uniforms(seed, max_new_tokens) for seed in seeds])
+    lag = LAG if shared.device.type == "cuda" else 0
+    layers, lengths = shared.layers_of(role), list(map(len, prompts))
+    decoding = Decoding(shared.decoder, role, layers, lengths, draws, temperature, shared.graphs, lag)
+    decoding.read(prompts, shared.micro_batch.tokens)
+    return decoding
+
+
+@torch.no_grad()
+def stream(decoding: Decoding, form: PromptFormat) -> Iterator[tuple[int, int, Response | None]]:
+    """The tokens of all responses as they come: row, token, and the whole response where that is its last one."""
+    count, new = len(decoding.logprobs) - 1, decoding.draws.shape[1]
+    texts: list[int | None] = list(range(count))  # of each row, until it ends
+    written: list[list[int]] = [[] for _ in range(count)]
+    for step in range(new + decoding.lag):
+        check_stop()
+        if 0 < step < new:
+            decoding.step()
+        if step < new:
+            decoding.send()
+        if step < decoding.lag:
+            continue
+        for row, token in enumerate(decoding.receive()[: len(texts)]):
+            text = texts[row]
+            if text is None:
+                continue
+            written[text].append(token)
+            response = _ended(written[text], form, new)
+            texts[row] = None if response else text
+            yield text, token, response
+        alive = [row for row, text in enumerate(texts) if text is not None]
+        if not alive:
+            return
+        if not decoding.lag and decoding.shrink(alive):
+            texts = [texts[row] for row in alive]
 
 
 def _uniforms(seed: Seed, count: int) -> Tensor:

@@ -10,6 +10,7 @@ Shapes: B texts, T tokens of the longest, S tokens attended to, N tokens of all 
 summed rank of a role's adapters, D features a head, G query heads to each of K key heads.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ class LeanLayer:
             rope: cosines and sines of the tokens' positions, each [N, D].
             padded: where each token stands in [B, T], a `decoder.Padded`.
             mask: [B or 1, 1, T, S], added to the attention's scores; None: causal, for a fused kernel.
-            cache: a `decoder.KVCache` that keeps k and v and gives those of earlier tokens.
+            cache: a `decoder.Cache` that keeps k and v.
         """
         qkv = self.qkv(x, role, norm=self.layer.input_layernorm)  # [N, (GK + 2K) D]
         if self.head_norms:
@@ -57,7 +58,7 @@ class LeanLayer:
             qkv = _NormHeads.apply(qkv, q_norm.weight, k_norm.weight, q_norm.variance_epsilon, self.heads)
         q, k, v = _Rotate.apply(qkv, *rope, self.heads, padded)  # [B, heads, T, D] each
         if cache is not None:
-            k, v = cache.update(self.attention.layer_idx, k, v)
+            cache.keep(self.attention.layer_idx, k, v)
         if q.is_cuda:
             out, _ = sdpa_attention_forward(self.attention, q, k, v, mask, scaling=self.attention.scaling)
             out = out.transpose(1, 2)
@@ -66,6 +67,45 @@ class LeanLayer:
         x = self.o(_Join.apply(out, padded), role, residual=x)
         gate_up = self.gate_up(x, role, norm=self.layer.post_attention_layernorm)
         return self.down(gate_up, role, residual=x, gated=True)
+
+    def merged(self) -> "LeanLayer":
+        """A layer like this one that has a `MergedMap` in the place of each linear map."""
+        layer = copy.copy(self)
+        layer.maps = tuple(map(MergedMap, self.maps))
+        layer.qkv, layer.o, layer.gate_up, layer.down = layer.maps
+        return layer
+
+    def next(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, role: str, keys: Tensor, values: Tensor, at
+    ) -> Tensor:
+        """Hidden states [B, H] of one token more of each text, without gradients.
+
+        All shapes are fixed and nothing is read by the CPU, so a CUDA graph can hold it.
+
+        Args:
+            x: [B, H].
+            rope: cosines [B, 1, D], and sines whose first half is negated.
+            mask: [B, 1, 1, S], 0 where the token may look and -inf elsewhere.
+            keys, values: [B, K, W, D] of the tokens before, W >= S; the token's own are written to them.
+            at: where, as an index of their dimensions 0 and 2: two tensors [B].
+        """
+        rows, places = at
+        cos, sin = rope
+        width, (heads, kv_heads) = mask.shape[-1], self.heads
+        qkv = self.qkv.apply(rms_norm(x, self.layer.input_layernorm), role)
+        qk, v = qkv.view(len(x), -1, cos.shape[-1]).split([heads + kv_heads, kv_heads], dim=1)
+        if self.head_norms:
+            q_norm, k_norm = self.head_norms
+            q, k = qk.split([heads, kv_heads], dim=1)
+            qk = torch.cat([rms_norm(q, q_norm), rms_norm(k, k_norm)], dim=1)
+        first, second = qk.chunk(2, dim=-1)
+        q, k = torch.cat([second, first], dim=-1).mul_(sin).addcmul_(qk, cos).split([heads, kv_heads], dim=1)
+        keys[rows, :, places] = k
+        values[rows, :, places] = v
+        out = one_query_attention(q, keys[:, :, :width], values[:, :, :width], mask, self.attention.scaling)
+        x = self.o.apply(out, role, residual=x)
+        gate, up = self.gate_up.apply(rms_norm(x, self.layer.post_attention_layernorm), role).chunk(2, dim=-1)
+        return self.down.apply(F.silu(gate).mul_(up), role, residual=x)
 
 
 # ---------------------------------------------------------------- linear maps with LoRA
@@ -117,9 +157,13 @@ class LinearMap:
         self.layers = layers
         self.bases = [layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers]
         self.out_features = [base.out_features for base in self.bases]
-        self.weight, self.bias = None, None  # of all layers, if not quantised
+        self.weight: Tensor | None = None  # of all layers, if not quantised
+        self.quantised: Quantised | None = None  # or else
+        self.bias = self.join("bias")
         if all(type(base) is nn.Linear for base in self.bases):
-            self.weight, self.bias = (self.join(name) for name in ("weight", "bias"))
+            self.weight = self.join("weight")
+        else:
+            self.quantised = Quantised(self.bases)
         self.stacks: dict[str, Stack | None] = {}  # of each role; None: no adapter
 
     def stack(self, roles: dict[str, list[str]], dtype: torch.dtype) -> None:
@@ -132,6 +176,7 @@ class LinearMap:
             roles: the names of PEFT's adapters that each role has, in the order in which they are stacked.
         """
         self.stacks.clear()
+        self.dtype = dtype
         pieces = {role: self.pieces(adapters) for role, adapters in roles.items()}
         rank = max((part[-1].columns.stop for part in pieces.values() if part), default=0)
         made: dict[tuple[int, ...], Stack] = {}
@@ -181,27 +226,123 @@ class LinearMap:
         weights = stack.weights if stack else ()
         return _LinearMap.apply(x, residual, self, stack, prepare, constants, *weights)
 
+    def apply(self, x: Tensor, role: str, residual: Tensor | None = None) -> Tensor:
+        """[N, O] of x as it is, without gradients: few operations, none of which the CPU has to wait for."""
+        out = self.product(x)
+        stack = self.stacks[role]
+        if stack:
+            out.addmm_(x @ stack.a.T, stack.b.T)
+        return out if residual is None else out.add_(residual)
+
     def product(self, x: Tensor) -> Tensor:
         """x W^T, and the bias if there is one"""
-        if self.weight is not None:
-            return F.linear(x, self.weight, self.bias)
-        out = x.new_empty(len(x), sum(self.out_features))
-        for base, part in zip(self.bases, out.split(self.out_features, dim=-1), strict=True):
-            part.copy_(base(x))
-        return out
+        if self.quantised:
+            return self.quantised.product(x, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
     def product_transposed(self, grad: Tensor) -> Tensor:
         """grad W"""
-        if self.weight is not None:
-            return grad @ self.weight
+        return grad @ self.whole_weight(grad.dtype)
+
+    def whole_weight(self, dtype: torch.dtype) -> Tensor:
+        """[O, I], dequantised if need be."""
+        return self.quantised.dequantise(dtype) if self.quantised else self.weight.to(dtype)
+
+
+class Quantised:
+    """The NF4 weights of linear layers that read the same input, as one [O, I].
+
+    Joined, a product is one kernel, and stays bitsandbytes' fused one for more rows. The second level of quantisation, of
+    the scales, has an offset of its own in each weight, so where there are several the scales go back to float32: exactly
+    what they are dequantised to anyway. The layers then hold views.
+    """
+
+    def __init__(self, bases: list[nn.Module]):
+        states = [base.weight.quant_state for base in bases]
+        self.data, self.state = bases[0].weight.data, states[0]
+        if len(bases) == 1:
+            return
+        from bitsandbytes.functional import QuantState
+
+        self.data = torch.cat([base.weight.data for base in bases])
+        scales = torch.cat([self.scales(state) for state in states])
+        kept = {"blocksize": self.state.blocksize, "code": self.state.code, "quant_type": self.state.quant_type}
+        kept["dtype"] = self.state.dtype
+        start = first_scale = 0
+        for base, state in zip(bases, states, strict=True):
+            end, last_scale = start + len(base.weight.data), first_scale + len(state.absmax)
+            base.weight.data = self.data[start:end]
+            state = QuantState(scales[first_scale:last_scale], shape=state.shape, **kept)
+            base.weight.quant_state = base.quant_state = state
+            start, first_scale = end, last_scale
+        shape = torch.Size([sum(state.shape[0] for state in states), states[0].shape[1]])
+        self.state = QuantState(scales, shape=shape, **kept)
+
+    @staticmethod
+    def scales(state) -> Tensor:
+        """The float32 scale of each block of a weight, as `dequantize_4bit` works it out."""
+        from bitsandbytes.functional import dequantize_blockwise
+
+        if not state.nested:
+            return state.absmax
+        return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        from bitsandbytes import matmul_4bit
+
+        return matmul_4bit(x, self.data, quant_state=self.state, bias=bias)
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """[O, I]"""
         from bitsandbytes.functional import dequantize_4bit
 
-        result = None
-        for base, part in zip(self.bases, grad.split(self.out_features, dim=-1), strict=True):
-            weight = dequantize_4bit(base.weight.data, base.weight.quant_state).to(grad.dtype)  # [O, I]
-            result = part @ weight if result is None else result.addmm_(part, weight)
-            del weight  # before the next one is made
-        return result
+        state = copy.copy(self.state)
+        state.dtype = dtype
+        return dequantize_4bit(self.data, state)
+
+
+class MergedMap:
+    """A `LinearMap` with the adapters of a role added into a 16-bit weight of its own: for sampling, without gradients.
+
+    The weight keeps its address; `write` must follow whatever writes to the adapters.
+    """
+
+    def __init__(self, linear: LinearMap):
+        self.linear, self.bias = linear, linear.bias
+        base = linear.whole_weight(linear.dtype)
+        self.weight = torch.empty_like(base)
+
+    @torch.no_grad()
+    def write(self, role: str) -> None:
+        """base + adapters, summed in float32 and rounded once: each part rounded by itself would lose a small policy."""
+        merged = self.linear.whole_weight(torch.float32)
+        stack = self.linear.stacks[role]
+        if stack and merged is self.linear.weight:  # float32 itself
+            merged = merged.clone()
+        for piece in stack.pieces if stack else ():
+            merged[piece.rows].addmm_(piece.b, piece.a, alpha=piece.scaling)
+        self.weight.copy_(merged)
+
+    def __call__(
+        self,
+        x: Tensor,
+        role: str,
+        norm: nn.Module | None = None,
+        gated: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """As `LinearMap`'s; `role` is the one that was written."""
+        y = rms_norm(x, norm) if norm is not None else _Gate.forward(x)[0] if gated else x
+        return self.apply(y, role, residual)
+
+    def apply(self, x: Tensor, role: str, residual: Tensor | None = None) -> Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        return out if residual is None else out.add_(residual)
+
+
+def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """`norm` of x, without a gradient: one kernel on a card. Rounded once, where Llama's own rounds twice."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 class _LinearMap(Function):
@@ -393,6 +534,20 @@ class _Join(Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return ctx.padded.spread(grad.view(len(grad), ctx.heads, -1)).transpose(1, 2), None
+
+
+def one_query_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Attention [B, GK D] of one token of each text [B, GK, D] to keys and values [B, K, S, D], without gradients.
+
+    On a GPU the G heads of a key head are the rows of one product, so keys are not repeated; on a CPU torch's fused kernel
+    is the faster one here, in bfloat16 two to four times.
+    """
+    b, kv_heads, _, d = key.shape
+    if not query.is_cuda:
+        grouped = {"enable_gqa": True, "attn_mask": mask, "scale": scaling}
+        return F.scaled_dot_product_attention(query[:, :, None], key, value, **grouped).view(b, -1)
+    weights = (query.reshape(b, kv_heads, -1, d) @ key.transpose(-1, -2)).mul_(scaling).add_(mask).softmax(-1)
+    return (weights @ value).view(b, -1)
 
 
 class _Attention(Function):

@@ -17,8 +17,10 @@ from typing import Any
 from rlhf.checkpoints import check_same_base
 from rlhf.cli import UserError, one_line
 from rlhf.data import PromptFormat
-from rlhf.decoder import Decoder, KVCache, Texts, check_layers, lay_out, lay_out_pairs
+from rlhf.decoder import Decoder, MergedLayers, Texts, check_layers, lay_out, lay_out_pairs
+from rlhf.graphs import Graphs
 from rlhf.hub import hub_errors
+from rlhf.layers import LeanLayer
 from rlhf.micro_batches import CPU_TOKENS, MicroBatchSize, cut_by_tokens
 from rlhf.processes import is_main, sharded, this_process, whole
 
@@ -248,6 +250,8 @@ class SharedBase:
         self.adapters: dict[str, list[str]] = {BASE: [], REFERENCE: ["sft"]}  # of each role
         self.micro_batch = MicroBatchSize(CPU_TOKENS)
         self.rollout_rows: int | None = None  # that fit, once more have run out of memory
+        self.merged: MergedLayers | None = None  # what a role samples from, if not the base with its adapters
+        self.graphs = Graphs(enabled=self.device.type == "cuda")  # of decoding
         self.trained: tuple[str, ...] = ()  # the roles whose weights get gradients
         config, state = read_adapter(folder)
         if any(weight.shape[0] != config.r for key, weight in state.items() if "lora_A" in key):
@@ -366,22 +370,34 @@ class SharedBase:
 
     # -- forward
 
-    def read(self, texts: Texts, role: str, cache: KVCache | None = None) -> Tensor:
-        """Hidden states [N, H] of `role` after all layers, before the final norm."""
-        return self.decoder.run(self.decoder.embed(texts), texts, role, cache=cache)
-
     @torch.no_grad()
     def lower(self, texts: Texts) -> Tensor:
         """Hidden states [N, H] below the first role layer, the same for every role but the bare base."""
-        return self.decoder.run(self.decoder.embed(texts), texts, REFERENCE, slice(0, self.first_role_layer))
+        return self.decoder.run(
+            self.decoder.embed(texts), texts, REFERENCE, self.decoder.layers[: self.first_role_layer]
+        )
 
     def upper(self, lower: Tensor, texts: Texts, role: str) -> Tensor:
         """Final hidden states [N, H] of `role`, from those that `lower` gave."""
-        return self.decoder.norm(self.decoder.run(lower, texts, role, slice(self.first_role_layer, None)))
+        return self.decoder.norm(self.decoder.run(lower, texts, role, self.decoder.layers[self.first_role_layer :]))
 
     def read_head(self, texts: Texts, role: str = "reward") -> Tensor:
         """What the reward model `role` says at the last token of each text [B], float32; of pairs [2 x B]."""
         return self.heads[role](self.upper(self.lower(texts), texts, role)[texts.last]).squeeze(-1)
+
+    # -- decoding
+
+    def merge(self, role: str) -> None:
+        """Have `role` sample from a copy of the base with its adapters merged in, as they are now."""
+        if self.merged and self.merged.role == role:
+            self.merged.write()
+        else:
+            self.merged = MergedLayers(self.decoder, role, self.first_role_layer)
+
+    def layers_of(self, role: str) -> list[LeanLayer]:
+        """The layers that `role` samples through."""
+        merged = self.merged and self.merged.role == role
+        return self.merged.layers if merged else self.decoder.layers
 
     def lm_head_weight(self) -> Tensor:
         """[V, H]"""

@@ -12,7 +12,6 @@ from typing import Any
 from rlhf.card import CARD_OVERHEAD, tokens_that_fit
 from rlhf.cli import UserError, check_between, less_memory
 from rlhf.data import load_pairs, tokenize_prompts
-from rlhf.generation import PREFILL
 from rlhf.hub import hub_errors
 from rlhf.logprobs import CPU_BLOCK, chunk_elements
 from rlhf.modeling import load_format, same_base
@@ -197,8 +196,7 @@ def plan_ppo(
         # Logits (on a GPU in float32), softmax, its sum in float64, and that times the total.
         "logits": rows * shape.vocabulary * ((4 if shape.fused_attention else shape.width) + 4 + 8 + 8),
     }
-    prefill = min(rows, PREFILL) * longest
-    prefill = rollout | {"activations": shape.forward(prefill, longest), "logits": 0}
+    prefill = rollout | {"activations": shape.forward(min(rows * longest, tokens), longest), "logits": 0}
     lower = episodes * length * shape.hidden * shape.width  # of the layers below the roles, for all epochs
     rank = sft_rank + role_rank
     backward = standing | {

@@ -4,7 +4,8 @@ import copy
 import math
 
 import rlhf.generation
-from rlhf.generation import Response, _ended, _uniforms, generate, pick
+from rlhf.decoding import pick as pick_with_logprobs
+from rlhf.generation import Response, _ended, _uniforms, generate
 from rlhf.modeling import SharedBase, base_facts, load_base
 
 import pytest
@@ -45,21 +46,25 @@ def sample(shared, form, prompts, temperature, seeds, batch_size, new=NEW, role=
     return [r.ids for r in generate(shared, role, form, prompts, new, temperature, seeds, batch_size)]
 
 
+def pick(logits, temperature, draws):
+    return pick_with_logprobs(logits, temperature, draws)[0]
+
+
 # ---------------------------------------------------------------- the batch changes nothing
 
 
 def test_a_size_that_ran_out_of_memory_is_not_tried_again(shared, silent, prompts, monkeypatch):
     prompts, seeds, failed = prompts * 2, range(12), []
     alone = sample(shared, silent, prompts, 1.0, seeds, 6, new=4)
-    generate_batch = rlhf.generation._generate_batch
+    start = rlhf.generation.start
 
-    def small_card(shared, role, form, prompts, rows, *more):
-        if len(rows) > 2:
-            failed.append(len(rows))
+    def small_card(shared, role, prompts, *more):
+        if len(prompts) > 2:
+            failed.append(len(prompts))
             raise torch.OutOfMemoryError("out of memory")
-        return generate_batch(shared, role, form, prompts, rows, *more)
+        return start(shared, role, prompts, *more)
 
-    monkeypatch.setattr(rlhf.generation, "_generate_batch", small_card)
+    monkeypatch.setattr(rlhf.generation, "start", small_card)
     monkeypatch.setattr(shared, "rollout_rows", None)
     assert sample(shared, silent, prompts, 1.0, seeds, 6, new=4) == alone
     assert (failed, shared.rollout_rows) == ([6, 3], 2)

@@ -2,10 +2,11 @@
 
 import copy
 
-from rlhf.decoder import Decoder, KVCache, Padded, lay_out, lay_out_pairs, next_tokens, unpad
+from rlhf.decoder import Decoder, Padded, lay_out, lay_out_pairs, unpad
 
 import pytest
 import torch
+from conftest import make_model
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -60,7 +61,7 @@ def make_decoder(peft):
 
 def our_logits(peft, texts=TEXTS, decoder=None, laid_out=None, role="policy"):
     decoder, laid_out = decoder or make_decoder(peft), laid_out or lay_out(texts, CPU)
-    hidden = decoder.norm(decoder.run(decoder.embed(laid_out), laid_out, role))
+    hidden = decoder.norm(decoder.run(decoder.embed(laid_out), laid_out, role, decoder.layers))
     return hidden @ peft.get_base_model().get_output_embeddings().weight.T
 
 
@@ -80,11 +81,17 @@ def assert_same(peft, ours, own, count=2 * 7 * 2):
         torch.testing.assert_close(ours[name], gradient, atol=1e-4, rtol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory):
+    """Rows of 64 numbers: bitsandbytes' CPU kernel misreads weights whose rows are shorter than its blocks."""
+    return make_model(tmp_path_factory.mktemp("wide"), hidden_size=64)
+
+
 @pytest.mark.parametrize("texts", [TEXTS, [[5, 9, 17], [7, 7, 30]]], ids=["ragged", "of one length"])
 @pytest.mark.parametrize("base", ["fp32", "nf4", "checkpointed"])
-def test_logits_and_gradients_equal_pefts(tiny_model, base, texts):
+def test_logits_and_gradients_equal_pefts(tiny_model, wide_model, base, texts):
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    peft = tiny(tiny_model, **({"quantization_config": nf4} if base == "nf4" else {}))
+    peft = tiny(wide_model, quantization_config=nf4) if base == "nf4" else tiny(tiny_model)
     decoder = make_decoder(peft)
     decoder.gradient_checkpointing = base == "checkpointed"
     assert_same(peft, our_logits(peft, texts, decoder), own_logits(peft, texts))
@@ -125,9 +132,9 @@ def test_another_architecture_and_a_text_beyond_the_attention_window_are_refused
     model = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=4))
     decoder, short, long = Decoder(model), lay_out([[1, 2, 3, 4]], CPU), lay_out([[1, 2, 3, 4, 5]], CPU)
     decoder.stack({"base": []})
-    decoder.run(decoder.embed(short), short, "base")
+    decoder.run(decoder.embed(short), short, "base", decoder.layers)
     with pytest.raises(UserError, match="attention window of 4 tokens"):
-        decoder.run(decoder.embed(long), long, "base")
+        decoder.run(decoder.embed(long), long, "base", decoder.layers)
 
 
 def test_roles_are_pefts_active_adapters(tiny_model):
@@ -174,34 +181,6 @@ def test_roles_share_the_stacks_of_layers_without_adapters_of_their_own(tiny_mod
     for linear in decoder.layers[3].maps:
         reference, policy = linear.stacks["reference"], linear.stacks["policy"]
         assert reference.a.shape == policy.a.shape and reference is not policy
-
-
-def test_the_cache(tiny_model):
-    """Texts of different lengths read as prompts, two rows and then the rest, and then token by token, less a row that left."""
-    peft = tiny(tiny_model)
-    decoder, prompts, more = make_decoder(peft), [ids[:-1] for ids in TEXTS[:3]], [[8, 30, 35], [4, 5, 6]]
-    cache = KVCache(decoder.model, 3, 16)
-    head = peft.get_base_model().get_output_embeddings().weight.T
-
-    def logits(texts):
-        return decoder.norm(decoder.run(decoder.embed(texts), texts, "policy", cache=cache)) @ head
-
-    with torch.no_grad():
-        for rows in (slice(0, 2), slice(2, 4)):
-            cache.reading, texts = rows, lay_out(prompts[rows], CPU)
-            torch.testing.assert_close(logits(texts), own_logits(peft, prompts[rows]), atol=1e-4, rtol=0)
-        cache.start(list(map(len, prompts)))
-        for tokens in more:
-            written = [ids + [token] for ids, token in zip(prompts, tokens, strict=True)]
-            texts = next_tokens(torch.tensor(tokens), cache.lengths, cache.longest)
-            expected = torch.stack([own_logits(peft, [ids])[-1] for ids in written])
-            torch.testing.assert_close(logits(texts), expected, atol=1e-4, rtol=0)
-            cache.grow()
-            prompts = written
-        cache.keep(torch.tensor([2, 0]))
-        texts = next_tokens(torch.tensor([9, 10]), cache.lengths, cache.longest)
-        expected = torch.stack([own_logits(peft, [ids])[-1] for ids in (written[2] + [9], written[0] + [10])])
-        torch.testing.assert_close(logits(texts), expected, atol=1e-4, rtol=0)
 
 
 # ---------------------------------------------------------------- laying out

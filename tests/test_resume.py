@@ -377,7 +377,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_nothing_else_changes(comm
 
     with pytest.MonkeyPatch.context() as patch:
         at_call(patch, ppo_train, "value_loss", 6, out_of_memory)
-        at_call(patch, rlhf.generation, "next_tokens", 30, out_of_memory)
+        at_call(patch, rlhf.decoding.Decoding, "step", 30, out_of_memory)
         result = call_main(script, argv)
     assert result.returncode == 0, result.stderr
     assert f"a micro-batch has {tokens // 2} tokens from now on" in result.stdout
