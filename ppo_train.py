@@ -26,11 +26,11 @@ from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
-from rlhf.card import choose_tokens, describe_start
-from rlhf.checkpoints import check_output, is_finished, output_folder, read_parents, start_run
+from rlhf.card import choose_rollout, choose_tokens, describe_start
+from rlhf.checkpoints import check_output, is_finished, output_folder, read_parents, recorded, start_run
 from rlhf.cli import next_command, run
 from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
-from rlhf.generation import Response, Seed, generate
+from rlhf.generation import Response, Seed, generate, step_seconds
 from rlhf.logprobs import Chosen, chosen_logprobs
 from rlhf.modeling import (
     REFERENCE,
@@ -41,12 +41,12 @@ from rlhf.modeling import (
     read_stacked,
     same_base,
 )
-from rlhf.plan import dry_run_ppo, ppo_plan, read_shape, show_end
+from rlhf.plan import dry_run_ppo, episodes_of_a_process, ppo_plans, read_shape, show_end
 from rlhf.ppo_batch import Batch, Measured, MicroBatch, NotFinite, Old, count_tokens, make_batch
 from rlhf.ppo_eval import Evaluation, compare, describe, warnings
 from rlhf.ppo_log import Log, batch_metrics, mean_stats, speed_metrics
 from rlhf.ppo_state import State, save
-from rlhf.processes import gather, moments, share, sum_gradients, total
+from rlhf.processes import agree, gather, moments, share, sum_gradients, total
 from rlhf.reporting import console
 from rlhf.resume import check_stop
 from rlhf.speed import Stopwatch
@@ -91,7 +91,9 @@ class Config:
     num_mini_batches: int = 4  # parts of an update's episodes, each of them one optimizer step of an epoch
     num_ppo_epochs: int = 2  # passes over an update's episodes
     micro_batch_tokens: int | Literal["auto"] = "auto"  # that go through the model at once; auto: what the card holds
-    rollout_batch_size: int = 32  # rows sampled at a time
+    rollout_batch_size: int | Literal["auto"] = "auto"  # responses sampled at a time; auto: all that the card holds
+    rollout_weights: Literal["auto", "merged", "base"] = "auto"  # to sample from: a 16-bit copy, or base and adapters
+    cuda_graphs: bool = True  # decode with CUDA graphs, on a card
     learning_rate: float = 5e-5  # of the policy; linear to 0
     value_learning_rate: float = 5e-5  # of the value adapter and head; linear to 0
     warmup_updates: int = 5  # updates until the rates are at their peak
@@ -171,11 +173,13 @@ def main(config: Config) -> None:
         return
     form = load_format(config.sft_checkpoint, runs["sft"])
     prompts, eval_prompts = load_prompts(config, form)
-    tokens, why = choose_micro_batch(config, runs, prompts)
+    tokens, why, rollout_rows, merged = choose_sizes(config, runs, prompts)
     shared, base = load_models(config, runs["sft"], form)
-    shared.micro_batch.tokens = tokens
+    shared.micro_batch.tokens, shared.rollout_rows = tokens, rollout_rows
+    choose_weights(config, shared, merged, max(map(len, prompts)))
     rows = config.episodes_per_update // config.num_mini_batches
     console.print(describe_start(shared.device, tokens, rows, shared.dtype, why))
+    console.print(f"rollouts of {rollout_rows} responses at a time, from {shared.rollout_weights} weights")
     groups = [
         {"name": "policy", "params": shared.parameters("policy"), "peak_lr": config.learning_rate},
         {"name": "value", "params": shared.parameters("value"), "peak_lr": config.value_learning_rate},
@@ -189,7 +193,8 @@ def main(config: Config) -> None:
         Log(config, folder, config.num_updates) as log,
         State(config, folder, runs, (prompts, eval_prompts), shared, optimizer, scaler, log) as state,
     ):
-        start_run(folder, "ppo", config, shared.dtype, tokens)
+        sizes = {"rollout_rows": rollout_rows, "rollout_weights": shared.rollout_weights}
+        start_run(folder, "ppo", config, shared.dtype, micro_batch_tokens=tokens, **sizes)
         if not state.sft:
             state.sft = evaluate(config, shared, form, eval_prompts)  # as the new policy equals SFT's
             log.evaluation(0, state.sft, eval_prompts, form)
@@ -256,8 +261,11 @@ def draw_minibatches(update: int, config: Config) -> list[list[int]]:
 def rollout(
     config: Config, shared: SharedBase, form: PromptFormat, prompts: list[list[int]], seeds: list[Seed]
 ) -> list[Response]:
-    """Sample one response to each prompt from the policy."""
-    settings = config.response_length, config.temperature, share(seeds), config.rollout_batch_size
+    """Sample one response to each prompt from the policy as it is now."""
+    if shared.merged:
+        shared.merge("policy")
+    rows = shared.rollout_rows or len(prompts)
+    settings = config.response_length, config.temperature, share(seeds), rows
     return gather(generate(shared, "policy", form, share(prompts), *settings))
 
 
@@ -544,12 +552,37 @@ def set_learning_rates(optimizer, update: int, config: Config) -> None:
 # ---------------------------------------------------------------- models and prompts
 
 
-def choose_micro_batch(config: Config, runs: dict[str, dict[str, Any]], prompts: list[list[int]]) -> tuple[int, str]:
-    """Tokens of a micro-batch, and why so many; before anything is loaded, as what is free then counts."""
+def choose_sizes(
+    config: Config, runs: dict[str, dict[str, Any]], prompts: list[list[int]]
+) -> tuple[int, str, int, bool]:
+    """Tokens of a micro-batch and why so many, rows of a rollout, and whether it may have a merged copy.
+
+    Before anything is loaded, as what is free then counts.
+    """
     base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
     longest = max(map(len, prompts))
-    plan = ppo_plan(read_shape(base, config.dtype), config, runs, longest)
-    return choose_tokens(config, plan, longest + config.response_length + 1, device())
+    length = longest + config.response_length + 1
+    plans = ppo_plans(read_shape(base, config.dtype), config, runs, longest)
+    rows, merged = choose_rollout(config, plans, episodes_of_a_process(config), length, device())
+    return *choose_tokens(config, plans(rows, merged), length, device()), rows, merged
+
+
+def choose_weights(config: Config, shared: SharedBase, merged: bool, longest: int) -> None:
+    """Merge a copy of the base to sample from, if there is room for it and it is the faster one here.
+
+    Args:
+        longest: tokens of the longest prompt.
+    """
+    if not merged:
+        return
+    shared.merge("policy")
+    begun = config.resume and agree(recorded(config.output_dir))
+    if config.rollout_weights == "merged" or begun or shared.device.type != "cuda":
+        return
+    shape = shared.rollout_rows, longest, config.response_length
+    merged_seconds = step_seconds(shared, "policy", shared.merged.layers, *shape)
+    if agree(merged_seconds > step_seconds(shared, "policy", shared.decoder.layers, *shape)):
+        shared.merged = None
 
 
 def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tuple[SharedBase, dict[str, Any]]:
@@ -560,6 +593,7 @@ def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tupl
     model = load_base(base, dtype, form.pad_token_id)
     shared = SharedBase(model, config.sft_checkpoint, dtype)
     shared.decoder.gradient_checkpointing = config.gradient_checkpointing
+    shared.graphs.enabled = shared.graphs.enabled and config.cuda_graphs
     scorer = read_stacked(config.reward_checkpoint, shared)
     shared.add_role("reward", **scorer)
     shared.add_role("value", **scorer)

@@ -169,7 +169,7 @@ def main(config: Config) -> None:
         same = {"sft checkpoint": sft["adapter_sha256"], "dtype": str(dtype), "data": data["sha256"]}
         trainer.prepare(config, folder, same, "Reward model", tokens)
         shared.micro_batch = trainer.micro_batch
-        start_run(folder, "reward", config, dtype, tokens)
+        start_run(folder, "reward", config, dtype, micro_batch_tokens=tokens)
         trainer.run()
 
         # 4. Score the test split.

@@ -134,7 +134,7 @@ def main(config: Config) -> None:
         data = {"source": config.dataset, "train_rows": len(train_set), "sha256": fingerprint(train_pairs)}
         same = {"base": [base["config_sha256"], base["weights_sha256"]], "dtype": str(dtype), "data": data["sha256"]}
         trainer.prepare(config, folder, same, "SFT", tokens)
-        start_run(folder, "sft", config, dtype, tokens)
+        start_run(folder, "sft", config, dtype, micro_batch_tokens=tokens)
         trainer.run()
         before, after = trainer.first_row("eval_loss"), trainer.evaluate()["eval_loss"]
         if not math.isfinite(after):

@@ -1,8 +1,8 @@
-"""What `--micro-batch-tokens auto` takes on cards of several sizes, and the plan for it; worked out, nothing is loaded.
+"""What `auto` takes on cards of several sizes, and the plan for it; worked out, nothing is loaded.
 
     python benchmarks/auto_tokens.py
 
-Prints a table in Markdown. Llama-3.2's shapes in NF4 at the scripts' defaults: texts of 512 tokens, pairs of 640 (the
+Prints a table in Markdown: tokens of a micro-batch, and for PPO rows of a rollout and whether a merged copy has room. Llama-3.2's shapes in NF4 at the scripts' defaults: texts of 512 tokens, pairs of 640 (the
 prompt counted once), prompts of 384 with responses of 128. A card of 12 GB has 12e9 bytes here.
 """
 
@@ -16,8 +16,8 @@ sys.path.insert(0, str(ROOT))
 import ppo_train  # noqa: E402
 import reward_train  # noqa: E402
 import sft_train  # noqa: E402
-from rlhf.card import CARD_OVERHEAD, MOST_TOKENS, STEP, tokens_that_fit  # noqa: E402
-from rlhf.plan import Plan, Shape, plan_ppo, plan_reward, plan_sft  # noqa: E402
+from rlhf.card import CARD_OVERHEAD, MOST_TOKENS, STEP, Plan, deal, tokens_that_fit  # noqa: E402
+from rlhf.plan import Shape, plan_ppo, plan_reward, plan_sft  # noqa: E402
 
 CARDS = (8, 12, 16, 24, 80)  # GB
 LLAMA = {
@@ -26,16 +26,22 @@ LLAMA = {
 }
 
 
-def plans(shape: Shape) -> dict[str, tuple[Plan, int]]:
-    """The plan of each phase by tokens of a micro-batch, and its longest text."""
+def plans(shape: Shape, room: float) -> dict[str, tuple[Plan, int, str]]:
+    """The plan of each phase by tokens of a micro-batch, its longest text, and what else was dealt."""
     layers = shape.layers // 2  # that the roles adapt
     sft = sft_train.Config()
     reward = replace(reward_train.Config(), role_layers=layers)
     ppo = replace(ppo_train.Config(), role_layers=layers)
+
+    def ppo_plans(rows: int, merged: bool) -> Plan:
+        return lambda tokens: plan_ppo(shape, ppo, 16, 16, layers, 384, tokens, rows, merged)
+
+    rows, merged = deal(ppo_plans, "auto", ppo.episodes_per_update, 513, room)
+    dealt = f", {rows} rows, {'merged' if merged else 'base'}"
     return {
-        "SFT": (lambda tokens: plan_sft(shape, sft, 512, tokens), 512),
-        "reward model": (lambda tokens: plan_reward(shape, reward, 16, 640, tokens), 640),
-        "PPO": (lambda tokens: plan_ppo(shape, ppo, 16, 16, layers, 384, tokens), 512),
+        "SFT": (lambda tokens: plan_sft(shape, sft, 512, tokens), 512, ""),
+        "reward model": (lambda tokens: plan_reward(shape, reward, 16, 640, tokens), 640, ""),
+        "PPO": (ppo_plans(rows, merged), 513, dealt),
     }
 
 
@@ -43,16 +49,17 @@ def main() -> None:
     print("| | " + " | ".join(f"{card} GB" for card in CARDS) + " |")
     print("|---" * (len(CARDS) + 1) + "|")
     for name, shape in LLAMA.items():
-        for phase, (plan, longest) in plans(shape).items():
-            cells = [cell(plan, longest, card * 1e9 * (1 - CARD_OVERHEAD)) for card in CARDS]
+        for phase in ("SFT", "reward model", "PPO"):
+            cells = [cell(shape, phase, card * 1e9 * (1 - CARD_OVERHEAD)) for card in CARDS]
             print(f"| {name}, {phase} | {' | '.join(cells)} |")
 
 
-def cell(plan: Plan, longest: int, room: float) -> str:
+def cell(shape: Shape, phase: str, room: float) -> str:
     """Tokens: GB of the plan; GB of the plan for 256 tokens more, unless that is more than `auto` ever takes."""
+    plan, longest, dealt = plans(shape, room)[phase]
     tokens = tokens_that_fit(plan, longest, room)
     now, more = (sum(plan(number).values()) / 1e9 for number in (tokens, tokens + STEP))
-    return f"{tokens:,}: {now:.1f}" + ("" if tokens == MOST_TOKENS else f" ({more:.1f})")
+    return f"{tokens:,}: {now:.1f}" + ("" if tokens == MOST_TOKENS else f" ({more:.1f})") + dealt
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""How many tokens of a micro-batch a card holds, by the memory plan, and the first line of a run, which says so."""
+"""What a card holds, by the memory plan: tokens of a micro-batch, rows of a rollout, a merged copy to sample from.
+
+Memory is dealt in this order: rows of a rollout, `FIRST_TOKENS` of a micro-batch, the merged copy, more tokens.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
-from rlhf.checkpoints import recorded_tokens
+from rlhf.checkpoints import recorded
 from rlhf.cli import UserError, less_memory
 from rlhf.micro_batches import CPU_TOKENS
 from rlhf.processes import agree, least, sharded
@@ -13,9 +16,14 @@ import torch
 CARD_OVERHEAD = 0.08  # share of a card kept free for the driver's context and the allocator's gaps
 STEP = 256  # tokens: `auto` takes a multiple of it
 MOST_TOKENS = 8192  # more does not pay: a card is at work by then
+FIRST_TOKENS = 3584  # with fewer a card idles, which costs more than a merged copy gains
+CPU_ROWS = 32  # of a rollout on a CPU
+
+Plan = Callable[[int], dict[str, float]]  # bytes by owner, of the tokens of a micro-batch
+Plans = Callable[[int, bool], Plan]  # of the rows of a rollout, and whether there is a merged copy
 
 
-def tokens_that_fit(plan: Callable[[int], dict[str, float]], longest: int, room: float) -> int:
+def tokens_that_fit(plan: Plan, longest: int, room: float) -> int:
     """The largest multiple of `STEP`, `MOST_TOKENS` at most, whose plan has no more than `room` bytes.
 
     Where even one text has more, it is that text: a micro-batch has one at least.
@@ -26,6 +34,24 @@ def tokens_that_fit(plan: Callable[[int], dict[str, float]], longest: int, room:
     """
     fitting = [n for n in range(STEP, MOST_TOKENS + 1, STEP) if sum(plan(n).values()) <= room]
     return max(fitting[-1] if fitting else 0, longest)
+
+
+def deal(plans: Plans, asked_rows: int | str, episodes: int, longest: int, room: float) -> tuple[int, bool]:
+    """Rows of a rollout, and whether a merged copy fits beside them and `FIRST_TOKENS`.
+
+    Args:
+        asked_rows: or "auto": all episodes in as few rollouts as their keys and values allow.
+        longest: tokens of the longest text.
+    """
+
+    def fits(rows: int, merged: bool, tokens: int) -> bool:
+        return sum(plans(rows, merged)(tokens).values()) <= room
+
+    rows = asked_rows
+    if rows == "auto":
+        sizes = [-(-episodes // parts) for parts in range(1, episodes + 1)]
+        rows = next((size for size in sizes if fits(size, False, longest)), 1)
+    return rows, fits(rows, True, max(FIRST_TOKENS, longest))
 
 
 def room_for_tensors(total: int, free: int, reserved: int, fraction: float) -> float:
@@ -45,9 +71,32 @@ def room_on_card(device: torch.device) -> float:
     return room_for_tensors(total, free, torch.cuda.memory_reserved(device), fraction)
 
 
-def choose_tokens(
-    config: Any, plan: Callable[[int], dict[str, float]], longest: int, device: torch.device
-) -> tuple[int, str]:
+def choose_rollout(config: Any, plans: Plans, episodes: int, longest: int, device: torch.device) -> tuple[int, bool]:
+    """Rows of a rollout, and whether it may have a merged copy, the same for all processes. All processes call it.
+
+    Raises:
+        UserError: a merged copy was asked for and does not fit by the plan.
+    """
+    asked, weights = config.rollout_batch_size, config.rollout_weights
+    if config.resume:
+        before = agree(recorded(config.output_dir))
+        if before:
+            rows = before["rollout_rows"] if asked == "auto" else asked
+            return rows, (before["rollout_weights"] if weights == "auto" else weights) == "merged"
+    if device.type != "cuda":
+        return (CPU_ROWS if asked == "auto" else asked), weights == "merged"
+    room = room_on_card(device)
+    rows, fits = deal(plans, asked, episodes, longest, room)
+    rows, fits = least(rows), bool(least(int(fits)))
+    if weights == "merged" and not fits:
+        raise UserError(
+            f"--rollout-weights merged: by the memory plan {room / 1e9:.1f} GB of this card have no room for a merged copy "
+            f"beside {rows} rows of a rollout and micro-batches of {FIRST_TOKENS} tokens: leave it at auto, or take base"
+        )
+    return rows, fits and weights != "base"
+
+
+def choose_tokens(config: Any, plan: Plan, longest: int, device: torch.device) -> tuple[int, str]:
     """Tokens of a micro-batch, the same for all processes, and why. All processes call it.
 
     Raises:
@@ -55,9 +104,9 @@ def choose_tokens(
     """
     asked = config.micro_batch_tokens
     if asked == "auto" and config.resume:
-        recorded = agree(recorded_tokens(config.output_dir))
-        if recorded:
-            return recorded, "as the run began"
+        before = agree(recorded(config.output_dir))
+        if before:
+            return before["micro_batch_tokens"], "as the run began"
     if device.type != "cuda":
         return (CPU_TOKENS, "as on any CPU") if asked == "auto" else (asked, "as asked")
     if sharded():

@@ -202,11 +202,13 @@ def check_same(theirs: dict[str, Any], ours: dict[str, Any], harmless: Container
         )
 
 
-def start_run(folder: Path, phase: str, config: Any, dtype: torch.dtype, micro_batch_tokens: int) -> None:
-    """Write what `run.json` can say before the first step. `finished` is null until `write_run`."""
+def start_run(folder: Path, phase: str, config: Any, dtype: torch.dtype, **sizes: int | str) -> None:
+    """Write what `run.json` can say before the first step, as what a card made the run choose: `sizes`, by name.
+
+    `finished` is null until `write_run`.
+    """
     if is_main():
-        facts = {"phase": phase, "micro_batch_tokens": micro_batch_tokens, "finished": None}
-        write_json(folder / "run.json", facts | how_it_runs(config, dtype))
+        write_json(folder / "run.json", {"phase": phase, **sizes, "finished": None} | how_it_runs(config, dtype))
 
 
 def write_run(folder: Path, phase: str, config: Any, dtype: torch.dtype, started: float, **facts: Any) -> None:
@@ -246,11 +248,13 @@ def write_json(path: Path, facts: dict[str, Any]) -> None:
     partial.rename(path)
 
 
-def recorded_tokens(output_dir: str) -> int | None:
-    """Tokens of a micro-batch that an unfinished run has begun with; None if there is no such run."""
+def recorded(output_dir: str) -> dict[str, Any] | None:
+    """The sizes that an unfinished run has begun with, by name; None if there is no such run."""
     try:
         run = json.loads((partial_of(Path(output_dir)) / "run.json").read_text(encoding="utf-8"))
-        return int(run["micro_batch_tokens"])
+        sizes = {name: int(run[name]) for name in ("micro_batch_tokens", "rollout_rows") if name in run}
+        sizes |= {"rollout_weights": str(run["rollout_weights"])} if "rollout_weights" in run else {}
+        return sizes if "micro_batch_tokens" in sizes else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

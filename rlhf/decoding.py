@@ -206,16 +206,17 @@ def pick(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, Ten
     block, before = invert(cdf, draws[:, None] * cdf[:, -1:])
     within = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)  # [B, BLOCK]
     place, _ = invert(within, before)
-    tokens = (block * BLOCK + place).squeeze(1)
+    tokens = (block * BLOCK + place).squeeze(1).clamp_(max=vocabulary - 1)
     return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()
 
 
 def invert(cdf: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     """Where each draw [B, 1] falls in sums [B, n] that rise to any total, and how far into that part.
 
-    Never a part that adds nothing: the draw is kept below the total, which rounding may have it reach.
+    Never a part that adds nothing: the draw is kept below the total, which rounding may have it reach. Sums that are not
+    numbers give the last part: who reads them will say so.
     """
     draws = torch.minimum(draws, cdf[:, -1:] * (1 - 2**-52))
-    place = torch.searchsorted(cdf, draws, right=True)
+    place = torch.searchsorted(cdf, draws, right=True).clamp_(max=cdf.shape[1] - 1)
     below = F.pad(cdf, (1, 0)).gather(1, place)
     return place, draws - below

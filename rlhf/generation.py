@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 
 from rlhf.data import PromptFormat
 from rlhf.decoding import LAG, Decoding
+from rlhf.layers import LeanLayer
 from rlhf.micro_batches import free_memory
 from rlhf.modeling import SharedBase
 from rlhf.reporting import console
 from rlhf.resume import check_stop
+from rlhf.speed import Stopwatch
 
 import numpy as np
 import torch
@@ -111,6 +113,26 @@ def start(
     decoding = Decoding(shared.decoder, role, layers, lengths, draws, temperature, shared.graphs, lag)
     decoding.read(prompts, shared.micro_batch.tokens)
     return decoding
+
+
+def step_seconds(
+    shared: SharedBase, role: str, layers: list[LeanLayer], rows: int, prompt_length: int, new: int
+) -> float:
+    """How long a step takes on this card, from a graph if it can be captured; of texts that say nothing."""
+    draws = torch.zeros(rows, new, dtype=torch.float64)
+    lengths = [prompt_length] * rows
+    decoding = Decoding(shared.decoder, role, layers, lengths, draws, 1.0, shared.graphs, LAG)
+    steps = min(8, new - 3)
+    try:
+        for _ in range(2):  # as it is; captured
+            decoding.step()
+        clock = Stopwatch(shared.device)
+        for _ in range(steps):
+            decoding.step()
+        clock.lap("steps")
+    finally:
+        shared.graphs.clear()
+    return clock.seconds["steps"] / max(1, steps)
 
 
 @torch.no_grad()

@@ -47,8 +47,8 @@ class Graphs:
 
     def capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """A graph of what `function` does; None if that failed, after which none is tried any more."""
-        graph = torch.cuda.CUDAGraph()
         try:
+            graph = torch.cuda.CUDAGraph()
             # Other threads, as those of a loader, may go on calling CUDA meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 function()

@@ -394,6 +394,11 @@ class SharedBase:
         else:
             self.merged = MergedLayers(self.decoder, role, self.first_role_layer)
 
+    @property
+    def rollout_weights(self) -> str:
+        """What is sampled from: "merged" or "base"."""
+        return "merged" if self.merged else "base"
+
     def layers_of(self, role: str) -> list[LeanLayer]:
         """The layers that `role` samples through."""
         merged = self.merged and self.merged.role == role

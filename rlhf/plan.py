@@ -5,13 +5,13 @@ backward pass. Bytes are of tensors; a card needs some 0.5 GB more for the drive
 `benchmarks/llama_3b.py` counts the same owners while the scripts run.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.card import CARD_OVERHEAD, tokens_that_fit
+from rlhf.card import CARD_OVERHEAD, Plan, Plans, deal, tokens_that_fit
 from rlhf.cli import UserError, check_between, less_memory
 from rlhf.data import load_pairs, tokenize_prompts
+from rlhf.decoding import round_up
 from rlhf.hub import hub_errors
 from rlhf.logprobs import CPU_BLOCK, chunk_elements
 from rlhf.modeling import load_format, same_base
@@ -22,9 +22,8 @@ from rich.table import Table
 from transformers import AutoConfig
 
 SAMPLE = 2000  # rows that a dry run tokenises
-OWNERS = ("base", "adapters", "optimizer", "KV cache", "activations", "logits")
+OWNERS = ("base", "merged copy", "adapters", "optimizer", "KV cache", "activations", "logits")
 Bytes = dict[str, float]  # by owner
-Plan = Callable[[int], Bytes]  # of the tokens of a micro-batch
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,18 @@ class Shape:
         return [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
 
     def base(self) -> float:
-        linear = self.layers * sum(i * o for i, o in self.linears)
-        # NF4: half a byte, one byte of scale for 64 numbers, and the scales' own float32 scale for 256 of them.
-        stored = linear * (0.5 + 1 / 64 + 4 / (64 * 256)) if self.in_4bit else linear * self.width
+        stored = self.layers * sum(i * o for i, o in self.linears) * self.width
+        if self.in_4bit:
+            q, k, v, o, gate, up, down = (i * o for i, o in self.linears)
+            # Half a byte a number, and for 64 of them a scale: in float32 where maps are joined (rlhf/layers.py), else one
+            # byte, and the scales' own float32 scale for 256 of them.
+            joined, alone = q + k + v + gate + up, o + down
+            stored = self.layers * (joined * (0.5 + 4 / 64) + alone * (0.5 + 1 / 64 + 4 / (64 * 256)))
         return stored + self.vocabulary * self.hidden * self.width * (1 if self.tied else 2)
+
+    def merged(self) -> float:
+        """A 16-bit copy of all linear maps, to sample from; embedding and LM head are the base's own."""
+        return self.layers * sum(i * o for i, o in self.linears) * self.width
 
     def lora(self, rank: int, layers: int) -> int:
         """Weights of an adapter on `layers` layers (0: all)."""
@@ -106,8 +113,8 @@ class Shape:
         return 0 if self.fused_attention else matrices * tokens * longest * self.heads * self.width
 
     def matrix(self) -> float:
-        """The largest weight of a layer, dequantised."""
-        return self.hidden * self.intermediate * self.width if self.in_4bit else 0
+        """The largest weight of a layer, gate and up joined, dequantised."""
+        return 2 * self.hidden * self.intermediate * self.width if self.in_4bit else 0
 
     def logits(self, tokens: int) -> float:
         """Of `tokens` chosen tokens, in chunks; on a GPU also in float32, with their softmax."""
@@ -173,28 +180,31 @@ def plan_ppo(
     reward_layers: int,
     longest: int,
     tokens: int,
+    rows: int = 32,
+    merged: bool = False,
     gold: tuple[int, int] = (0, 1),
     processes: int = 1,
 ) -> Bytes:
     """The larger of a full rollout and of a micro-batch's backward pass.
 
-    `longest`: tokens of the longest prompt; `tokens`: of a micro-batch; `gold`: rank and layers of the judge's adapter,
-    rank 0 if there is none.
+    `longest`: tokens of the longest prompt; `tokens`: of a micro-batch; `rows`: sampled at a time, from a `merged` copy or
+    not; `gold`: rank and layers of the judge's adapter, rank 0 if there is none.
     """
     scorer, policy = shape.lora(reward_rank, reward_layers), shape.lora(config.lora_rank, config.role_layers)
     role_layers = max(config.role_layers or shape.layers, reward_layers or shape.layers)
     role_rank, length = max(config.lora_rank, reward_rank, gold[0]), longest + config.response_length
     episodes = config.episodes_per_update // processes
-    rows, tokens = min(config.rollout_batch_size, episodes), max(tokens, length)
+    rows, tokens = round_up(min(rows, episodes), 8), max(tokens, length)
     roles = 5 if gold[0] else 4  # SFT's, policy, value, reward
     stacks = shape.stacks(sft_rank, role_rank, role_layers, roles)
     adapters = shape.lora(sft_rank, 0) + 2 * scorer + policy + shape.lora(*gold)
     standing = trained(shape, adapters, stacks, scorer + policy, 0)
+    standing |= {"merged copy": shape.merged() if merged else 0}
     rollout = standing | {
-        "KV cache": shape.kv_cache(rows, length),
+        "KV cache": shape.kv_cache(rows, round_up(length, 64)),
         "activations": shape.forward(rows, 1),
-        # Logits (on a GPU in float32), softmax, its sum in float64, and that times the total.
-        "logits": rows * shape.vocabulary * ((4 if shape.fused_attention else shape.width) + 4 + 8 + 8),
+        # Logits (on a GPU in float32), the same over the temperature, and their softmax.
+        "logits": rows * shape.vocabulary * ((4 if shape.fused_attention else shape.width) + 4 + 4),
     }
     prefill = rollout | {"activations": shape.forward(min(rows * longest, tokens), longest), "logits": 0}
     lower = episodes * length * shape.hidden * shape.width  # of the layers below the roles, for all epochs
@@ -275,15 +285,29 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     shape = read_shape(base, config.dtype)
     check_between(config, 0, shape.layers, "role_layers")
     longest = max(map(len, prompts))
-    show_plan(ppo_plan(shape, config, runs, longest), longest + config.response_length, config)
+    length, room = longest + config.response_length + 1, config.card_gb * 1e9 * (1 - CARD_OVERHEAD)
+    plans = ppo_plans(shape, config, runs, longest)
+    rows, merged = deal(plans, config.rollout_batch_size, episodes_of_a_process(config), length, room)
+    merged = config.rollout_weights == "merged" or (merged and config.rollout_weights == "auto")
+    weights = "a merged 16-bit copy" if merged else "the base with its adapters"
+    console.print(f"rollouts: {rows} responses at a time, from {weights}")
+    show_plan(plans(rows, merged), length, config)
 
 
-def ppo_plan(shape: Shape, config: Any, runs: dict[str, dict[str, Any]], longest: int) -> Plan:
-    """The plan of `ppo_train.py` by tokens of a micro-batch, from the run.json of its checkpoints, by role."""
+def episodes_of_a_process(config: Any) -> int:
+    return config.episodes_per_update // num_processes()
+
+
+def ppo_plans(shape: Shape, config: Any, runs: dict[str, dict[str, Any]], longest: int) -> Plans:
+    """The plans of `ppo_train.py` by rows and weights of a rollout, from the run.json of its checkpoints, by role."""
     adapters = {
         role: (run["hyperparameters"]["lora_rank"], run["hyperparameters"].get("role_layers", 0))
         for role, run in runs.items()
     }
     parents = adapters["sft"][0], *adapters["reward"]
     gold = adapters.get("gold", (0, 1))
-    return lambda tokens: plan_ppo(shape, config, *parents, longest, tokens, gold, num_processes())
+
+    def plans(rows: int, merged: bool) -> Plan:
+        return lambda tokens: plan_ppo(shape, config, *parents, longest, tokens, rows, merged, gold, num_processes())
+
+    return plans

@@ -14,6 +14,7 @@ from rlhf.processes import is_main, moments, totals
 from rlhf.reporting import JsonLines, plain, progress
 from rlhf.speed import Work, memory_gib, mfu
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -31,12 +32,16 @@ CURVES = {
 }
 
 
+FAR_SAMPLER = 0.01  # nats a token
+
+
 class Log:
     """Writes and shows the rows of a run; a tracker gets the same rows if the config names one."""
 
     def __init__(self, config: Any, folder: Path, total: int):
         self.bar, self.num_printed_samples, self.tracker = progress(), config.num_printed_samples, None
         self.missing_eos_penalty = config.missing_eos_penalty
+        self.sampler_is_close = True
         self.sft: Evaluation | None = None  # the first evaluation, which later ones are held against
         files = "metrics.jsonl", "samples.jsonl"
         self.metrics, self.samples = (JsonLines(folder / name if is_main() else Path(os.devnull)) for name in files)
@@ -77,6 +82,12 @@ class Log:
     def update(self, row: dict[str, float]) -> None:
         """One update's metrics."""
         self.row(row)
+        if row["policy/sampler_kl"] > FAR_SAMPLER and self.sampler_is_close:
+            self.sampler_is_close = False  # said once
+            self.bar.console.print(
+                f"warning: what samples is {row['policy/sampler_kl']:.3f} nats a token away from what is trained, where "
+                "rounding explains some 0.002; try --rollout-weights base, or --dtype fp32"
+            )
         note = f"score {row['objective/scores']:.2f} kl {row['objective/kl']:.2f}"
         note += f" {row['speed/tokens_per_second']:,.0f} tokens/s"
         self.bar.update(self.task, completed=row["update"], note=note)
@@ -120,10 +131,22 @@ def batch_metrics(
         "objective/kl_coef": kl_coef,
         "objective/rlhf_reward": scores - penalty - kl_coef * kl,
         "policy/entropy_avg": totals({"sum": measured.entropy.sum().item()})["sum"] / tokens,
+        "policy/sampler_kl": totals({"sum": sampler_kl(batch, measured)})["sum"] / tokens,
         "val/num_eos_tokens": round(ended * config.episodes_per_update),
         "val/response_length": tokens / config.episodes_per_update,
         "val/explained_variance": 1 - unexplained.item(),
     }
+
+
+def sampler_kl(batch: Batch, measured: Measured) -> float:
+    """How far the sampler was from the policy that is trained, in nats, summed over this process's tokens.
+
+    It is the same policy, in other shapes and perhaps in merged weights: what is left is rounding. Of the sampler's
+    probabilities q and the measured p, the sum of p/q - 1 - log(p/q), whose mean is KL(q, p).
+    """
+    sampled = [number for response in batch.responses for number in response.logprobs]
+    distance = measured.logprobs - torch.tensor(sampled)
+    return (distance.exp() - 1 - distance).sum().item()
 
 
 def speed_metrics(

@@ -117,7 +117,9 @@ class State:
         load_optimizer(self.optimizer, load_file(folder / "optimizer.safetensors"))
         self.scaler.load_state_dict(facts["scaler"])
         keep_tokens(self.config, self.shared.micro_batch, facts)
-        self.shared.rollout_rows = facts["rollout_rows"]
+        before = facts["hyperparameters"]["rollout_batch_size"]
+        if self.config.rollout_batch_size in ("auto", before):  # fewer, if memory ran out
+            self.shared.rollout_rows = facts["rollout_rows"]
         self.update, self.kl_coef, self.positions = facts["update"], facts["kl_coef"], facts["positions"]
         sft = facts["sft"]
         columns = {name: None if sft[name] is None else torch.tensor(sft[name]) for name in COLUMNS}
@@ -169,6 +171,8 @@ def save(config, folder: Path, shared, form, base, runs: dict, metrics: dict[str
         updates=config.num_updates,
         episodes=config.num_updates * config.episodes_per_update,
         micro_batch_tokens=shared.micro_batch.tokens,
+        rollout_rows=shared.rollout_rows,
+        rollout_weights=shared.rollout_weights,
         metrics=metrics,
         speed=whole_speed(read_jsonl(folder / "metrics.jsonl")),
     )

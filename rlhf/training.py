@@ -140,7 +140,9 @@ def check_ppo_numbers(config: Any) -> None:
     check_numbers(config)
     check_at_least_one(config, "episodes_per_update", "num_mini_batches", "num_ppo_epochs")
     check_at_least_one(config, "max_prompt_length", "response_length")
-    check_at_least_one(config, "total_episodes", "rollout_batch_size", "eval_steps", "kl_horizon")
+    check_at_least_one(config, "total_episodes", "eval_steps", "kl_horizon")
+    if config.rollout_batch_size != "auto":
+        check_at_least_one(config, "rollout_batch_size")
     check_above_zero(config, "temperature", "kl_target", "kl_stop", "cliprange", "cliprange_value", "score_clip")
     check_between(config, 0, 1, "gamma", "lam")
     check_between(config, 0, math.inf, "value_learning_rate", "kl_coef", "missing_eos_penalty")

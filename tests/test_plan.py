@@ -25,7 +25,10 @@ def shape(**changes) -> Shape:
 def test_the_base_by_hand():
     assert shape().base() == 2 * 2 * 576 + 2 * 800
     assert shape(tied=False).base() == 2 * 2 * 576 + 2 * 2 * 800
-    assert shape(in_4bit=True).base() == 2 * 576 * (0.5 + 1 / 64 + 1 / 4096) + 2 * 800
+    joined, alone = 64 + 32 + 32 + 128 + 128, 64 + 128
+    stored = joined * (0.5 + 1 / 16) + alone * (0.5 + 1 / 64 + 1 / 4096)
+    assert shape(in_4bit=True).base() == 2 * stored + 2 * 800
+    assert shape(in_4bit=True).merged() == 2 * 576 * 2
 
 
 def test_lora_and_cache_by_hand():
@@ -68,8 +71,8 @@ def test_stacks_by_hand():
 @pytest.mark.parametrize("shape", auto_tokens.LLAMA.values(), ids=auto_tokens.LLAMA)
 @pytest.mark.parametrize("phase", ["SFT", "reward model", "PPO"])
 def test_auto_takes_what_fits_and_no_less(phase, shape, card_gb):
-    plan, longest = auto_tokens.plans(shape)[phase]
     room = card_gb * 1e9 * (1 - CARD_OVERHEAD)
+    plan, longest, _ = auto_tokens.plans(shape, room)[phase]
     tokens = tokens_that_fit(plan, longest, room)
     assert sum(plan(tokens).values()) <= room
     assert tokens == MOST_TOKENS or sum(plan(tokens + STEP).values()) > room

@@ -11,7 +11,7 @@ import sys
 
 import ppo_train
 import reward_train
-import rlhf.generation
+import rlhf.decoding
 import rlhf.ppo_state
 import rlhf.reporting
 import rlhf.resume

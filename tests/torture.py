@@ -93,7 +93,7 @@ def torture(work: Path, kills: int, dtype: str, seed: int) -> int:
 
 
 def script(phase: str, argv: list[str]) -> None:
-    result = run_main(f"{phase}_train", argv)
+    result = run_main(f"{phase}_train", argv, seconds=3600)
     if result.returncode:
         raise RuntimeError(f"{phase} ended with exit code {result.returncode}: {result.stderr[-2000:]}")
 
