@@ -157,7 +157,8 @@ def read_shape(base: dict[str, Any], dtype: str, fused_attention: bool = True) -
 
 def plan_sft(shape: Shape, config: Any, longest: int, tokens: int) -> Bytes:
     """`longest`: tokens of the longest text; `tokens`: of a micro-batch."""
-    weights, tokens = shape.lora(config.lora_rank, 0), max(tokens, longest)
+    weights = shape.lora(config.lora_rank, 0)
+    tokens = at_most(tokens, config.batch_size // num_processes(), longest)
     kept = shape.backward(tokens, longest, 0, config.lora_rank, config.gradient_checkpointing)
     stacks = shape.stacks(config.lora_rank, 0, 0, 1)
     return trained(shape, weights, stacks, weights, kept) | {"logits": shape.logits(tokens)}
@@ -165,7 +166,8 @@ def plan_sft(shape: Shape, config: Any, longest: int, tokens: int) -> Bytes:
 
 def plan_reward(shape: Shape, config: Any, sft_rank: int, longest: int, tokens: int) -> Bytes:
     """`longest`: tokens of the longest pair, the prompt counted once; `tokens`: of a micro-batch."""
-    weights, tokens = shape.lora(config.lora_rank, config.role_layers), max(tokens, longest)
+    weights = shape.lora(config.lora_rank, config.role_layers)
+    tokens = at_most(tokens, config.batch_size // num_processes(), longest)
     rank = sft_rank + config.lora_rank
     kept = shape.backward(tokens, longest, config.role_layers, rank, config.gradient_checkpointing, masked=True)
     stacks = shape.stacks(sft_rank, config.lora_rank, config.role_layers, 2)  # SFT's and the reward model's
@@ -194,7 +196,8 @@ def plan_ppo(
     role_layers = max(config.role_layers or shape.layers, reward_layers or shape.layers)
     role_rank, length = max(config.lora_rank, reward_rank, gold[0]), longest + config.response_length
     episodes = config.episodes_per_update // processes
-    rows, tokens = round_up(min(rows, episodes), 8), max(tokens, length)
+    rows = round_up(min(rows, episodes), 8)
+    tokens = at_most(tokens, episodes // config.num_mini_batches, length)
     roles = 5 if gold[0] else 4  # SFT's, policy, value, reward
     stacks = shape.stacks(sft_rank, role_rank, role_layers, roles)
     adapters = shape.lora(sft_rank, 0) + 2 * scorer + policy + shape.lora(*gold)
@@ -214,6 +217,11 @@ def plan_ppo(
         "logits": shape.logits(tokens),
     }
     return max((rollout, prefill, backward), key=lambda plan: sum(plan.values()))
+
+
+def at_most(tokens: int, rows: int, longest: int) -> int:
+    """Tokens of a micro-batch: one text at least, and no more than a step has rows."""
+    return min(max(tokens, longest), max(1, rows) * longest)
 
 
 def trained(shape: Shape, adapters: int, stacks: float, trainable: int, activations: float) -> Bytes:
