@@ -12,9 +12,10 @@
 # make bench-train   SFT and reward training beside the stock `trl sft` and `trl reward`, on Dahoas/rm-static
 # make bench-3b   memory by owner with Llama-3.2-3B's shapes and random weights
 # make bench-merge   64 greedy tokens of base and adapter beside those of their merge, on the demo's PPO checkpoint
+# make bench-card what a CUDA card makes of all phases and of decoding, beside TRL, and checks on it (some twenty minutes)
 # make bench-export  memory and time of exporting a checkpoint of Llama-3.2-3B's shape
 .PHONY: demo feedback-demo test torture soak toys lint gpu-check results bench bench-growth bench-train bench-3b bench-merge
-.PHONY: bench-export
+.PHONY: bench-card bench-export
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -67,6 +68,9 @@ bench-3b: $(BIN)/.installed $(MODEL)/model.safetensors
 
 bench-merge: $(BIN)/.installed
 	$(BIN)/python benchmarks/merge.py
+
+bench-card: $(BIN)/.installed $(MODEL)/model.safetensors
+	$(BIN)/python benchmarks/card.py
 
 bench-export: $(BIN)/.installed $(MODEL)/model.safetensors
 	$(BIN)/python benchmarks/export_3b.py

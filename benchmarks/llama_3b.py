@@ -100,13 +100,13 @@ def main(config: Config) -> None:
 # ---------------------------------------------------------------- model and data
 
 
-def write_model(folder: Path, tokenizer: str) -> None:
+def write_model(folder: Path, tokenizer: str, shape: LlamaConfig = LLAMA_3B) -> None:
     """A model folder of random weights in bfloat16, one file a layer, made one at a time."""
     if (folder / "model.safetensors.index.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
-        shapes = {name: tuple(weight.shape) for name, weight in LlamaForCausalLM(LLAMA_3B).state_dict().items()}
+        shapes = {name: tuple(weight.shape) for name, weight in LlamaForCausalLM(shape).state_dict().items()}
     shapes.pop("lm_head.weight")  # tied
     files: dict[str, list[str]] = {}
     for name in shapes:
@@ -118,17 +118,17 @@ def write_model(folder: Path, tokenizer: str) -> None:
         for name, weight in weights.items():
             nn.init.ones_(weight) if "norm" in name else nn.init.normal_(weight, std=0.02)
         save_file(weights, folder / file, metadata={"format": "pt"})
-    config = replace_ids(AutoTokenizer.from_pretrained(tokenizer), folder)
+    config = replace_ids(AutoTokenizer.from_pretrained(tokenizer), folder, shape)
     config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
     config.save_pretrained(folder)
     index = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def replace_ids(tokenizer, folder: Path) -> LlamaConfig:
-    """Llama's configuration with the special tokens of `tokenizer`, which is saved beside it."""
+def replace_ids(tokenizer, folder: Path, shape: LlamaConfig) -> LlamaConfig:
+    """The configuration with the special tokens of `tokenizer`, which is saved beside it."""
     tokenizer.save_pretrained(folder)
-    config = LlamaConfig(**LLAMA_3B.to_dict())
+    config = LlamaConfig(**shape.to_dict())
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     return config
 

@@ -14,21 +14,42 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    set_seed,
+)
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+CPU = {  # what ppo_vs_trl.py compares; a settings file may say otherwise
+    "in_4bit": False,
+    "use_cpu": True,
+    "episodes": 16,
+    "num_mini_batches": 1,
+    "num_ppo_epochs": 4,
+    "rollout_rows": 16,
+    "response_length": 48,
+    "temperature": 0.7,
+}
 
 
 def main(s: dict) -> None:
     assert trl.__version__ == "1.12.0", f"this is TRL {trl.__version__}"
     out = Path(s["output_dir"])
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(s["policy"], padding_side="left")
+    s = CPU | s
+    tokenizer = AutoTokenizer.from_pretrained(s.get("tokenizer", s["policy"]), padding_side="left")
     set_seed(s["seed"])
-    policy = AutoModelForCausalLM.from_pretrained(s["policy"], dtype=torch.bfloat16)
+    options = {"dtype": torch.bfloat16} | (nf4() if s["in_4bit"] else {})
+    policy = AutoModelForCausalLM.from_pretrained(s["policy"], **options)
     policy = get_peft_model(policy, lora("CAUSAL_LM"))
     reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(s["reward"], dtype=torch.bfloat16) for _ in range(2)
+        AutoModelForSequenceClassification.from_pretrained(s["reward"], num_labels=1, **options) for _ in range(2)
     )
+    for model in (reward, value):
+        model.config.pad_token_id = tokenizer.pad_token_id
     if s["value"] == "lora":
         value = get_peft_model(value, lora("SEQ_CLS"))
     optimizer = torch.optim.AdamW(
@@ -44,14 +65,14 @@ def main(s: dict) -> None:
     trainer = PPOTrainer(
         args=PPOConfig(
             output_dir=str(out / "trainer"),
-            total_episodes=16 * updates,
+            total_episodes=s["episodes"] * updates,
             per_device_train_batch_size=4,
-            gradient_accumulation_steps=4,
-            num_mini_batches=1,
-            num_ppo_epochs=4,
-            local_rollout_forward_batch_size=16,
-            response_length=48,
-            temperature=0.7,
+            gradient_accumulation_steps=s["episodes"] // 4,
+            num_mini_batches=s["num_mini_batches"],
+            num_ppo_epochs=s["num_ppo_epochs"],
+            local_rollout_forward_batch_size=s["rollout_rows"],
+            response_length=s["response_length"],
+            temperature=s["temperature"],
             kl_coef=0.05,
             stop_token="eos",
             missing_eos_penalty=1.0,
@@ -61,7 +82,7 @@ def main(s: dict) -> None:
             num_sample_generations=0,
             save_strategy="no",
             report_to="none",
-            use_cpu=True,
+            use_cpu=s["use_cpu"],
         ),
         processing_class=tokenizer,
         model=policy,
@@ -77,6 +98,18 @@ def main(s: dict) -> None:
     trainer.model.policy.save_pretrained(out)
 
 
+def nf4() -> dict:
+    quantised = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    quantised |= {"bnb_4bit_compute_dtype": torch.bfloat16, "llm_int8_skip_modules": ["lm_head", "score"]}
+    return {"quantization_config": BitsAndBytesConfig(**quantised), "device_map": {"": 0}}
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
 def lora(task: str) -> LoraConfig:
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type=task)
 
@@ -88,17 +121,19 @@ def take_times(trainer: PPOTrainer, path: Path) -> None:
     def after(function, before: bool = False):
         def timed(*args, **kwargs):
             if before:
-                clock.append(time.monotonic())
+                clock.append(now())
             result = function(*args, **kwargs)
-            clock.append(time.monotonic())
+            clock.append(now())
             return result
 
         return timed
 
     def log(metrics: dict, *_, **__) -> None:
-        clock.append(time.monotonic())
+        clock.append(now())
         times = {f"time/{name}": clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "measure", "optimise"))}
         clock.clear()
+        if torch.cuda.is_available():
+            times["memory/allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         with path.open("a") as file:
             file.write(json.dumps({name: float(value) for name, value in metrics.items()} | times) + "\n")
 
