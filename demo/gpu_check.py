@@ -1,10 +1,13 @@
 """Run all four scripts for a few steps with the 4-bit base on this machine's card, and say in one line each how it went.
 
+Then tokens that are sampled from CUDA graphs are held against those of the same steps without.
+
     make gpu-check
 
 Works in runs/gpu-check. Paste its last lines into a bug report. `--allow-cpu` runs the same without a card.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -58,10 +61,29 @@ def main() -> int:
         lines.append(f"{'FAILED' if failed else 'passed'}  {script:<19} {took}{'' if failed else memory}")
         if failed:
             break  # the later scripts need this one
+    else:
+        for weights, found in compare_graphs().items():
+            failed = failed or found["same"] < found["tokens"]
+            how = f"{found['same']} of {found['tokens']} tokens are the same from {found['graphs']} CUDA graphs"
+            lines.append(f"{'FAILED' if failed else 'passed'}  decoding, {weights:<9} {how}")
     libraries = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
     print("\n" + "\n".join([*lines, card, f"Python {platform.python_version()}, {versions}"]))
     return int(failed)
+
+
+def compare_graphs() -> dict[str, dict[str, int]]:
+    """Of each kind of weights that a rollout may have."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+    import ppo_train
+
+    import card
+
+    checkpoints = {"sft_checkpoint": SFT, "reward_checkpoint": REWARD}
+    shared, form, _ = card.open_policy({"ppo": dataclasses.replace(ppo_train.PRESETS["demo"], **checkpoints)})
+    shared.merge("policy")
+    through = {"base": shared.decoder.layers, "merged": shared.merged.layers}
+    return {weights: card.compare_graph(shared, form, layers, rows=8) for weights, layers in through.items()}
 
 
 if __name__ == "__main__":
