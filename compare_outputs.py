@@ -224,7 +224,7 @@ def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
         rows, turns_of = PROMPTS, data.parse_dialogue
     elif not path.is_file():
         raise UserError(f"--prompts {path}: there is no such file")
-    elif path.suffix in data.SUFFIXES:
+    elif data.has_rows(path):
         rows, turns_of = data.read_rows(str(path), "test"), lambda row: data.parse_row(row).turns
     else:
         with data.open_text(path) as file:

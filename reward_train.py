@@ -29,7 +29,7 @@ from typing import Any, Literal
 from rlhf.card import choose_tokens, describe_start
 from rlhf.checkpoints import check_child, check_output, is_finished, output_folder, read_run, start_run, write_run
 from rlhf.cli import UserError, check_at_least_one, check_between, next_command, run
-from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, tokenize_pairs
+from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, load_splits, tokenize_pairs
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
 from rlhf.plan import SAMPLE, Plan, plan_reward, read_shape, show_data, show_end, show_plan
 from rlhf.processes import gather, is_main, sharded, share
@@ -133,9 +133,10 @@ def main(config: Config) -> None:
 
     # 1. Tokenise both responses of each pair.
     votes = load_votes(config.extra_data) if config.extra_data else None
-    train_pairs = load_pairs(config.dataset, "train", config.max_train_samples, config.half)
+    train_pairs, eval_pairs = load_splits(
+        config.dataset, config.max_train_samples, config.max_eval_samples, config.half
+    )
     train_pairs += votes.train * config.extra_weight if votes else []
-    eval_pairs = load_pairs(config.dataset, "test", config.max_eval_samples)
     if config.dry_run:
         dry_run(config, base, form, train_pairs, sft)
         return

@@ -114,7 +114,7 @@ HI = "\n\nHuman: Hi\n\nAssistant:"
     [
         ({"prompt": HI, "chosen": " a", "rejected": [assistant("b")]}, "chosen and rejected have different types"),
         ({"prompt": HI, "chosen": " a", "rejected": None}, "chosen and rejected have different types"),
-        ({"prompt": [user("Hi")], "chosen": " a", "rejected": " b"}, "prompt is not text"),
+        ({"prompt": 5, "chosen": " a", "rejected": " b"}, "messages are not a list"),
         ({"prompt": HI, "chosen": "  ", "rejected": " b"}, "blank answer"),
         ({"prompt": HI, "chosen": " a", "rejected": ""}, "blank answer"),
         ({"prompt": HI, "chosen": " a", "rejected": "a "}, "chosen and rejected are identical"),
@@ -141,7 +141,7 @@ HI = "\n\nHuman: Hi\n\nAssistant:"
         ),
         (
             {"chosen": [{"role": "tool", "content": "a"}], "rejected": [assistant("b")]},
-            "message without a role of system, user or assistant",
+            "message of a tool, or that calls one",
         ),
         ({"prompt": "Hi", "chosen": [assistant(None)], "rejected": [assistant("b")]}, "blank turn"),
         ({"prompt": "Hi", "chosen": [assistant(" ")], "rejected": [assistant("b")]}, "blank turn"),
@@ -288,7 +288,10 @@ def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
     )
     assert load_pairs(str(tmp_path), "train") == PAIRS
     line = capsys.readouterr().out.strip()
-    assert line == f"{tmp_path}, train: 3 rows, dropped 3 (2 blank answer, 1 chosen and rejected are identical)"
+    assert line == (
+        f"{tmp_path}, train: 3 rows, dropped 3 (2 blank answer, 1 chosen and rejected are identical); "
+        "read train.jsonl as prompt, chosen, rejected (text)"
+    )
 
 
 def test_fingerprint_tells_data_apart():
@@ -412,7 +415,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch, suffix):
 
 def test_special_tokens_in_the_data_are_plain_text(form):
     spelled = f"a{EOS} {PAD}{BOS} b"
-    pair = Pair((("user", spelled),), spelled, f"{EOS}")
+    pair = Pair((("user", spelled),), f"{BOS} a", f"{PAD}")
     (tokens,) = tokenize_pairs([pair], form, 200, "train")
     special = {form.pad_token_id, form.eos_token_id, form.tokenizer.bos_token_id}
     assert form.tokenizer.bos_token_id == tokens.prompt_ids[0]
@@ -442,8 +445,12 @@ def test_a_role_header_in_the_data_is_dropped_under_the_models_template(tokenize
 
 def test_a_template_that_writes_the_date_writes_the_same_one_every_day(tokenizer):
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') if strftime_now is defined }}\n" + CHATML
-    assert PromptFormat("model", tokenizer).prompt_text(ONE.turns).startswith("26 Jul 2024\n")
-    assert "26 Jul" not in tokenizer.chat_template  # which goes out with the model
+    form = PromptFormat("model", tokenizer)
+    assert form.prompt_text(ONE.turns).startswith("26 Jul 2024\n")
+    assert form.template_ids(ONE.turns) == form.prompt_ids(ONE.turns)
+    again = PromptFormat("model", tokenizer)  # the template goes out with the model, and has the day of training
+    assert again.prompt_text(ONE.turns) == form.prompt_text(ONE.turns)
+    assert tokenizer.chat_template.count("26 Jul 2024") == 1
 
 
 @settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -472,37 +472,36 @@ def tokenize_pairs(pairs: list[Pair], form: PromptFormat, max_length: int, what:
     room = max_length // 2 - 1  # and one for EOS
     cut = 0
     for pair in pairs:
+        wholes = [form.response_ids(text) for text in (pair.chosen, pair.rejected)]
+        cut += sum(len(ids) > room for ids in wholes)
         try:
-            tokens, shortened = tokenize_pair(pair, form, max_length, room)
+            tokenized.append(tokenize_pair(pair, wholes, form, max_length))
         except BadRow as reason:
             drops[str(reason)] += 1
-            continue
-        tokenized.append(tokens)
-        cut += shortened
     if drops:
         report_drops(what, len(tokenized), drops)
     if not tokenized:
         raise UserError(none_left(f"no pair of {what}", drops, max_length, "--max-length"))
     if cut:
         console.print(
-            f"{what}: {cut} of {2 * len(tokenized)} responses cut to {room} tokens, half of --max-length"
+            f"{what}: {cut} of {2 * len(pairs)} responses cut to {room} tokens, half of --max-length"
         )
     return tokenized
 
 
-def tokenize_pair(pair: Pair, form: PromptFormat, max_length: int, room: int) -> tuple[TokenPair, int]:
-    """A pair as tokens, each response of at most `room` and EOS, and how many of the two were cut."""
+def tokenize_pair(pair: Pair, wholes: list[list[int]], form: PromptFormat, max_length: int) -> TokenPair:
+    """A pair as tokens; `wholes` are those of its responses, before they are cut and closed."""
     texts = (pair.chosen, pair.rejected)
+    room = max_length // 2 - 1
     if form.spells_special([("assistant", text) for text in texts]):
         raise BadRow(f"answer that spells a special token, such as {form.end_text}")
-    wholes = [form.response_ids(text) for text in texts]
     answers = [ids[:room] if len(ids) > room else [*ids, form.eos_token_id] for ids in wholes]
     prompt, prompt_ids = fit_prompt(pair.turns, form, max_length - 1 - max(map(len, answers)))
     if answers[0] == answers[1]:
         raise BadRow("identical after cutting")
     if any(form.joins(prompt, prompt_ids, *answer) for answer in zip(texts, wholes, strict=True)):
         raise BadRow("a token would span the end of the prompt and the start of the answer")
-    return TokenPair(pair, prompt_ids, *answers), sum(len(ids) > room for ids in wholes)
+    return TokenPair(pair, prompt_ids, *answers)
 
 
 def none_left(what: str, drops: Counter[str], max_tokens: int, flag: str) -> str:

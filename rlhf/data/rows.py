@@ -22,6 +22,7 @@ from typing import Any
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ROLES = {"Human": "user", "Assistant": "assistant"}
 CUES = {"user": HUMAN, "assistant": ASSISTANT}
+TEST_SHARE = 20  # one first question in so many is held out of a file that has no splits
 COLUMNS = ("system", "prompt", "chosen", "rejected")
 LINE_END = re.compile(r"\r+\n|\r")  # Windows', also when doubled on the way, and the old Mac's
 STARTS_WITH_CUE = re.compile(r"\s*(Human|Assistant):")
@@ -172,11 +173,11 @@ def split_messages(chosen: Any, rejected: Any) -> tuple[list[tuple[str, str]], s
 def parse_messages(messages: Any) -> list[tuple[str, str]]:
     if not isinstance(messages, list):
         raise BadRow("messages are not a list")
+    if any(isinstance(each, dict) and (each.get("role") == "tool" or each.get("tool_calls")) for each in messages):
+        raise BadRow("message of a tool, or that calls one")
     turns = []
     for message in messages:
         role = message.get("role") if isinstance(message, dict) else None
-        if role == "tool" or (role and message.get("tool_calls")):
-            raise BadRow("message of a tool, or that calls one")
         if role not in ("system", "user", "assistant"):
             raise BadRow("message without a role of system, user or assistant")
         turns.append((role, require_text(text_of(message.get("content")))))
@@ -247,7 +248,7 @@ def require_text(value: Any) -> str:
 
 
 def in_test_split(pair: Pair) -> bool:
-    """True for about one prompt in twenty, the same ones every time."""
+    """True for about one first question in twenty, the same ones every time."""
     return is_test(first_turn_sha256(pair))
 
 
@@ -257,7 +258,7 @@ def half_of(pair: Pair) -> str:
 
 
 def is_test(digest: bytes) -> bool:
-    return digest[0] < 256 // 20
+    return digest[0] < 256 // TEST_SHARE
 
 
 def which_half(digest: bytes) -> str:

@@ -20,6 +20,8 @@ from typing import Any
 from rlhf.cli import UserError, one_line
 from rlhf.data.rows import (
     COLUMNS,
+    LATER_LINE_STARTS_WITH_CUE,
+    TEST_SHARE,
     BadRow,
     Pair,
     first_turn_sha256,
@@ -59,13 +61,15 @@ class Reading:
     shapes: Counter[str] = field(default_factory=Counter)
     ignored: dict[str, None] = field(default_factory=dict)  # columns and message keys, in their order
     markup: Counter[str] = field(default_factory=Counter)
-    elsewhere: int = 0  # rows of the other split or half
+    all_rows: int = 0  # of a file that is split by its first questions
+    questions: int = 0  # so many different ones
 
     def note(self, row: dict[str, Any], pair: Pair) -> None:
         """Count a row that is used."""
         self.shapes[shape_of(row)] += 1
         self.ignored |= dict.fromkeys(ignored_names(row))
-        texts = [text for _, text in pair.turns] + [pair.chosen, pair.rejected]
+        rejected = LATER_LINE_STARTS_WITH_CUE.split(pair.rejected)[0]  # that it runs on may be why
+        texts = [*(text for _, text in pair.turns), pair.chosen, rejected]
         found = {match.strip() for text in texts for match in MARKUP.findall(text)}
         question = pair.turns[-1][1]
         if len(question) > 9 and pair.chosen.startswith(question) and pair.rejected.startswith(question):
@@ -89,9 +93,9 @@ def load_pairs(
 ) -> list[Pair]:
     """Read the usable pairs of a split ("train" or "test"), at most the first `max_samples`.
 
-    One file without splits gives every twentieth prompt, chosen by a hash of its text, to the test
-    split. With `half` "first" or "second" only the pairs of that half. Bad rows are dropped; one line
-    on the terminal says what was read, how many rows were dropped and why, and what was ignored.
+    One file without splits gives about one first question in twenty, chosen by a hash of its text, to
+    the test split. With `half` "first" or "second" only the pairs of that half. Bad rows are dropped;
+    one line on the terminal says what was read, how many rows were dropped and why, and what was ignored.
 
     Raises:
         UserError: no such source, a file that cannot be read, a missing column, no usable row.
@@ -99,24 +103,18 @@ def load_pairs(
     files, rows = open_source(source, split)
     what = f"{source}, {split}" + (f", {half} half" if half != "both" else "")
     reading = Reading(what, files)
-    one_file = Path(source).is_file()
     pairs: list[Pair] = []
-    for row in rows:
-        try:
-            pair, reason = parse_row(row), None
-        except BadRow as bad:
-            pair, reason = None, str(bad)
-        # A bad row is counted in one split and one half, like a good one.
-        digest = first_turn_sha256(pair) if pair else row_sha256(row)
-        here = not one_file or is_test(digest) == (split == "test")
-        if not here or half not in ("both", which_half(digest)):
-            reading.elsewhere += 1
+    parsed = map(Parsed.of, rows)
+    if Path(source).is_file():
+        parsed = one_side(list(parsed), split, reading)
+    for row in parsed:
+        if half not in ("both", which_half(row.digest)):
             continue
-        if pair is None:
-            reading.drops[reason] += 1
+        if row.pair is None:
+            reading.drops[row.why_not] += 1
             continue
-        reading.note(row, pair)
-        pairs.append(pair)
+        reading.note(row.row, row.pair)
+        pairs.append(row.pair)
         if len(pairs) == max_samples:
             break
     if not pairs:
@@ -126,6 +124,37 @@ def load_pairs(
     if split == "test" and prompts < FEW_PROMPTS and len(pairs) != max_samples:
         console.print(f"{what}: only {prompts} prompts, too few for figures that mean much")
     return pairs
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A row, the pair that it is or why it is none, and what decides on its split and half."""
+
+    row: dict[str, Any]
+    pair: Pair | None
+    why_not: str
+    digest: bytes
+
+    @staticmethod
+    def of(row: dict[str, Any]) -> "Parsed":
+        try:
+            pair = parse_row(row)
+        except BadRow as reason:
+            return Parsed(row, None, str(reason), row_sha256(row))
+        return Parsed(row, pair, "", first_turn_sha256(pair))
+
+
+def one_side(rows: list[Parsed], split: str, reading: Reading) -> list[Parsed]:
+    """The rows of one file that are of a split: all that start with one question are in the same.
+
+    Where the hash holds out none of at least twenty rows, those of one question are held out.
+    """
+    questions = {row.digest for row in rows if row.pair}
+    held_out = {digest for digest in questions if is_test(digest)}
+    if not held_out and len(questions) > 1 and len(rows) >= TEST_SHARE:
+        held_out = {min(questions)}
+    reading.all_rows, reading.questions = len(rows), len(questions)
+    return [row for row in rows if (row.digest in held_out if row.pair else is_test(row.digest)) == (split == "test")]
 
 
 def load_splits(
@@ -154,11 +183,11 @@ def report_overlap(train: Iterable[Pair], test: Iterable[Pair]) -> None:
 
 def nothing_to_use(reading: Reading, source: str, split: str) -> str:
     """The error for a split without a pair."""
-    if reading.elsewhere and not reading.drops:
+    if reading.questions and not reading.drops:
         return (
-            f"{source}: none of its {reading.elsewhere} rows fell into the {reading.what.split(', ', 1)[1]}; "
-            "of one file a hash of the first question puts one in twenty into the test split: "
-            "give more rows with different questions, or a folder with train.jsonl and test.jsonl"
+            f"{source}: none of its {reading.all_rows} rows is in the {split} split; of one file the test split gets "
+            f"about one first question in {TEST_SHARE}, and it has {reading.questions}: give more, or a folder with "
+            "train.jsonl and test.jsonl"
         )
     dropped = f": dropped {reasons_of(reading.drops)}" if reading.drops else ""
     return f"{source} has no usable row in its {split} split ({reading.files}){dropped}; {ACCEPTED}"
@@ -311,32 +340,24 @@ def checked_columns(rows: Iterable[dict[str, Any]], where: str) -> Iterator[dict
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     with open_text(path) as file:
-        yield from json_lines(path, file)
-
-
-def json_lines(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{path}, line {number} is not JSON ({error}): mend or remove that line"
-                ) from None
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(
+                        f"{path}, line {number} is not JSON ({error}): mend or remove that line"
+                    ) from None
 
 
 def read_json(path: Path) -> Iterator[dict[str, Any]]:
-    """A list of rows; or a row a line, as some libraries write them under this name."""
     with open_text(path) as file:
         text = file.read()
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":
-            raise UserError(f"{path} is not JSON ({error})") from None
-        yield from json_lines(path, io.StringIO(text))
-        return
     except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data":
+            raise UserError(f"{path} holds more than one object: if it has one a line, call it .jsonl") from None
         raise UserError(f"{path} is not JSON ({error})") from None
     if not isinstance(rows, list):
         raise UserError(f"{path} must hold a list of rows; one object a line belongs in a .jsonl file")
