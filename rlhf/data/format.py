@@ -98,7 +98,8 @@ class PromptFormat:
         template = HH_CHAT_TEMPLATE.replace("{%- if bos -%}", "{%- if " + bos + " -%}")
         # Some tokenizers put a space before a text, but not after BOS.
         spaced = template.replace("{{ bos_token }}", "{{ bos_token + ' ' }}")
-        for self.tokenizer.chat_template in (spaced, template):
+        for tried in (spaced, template):
+            self.tokenizer.chat_template = tried
             if all(self.template_ids(turns) == self.prompt_ids(turns) for turns in self.dialogues):
                 return
         self.refusal = "no chat template gives what this tokenizer makes of the prompts"
@@ -117,21 +118,27 @@ class PromptFormat:
             silent = self.render([QUESTION], add_generation_prompt=False)
             whole = self.render([QUESTION, ("assistant", ANSWER)], add_generation_prompt=False)
         except BadRow as reason:
-            raise UserError(f"--prompt-format model: {reason}; use --prompt-format hh") from None
+            raise UserError(f"--prompt-format model: {reason}{self.wants_parts()}; use --prompt-format hh") from None
         if QUESTION[1] not in prompt and "messages" in template:
-            raise UserError(f"--prompt-format model: {self.why_lost()}; use --prompt-format hh")
+            raise UserError(
+                f"--prompt-format model: the base's chat template leaves out what the user says{self.wants_parts()}; "
+                "use --prompt-format hh"
+            )
         if QUESTION[1] not in prompt:
             self.refusal = "the base's chat template leaves out what the user says"
+        elif QUESTION[1] not in whole:
+            self.refusal = "the base's chat template leaves out earlier turns"
         elif not whole.startswith(prompt):
             cue = prompt.removeprefix(silent)
             self.refusal = f"the base's chat template starts an answer with {cue!r} only where it is still to come"
         else:
             self.opening, found, rest = whole.removeprefix(prompt).partition(ANSWER)
             self.read_ending(found, rest)
-            if self.opening.strip() and prompt == silent:
+            special = any(text in self.opening for text in self.special_texts)
+            if special or (self.opening.strip() and prompt == silent):
                 self.refusal = (
-                    "the base's chat template has no generation prompt: the model would have to write "
-                    f"{self.opening!r} itself"
+                    f"the base's chat template puts {self.opening!r} before an answer but not at the end of a prompt: "
+                    "the model would have to write it itself"
                 )
 
     def default_template(self) -> str:
@@ -161,16 +168,13 @@ class PromptFormat:
             if self.tokenizer.convert_tokens_to_ids(self.end_text) == self.pad_token_id:
                 self.refusal = f"{self.end_text}, which ends an answer, is also the token to pad with"
 
-    def why_lost(self) -> str:
-        """Why the user's text is not in a prompt."""
-        parts = [{"role": "user", "content": [{"type": "text", "text": QUESTION[1]}]}]
-        why = ""
+    def wants_parts(self) -> str:
+        """A remark if the template writes texts only where each is in a list of parts."""
+        messages = [{"role": "user", "content": [{"type": "text", "text": QUESTION[1]}]}]
         try:
-            if QUESTION[1] in self.render_messages(parts):
-                why = ": it wants content as a list of parts"
+            return " (it wants content as a list of parts)" if QUESTION[1] in self.render_messages(messages) else ""
         except BadRow:
-            pass
-        return f"the base's chat template leaves out what the user says{why}"
+            return ""
 
     def render(self, turns: Iterable[tuple[str, str]], add_generation_prompt: bool = True) -> str:
         messages = [{"role": role, "content": text} for role, text in turns]
@@ -339,7 +343,7 @@ class PromptFormat:
         for turns in self.dialogues:
             prompt = self.prompt_text(turns)
             ids, answer = self.whole_ids(prompt), self.response_ids(ANSWER)
-            if self.bos_ids and ids[:2] == self.bos_ids * 2:
+            if ids[0] == self.tokenizer.bos_token_id and ids[1] == ids[0]:
                 return "prompts start with BOS twice"
             if self.whole_ids(prompt + self.response_text(ANSWER)) != ids + answer:
                 return "this tokenizer makes other tokens of prompt and answer together than of each"
