@@ -56,12 +56,12 @@ def parse_row(row: dict[str, Any]) -> Pair:
     """
     if None in row:
         raise BadRow("more cells than the header has columns")
-    system, prompt, chosen, rejected = (unspelled(unix_lines(row.get(name))) for name in COLUMNS)
+    system, prompt, chosen, rejected = (unix_lines(unspelled(row.get(name))) for name in COLUMNS)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("chosen and rejected have different types")
     if not isinstance(chosen, str):
         shared, chosen, rejected = split_messages(chosen, rejected)
-    elif prompt is None or ANSWER_IS_TURNS.match(chosen):
+    elif prompt is None or ANSWER_IS_TURNS.match(chosen) or repeats(prompt, chosen):
         shared, chosen, rejected = split_transcripts(chosen, rejected)
     elif ANSWER_IS_TURNS.match(rejected):
         raise BadRow("rejected starts with another turn")
@@ -136,6 +136,11 @@ def split_at_cues(text: str) -> list[tuple[str, str]]:
     head, *rest = re.split(r"\n\n(Human|Assistant):", text)
     turns = [("system", head.strip())] if rest and head.strip() else []
     return turns + [(ROLES[name], said.strip()) for name, said in zip(rest[::2], rest[1::2], strict=True)]
+
+
+def repeats(prompt: Any, answer: str) -> bool:
+    """Whether an answer has the whole dialogue that stands in `prompt` before it."""
+    return isinstance(prompt, str) and ASSISTANT in prompt and answer.lstrip().startswith(prompt.strip())
 
 
 def with_blank_line(text: str) -> str:
