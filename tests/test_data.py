@@ -23,6 +23,7 @@ from rlhf.data import (
     tokenize_pairs,
     tokenize_prompt,
 )
+from rlhf.data.template import template_ids
 from sft_train import response_only
 
 import pytest
@@ -90,7 +91,14 @@ SYSTEM = Pair((("system", "Be kind."), ("user", "Hi")), "Hello!", "Go away.")
         ({"prompt": [user("Hi")], "chosen": [assistant("Hello!")], "rejected": [assistant("Go away.")]}, ONE),
         ({"prompt": "Hi", "chosen": [assistant("Hello!")], "rejected": [assistant("Go away.")]}, ONE),
         # The question beside whole dialogues stands once.
-        ({"prompt": "Hi", "chosen": [user("Hi"), assistant("Hello!")], "rejected": [user("Hi"), assistant("Go away.")]}, ONE),
+        (
+            {
+                "prompt": "Hi",
+                "chosen": [user("Hi"), assistant("Hello!")],
+                "rejected": [user("Hi"), assistant("Go away.")],
+            },
+            ONE,
+        ),
         (
             {
                 "prompt": "Hi",
@@ -123,8 +131,18 @@ SYSTEM = Pair((("system", "Be kind."), ("user", "Hi")), "Hello!", "Go away.")
             },
             THREE,
         ),
-        ({"prompt": "Hi", "chosen": "\n\nHuman: Hi\n\nAssistant: Hello!", "rejected": "\n\nHuman: Hi\n\nAssistant: Go away."}, ONE),
-        ({"prompt": "", "chosen": "Human: Hi\n\nAssistant: Hello!", "rejected": "Human: Hi\n\nAssistant: Go away."}, ONE),
+        (
+            {
+                "prompt": "Hi",
+                "chosen": "\n\nHuman: Hi\n\nAssistant: Hello!",
+                "rejected": "\n\nHuman: Hi\n\nAssistant: Go away.",
+            },
+            ONE,
+        ),
+        (
+            {"prompt": "", "chosen": "Human: Hi\n\nAssistant: Hello!", "rejected": "Human: Hi\n\nAssistant: Go away."},
+            ONE,
+        ),
         (
             {
                 "prompt": "Be kind.\n\nHuman: Hi\n\nAssistant:",
@@ -256,7 +274,10 @@ def test_an_answer_that_starts_with_a_name_is_one_unless_on_a_new_line():
         ),
         ({"prompt": "Human: Hi\nAssistant:", "chosen": "a", "rejected": "b"}, NO_BLANK_LINE),
         ({"prompt": "Go on:\nHuman: Hi\nAssistant:", "chosen": "a", "rejected": "b"}, NO_BLANK_LINE),
-        ({"prompt": "\n\nHuman: Hi\nAssistant: Ho\n\nHuman: x\n\nAssistant:", "chosen": "a", "rejected": "b"}, NO_BLANK_LINE),
+        (
+            {"prompt": "\n\nHuman: Hi\nAssistant: Ho\n\nHuman: x\n\nAssistant:", "chosen": "a", "rejected": "b"},
+            NO_BLANK_LINE,
+        ),
         ({"prompt": HI, "chosen": "\n\nHuman: a", "rejected": " b"}, "transcript without 'Assistant:'"),
         ({"prompt": HI, "chosen": " a\nHuman: b", "rejected": " b"}, "chosen runs on into another turn"),
         ({"prompt": HI, "chosen": "a", "rejected": "\r\n\r\nHuman: b"}, "rejected starts with another turn"),
@@ -530,11 +551,15 @@ def test_a_bad_row_of_one_file_is_counted_in_one_split(tmp_path, capsys):
 
 
 def test_a_file_too_small_to_split_says_so(tmp_path):
-    question = next(f"Question {n}?" for n in range(99) if not in_test_split(Pair((("user", f"Question {n}?"),), "", "")))
+    question = next(
+        f"Question {n}?" for n in range(99) if not in_test_split(Pair((("user", f"Question {n}?"),), "", ""))
+    )
     rows = [{"prompt": question, "chosen": f"{n}", "rejected": "no"} for n in range(30)]
     file = str(write_jsonl(tmp_path / "one.jsonl", rows))
     assert len(load_pairs(file, "train")) == 30
-    with pytest.raises(UserError, match="none of its 30 rows is in the test split; .* one first question in 20") as error:
+    with pytest.raises(
+        UserError, match="none of its 30 rows is in the test split; .* one first question in 20"
+    ) as error:
         load_pairs(file, "test")
     assert "accepted are" not in str(error.value)
 
@@ -555,7 +580,7 @@ def test_of_twenty_rows_and_more_some_are_held_out(tmp_path):
         (["train.jsonl", "data/train.jsonl"], ["train.jsonl, data/train.jsonl", "keep one"]),
         (["train.jsonl", "train-more.jsonl"], ["train.jsonl", "train-more.jsonl", "keep one"]),
         (["train_prefs-00000-of-00001.jsonl", "train_sft.jsonl"], ["no train file", "train_prefs-", "train_sft.jsonl"]),
-        (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], ["2 of the 3 shards", "download it again"]),
+        (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], ["2 of 3 shards", "download it again"]),
         (["train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl"], ["train-00000-of-00001", "keep one"]),
         (["train.txt"], ["no train file"]),
     ],
@@ -760,7 +785,7 @@ def test_a_template_that_writes_the_date_writes_the_same_one_every_day(tokenizer
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') if strftime_now is defined }}\n" + CHATML
     form = PromptFormat("model", tokenizer)
     assert form.prompt_text(ONE.turns).startswith("26 Jul 2024\n")
-    assert form.template_ids(ONE.turns) == form.prompt_ids(ONE.turns)
+    assert template_ids(tokenizer, ONE.turns) == form.prompt_ids(ONE.turns)
     again = PromptFormat("model", tokenizer)  # the template goes out with the model, and has the day of training
     assert again.prompt_text(ONE.turns) == form.prompt_text(ONE.turns)
     assert tokenizer.chat_template.count("26 Jul 2024") == 1

@@ -14,7 +14,7 @@ from conftest import BOS, EOS, PAD, make_model, make_tokenizer, read_demo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 TEMPLATES = sorted(
     path
@@ -42,9 +42,7 @@ def sentencepiece_like():
     )
     texts = [row["prompt"] + row["chosen"] for row in read_demo("train")]
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
-    )
+    pieces.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False))
     model = json.loads(pieces.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
     built = Tokenizer(models.BPE(model["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))

@@ -1,4 +1,4 @@
-"""A row of preference data, of any accepted shape, becomes a `Pair`, or a `BadRow` that says why not.
+"""A row of preference data, of any accepted shape, becomes a `Pair`, or a `BadRow` with a reason.
 
 What stands before the answers comes from the column `prompt`, from the start that `chosen` and
 `rejected` share, or from both, and is put down once. Each of the three is
@@ -37,7 +37,7 @@ Turns = tuple[tuple[str, str], ...]  # (role, text); roles are system, user, ass
 
 @dataclass(frozen=True)
 class Pair:
-    """A dialogue that ends with the user's turn, and two answers to it, without outer white space."""
+    """A dialogue that ends with the user's turn, and two answers; no text has outer white space."""
 
     turns: Turns
     chosen: str
@@ -67,7 +67,11 @@ def parse_row(row: dict[str, Any]) -> Pair:
         raise BadRow("rejected starts with another turn")
     else:
         shared = []
-    no_prompt = prompt is None or prompt == [] or (shared and isinstance(prompt, str) and not prompt.strip())
+    no_prompt = (
+        prompt is None
+        or prompt == []
+        or (shared and isinstance(prompt, str) and not prompt.strip())
+    )
     asked = [] if no_prompt else parse_turns(prompt)
     if isinstance(system, str) and system.strip():
         asked = join_turns([("system", system.strip())], asked)
@@ -92,7 +96,9 @@ def unspelled(value: Any) -> Any:
     Raises:
         BadRow: a spelled list that cannot be read, such as numpy's, which has no commas.
     """
-    if not isinstance(value, str) or not re.match(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:", value):
+    if not isinstance(value, str) or not re.match(
+        r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:", value
+    ):
         return value
     for read in (json.loads, ast.literal_eval):
         try:
@@ -111,7 +117,7 @@ def parse_turns(value: Any) -> list[tuple[str, str]]:
 
 
 def parse_dialogue(prompt: str) -> Turns:
-    """Split `\\n\\nHuman: ...\\n\\nAssistant:` into turns; text before the first cue is the system's.
+    """Split `\\n\\nHuman: ...\\n\\nAssistant:` into turns; text before the first is the system's.
 
     Text without a cue is a bare question.
 
@@ -135,16 +141,22 @@ def split_at_cues(text: str) -> list[tuple[str, str]]:
     text = with_blank_line(unix_lines(text))
     head, *rest = re.split(r"\n\n(Human|Assistant):", text)
     turns = [("system", head.strip())] if rest and head.strip() else []
-    return turns + [(ROLES[name], said.strip()) for name, said in zip(rest[::2], rest[1::2], strict=True)]
+    return turns + [
+        (ROLES[name], said.strip()) for name, said in zip(rest[::2], rest[1::2], strict=True)
+    ]
 
 
 def repeats(prompt: Any, answer: str) -> bool:
     """Whether an answer has the whole dialogue that stands in `prompt` before it."""
-    return isinstance(prompt, str) and ASSISTANT in prompt and answer.lstrip().startswith(prompt.strip())
+    return (
+        isinstance(prompt, str)
+        and ASSISTANT in prompt
+        and answer.lstrip().startswith(prompt.strip())
+    )
 
 
 def with_blank_line(text: str) -> str:
-    """A transcript with the blank line before its first cue, which someone's strip() may have taken."""
+    """A transcript with the blank line before its first cue, which a strip() may have taken."""
     return "\n\n" + text.lstrip() if STARTS_WITH_CUE.match(text) else text
 
 
@@ -178,7 +190,10 @@ def split_messages(chosen: Any, rejected: Any) -> tuple[list[tuple[str, str]], s
 def parse_messages(messages: Any) -> list[tuple[str, str]]:
     if not isinstance(messages, list):
         raise BadRow("messages are not a list")
-    if any(isinstance(each, dict) and (each.get("role") == "tool" or each.get("tool_calls")) for each in messages):
+    if any(
+        isinstance(each, dict) and (each.get("role") == "tool" or each.get("tool_calls"))
+        for each in messages
+    ):
         raise BadRow("message of a tool, or that calls one")
     turns = []
     for message in messages:
@@ -199,7 +214,9 @@ def text_of(content: Any) -> Any:
     return "".join(part["text"] for part in content)
 
 
-def join_turns(asked: list[tuple[str, str]], shared: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def join_turns(
+    asked: list[tuple[str, str]], shared: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
     """The dialogue whose start `asked` is, and that `shared` goes on with or has from its start."""
     systems = [turns[0] for turns in (asked, shared) if turns and turns[0][0] == "system"]
     if len(set(systems)) > 1:
@@ -218,7 +235,7 @@ def join_turns(asked: list[tuple[str, str]], shared: list[tuple[str, str]]) -> l
 
 
 def checked_turns(turns: Iterable[tuple[str, str]]) -> Turns:
-    """The turns before an answer. Raises BadRow if one is blank, spells another, or none is a user's."""
+    """The turns before an answer. Raises BadRow if one is blank or holds another, or none asks."""
     turns = tuple(turns)
     if not any(role == "user" for role, _ in turns):
         raise BadRow("no user turn")
@@ -258,7 +275,7 @@ def in_test_split(pair: Pair) -> bool:
 
 
 def half_of(pair: Pair) -> str:
-    """ "first" or "second": the half of the data that a pair belongs to, the same one every time."""
+    """ "first" or "second": the half of the data that a pair is in, the same one every time."""
     return which_half(first_turn_sha256(pair))
 
 

@@ -38,8 +38,8 @@ SPLITS = {"train": ("train",), "test": ("test", "validation", "eval")}
 FEW_PROMPTS = 20  # with fewer in a test split its figures are mostly chance
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 ACCEPTED = (
-    "accepted are the columns prompt, chosen, rejected (text or message lists), or chosen and rejected "
-    "transcripts that start with '\\n\\nHuman:'"
+    "accepted are the columns prompt, chosen, rejected (text or message lists), "
+    "or chosen and rejected transcripts that start with '\\n\\nHuman:'"
 )
 MARKUP = re.compile(  # of other formats, and cues that stand where they are no cues
     r"<\|\w+\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>"
@@ -59,7 +59,9 @@ class Reading:
     files: str
     drops: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
-    ignored: dict[str, None] = field(default_factory=dict)  # columns and message keys, in their order
+    ignored: dict[str, None] = field(
+        default_factory=dict
+    )  # columns and message keys, in their order
     markup: Counter[str] = field(default_factory=Counter)
     all_rows: int = 0  # of a file that is split by its first questions
     questions: int = 0  # so many different ones
@@ -72,7 +74,11 @@ class Reading:
         texts = [*(text for _, text in pair.turns), pair.chosen, rejected]
         found = {match.strip() for text in texts for match in MARKUP.findall(text)}
         question = pair.turns[-1][1]
-        if len(question) > 9 and pair.chosen.startswith(question) and pair.rejected.startswith(question):
+        if (
+            len(question) > 9
+            and pair.chosen.startswith(question)
+            and pair.rejected.startswith(question)
+        ):
             found.add("answers that repeat the question")
         self.markup.update(found)
 
@@ -93,9 +99,10 @@ def load_pairs(
 ) -> list[Pair]:
     """Read the usable pairs of a split ("train" or "test"), at most the first `max_samples`.
 
-    One file without splits gives about one first question in twenty, chosen by a hash of its text, to
-    the test split. With `half` "first" or "second" only the pairs of that half. Bad rows are dropped;
-    one line on the terminal says what was read, how many rows were dropped and why, and what was ignored.
+    One file without splits gives about one first question in twenty, chosen by a hash of its text,
+    to the test split. With `half` "first" or "second" only the pairs of that half. Bad rows are
+    dropped; one line on the terminal says what was read, how many rows were dropped and why, and
+    what was ignored.
 
     Raises:
         UserError: no such source, a file that cannot be read, a missing column, no usable row.
@@ -154,13 +161,20 @@ def one_side(rows: list[Parsed], split: str, reading: Reading) -> list[Parsed]:
     if not held_out and len(questions) > 1 and len(rows) >= TEST_SHARE:
         held_out = {min(questions)}
     reading.all_rows, reading.questions = len(rows), len(questions)
-    return [row for row in rows if (row.digest in held_out if row.pair else is_test(row.digest)) == (split == "test")]
+    return [
+        row
+        for row in rows
+        if (row.digest in held_out if row.pair else is_test(row.digest)) == (split == "test")
+    ]
 
 
 def load_splits(
     source: str, max_train: int | None = None, max_test: int | None = None, half: str = "both"
 ) -> tuple[list[Pair], list[Pair]]:
-    """The pairs of both splits, with a warning if prompts stand in both; `half` is of the training split."""
+    """The pairs of both splits, with a warning if prompts stand in both.
+
+    `half` is of the training split only.
+    """
     train = load_pairs(source, "train", max_train, half)
     test = load_pairs(source, "test", max_test)
     report_overlap(train, test)
@@ -176,8 +190,8 @@ def report_overlap(train: Iterable[Pair], test: Iterable[Pair]) -> None:
         first = plain(" ".join(both[0][-1][1].split()))
         first = first if len(first) <= 60 else first[:57] + "..."
         console.print(
-            f"warning: {len(both)} of {len(prompts)} test prompts are also in the train split, so its figures "
-            f'are too good (the first: "{first}")'
+            f"warning: {len(both)} of {len(prompts)} test prompts are also in the train split, "
+            f'so its figures are too good (the first: "{first}")'
         )
 
 
@@ -185,9 +199,9 @@ def nothing_to_use(reading: Reading, source: str, split: str) -> str:
     """The error for a split without a pair."""
     if reading.questions and not reading.drops:
         return (
-            f"{source}: none of its {reading.all_rows} rows is in the {split} split; of one file the test split gets "
-            f"about one first question in {TEST_SHARE}, and it has {reading.questions}: give more, or a folder with "
-            "train.jsonl and test.jsonl"
+            f"{source}: none of its {reading.all_rows} rows is in the {split} split; of one file "
+            f"the test split gets about one first question in {TEST_SHARE}, and it has "
+            f"{reading.questions}: give more, or a folder with train.jsonl and test.jsonl"
         )
     dropped = f": dropped {reasons_of(reading.drops)}" if reading.drops else ""
     return f"{source} has no usable row in its {split} split ({reading.files}){dropped}; {ACCEPTED}"
@@ -200,7 +214,8 @@ def report_drops(what: str, kept: int, drops: Counter[str], more: str = "") -> N
 
 
 def reasons_of(drops: Counter[str]) -> str:
-    return f"{drops.total()} ({', '.join(f'{count} {plain(reason)}' for reason, count in drops.most_common())})"
+    reasons = ", ".join(f"{count} {plain(reason)}" for reason, count in drops.most_common())
+    return f"{drops.total()} ({reasons})"
 
 
 def shape_of(row: dict[str, Any]) -> str:
@@ -212,7 +227,11 @@ def shape_of(row: dict[str, Any]) -> str:
 
 def ignored_names(row: dict[str, Any]) -> Iterator[str]:
     """The columns of a row, and the keys of its messages, that hold something and are not read."""
-    yield from (plain(str(name)) for name, cell in row.items() if name not in COLUMNS and cell not in (None, "", []))
+    yield from (
+        plain(str(name))
+        for name, cell in row.items()
+        if name not in COLUMNS and cell not in (None, "", [])
+    )
     for name in ("prompt", "chosen", "rejected"):
         for message in row[name] if isinstance(row.get(name), list) else ():
             for key, value in message.items():
@@ -243,7 +262,8 @@ def open_source(source: str, split: str) -> tuple[str, Iterator[dict[str, Any]]]
         return path.name, read_file(path)
     if kind_of(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise UserError(
-            f"--dataset {source}: there is no such file or folder, and it is not a hub id (owner/name)"
+            f"--dataset {source}: there is no such file or folder, "
+            "and it is not a hub id (owner/name)"
         )
     return read_hub(source, split)
 
@@ -254,7 +274,7 @@ def has_rows(path: Path) -> bool:
 
 
 def kind_of(path: Path) -> str | None:
-    """The suffix that says how a file is read, without that of its compression; None for other files."""
+    """The suffix that says how a file is read, without that of its compression, or None."""
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
     return suffix if suffix in SUFFIXES and not (suffix == ".parquet" != path.suffix) else None
 
@@ -294,13 +314,13 @@ def check_one_kind(folder: Path, split: str, files: list[Path]) -> None:
     if len(kinds) > 1:
         names = ", ".join(str(file.relative_to(folder)) for file in files[:6])
         raise UserError(
-            f"--dataset {folder}: each of {names} could be the {split} split: keep one of them there, or one "
-            "set of shards"
+            f"--dataset {folder}: each of {names} could be the {split} split: "
+            "keep one of them there, or one set of shards"
         )
     if shards[0] and len(files) != int(shards[0][2]):
         raise UserError(
-            f"--dataset {folder}: {len(files)} of the {int(shards[0][2])} shards of {files[0].name} are there: "
-            "download it again"
+            f"--dataset {folder}: {len(files)} of {int(shards[0][2])} shards are there, the first "
+            f"{files[0].name}: download it again"
         )
 
 
@@ -308,13 +328,14 @@ def read_file(path: Path) -> Iterator[dict[str, Any]]:
     kind = kind_of(path)
     if kind is None:
         raise UserError(
-            f"{path} is not one of {', '.join(SUFFIXES)} (all but the last also as {' or '.join(COMPRESSED)})"
+            f"{path} is not one of {', '.join(SUFFIXES)} "
+            f"(all but the last also as {' or '.join(COMPRESSED)})"
         )
     yield from checked_columns(READERS[kind](path), str(path))
 
 
 def checked_columns(rows: Iterable[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:
-    """Pass rows on, after the first one was seen to be an object with the columns that every shape has."""
+    """Pass rows on: objects, of which the first has the columns that every shape has."""
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"{where}, row {number + 1}: not an object with columns; {ACCEPTED}")
@@ -357,10 +378,14 @@ def read_json(path: Path) -> Iterator[dict[str, Any]]:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") == "Extra data":
-            raise UserError(f"{path} holds more than one object: if it has one a line, call it .jsonl") from None
+            raise UserError(
+                f"{path} holds more than one object: if it has one a line, call it .jsonl"
+            ) from None
         raise UserError(f"{path} is not JSON ({error})") from None
     if not isinstance(rows, list):
-        raise UserError(f"{path} must hold a list of rows; one object a line belongs in a .jsonl file")
+        raise UserError(
+            f"{path} must hold a list of rows; one object a line belongs in a .jsonl file"
+        )
     yield from rows
 
 
