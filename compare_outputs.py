@@ -58,7 +58,7 @@ class Config:
 
     prompts: str | None = None  # a text file, a prompt a line, or rows as in the data set (.jsonl, .csv); None: PROMPTS
     num_test_prompts: int = 0  # the first so many rows of the test split of `dataset`; 0: use `prompts`
-    dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
+    dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
     show: int = 8  # prompts printed; the files hold all
 
     max_prompt_length: int = 384  # tokens; longer prompts are cut from the left at a turn boundary

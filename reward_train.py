@@ -61,7 +61,7 @@ from trl import RewardConfig, RewardTrainer
 class Config:
     sft_checkpoint: str = "checkpoints/sft"  # its base model, precision and prompt format are taken over
     base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
-    dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
+    dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
     extra_data: str | None = None  # a file of votes, mixed into the training pairs
     extra_weight: int = 1  # times that an epoch goes over each vote
     output_dir: str = "checkpoints/reward"  # a folder that is empty or not there yet

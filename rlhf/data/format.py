@@ -199,7 +199,7 @@ class PromptFormat:
 
     @cached_property
     def starts_anew(self) -> bool:
-        """Whether the tokenizer takes an answer for a new text, as some do after a special token."""
+        """Whether the tokenizer takes an answer for a new text, as after a special token."""
         if self.going_on is None or self.template is None:
             return False
         prompt, answer = self.template.render([QUESTION]), self.response_text(ANSWER)
