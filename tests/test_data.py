@@ -293,6 +293,7 @@ def test_an_answer_that_starts_with_a_name_is_one_unless_on_a_new_line():
             {"system": "Be kind.", "prompt": [system("Be rude."), user("Hi")], "chosen": "a", "rejected": "b"},
             "two different system texts",
         ),
+        ({"system": 5, "prompt": HI, "chosen": "a", "rejected": "b"}, "system is not text"),
         ({"prompt": HI, "chosen": "a", "rejected": "b", None: ["c"]}, "more cells than the header has columns"),
         (
             {"prompt": "[{'role': 'user', 'content': 'Hi'}\n {'role'", "chosen": "a", "rejected": "b"},

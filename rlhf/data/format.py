@@ -181,7 +181,7 @@ class PromptFormat:
                 continue
             ids = self.whole_ids(prompt)
             both = ids + self.response_ids(ANSWER)
-            if ids[0] == self.tokenizer.bos_token_id and ids[1] == ids[0]:
+            if ids[:2] == [self.tokenizer.bos_token_id] * 2:
                 return "prompts start with BOS twice"
             if self.whole_ids(prompt + self.response_text(ANSWER)) != both:
                 return (

@@ -73,7 +73,9 @@ def parse_row(row: dict[str, Any]) -> Pair:
         or (shared and isinstance(prompt, str) and not prompt.strip())
     )
     asked = [] if no_prompt else parse_turns(prompt)
-    if isinstance(system, str) and system.strip():
+    if system and not isinstance(system, str):
+        raise BadRow("system is not text")
+    if system and system.strip():
         asked = join_turns([("system", system.strip())], asked)
     turns = checked_turns(join_turns(asked, shared))
     return Pair(turns, *checked_answers(turns, chosen.strip(), rejected.strip()))
