@@ -254,6 +254,14 @@ def test_which_templates_are_accepted(kinds, name, accepted, tmp_path):
     assert assert_right_or_refused(kinds[byte_level], template, tmp_path) == accepted
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_tokenizer_takes_a_plain_template(kinds, kind, tmp_path):
+    """Also one that writes a space before what ends an answer, and special tokens within a prompt."""
+    template = "{{ bos_token }}{% for m in messages %}<|h|>{{ m.role }}\n{{ m.content }} {{ eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|h|>assistant\n{% endif %}"
+    assert assert_right_or_refused(kinds[kind], template, tmp_path)
+
+
 @st.composite
 def templates(draw):
     """A chat template of features that bases' templates have."""
