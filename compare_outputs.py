@@ -58,7 +58,7 @@ class Config:
 
     prompts: str | None = None  # a text file, a prompt a line, or rows as in the data set (.jsonl, .csv); None: PROMPTS
     num_test_prompts: int = 0  # the first so many rows of the test split of `dataset`; 0: use `prompts`
-    dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
+    dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
     show: int = 8  # prompts printed; the files hold all
 
     max_prompt_length: int = 384  # tokens; longer prompts are cut from the left at a turn boundary
@@ -224,7 +224,7 @@ def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
         rows, turns_of = PROMPTS, data.parse_dialogue
     elif not path.is_file():
         raise UserError(f"--prompts {path}: there is no such file")
-    elif path.suffix in data.SUFFIXES:
+    elif data.has_rows(path):
         rows, turns_of = data.read_rows(str(path), "test"), lambda row: data.parse_row(row).turns
     else:
         with data.open_text(path) as file:

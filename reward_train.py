@@ -29,7 +29,7 @@ from typing import Any, Literal
 from rlhf.card import choose_tokens, describe_start
 from rlhf.checkpoints import check_child, check_output, is_finished, output_folder, read_run, start_run, write_run
 from rlhf.cli import UserError, check_at_least_one, check_between, next_command, run
-from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, tokenize_pairs
+from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, load_splits, tokenize_pairs
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
 from rlhf.plan import SAMPLE, Plan, plan_reward, read_shape, show_data, show_end, show_plan
 from rlhf.processes import gather, is_main, sharded, share
@@ -61,7 +61,7 @@ from trl import RewardConfig, RewardTrainer
 class Config:
     sft_checkpoint: str = "checkpoints/sft"  # its base model, precision and prompt format are taken over
     base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
-    dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
+    dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
     extra_data: str | None = None  # a file of votes, mixed into the training pairs
     extra_weight: int = 1  # times that an epoch goes over each vote
     output_dir: str = "checkpoints/reward"  # a folder that is empty or not there yet
@@ -133,9 +133,10 @@ def main(config: Config) -> None:
 
     # 1. Tokenise both responses of each pair.
     votes = load_votes(config.extra_data) if config.extra_data else None
-    train_pairs = load_pairs(config.dataset, "train", config.max_train_samples, config.half)
+    train_pairs, eval_pairs = load_splits(
+        config.dataset, config.max_train_samples, config.max_eval_samples, config.half
+    )
     train_pairs += votes.train * config.extra_weight if votes else []
-    eval_pairs = load_pairs(config.dataset, "test", config.max_eval_samples)
     if config.dry_run:
         dry_run(config, base, form, train_pairs, sft)
         return

@@ -21,10 +21,17 @@ from typing import Literal
 from rlhf.card import choose_tokens, describe_start
 from rlhf.checkpoints import check_output, is_finished, output_folder, start_run, write_run
 from rlhf.cli import UserError, next_command, run
-from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
+from rlhf.data import PromptFormat, fingerprint, load_splits, tokenize_pairs
 from rlhf.decoder import Decoder, lay_out
 from rlhf.logprobs import Chosen, chosen_logprobs
-from rlhf.modeling import base_facts, choose_dtype, linear_names, load_base, load_tokenizer
+from rlhf.modeling import (
+    base_facts,
+    check_vocabulary,
+    choose_dtype,
+    linear_names,
+    load_base,
+    load_tokenizer,
+)
 from rlhf.plan import SAMPLE, Plan, plan_sft, read_shape, show_data, show_end, show_plan
 from rlhf.processes import sharded, share
 from rlhf.reporting import console, plot_curves
@@ -54,7 +61,7 @@ from trl import SFTConfig, SFTTrainer
 class Config:
     base_model: str = "meta-llama/Llama-3.2-3B"  # hub id or local folder
     revision: str | None = None  # branch, tag or commit of a hub model
-    dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv or .parquet
+    dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
     output_dir: str = "checkpoints/sft"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
     resume: bool = False  # go on with a run that was stopped or cut short
@@ -112,11 +119,12 @@ def main(config: Config) -> None:
     started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
     base = base_facts(config.base_model, config.revision, config.load_in_4bit)
-    form = PromptFormat(config.prompt_format, load_tokenizer(base["model"], base["revision"]))
+    tokenizer = load_tokenizer(base["model"], base["revision"])
+    check_vocabulary(tokenizer, base)
+    form = PromptFormat(config.prompt_format, tokenizer)
 
     # 1. Tokenise: prompt tokens are masked out of the loss, EOS is not.
-    train_pairs = load_pairs(config.dataset, "train", config.max_train_samples)
-    eval_pairs = load_pairs(config.dataset, "test", config.max_eval_samples)
+    train_pairs, eval_pairs = load_splits(config.dataset, config.max_train_samples, config.max_eval_samples)
     if config.dry_run:
         dry_run(config, base, form, train_pairs)
         return

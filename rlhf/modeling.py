@@ -9,6 +9,7 @@ Shapes: N tokens of a batch of texts, B texts, H hidden size, V vocabulary.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from rlhf.hub import hub_errors
 from rlhf.layers import LeanLayer
 from rlhf.micro_batches import CPU_TOKENS, MicroBatchSize, cut_by_tokens
 from rlhf.processes import is_main, sharded, this_process, whole
+from rlhf.reporting import plain
 
 import torch
 import torch.nn.functional as F
@@ -146,25 +148,53 @@ def same_base(sft: dict[str, Any], folder: str, model: str | None) -> dict[str, 
 
 
 def load_tokenizer(folder: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer with an EOS, and a pad token that is not EOS: with pad = EOS a model never learns to stop."""
+    """A tokenizer with an EOS, and a pad token that is not EOS: with pad = EOS a model never learns to stop.
+
+    Raises:
+        UserError: it cannot be loaded, has no EOS, or no token that could be padded with.
+    """
     with hub_errors(folder, "tokenizer", "--base-model"):
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
     if tokenizer.eos_token is None:
         raise UserError(f"the tokenizer of {folder} has no EOS token")
     if tokenizer.pad_token in (None, tokenizer.eos_token):
-        vocabulary = tokenizer.get_vocab()
-        free = [
-            token
-            for token in (*PAD_TOKENS, tokenizer.unk_token)
-            if token in vocabulary and token != tokenizer.eos_token
-        ]
-        if not free:
+        tokenizer.pad_token = unused_token(tokenizer)
+        if tokenizer.pad_token is None:
             raise UserError(
                 f"the tokenizer of {folder} has no token to pad with but EOS: set its pad_token to an unused one"
             )
-        tokenizer.pad_token = free[0]
+    if hasattr(tokenizer, "legacy"):  # of Llama 2's kind; transformers forgets to save it
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def unused_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A token that no text has: a usual one, or any special one that is not BOS or EOS, nor in a chat template."""
+    vocabulary = tokenizer.get_vocab()
+    for token in (*PAD_TOKENS, tokenizer.unk_token):
+        if token in vocabulary and token != tokenizer.eos_token:
+            return token
+    templates = json.dumps(tokenizer.chat_template, ensure_ascii=False)
+    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    taken = (tokenizer.bos_token, tokenizer.eos_token)
+    free = [token for token in special if token not in taken and token not in templates]
+    return next((token for token in free if "pad" in token.lower()), free[0] if free else None)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, base: dict[str, Any]) -> None:
+    """Raise UserError if the tokenizer can give an id for which the base's embedding has no row."""
+    with hub_errors(base["model"], "model", "--base-model"):
+        config = AutoConfig.from_pretrained(base["model"], revision=base["revision"])
+    rows = config.get_text_config().vocab_size
+    beyond = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= rows)
+    if beyond:
+        id, token = beyond[0]
+        raise UserError(
+            f"the tokenizer of {base['model']} has {len(beyond)} tokens more than the model has embeddings "
+            f"({rows}; the first is {plain(token)!r}, id {id}): resize the model's embeddings, or use the tokenizer it was "
+            "trained with"
+        )
 
 
 def load_format(folder: str, run: dict[str, Any]) -> PromptFormat:

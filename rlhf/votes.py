@@ -21,7 +21,7 @@ from typing import Any
 
 from rlhf.cli import UserError
 from rlhf.data import BadRow, Pair, first_turn_sha256, open_text, parse_row
-from rlhf.reporting import wilson_interval
+from rlhf.reporting import console, plain, wilson_interval
 
 CHOICES = ("A", "B", "tie", "both bad")
 HELD_OUT = 5  # one prompt in so many is kept from training
@@ -135,7 +135,7 @@ class VoteFile:
             self.append(b"\n")  # an editor left it out
         except ValueError:
             self.file.truncate(len(whole) + len(newline))
-            print(f"{self.path}: cut off an unfinished last line of {len(rest)} bytes.")
+            console.print(f"{self.path}: cut off an unfinished last line of {len(rest)} bytes.")
 
     def append(self, line: bytes) -> None:
         """Write and sync `line`, all of it or nothing."""
@@ -238,8 +238,8 @@ def load_votes(path: str) -> VotePairs:
     said = Counter(vote.choice for vote in votes.values())
     counts = {"votes": len(votes), "ties": said["tie"], "both_bad": said["both bad"], "undone": undone}
     counts |= {"unusable": drops.total(), "train": len(train), "held_out": len(held_out)}
-    reasons = ", ".join(f"{count} {reason}" for reason, count in drops.most_common())
-    print(
+    reasons = ", ".join(f"{count} {plain(reason)}" for reason, count in drops.most_common())
+    console.print(
         f"{path}: {len(votes)} votes, {len(train)} to train on, {len(held_out)} held out; not used: {said['tie']} ties, "
         f"{said['both bad']} both bad" + (f", {reasons}" if drops else "")
     )

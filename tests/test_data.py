@@ -1,6 +1,7 @@
 """Rows, sources, prompts and tokens: what the model is shown, spelled out."""
 
 import csv
+import gzip
 import json
 import re
 from pathlib import Path
@@ -14,11 +15,15 @@ from rlhf.data import (
     TokenPair,
     fingerprint,
     half_of,
+    has_rows,
+    in_test_split,
     load_pairs,
+    load_splits,
     parse_row,
     tokenize_pairs,
     tokenize_prompt,
 )
+from rlhf.data.template import template_ids
 from sft_train import response_only
 
 import pytest
@@ -85,6 +90,114 @@ SYSTEM = Pair((("system", "Be kind."), ("user", "Hi")), "Hello!", "Go away.")
         ({"chosen": [user("Hi"), assistant("Hello!")], "rejected": [user("Hi"), assistant("Go away.")]}, ONE),
         ({"prompt": [user("Hi")], "chosen": [assistant("Hello!")], "rejected": [assistant("Go away.")]}, ONE),
         ({"prompt": "Hi", "chosen": [assistant("Hello!")], "rejected": [assistant("Go away.")]}, ONE),
+        # The question beside whole dialogues stands once.
+        (
+            {
+                "prompt": "Hi",
+                "chosen": [user("Hi"), assistant("Hello!")],
+                "rejected": [user("Hi"), assistant("Go away.")],
+            },
+            ONE,
+        ),
+        (
+            {
+                "prompt": "Hi",
+                "chosen": [user("Hi"), assistant("Hello!"), user("Bye"), assistant("See you.")],
+                "rejected": [user("Hi"), assistant("Hello!"), user("Bye"), assistant("Good.")],
+            },
+            THREE,
+        ),
+        (
+            {
+                "prompt": "Hi",
+                "chosen": [system("Be kind."), user("Hi"), assistant("Hello!")],
+                "rejected": [system("Be kind."), user("Hi"), assistant("Go away.")],
+            },
+            SYSTEM,
+        ),
+        (
+            {
+                "prompt": [system("Be kind.")],
+                "chosen": [user("Hi"), assistant("Hello!")],
+                "rejected": [user("Hi"), assistant("Go away.")],
+            },
+            SYSTEM,
+        ),
+        (
+            {
+                "prompt": [user("Hi"), assistant("Hello!")],
+                "chosen": [user("Bye"), assistant("See you.")],
+                "rejected": [user("Bye"), assistant("Good.")],
+            },
+            THREE,
+        ),
+        (
+            {
+                "prompt": "Hi",
+                "chosen": "\n\nHuman: Hi\n\nAssistant: Hello!",
+                "rejected": "\n\nHuman: Hi\n\nAssistant: Go away.",
+            },
+            ONE,
+        ),
+        (
+            {"prompt": "", "chosen": "Human: Hi\n\nAssistant: Hello!", "rejected": "Human: Hi\n\nAssistant: Go away."},
+            ONE,
+        ),
+        (
+            {
+                "prompt": "Be kind.\n\nHuman: Hi\n\nAssistant:",
+                "chosen": "Be kind.\n\nHuman: Hi\n\nAssistant: Hello!",
+                "rejected": "Be kind.\n\nHuman: Hi\n\nAssistant: Go away.",
+            },
+            SYSTEM,
+        ),
+        ({"prompt": "Hi", "chosen": "Assistant: Hello!", "rejected": "Assistant: Go away."}, ONE),
+        ({"prompt": [user("Hi")], "chosen": " Hello!", "rejected": "Go away."}, ONE),
+        # Line ends of other systems, and a leading blank line that somebody's strip() took.
+        (
+            {
+                "prompt": "\r\n\r\nHuman: Hi\r\n\r\nAssistant: Hello!\r\n\r\nHuman: Bye\r\n\r\nAssistant:",
+                "chosen": " See you.\r\n",
+                "rejected": " Good.",
+            },
+            THREE,
+        ),
+        ({"prompt": "\r\rHuman: Hi\r\rAssistant:", "chosen": "Hello!", "rejected": "Go away."}, ONE),
+        ({"prompt": "Human: Hi\n\nAssistant:", "chosen": "Hello!", "rejected": "Go away."}, ONE),
+        (
+            {
+                "chosen": "Human: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant: See you.",
+                "rejected": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant: Good.",
+            },
+            THREE,
+        ),
+        # What other tools write.
+        ({"system": "Be kind.", "prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}, SYSTEM),
+        (
+            {
+                "system": " Be kind.",
+                "chosen": [system("Be kind."), user("Hi"), assistant("Hello!")],
+                "rejected": [system("Be kind."), user("Hi"), assistant("Go away.")],
+            },
+            SYSTEM,
+        ),
+        ({"system": None, "prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}, ONE),
+        (
+            {
+                "prompt": str([user("Hi")]),
+                "chosen": str([assistant("Hello!")]),
+                "rejected": json.dumps([assistant("Go away.")]),
+            },
+            ONE,
+        ),
+        (
+            {
+                "prompt": "Hi",
+                "chosen": [assistant([{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo!"}])],
+                "rejected": [assistant([{"type": "text", "text": "Go away.", "image": None}])],
+            },
+            ONE,
+        ),
         (
             {
                 "prompt": [system("Be kind."), user(" Hi ")],
@@ -107,6 +220,12 @@ def test_every_accepted_shape_gives_the_pair(row, pair):
 
 
 HI = "\n\nHuman: Hi\n\nAssistant:"
+NO_BLANK_LINE = "'Human:' or 'Assistant:' without a blank line before it"
+
+
+def test_an_answer_that_starts_with_a_name_is_one_unless_on_a_new_line():
+    """rm-static has such answers, a slip of the pen; they follow "Assistant:" on its line."""
+    assert parse_row({"prompt": HI, "chosen": " Human: Yes.", "rejected": " No."}).chosen == "Human: Yes."
 
 
 @pytest.mark.parametrize(
@@ -114,7 +233,7 @@ HI = "\n\nHuman: Hi\n\nAssistant:"
     [
         ({"prompt": HI, "chosen": " a", "rejected": [assistant("b")]}, "chosen and rejected have different types"),
         ({"prompt": HI, "chosen": " a", "rejected": None}, "chosen and rejected have different types"),
-        ({"prompt": [user("Hi")], "chosen": " a", "rejected": " b"}, "prompt is not text"),
+        ({"prompt": 5, "chosen": " a", "rejected": " b"}, "messages are not a list"),
         ({"prompt": HI, "chosen": "  ", "rejected": " b"}, "blank answer"),
         ({"prompt": HI, "chosen": " a", "rejected": ""}, "blank answer"),
         ({"prompt": HI, "chosen": " a", "rejected": "a "}, "chosen and rejected are identical"),
@@ -141,7 +260,7 @@ HI = "\n\nHuman: Hi\n\nAssistant:"
         ),
         (
             {"chosen": [{"role": "tool", "content": "a"}], "rejected": [assistant("b")]},
-            "message without a role of system, user or assistant",
+            "message of a tool, or that calls one",
         ),
         ({"prompt": "Hi", "chosen": [assistant(None)], "rejected": [assistant("b")]}, "blank turn"),
         ({"prompt": "Hi", "chosen": [assistant(" ")], "rejected": [assistant("b")]}, "blank turn"),
@@ -152,6 +271,41 @@ HI = "\n\nHuman: Hi\n\nAssistant:"
         (
             {"prompt": [user("Hi\n\nAssistant: x")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
             "turn that holds another turn",
+        ),
+        ({"prompt": "Human: Hi\nAssistant:", "chosen": "a", "rejected": "b"}, NO_BLANK_LINE),
+        ({"prompt": "Go on:\nHuman: Hi\nAssistant:", "chosen": "a", "rejected": "b"}, NO_BLANK_LINE),
+        (
+            {"prompt": "\n\nHuman: Hi\nAssistant: Ho\n\nHuman: x\n\nAssistant:", "chosen": "a", "rejected": "b"},
+            NO_BLANK_LINE,
+        ),
+        ({"prompt": HI, "chosen": "\n\nHuman: a", "rejected": " b"}, "transcript without 'Assistant:'"),
+        ({"prompt": HI, "chosen": " a\nHuman: b", "rejected": " b"}, "chosen runs on into another turn"),
+        ({"prompt": HI, "chosen": "a", "rejected": "\r\n\r\nHuman: b"}, "rejected starts with another turn"),
+        (
+            {
+                "prompt": "Ho",
+                "chosen": [user("Hi"), assistant("a")],
+                "rejected": [user("Hi"), assistant("b")],
+            },
+            "prompt is not how the dialogues start",
+        ),
+        (
+            {"system": "Be kind.", "prompt": [system("Be rude."), user("Hi")], "chosen": "a", "rejected": "b"},
+            "two different system texts",
+        ),
+        ({"system": 5, "prompt": HI, "chosen": "a", "rejected": "b"}, "system is not text"),
+        ({"prompt": HI, "chosen": "a", "rejected": "b", None: ["c"]}, "more cells than the header has columns"),
+        (
+            {"prompt": "[{'role': 'user', 'content': 'Hi'}\n {'role'", "chosen": "a", "rejected": "b"},
+            "a message list that became text and cannot be read back",
+        ),
+        (
+            {"prompt": "Hi", "chosen": [assistant([{"type": "image", "url": "x"}])], "rejected": [assistant("b")]},
+            "content with a part that is not text",
+        ),
+        (
+            {"prompt": "Hi", "chosen": [assistant("a") | {"tool_calls": [{}]}], "rejected": [assistant("b")]},
+            "message of a tool, or that calls one",
         ),
         (
             {"prompt": [user("Human: x")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
@@ -182,6 +336,55 @@ def test_any_row_is_a_pair_or_bad(row):
         return
     assert pair.chosen == pair.chosen.strip() != pair.rejected
     assert all(text == text.strip() != "" for _, text in pair.turns)
+
+
+words = st.text("ab é字.:\n", min_size=1, max_size=12).map(str.strip).filter(bool)
+dialogues = st.lists(words, min_size=3, max_size=7).filter(lambda texts: len(texts) % 2 and texts[-1] != texts[-2])
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    texts=dialogues,
+    has_system=st.booleans(),
+    shape=st.sampled_from(["rm-static", "transcripts", "both", "messages", "split messages", "spelled", "parts"]),
+    line_end=st.sampled_from(["\n", "\r\n", "\r\r\n", "\r"]),
+    stripped=st.booleans(),
+    space=st.sampled_from([" ", "  ", ""]),
+)
+def test_a_dialogue_in_any_shape_is_the_same_turns_or_says_why_not(texts, has_system, shape, line_end, stripped, space):
+    *said, chosen, rejected = texts
+    turns = [(("user", "assistant")[i % 2], text) for i, text in enumerate(said)]
+    turns = [("system", "Be kind.")] * has_system + turns
+    pair = Pair(tuple(turns), chosen, rejected)
+
+    def typed(text):
+        return text.replace("\n", line_end)
+
+    def listed(*turns):
+        texts = [(role, typed(text)) for role, text in turns]
+        if shape == "parts":
+            texts = [(role, [{"type": "text", "text": text}]) for role, text in texts]
+        return [{"role": role, "content": text} for role, text in texts]
+
+    cues = {"system": "", "user": "\n\nHuman:" + space, "assistant": "\n\nAssistant:" + space}
+    start = "".join(cues[role] + text for role, text in turns) + "\n\nAssistant:"
+    start = start.lstrip() if stripped else start
+    answers = {"chosen": chosen, "rejected": rejected}
+    if shape == "rm-static":
+        row = {name: typed(space + text) for name, text in answers.items()} | {"prompt": typed(start)}
+    elif shape in ("transcripts", "both"):
+        row = {name: typed(start + space + text) for name, text in answers.items()}
+        row |= {"prompt": typed(said[0])} if shape == "both" else {}
+    elif shape == "messages":
+        row = {name: listed(*turns, ("assistant", text)) for name, text in answers.items()} | {"prompt": typed(said[0])}
+    else:
+        row = {name: listed(("assistant", text)) for name, text in answers.items()} | {"prompt": listed(*turns)}
+    if shape == "spelled":
+        row = {name: str(cell) for name, cell in row.items()}
+    try:
+        assert parse_row(row) == pair
+    except BadRow as reason:  # a text that starts as a system's does not look like a whole dialogue
+        assert shape == "both" and has_system, reason
 
 
 # ---------------------------------------------------------------- sources
@@ -288,7 +491,146 @@ def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
     )
     assert load_pairs(str(tmp_path), "train") == PAIRS
     line = capsys.readouterr().out.strip()
-    assert line == f"{tmp_path}, train: 3 rows, dropped 3 (2 blank answer, 1 chosen and rejected are identical)"
+    assert line == (
+        f"{tmp_path}, train: 3 rows, dropped 3 (2 blank answer, 1 chosen and rejected are identical); "
+        "read train.jsonl as prompt, chosen, rejected (text)"
+    )
+
+
+def test_the_line_says_what_was_read_and_what_was_not(tmp_path, capsys):
+    chosen = [user("Hi"), assistant("Hello! <|im_end|>") | {"name": "bot", "weight": None}]
+    row = {"prompt": "Hi", "chosen": chosen, "rejected": [user("Hi"), assistant("No.")], "score": 8, "empty": None}
+    write_jsonl(tmp_path / "train.jsonl", [row, row | {"tags": ["a"]}, *ROWS])
+    write_jsonl(tmp_path / "train_old.jsonl", ROWS)
+    load_pairs(str(tmp_path), "train")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == (
+        f"{tmp_path}, train: 5 rows; read train.jsonl (not train_old.jsonl) as prompt, chosen, rejected "
+        "(text and messages) or prompt, chosen, rejected (text); ignored: score, name of messages, tags; "
+        "looks like markup: <|im_end|> in 2 rows"
+    )
+
+
+def test_answers_that_repeat_the_question_are_pointed_out(tmp_path, capsys):
+    row = {"prompt": "How are you today?", "chosen": "How are you today? Well.", "rejected": "How are you today? Bad."}
+    load_pairs(str(write_jsonl(tmp_path / "train.jsonl", [row]).parent), "train")
+    assert "looks like markup: answers that repeat the question in 1 rows" in capsys.readouterr().out
+
+
+def test_prompts_in_both_splits_are_counted_and_named(tmp_path, capsys):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "test.jsonl", [*ROWS[:2], *ROWS[:1], {**ROWS[0], "prompt": "Something else?"}])
+    assert load_splits(str(tmp_path)) == (PAIRS, load_pairs(str(tmp_path), "test"))
+    said = capsys.readouterr().out
+    assert "warning: 2 of 3 test prompts are also in the train split" in said
+    assert 'the first: "Question 0, “é”?"' in said
+    write_jsonl(tmp_path / "test.jsonl", [{**ROWS[0], "prompt": "Something else?"}])
+    load_splits(str(tmp_path))
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_test_split_of_few_prompts_is_said_to_mean_little(tmp_path, capsys):
+    rows = [{"prompt": f"Question {n}?", "chosen": "Yes.", "rejected": "No."} for n in range(20)]
+    write_jsonl(tmp_path / "test.jsonl", rows[:19] + rows[:3])
+    load_pairs(str(tmp_path), "test", 5)  # so many were asked for
+    assert "too few" not in capsys.readouterr().out
+    load_pairs(str(tmp_path), "test")
+    assert "only 19 prompts, too few for figures that mean much" in capsys.readouterr().out
+    write_jsonl(tmp_path / "test.jsonl", rows)
+    load_pairs(str(tmp_path), "test")
+    assert "too few" not in capsys.readouterr().out
+
+
+def test_a_bad_row_of_one_file_is_counted_in_one_split(tmp_path, capsys):
+    rows = [{"prompt": f"{n}", "chosen": "a", "rejected": "b" if n % 2 else ""} for n in range(400)]
+    file = str(write_jsonl(tmp_path / "all.jsonl", rows))
+    dropped = []
+    for split in ("train", "test"):
+        load_pairs(file, split)
+        dropped.append(int(re.search(r"\((\d+) blank answer\)", capsys.readouterr().out)[1]))
+    assert sum(dropped) == 200 and min(dropped) > 0
+
+
+def test_a_file_too_small_to_split_says_so(tmp_path):
+    question = next(
+        f"Question {n}?" for n in range(99) if not in_test_split(Pair((("user", f"Question {n}?"),), "", ""))
+    )
+    rows = [{"prompt": question, "chosen": f"{n}", "rejected": "no"} for n in range(30)]
+    file = str(write_jsonl(tmp_path / "one.jsonl", rows))
+    assert len(load_pairs(file, "train")) == 30
+    with pytest.raises(
+        UserError, match="none of its 30 rows is in the test split; .* one first question in 20"
+    ) as error:
+        load_pairs(file, "test")
+    assert "accepted are" not in str(error.value)
+
+
+def test_of_twenty_rows_and_more_some_are_held_out(tmp_path):
+    questions = [f"Q{n}?" for n in range(99) if not in_test_split(Pair((("user", f"Q{n}?"),), "", ""))][:3]
+    rows = [{"prompt": questions[n % 3], "chosen": f"{n}", "rejected": "no"} for n in range(21)]
+    file = str(write_jsonl(tmp_path / "few.jsonl", rows))
+    train, test = load_splits(file)
+    assert (len(train), len(test)) == (14, 7)
+    assert not {pair.turns for pair in train} & {pair.turns for pair in test}
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["train.jsonl", "train.csv"], ["train.jsonl", "train.csv", "keep one"]),
+        (["train.jsonl", "data/train.jsonl"], ["train.jsonl, data/train.jsonl", "keep one"]),
+        (["train.jsonl", "train-more.jsonl"], ["train.jsonl", "train-more.jsonl", "keep one"]),
+        (["train_prefs-00000-of-00001.jsonl", "train_sft.jsonl"], ["no train file", "train_prefs-", "train_sft.jsonl"]),
+        (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], ["2 of 3 shards", "download it again"]),
+        (["train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl"], ["train-00000-of-00001", "keep one"]),
+        (["train.txt"], ["no train file"]),
+    ],
+)
+def test_a_folder_of_which_it_is_not_clear_what_to_read(tmp_path, files, says):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / file, ROWS)
+    with pytest.raises(UserError) as error:
+        load_pairs(str(tmp_path), "train")
+    assert all(part in str(error.value) for part in says) and "\n" not in str(error.value)
+
+
+def compressed(path, content):
+    if path.suffix == ".gz":
+        return gzip.compress(content)
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+def test_compressed_files_are_read_whole_or_not_at_all(tmp_path, kind, suffix):
+    write(tmp_path / f"plain{kind}", ROWS)
+    file = tmp_path / f"train{kind}{suffix}"
+    whole = compressed(file, (tmp_path / f"plain{kind}").read_bytes())
+    file.write_bytes(whole)
+    assert load_pairs(str(tmp_path), "train") == PAIRS
+    assert has_rows(file)
+    for broken in (whole[:-9], b"no such thing"):
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match=rf"train\{kind}\{suffix} is damaged or cut off"):
+            load_pairs(str(tmp_path), "train")
+
+
+def test_a_row_a_line_in_a_json_file_is_named(tmp_path):
+    write_jsonl(tmp_path / "train.json", ROWS)
+    with pytest.raises(UserError, match=r"train.json holds more than one object: .*call it .jsonl"):
+        load_pairs(str(tmp_path), "train")
+
+
+def test_a_csv_with_two_columns_of_a_name(tmp_path):
+    (tmp_path / "train.csv").write_text("prompt,chosen,chosen,rejected\na,b,c,d\n")
+    with pytest.raises(UserError, match="more than one column 'chosen'"):
+        load_pairs(str(tmp_path), "train")
 
 
 def test_fingerprint_tells_data_apart():
@@ -412,7 +754,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch, suffix):
 
 def test_special_tokens_in_the_data_are_plain_text(form):
     spelled = f"a{EOS} {PAD}{BOS} b"
-    pair = Pair((("user", spelled),), spelled, f"{EOS}")
+    pair = Pair((("user", spelled),), f"{BOS} a", f"{PAD}")
     (tokens,) = tokenize_pairs([pair], form, 200, "train")
     special = {form.pad_token_id, form.eos_token_id, form.tokenizer.bos_token_id}
     assert form.tokenizer.bos_token_id == tokens.prompt_ids[0]
@@ -442,8 +784,12 @@ def test_a_role_header_in_the_data_is_dropped_under_the_models_template(tokenize
 
 def test_a_template_that_writes_the_date_writes_the_same_one_every_day(tokenizer):
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') if strftime_now is defined }}\n" + CHATML
-    assert PromptFormat("model", tokenizer).prompt_text(ONE.turns).startswith("26 Jul 2024\n")
-    assert "26 Jul" not in tokenizer.chat_template  # which goes out with the model
+    form = PromptFormat("model", tokenizer)
+    assert form.prompt_text(ONE.turns).startswith("26 Jul 2024\n")
+    assert template_ids(tokenizer, ONE.turns) == form.prompt_ids(ONE.turns)
+    again = PromptFormat("model", tokenizer)  # the template goes out with the model, and has the day of training
+    assert again.prompt_text(ONE.turns) == form.prompt_text(ONE.turns)
+    assert tokenizer.chat_template.count("26 Jul 2024") == 1
 
 
 @settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
