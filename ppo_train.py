@@ -29,7 +29,7 @@ from typing import Any, Literal
 from rlhf.card import choose_rollout, choose_tokens, describe_start
 from rlhf.checkpoints import check_output, is_finished, output_folder, read_parents, recorded, start_run
 from rlhf.cli import next_command, run
-from rlhf.data import PromptFormat, load_pairs, tokenize_prompts
+from rlhf.data import PromptFormat, load_splits, tokenize_prompts
 from rlhf.generation import Response, Seed, generate, step_seconds
 from rlhf.logprobs import Chosen, chosen_logprobs
 from rlhf.modeling import (
@@ -606,8 +606,7 @@ def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tupl
 
 def load_prompts(config: Config, form: PromptFormat) -> list[list[list[int]]]:
     """Token ids of the training and of the held-out prompts."""
-    pairs = load_pairs(config.dataset, "train", config.max_train_samples)
-    held_out = load_pairs(config.dataset, "test", config.max_eval_samples)
+    pairs, held_out = load_splits(config.dataset, config.max_train_samples, config.max_eval_samples)
     return [tokenize_prompts(rows, form, config.max_prompt_length) for rows in (pairs, held_out)]
 
 

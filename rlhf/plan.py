@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf.card import CARD_OVERHEAD, Plan, Plans, deal, tokens_that_fit
 from rlhf.cli import UserError, check_between, less_memory
-from rlhf.data import load_pairs, tokenize_prompts
+from rlhf.data import load_splits, tokenize_prompts
 from rlhf.decoding import round_up
 from rlhf.hub import hub_errors
 from rlhf.logprobs import CPU_BLOCK, chunk_elements
@@ -282,10 +282,10 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     sft = runs["sft"]
     base = same_base(sft, config.sft_checkpoint, config.base_model)
     form = load_format(config.sft_checkpoint, sft)
-    pairs = load_pairs(config.dataset, "train", config.max_train_samples)
+    pairs, held_out = load_splits(config.dataset, config.max_train_samples, config.max_eval_samples)
     prompts = tokenize_prompts(pairs[:SAMPLE], form, config.max_prompt_length)
     show_data("prompts", len(pairs), [len(prompt) for prompt in prompts])
-    console.print(f"held-out prompts: {len(load_pairs(config.dataset, 'test', config.max_eval_samples))}")
+    console.print(f"held-out prompts: {len(held_out)}")
     console.print(
         f"updates: {config.num_updates} of {config.episodes_per_update} responses of up to {config.response_length} tokens, "
         f"{config.num_ppo_epochs * config.num_mini_batches} optimizer steps each"
