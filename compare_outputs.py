@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf import data
+from rlhf.base import check_context
 from rlhf.checkpoints import SCRIPTS, check_child, git_commit, read_run
 from rlhf.cli import UserError, check_at_least_one, check_between, run
 from rlhf.generation import generate
@@ -118,6 +119,7 @@ def main(config: Config) -> None:
     form = load_format(config.sft_checkpoint, runs["sft"])
     titles = model_titles(base["model"], runs)
     prompts = read_prompts(config, form)
+    check_lengths(config, base, [ids for _, ids in prompts])
 
     # 1. One base for all models.
     shared = load_models(config, load_base(base, dtype, form.pad_token_id), runs, dtype)
@@ -241,6 +243,12 @@ def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
     if not prompts:
         raise UserError("there is no prompt to answer: check --prompts, or raise --max-prompt-length")
     return prompts
+
+
+def check_lengths(config: Config, base: dict[str, Any], prompts: list[list[int]]) -> None:
+    """Raise UserError if a prompt with its answer, closed by EOS, is longer than the base can read."""
+    longest = max(map(len, prompts)) + config.max_new_tokens + 1
+    check_context(base, longest, "--max-prompt-length", "--max-new-tokens")
 
 
 # ---------------------------------------------------------------- models and answers

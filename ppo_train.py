@@ -26,6 +26,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
+from rlhf.base import check_context
 from rlhf.card import choose_tokens, describe_start
 from rlhf.checkpoints import check_output, is_finished, output_folder, read_parents, start_run
 from rlhf.cli import next_command, run
@@ -171,7 +172,7 @@ def main(config: Config) -> None:
         return
     form = load_format(config.sft_checkpoint, runs["sft"])
     prompts, eval_prompts = load_prompts(config, form)
-    tokens, why = choose_micro_batch(config, runs, prompts)
+    tokens, why = choose_micro_batch(config, runs, prompts, eval_prompts)
     shared, base = load_models(config, runs["sft"], form)
     shared.micro_batch.tokens = tokens
     rows = config.episodes_per_update // config.num_mini_batches
@@ -544,10 +545,14 @@ def set_learning_rates(optimizer, update: int, config: Config) -> None:
 # ---------------------------------------------------------------- models and prompts
 
 
-def choose_micro_batch(config: Config, runs: dict[str, dict[str, Any]], prompts: list[list[int]]) -> tuple[int, str]:
+def choose_micro_batch(
+    config: Config, runs: dict[str, dict[str, Any]], prompts: list[list[int]], eval_prompts: list[list[int]]
+) -> tuple[int, str]:
     """Tokens of a micro-batch, and why so many; before anything is loaded, as what is free then counts."""
     base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
     longest = max(map(len, prompts))
+    most = max(longest, *map(len, eval_prompts)) + config.response_length + 1
+    check_context(base, most, "--max-prompt-length", "--response-length")
     plan = ppo_plan(read_shape(base, config.dtype), config, runs, longest)
     return choose_tokens(config, plan, longest + config.response_length + 1, device())
 

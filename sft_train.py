@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rlhf.base import check_context, identified
 from rlhf.card import choose_tokens, describe_start
-from rlhf.checkpoints import check_output, is_finished, output_folder, start_run, write_run
+from rlhf.checkpoints import check_output, is_finished, output_folder, start_run, weights_of, write_run
 from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, fingerprint, load_pairs, tokenize_pairs
 from rlhf.decoder import Decoder, lay_out
@@ -125,14 +126,16 @@ def main(config: Config) -> None:
 
     # 2. and 3.
     longest = max(map(len, train_set["input_ids"]))
+    check_context(base, max(longest, *map(len, eval_set["input_ids"])), "--max-length")
     tokens, why = choose_tokens(config, make_plan(config, base, longest), longest, device())
     console.print(describe_start(device(), tokens, config.batch_size, dtype, why))
     set_seed(config.seed)
+    base = identified(base)
     model = load_base(base, dtype, form.pad_token_id)
     with output_folder(config.output_dir, config.resume) as folder:
         trainer = make_trainer(config, model, form, train_set, eval_set, dtype, folder)
         data = {"source": config.dataset, "train_rows": len(train_set), "sha256": fingerprint(train_pairs)}
-        same = {"base": [base["config_sha256"], base["weights_sha256"]], "dtype": str(dtype), "data": data["sha256"]}
+        same = {"base": [base["config_sha256"], weights_of(base)], "dtype": str(dtype), "data": data["sha256"]}
         trainer.prepare(config, folder, same, "SFT", tokens)
         start_run(folder, "sft", config, dtype, tokens)
         trainer.run()
@@ -182,6 +185,7 @@ def dry_run(config: Config, base, form, pairs) -> None:
     show_data("training rows", len(pairs), lengths)
     console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {config.batch_size} rows")
     longest = max(lengths)
+    check_context(base, longest, "--max-length")
     show_plan(make_plan(config, base, longest), longest, config)
     if config.measure:
         time_steps(main, config, num_steps(config, len(pairs)))

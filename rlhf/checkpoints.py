@@ -35,9 +35,9 @@ BASE_FACTS = {
     "model": str,
     "revision": str | None,
     "config_sha256": str,
-    "weights_sha256": str | None,
     "load_in_4bit": bool,
 }
+FILE_FACTS = {"size": int, "mtime": int, "sha256": str}  # of each weight file of a local base
 LOGGING = frozenset(  # settings that change nothing of what a run makes
     ("output_dir", "overwrite", "resume", "eval_only", "dry_run", "card_gb", "save_minutes", "save_steps")
     + ("save_total_limit", "num_printed_samples", "log_with")
@@ -285,6 +285,7 @@ def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]
         for key, kind in BASE_FACTS.items():
             if not isinstance(run["base"][key], kind):
                 raise ValueError(f"base {key} is not as it should be")
+        check_record(run["base"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{path} is damaged ({error}): train that phase again") from None
     if run["phase"] != phase:
@@ -297,13 +298,33 @@ def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]
     return run
 
 
+def check_record(base: dict[str, Any]) -> None:
+    """Raise ValueError or KeyError unless a run.json says which weights its base has, as this or an earlier version does."""
+    if "weights" not in base:  # an earlier version
+        if not isinstance(base["weights_sha256"], str | None):
+            raise ValueError("base weights_sha256 is not as it should be")
+        return
+    if not isinstance(base["weights"], dict | None):
+        raise ValueError("base weights is not as it should be")
+    for name, facts in (base["weights"] or {}).items():
+        for key, kind in FILE_FACTS.items():
+            if not isinstance(facts[key], kind):
+                raise ValueError(f"base weights {name} {key} is not as it should be")
+
+
+def weights_of(base: dict[str, Any]) -> Any:
+    """What a run.json knows its base's weights by: a hash of each file. None: nothing, as of a hub model."""
+    files = base.get("weights")
+    return base.get("weights_sha256") if files is None else {name: facts["sha256"] for name, facts in files.items()}
+
+
 def check_same_base(run: dict[str, Any], folder: str, base: dict[str, Any]) -> None:
-    """Raise UserError unless the checkpoint at `folder` was trained on the base model described by `base`."""
+    """Raise UserError if the checkpoint at `folder` was trained on another base than `base` describes."""
     theirs = run["base"]
-    same = theirs["config_sha256"] == base["config_sha256"] and (
-        None in (theirs["weights_sha256"], base["weights_sha256"]) or theirs["weights_sha256"] == base["weights_sha256"]
-    )
-    if not same:
+    weights = weights_of(theirs), weights_of(base)
+    # What an earlier version knows weights by is no hash of a file.
+    comparable = type(weights[0]) is type(weights[1]) and None not in weights
+    if theirs["config_sha256"] != base["config_sha256"] or (comparable and weights[0] != weights[1]):
         raise UserError(
             f"{folder} was trained on another base model ({theirs['model']}) than {base['model']}: "
             "name the same base for all phases"

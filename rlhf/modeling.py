@@ -8,16 +8,16 @@ model, in every epoch, and is computed once.
 Shapes: N tokens of a batch of texts, B texts, H hidden size, V vocabulary.
 """
 
-import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoints import check_same_base
+from rlhf.base import Weights, ends_sha256, find_files, open_weights, read_config
+from rlhf.checkpoints import check_same_base, sha256
 from rlhf.cli import UserError, one_line
 from rlhf.data import PromptFormat
-from rlhf.decoder import Decoder, KVCache, Texts, check_layers, lay_out, lay_out_pairs
+from rlhf.decoder import Decoder, KVCache, Texts, lay_out, lay_out_pairs
 from rlhf.hub import hub_errors
 from rlhf.micro_batches import CPU_TOKENS, MicroBatchSize, cut_by_tokens
 from rlhf.processes import is_main, sharded, this_process, whole
@@ -29,14 +29,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 from transformers.utils import cached_file
 
@@ -92,46 +88,48 @@ def check_4bit(device: torch.device) -> None:
 
 
 def base_facts(model: str, revision: str | None, load_in_4bit: bool) -> dict[str, Any]:
-    """What identifies a base model, for run.json, without loading it.
+    """What identifies a base model, for run.json, without loading it; `identified` adds the hashes of its weights.
 
-    A local folder is named by its absolute path and known by its config and by the ends of its weight files; a hub
-    model by its id, its commit and its config.
+    A local folder is named by its absolute path, a hub model by its id and its commit. Of weights that are on this
+    machine the headers are read, to see that they are those of the config.
 
     Raises:
-        UserError: no such folder or hub model, a gated one, no network; in 4 bit, but to be sharded.
+        UserError: no such folder or hub model, a gated one, no network; one that this pipeline does not run, or whose
+            weights are not those of its config; in 4 bit, but to be sharded.
     """
     if load_in_4bit and sharded():
         raise UserError(
             "FSDP shards 16-bit bases: add --no-load-in-4bit (to sft_train.py; the later phases take it over)"
         )
-    folder = Path(model).expanduser()
+    folder = Path(model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{model} is not a model folder (it has no config.json)")
-        digest = hashlib.sha256()
-        for file in sorted(folder.glob("*.safetensors")):
-            with file.open("rb") as weights:
-                digest.update(f"{file.name} {file.stat().st_size}".encode() + weights.read(1 << 20))
-                weights.seek(max(0, file.stat().st_size - (1 << 20)))
-                digest.update(weights.read())
-        name, config, revision, weights_sha256 = str(folder.resolve()), folder / "config.json", None, digest.hexdigest()
+        name, config, revision = str(folder.resolve()), folder / "config.json", None
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
         with hub_errors(model, "model", "--base-model"):
             config = Path(cached_file(model, "config.json", revision=revision))
-        name, revision, weights_sha256 = model, config.parent.name, None
+        name, revision = model, config.parent.name
     else:
         raise UserError(f"--base-model {model}: there is no such folder, and it is not a hub id (owner/name)")
-    return {
+    base = {
         "model": name,
         "revision": revision,
-        "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest(),
-        "weights_sha256": weights_sha256,
+        "config_sha256": sha256(config),
+        "weights": None,
         "load_in_4bit": load_in_4bit,
     }
+    settings = read_config(base)
+    files = find_files(name, revision, fetch=False)
+    if files is not None:
+        Weights(files, settings, name)
+    return base
 
 
 def same_base(sft: dict[str, Any], folder: str, model: str | None) -> dict[str, Any]:
     """`base_facts` of the base that the SFT checkpoint at `folder` was trained on, or of `model`, its copy elsewhere.
+
+    It has the record of that base's weights, by which `open_weights` knows them.
 
     Raises:
         UserError: it is another base.
@@ -139,7 +137,12 @@ def same_base(sft: dict[str, Any], folder: str, model: str | None) -> dict[str, 
     named = sft["base"]
     revision = named["revision"] if model in (None, named["model"]) else None
     base = base_facts(model or named["model"], revision, named["load_in_4bit"])
+    if named.get("weights_sha256") and base["revision"] is None:
+        check_same_base(sft, folder, base | {"weights_sha256": ends_sha256(Path(base["model"]))})
     check_same_base(sft, folder, base)
+    base["weights"] = named.get("weights")
+    if (base["model"], base["revision"]) != (named["model"], named["revision"]):
+        base["copy_of"] = {"model": named["model"], "revision": named["revision"]}
     return base
 
 
@@ -177,7 +180,7 @@ def load_base(base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_
     sharded stays in its file, which torch maps into memory: accelerate deals the first process's weights out.
     """
     device = this_process().device
-    options: dict[str, Any] = {"dtype": dtype, "revision": base["revision"], "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": dtype}
     if base["load_in_4bit"]:
         check_4bit(device)
         options["device_map"] = {"": device}
@@ -189,20 +192,22 @@ def load_base(base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_
             llm_int8_skip_modules=["lm_head", "score"],
         )
     name = base["model"]
+    config = read_config(base)
+    weights = open_weights(base, config)
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING
+    if with_head:
+        classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        config.num_labels, config.pad_token_id = 1, pad_token_id
     with hub_errors(name, "model", "--base-model"):
-        if with_head:
-            config = AutoConfig.from_pretrained(
-                name, revision=base["revision"], num_labels=1, pad_token_id=pad_token_id
-            )
-            model = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
-            model.score = ScalarHead(config.hidden_size).to(device)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
+        # Given the weights themselves, transformers looks for no others, and for no adapter beside them.
+        model = classes[type(config)].from_pretrained(None, config=config, state_dict=weights.tensors(), **options)
+    model.name_or_path = model.config.name_or_path = name
+    if with_head:
+        model.score = ScalarHead(config.hidden_size).to(device)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On such CPUs bitsandbytes repacks the weights at the first no-grad forward; backward then gives no gradients.
             module.support_avx512bf16_for_cpu = False
-    check_layers(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     if base["load_in_4bit"]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.base import check_context
 from rlhf.card import CARD_OVERHEAD, tokens_that_fit
 from rlhf.cli import UserError, check_between, less_memory
 from rlhf.data import load_pairs, tokenize_prompts
@@ -277,6 +278,7 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     shape = read_shape(base, config.dtype)
     check_between(config, 0, shape.layers, "role_layers")
     longest = max(map(len, prompts))
+    check_context(base, longest + config.response_length + 1, "--max-prompt-length", "--response-length")
     show_plan(ppo_plan(shape, config, runs, longest), longest + config.response_length, config)
 
 

@@ -429,7 +429,7 @@ def test_an_adapter_that_changed_after_its_run_json(refused, sft):
 def test_another_base(refused, trained, tmp_path, tiny_model):
     other = make_model(tmp_path / "other", seed=1)
     assert (other / "config.json").read_bytes() == (tiny_model / "config.json").read_bytes()
-    names = [trained.sft, tiny_model, other, "base"]
+    names = [tiny_model, other, "another base"]
     refused("reward_train", ["--sft-checkpoint", trained.sft, "--base-model", other], *names)
 
 
