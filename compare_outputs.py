@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from rlhf import data
 from rlhf.base import check_context
-from rlhf.checkpoints import SCRIPTS, check_child, git_commit, read_run
+from rlhf.checkpoints import SCRIPTS, check_child, git_commit, place_of, read_run
 from rlhf.cli import UserError, check_at_least_one, check_between, run
 from rlhf.generation import generate
 from rlhf.modeling import BASE, REFERENCE, SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base
@@ -190,7 +190,7 @@ def check_number(facts: Any, name: str) -> None:
 
 def check_reports(config: Config) -> None:
     """Refuse, before the model is loaded, to replace a comparison, and a folder that cannot be written to."""
-    folder = Path(config.output_dir)
+    folder = place_of(config.output_dir)
     there = [str(folder / name) for name in FILES if (folder / name).exists()]
     if there and not config.overwrite:
         raise UserError(f"{there[0]} exists: add --overwrite to replace it, or choose another --output-dir")

@@ -27,6 +27,7 @@ from rlhf.decoder import Decoder, lay_out
 from rlhf.logprobs import Chosen, chosen_logprobs
 from rlhf.modeling import base_facts, choose_dtype, linear_names, load_base, load_tokenizer
 from rlhf.plan import SAMPLE, Plan, plan_sft, read_shape, show_data, show_end, show_plan
+from rlhf.portable import save_tokenizer
 from rlhf.processes import sharded, share
 from rlhf.reporting import console, plot_curves
 from rlhf.speed import Work
@@ -148,7 +149,7 @@ def main(config: Config) -> None:
             trainer.model.peft_config["default"].revision = base["revision"]
             trainer.model.save_pretrained(str(folder), state_dict=weights)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
-            form.tokenizer.save_pretrained(folder)
+            save_tokenizer(form.tokenizer, folder)
             plot_curves(folder, "step", {"loss": ["loss", "eval_loss"], "learning rate": ["learning_rate"]})
             write_run(
                 folder,

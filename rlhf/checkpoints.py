@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Container, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,17 +44,29 @@ LOGGING = frozenset(  # settings that change nothing of what a run makes
     + ("save_total_limit", "num_printed_samples", "log_with")
 )
 LOCK = "lock"  # a file in the partial folder, held by the run that writes there
+# What our output folders hold, as patterns: an adapter, of PPO a second one in value/, what training tells, or an export.
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer*", "vocab.*")
+ADAPTER += ("merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+OURS = (
+    *(*ADAPTER, "run.json", "metrics.jsonl", "samples.jsonl", "curves.png", "frontier.png", LOCK, "*.partial"),
+    *("evaluation.json", "evaluation.png", "config.json", "generation_config.json", "model*.safetensors"),
+    *("model.safetensors.index.json", "export.json", "README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"),
+)
+TRACKED = ("events.out.tfevents.*", "hparams.yml")  # by TensorBoard, in folders of its own
 MAX_RUN_JSON = 1 << 20  # bytes; ours have a few thousand
 
 
 def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool = False) -> None:
     """Refuse, before any work is done, an output folder that holds something, or one of the run's own `inputs`.
 
-    A run that was cut short and can go on is not thrown away unasked either.
+    A run that was cut short and can go on is not thrown away unasked either, and nothing that this project did not write
+    is thrown away at all.
     """
-    path = Path(folder)
-    if path.name in ("", ".."):
+    if Path(folder).name in ("", ".."):
         raise UserError(f"--output-dir '{folder}' must name a folder of its own")
+    path = place_of(folder)
+    if path.is_symlink():
+        raise UserError(f"--output-dir {folder} is a link that leads back to itself: choose another")
     blocked = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
     if blocked:
         raise UserError(f"--output-dir {folder}: {blocked} is a file; name a folder")
@@ -64,6 +77,11 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
         if Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
             raise UserError(f"--output-dir {folder} holds {source}, which this run reads: choose another")
     if resume or overwrite:
+        odd = not_ours(path) or not_ours(partial_of(path), finished=False)
+        if odd:
+            raise UserError(
+                f"{odd} is no part of an earlier result, and would be removed: move it away, or choose another --output-dir"
+            )
         return
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"{folder} is not empty: add --overwrite to replace it, or choose another --output-dir")
@@ -71,6 +89,40 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
         raise UserError(
             f"{partial_of(path)} holds a run that was cut short: add --resume to go on, or --overwrite to start anew"
         )
+
+
+def place_of(folder: str) -> Path:
+    """Where an output folder is: if it is a symbolic link, where that leads, even if nothing is there yet."""
+    path = Path(folder)
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def not_ours(folder: Path, finished: bool = True) -> Path | None:
+    """The first thing in an output folder that no script of this project wrote there; None if there is none.
+
+    Args:
+        finished: only a folder with the run.json or export.json of a finished run holds a result.
+    """
+    if not folder.is_dir():
+        return None
+    paths = sorted(folder.rglob("*"))
+    if finished and not is_result(folder):
+        return paths[0] if paths else None
+    for path in paths:
+        within = path.relative_to(folder).parts[:-1]
+        patterns = {(): OURS, ("value",): ADAPTER, ("additional_chat_templates",): ("*.jinja",)}.get(within, TRACKED)
+        patterns = ("*",) if within and within[0].startswith("step-") else patterns  # a state to resume from
+        if (path.is_symlink() or not path.is_dir()) and not any(fnmatch(path.name, pattern) for pattern in patterns):
+            return path
+    return None
+
+
+def is_result(folder: Path) -> bool:
+    for name, key in (("run.json", "phase"), ("export.json", "adapter to merged")):
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            if key in json.loads((folder / name).read_text(encoding="utf-8")):
+                return True
+    return False
 
 
 def partial_of(folder: Path) -> Path:
@@ -85,7 +137,7 @@ def output_folder(folder: str, resume: bool = False) -> Iterator[Path]:
     When the block raises, an existing `folder` stays as it was, and the partial one stays beside it if it has a state to
     go on from, or after a crash; the next run of the phase clears it, unless it is given `resume`.
     """
-    final = Path(folder)
+    final = place_of(folder)
     partial = partial_of(final)
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -167,7 +219,7 @@ def is_finished(config: Any) -> bool:
 
 
 def look_for_run(config: Any) -> bool:
-    final = Path(config.output_dir)
+    final = place_of(config.output_dir)
     partial = partial_of(final)
     folder = partial if partial.exists() else final
     if not (folder / "run.json").exists():
@@ -249,7 +301,7 @@ def write_json(path: Path, facts: dict[str, Any]) -> None:
 def recorded_tokens(output_dir: str) -> int | None:
     """Tokens of a micro-batch that an unfinished run has begun with; None if there is no such run."""
     try:
-        run = json.loads((partial_of(Path(output_dir)) / "run.json").read_text(encoding="utf-8"))
+        run = json.loads((partial_of(place_of(output_dir)) / "run.json").read_text(encoding="utf-8"))
         return int(run["micro_batch_tokens"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

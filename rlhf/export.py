@@ -30,6 +30,7 @@ from rlhf.data import ASSISTANT, PromptFormat
 from rlhf.hub import hub_errors
 from rlhf.model_card import LICENCE_FILES, model_card
 from rlhf.modeling import DTYPES, load_format, pad_right, read_adapter, same_base
+from rlhf.portable import save_config, save_tokenizer
 from rlhf.reporting import console
 
 import bitsandbytes.functional as bnb
@@ -336,9 +337,9 @@ def write_settings(folder: Path, settings, form: PromptFormat, dtype: torch.dtyp
     settings.dtype = dtype
     for name, value in ends.items():
         setattr(settings, name, value)
-    settings.save_pretrained(folder)
+    save_config(settings, folder)
     GenerationConfig(**ends, do_sample=True, temperature=0.7, max_new_tokens=256).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def response_template(stop_text: str, eos: str) -> dict[str, Any]:

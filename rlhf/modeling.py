@@ -20,6 +20,7 @@ from rlhf.data import PromptFormat
 from rlhf.decoder import Decoder, KVCache, Texts, lay_out, lay_out_pairs
 from rlhf.hub import hub_errors
 from rlhf.micro_batches import CPU_TOKENS, MicroBatchSize, cut_by_tokens
+from rlhf.portable import save_tokenizer
 from rlhf.processes import is_main, sharded, this_process, whole
 
 import torch
@@ -457,21 +458,23 @@ def save_stacked(folder: Path, shared: SharedBase, role: str, form: PromptFormat
     """Save SFT adapter + `role`'s as one ordinary PEFT adapter, with the role's head if it has one, and the tokenizer.
 
     Two LoRA adapters on one layer are one of the summed rank: [A1; A2] and [B1 B2]. The scalings alpha / r go into B,
-    so the saved adapter has scaling 1. `read_stacked` takes it apart again. If they are sharded, all processes call it.
+    so the saved adapter has scaling 1. Some readers know one rank or one alpha for all layers: where the role has no
+    adapter, A2 and B2 are zero. `read_stacked` takes it apart again. If they are sharded, all processes call it.
     """
     sft, config = shared.adapter_state("sft"), shared.peft.peft_config[role]
     ours = shared.adapter_state(role)
     sft_config = shared.peft.peft_config["sft"]
     state = {}
     for key, weight in sft.items():
-        weight = weight.float() * (sft_config.lora_alpha / sft_config.r if "lora_B" in key else 1)
+        axis, is_b = (1, True) if "lora_B" in key else (0, False)
+        below = weight.float() * (sft_config.lora_alpha / sft_config.r if is_b else 1)
+        shape = list(below.shape)
+        shape[axis] = config.r
+        own = torch.zeros(shape)
         if key in ours:
-            other = ours[key].float() * (config.lora_alpha / config.r if "lora_B" in key else 1)
-            weight = torch.cat([weight, other], dim=1 if "lora_B" in key else 0)
-        state[key] = weight.contiguous()
+            own = ours[key].float() * (config.lora_alpha / config.r if is_b else 1)
+        state[key] = torch.cat([below, own], dim=axis).contiguous()
     rank = sft_config.r + config.r
-    layers = "|".join(str(i) for i in config.layers_to_transform)
-    pattern = {rf"layers\.({layers})\..*": rank}
     has_head = role in shared.heads
     if has_head:
         state[HEAD_KEY] = whole(shared.heads[role].weight.detach()).float().cpu().contiguous()
@@ -479,10 +482,8 @@ def save_stacked(folder: Path, shared: SharedBase, role: str, form: PromptFormat
         return
     folder.mkdir(exist_ok=True)
     LoraConfig(
-        r=sft_config.r,
-        lora_alpha=sft_config.r,
-        rank_pattern=pattern,
-        alpha_pattern=pattern,
+        r=rank,
+        lora_alpha=rank,
         target_modules=sorted(config.target_modules),
         task_type="SEQ_CLS" if has_head else "CAUSAL_LM",
         modules_to_save=["score"] if has_head else None,
@@ -491,13 +492,15 @@ def save_stacked(folder: Path, shared: SharedBase, role: str, form: PromptFormat
         inference_mode=True,
     ).save_pretrained(str(folder))
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    form.tokenizer.save_pretrained(folder)
+    save_tokenizer(form.tokenizer, folder)
 
 
 def read_stacked(folder: str, shared: SharedBase) -> dict[str, Any]:
     """Take a checkpoint of `save_stacked` apart: the arguments of `SharedBase.add_role` for the role in it.
 
-    Its scaling is in B already, so alpha is the rank.
+    Its scaling is in B already, so alpha is the rank. Layers where the role's part is zero throughout have no adapter of
+    its own: the role leaves them to the lower pass that all roles share. (One that trains has an A from the start.) In
+    checkpoints of earlier versions such layers have the lower rank of the SFT adapter.
 
     Raises:
         UserError: it is not stacked on the SFT adapter of `shared`.
@@ -522,7 +525,14 @@ def read_stacked(folder: str, shared: SharedBase) -> dict[str, Any]:
         if own.shape[axis]:
             rank = own.shape[axis]
             state[key] = own
-            layers.add(int(re.search(r"layers\.(\d+)\.", key).group(1)))
-    if rank is None or layers != set(range(min(layers), shared.num_layers)):
+            if own.any():
+                layers.add(layer_of(key))
+    state = {key: own for key, own in state.items() if layer_of(key) in layers}
+    if not layers or layers != set(range(min(layers), shared.num_layers)):
         raise UserError(f"{folder} has no role adapter on the upper layers: train it again with this version")
     return {"rank": rank, "alpha": rank, "num_layers": len(layers), "state": state, "head": head}
+
+
+def layer_of(key: str) -> int:
+    """The number of the decoder layer that a weight belongs to."""
+    return int(re.search(r"layers\.(\d+)\.", key).group(1))

@@ -98,8 +98,7 @@ def test_a_wrong_merge_is_not_written(call_main, ppo, tmp_path, monkeypatch):
     monkeypatch.setattr(rlhf.export.Adapter, "merge", forgetful)
     for output in (tmp_path / "exported", tmp_path / "kept"):
         if output.name == "kept":
-            output.mkdir()
-            (output / "mine").write_text("x")
+            shutil.copytree(ppo, output)
         before = snapshot(tmp_path)
         result = call_main("rlhf.export", [ppo, output, "--overwrite"])
         assert_one_line(result.returncode, result.stderr, "merged weights", "Nothing was written")

@@ -46,6 +46,7 @@ def refused(call_main, flags, tmp_path):
         absent, full = tmp_path / "absent", tmp_path / "full"
         full.mkdir()
         (full / "adapter_model.safetensors").write_bytes(b"an earlier result")
+        (full / "run.json").write_text('{"phase": "sft"}')
         for folder, overwrite in ((absent, []), (full, ["--overwrite"])):
             before = snapshot(folder)
             result = call_main(script, [*flags[script], "--output-dir", folder, *overwrite, *more])
@@ -450,9 +451,7 @@ def test_a_base_that_was_moved_away(refused, sft, tmp_path):
 
 
 def test_overwrite_replaces_the_earlier_result(call_main, trained, tmp_path):
-    out = tmp_path / "sft"
-    out.mkdir()
-    (out / "stale.txt").write_text("x")
+    out = shutil.copytree(trained.reward, tmp_path / "sft")
     result = call_main("sft_train", [*trained.sft_flags, "--output-dir", out, "--overwrite"])
     assert result.returncode == 0, result.stderr
     assert set(os.listdir(out)) == set(os.listdir(trained.sft))
