@@ -10,7 +10,8 @@ same prompts run through four versions of it, and `export.json` says how far the
 - `merged`: the adapter in the base, in float32;
 - `exported`: the same, rounded to what is written.
 
-A merge that is more than rounding away from base and adapter is not written.
+A merge that is more than rounding away from base and adapter is not written. The base is the one that was trained on: its
+files are read as training reads them, after their hashes were seen to be those of the checkpoint's run.json.
 """
 
 import contextlib
