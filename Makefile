@@ -5,6 +5,7 @@
 # make gpu-check  a few steps of all four scripts with the 4-bit base on your CUDA card
 # make torture    kills the training scripts at random moments and resumes them: is everything as if nothing had happened?
 # make soak       300 PPO updates of a tiny model: do memory or files grow?
+# make open-elsewhere  transformers 4.57 opens checkpoints and exports: do they say there what they say here?
 # make toys       PPO on problems with a known answer, five seeds each (make test has one)
 # make results    reward models and PPO on Dahoas/rm-static, or DATA=a local copy; writes docs/results.md (some 17 hours of a core)
 # make bench      our PPO beside TRL 1.12's, on the demo's checkpoints (an hour and a half)
@@ -15,7 +16,7 @@
 # make bench-card what a CUDA card makes of all phases and of decoding, beside TRL, and checks on it (some twenty minutes)
 # make bench-export  memory and time of exporting a checkpoint of Llama-3.2-3B's shape
 .PHONY: demo feedback-demo test torture soak toys lint gpu-check results bench bench-growth bench-train bench-3b bench-merge
-.PHONY: bench-card bench-export
+.PHONY: bench-card bench-export open-elsewhere
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -47,6 +48,9 @@ torture: $(BIN)/.installed
 
 soak: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
+
+open-elsewhere: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/open_elsewhere.py
 
 toys: $(BIN)/.installed
 	$(BIN)/python -m pytest tests/test_toys.py -m "slow or not slow"

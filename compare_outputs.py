@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf import data
-from rlhf.checkpoints import SCRIPTS, check_child, git_commit, read_run
+from rlhf.base import check_context
+from rlhf.checkpoints import SCRIPTS, check_child, git_commit, place_of, read_run
 from rlhf.cli import UserError, check_at_least_one, check_between, run
 from rlhf.generation import generate
 from rlhf.modeling import BASE, REFERENCE, SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base
@@ -118,6 +119,7 @@ def main(config: Config) -> None:
     form = load_format(config.sft_checkpoint, runs["sft"])
     titles = model_titles(base["model"], runs)
     prompts = read_prompts(config, form)
+    check_lengths(config, base, [ids for _, ids in prompts])
 
     # 1. One base for all models.
     shared = load_models(config, load_base(base, dtype, form.pad_token_id), runs, dtype)
@@ -188,7 +190,7 @@ def check_number(facts: Any, name: str) -> None:
 
 def check_reports(config: Config) -> None:
     """Refuse, before the model is loaded, to replace a comparison, and a folder that cannot be written to."""
-    folder = Path(config.output_dir)
+    folder = place_of(config.output_dir)
     there = [str(folder / name) for name in FILES if (folder / name).exists()]
     if there and not config.overwrite:
         raise UserError(f"{there[0]} exists: add --overwrite to replace it, or choose another --output-dir")
@@ -241,6 +243,12 @@ def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
     if not prompts:
         raise UserError("there is no prompt to answer: check --prompts, or raise --max-prompt-length")
     return prompts
+
+
+def check_lengths(config: Config, base: dict[str, Any], prompts: list[list[int]]) -> None:
+    """Raise UserError if a prompt with its answer, closed by EOS, is longer than the base can read."""
+    longest = max(map(len, prompts)) + config.max_new_tokens + 1
+    check_context(base, longest, "--max-prompt-length", "--max-new-tokens")
 
 
 # ---------------------------------------------------------------- models and answers

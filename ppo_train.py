@@ -26,6 +26,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
+from rlhf.base import check_context
 from rlhf.card import choose_rollout, choose_tokens, describe_start
 from rlhf.checkpoints import check_output, is_finished, output_folder, read_parents, recorded, start_run
 from rlhf.cli import next_command, run
@@ -173,7 +174,7 @@ def main(config: Config) -> None:
         return
     form = load_format(config.sft_checkpoint, runs["sft"])
     prompts, eval_prompts = load_prompts(config, form)
-    tokens, why, rollout_rows, merged = choose_sizes(config, runs, prompts)
+    tokens, why, rollout_rows, merged = choose_sizes(config, runs, prompts, eval_prompts)
     shared, base = load_models(config, runs["sft"], form)
     shared.micro_batch.tokens, shared.rollout_rows = tokens, rollout_rows
     choose_weights(config, shared, merged, max(map(len, prompts)))
@@ -553,7 +554,7 @@ def set_learning_rates(optimizer, update: int, config: Config) -> None:
 
 
 def choose_sizes(
-    config: Config, runs: dict[str, dict[str, Any]], prompts: list[list[int]]
+    config: Config, runs: dict[str, dict[str, Any]], prompts: list[list[int]], eval_prompts: list[list[int]]
 ) -> tuple[int, str, int, bool]:
     """Tokens of a micro-batch and why so many, rows of a rollout, and whether it may have a merged copy.
 
@@ -562,6 +563,8 @@ def choose_sizes(
     base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
     longest = max(map(len, prompts))
     length = longest + config.response_length + 1
+    most = max(longest, *map(len, eval_prompts)) + config.response_length + 1
+    check_context(base, most, "--max-prompt-length", "--response-length")
     plans = ppo_plans(read_shape(base, config.dtype), config, runs, longest)
     rows, merged = choose_rollout(config, plans, episodes_of_a_process(config), length, device())
     return *choose_tokens(config, plans(rows, merged), length, device()), rows, merged

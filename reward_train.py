@@ -26,6 +26,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.base import check_context
 from rlhf.card import choose_tokens, describe_start
 from rlhf.checkpoints import check_child, check_output, is_finished, output_folder, read_run, start_run, write_run
 from rlhf.cli import UserError, check_at_least_one, check_between, next_command, run
@@ -144,6 +145,8 @@ def main(config: Config) -> None:
     train_set = both_responses(token_pairs, form.eos_token_id)
     eval_sets = tokenize_eval(config, form, eval_pairs, votes)
 
+    check_context(base, longest_text([*token_pairs, *sum(eval_sets.values(), [])]), "--max-length")
+
     # 2. The SFT adapter stays frozen below the reward model's own.
     longest = max(map(num_tokens, token_pairs))
     tokens, why = choose_tokens(config, make_plan(config, base, sft, longest), longest, device())
@@ -209,6 +212,11 @@ def num_tokens(pair: TokenPair) -> int:
     return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) + 2
 
 
+def longest_text(pairs: list[TokenPair]) -> int:
+    """Tokens of the longest prompt with one response, closed by EOS."""
+    return max(len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) + 1 for pair in pairs)
+
+
 def both_responses(pairs: list[TokenPair], eos_token_id: int) -> datasets.Dataset:
     """Token ids of prompt + chosen and of prompt + rejected."""
     rows = [
@@ -236,6 +244,7 @@ def dry_run(config: Config, base, form, pairs, sft) -> None:
     shape = read_shape(base, config.dtype)
     check_between(config, 0, shape.layers, "role_layers")
     longest = max(lengths)
+    check_context(base, longest_text(sample), "--max-length")
     show_plan(make_plan(config, base, sft, longest), longest, config)
     if config.measure:
         time_steps(main, config, num_steps(config, len(pairs)))
@@ -362,6 +371,7 @@ def eval_only(config: Config) -> None:
     test_pairs = load_pairs(config.dataset, "test", config.max_eval_samples)
     votes = load_votes(config.extra_data) if config.extra_data else None
     eval_sets = tokenize_eval(config, form, test_pairs, votes)
+    check_context(base, longest_text(sum(eval_sets.values(), [])), "--max-length")
     dtype = choose_dtype(config.dtype, device())
     shared = SharedBase(load_base(base, dtype, form.pad_token_id), config.sft_checkpoint, dtype)
     shared.add_role("reward", **read_stacked(config.output_dir, shared))

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rlhf.base import check_context, identified
 from rlhf.card import choose_tokens, describe_start
-from rlhf.checkpoints import check_output, is_finished, output_folder, start_run, write_run
+from rlhf.checkpoints import check_output, is_finished, output_folder, start_run, weights_of, write_run
 from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, fingerprint, load_splits, tokenize_pairs
 from rlhf.decoder import Decoder, lay_out
@@ -33,6 +34,7 @@ from rlhf.modeling import (
     load_tokenizer,
 )
 from rlhf.plan import SAMPLE, Plan, plan_sft, read_shape, show_data, show_end, show_plan
+from rlhf.portable import save_tokenizer
 from rlhf.processes import sharded, share
 from rlhf.reporting import console, plot_curves
 from rlhf.speed import Work
@@ -133,14 +135,16 @@ def main(config: Config) -> None:
 
     # 2. and 3.
     longest = max(map(len, train_set["input_ids"]))
+    check_context(base, max(longest, *map(len, eval_set["input_ids"])), "--max-length")
     tokens, why = choose_tokens(config, make_plan(config, base, longest), longest, device())
     console.print(describe_start(device(), tokens, config.batch_size, dtype, why))
     set_seed(config.seed)
+    base = identified(base)
     model = load_base(base, dtype, form.pad_token_id)
     with output_folder(config.output_dir, config.resume) as folder:
         trainer = make_trainer(config, model, form, train_set, eval_set, dtype, folder)
         data = {"source": config.dataset, "train_rows": len(train_set), "sha256": fingerprint(train_pairs)}
-        same = {"base": [base["config_sha256"], base["weights_sha256"]], "dtype": str(dtype), "data": data["sha256"]}
+        same = {"base": [base["config_sha256"], weights_of(base)], "dtype": str(dtype), "data": data["sha256"]}
         trainer.prepare(config, folder, same, "SFT", tokens)
         start_run(folder, "sft", config, dtype, micro_batch_tokens=tokens)
         trainer.run()
@@ -153,7 +157,7 @@ def main(config: Config) -> None:
             trainer.model.peft_config["default"].revision = base["revision"]
             trainer.model.save_pretrained(str(folder), state_dict=weights)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
-            form.tokenizer.save_pretrained(folder)
+            save_tokenizer(form.tokenizer, folder)
             plot_curves(folder, "step", {"loss": ["loss", "eval_loss"], "learning rate": ["learning_rate"]})
             write_run(
                 folder,
@@ -190,6 +194,7 @@ def dry_run(config: Config, base, form, pairs) -> None:
     show_data("training rows", len(pairs), lengths)
     console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {config.batch_size} rows")
     longest = max(lengths)
+    check_context(base, longest, "--max-length")
     show_plan(make_plan(config, base, longest), longest, config)
     if config.measure:
         time_steps(main, config, num_steps(config, len(pairs)))

@@ -236,11 +236,11 @@ class LiveModels:
             if phase not in runs or runs[phase]["adapter_sha256"] != run_facts["adapter_sha256"]:
                 raise UserError(f"the {phase} checkpoint is not the one of the report: make the report again")
         dtype = choose_dtype(self.config.dtype, device())
-        base = same_base(runs["sft"], self.config.sft_checkpoint, self.config.base_model)
+        self.base = same_base(runs["sft"], self.config.sft_checkpoint, self.config.base_model)
         self.form = load_format(self.config.sft_checkpoint, runs["sft"])
         self.scored = "reward" in runs
         self.shared = compare_outputs.load_models(
-            self.config, load_base(base, dtype, self.form.pad_token_id), runs, dtype
+            self.config, load_base(self.base, dtype, self.form.pad_token_id), runs, dtype
         )
 
     def answer(self, turns: compare_outputs.Turns, name: str) -> compare_outputs.Answer:
@@ -248,6 +248,7 @@ class LiveModels:
             if self.shared is None:
                 self.load()
             ids = tokenize_prompt(turns, self.form, self.config.max_prompt_length)
+            compare_outputs.check_lengths(self.config, self.base, [ids])
             return compare_outputs.answer(self.config, self.shared, self.form, [ids], name, self.scored)[0]
 
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Container, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,25 +36,37 @@ BASE_FACTS = {
     "model": str,
     "revision": str | None,
     "config_sha256": str,
-    "weights_sha256": str | None,
     "load_in_4bit": bool,
 }
+FILE_FACTS = {"size": int, "mtime": int, "sha256": str}  # of each weight file of a local base
 LOGGING = frozenset(  # settings that change nothing of what a run makes
-    ("output_dir", "overwrite", "resume", "eval_only", "dry_run", "card_gb", "save_minutes", "save_steps")
+    ("output_dir", "overwrite", "resume", "eval_only", "dry_run", "card_gb", "measure", "save_minutes", "save_steps")
     + ("save_total_limit", "num_printed_samples", "log_with")
 )
 LOCK = "lock"  # a file in the partial folder, held by the run that writes there
+# What our output folders hold, as patterns: an adapter, of PPO a second one in value/, what training tells, or an export.
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer*", "vocab.*")
+ADAPTER += ("merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+OURS = (
+    *(*ADAPTER, "run.json", "metrics.jsonl", "samples.jsonl", "curves.png", "frontier.png", LOCK, "*.partial"),
+    *("evaluation.json", "evaluation.png", "config.json", "generation_config.json", "model*.safetensors"),
+    *("model.safetensors.index.json", "export.json", "README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"),
+)
+TRACKED = ("events.out.tfevents.*", "hparams.yml")  # by TensorBoard, in folders of its own
 MAX_RUN_JSON = 1 << 20  # bytes; ours have a few thousand
 
 
 def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool = False) -> None:
     """Refuse, before any work is done, an output folder that holds something, or one of the run's own `inputs`.
 
-    A run that was cut short and can go on is not thrown away unasked either.
+    A run that was cut short and can go on is not thrown away unasked either, and nothing that this project did not write
+    is thrown away at all.
     """
-    path = Path(folder)
-    if path.name in ("", ".."):
+    if Path(folder).name in ("", ".."):
         raise UserError(f"--output-dir '{folder}' must name a folder of its own")
+    path = place_of(folder)
+    if path.is_symlink():
+        raise UserError(f"--output-dir {folder} is a link that leads back to itself: choose another")
     blocked = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
     if blocked:
         raise UserError(f"--output-dir {folder}: {blocked} is a file; name a folder")
@@ -64,6 +77,11 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
         if Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
             raise UserError(f"--output-dir {folder} holds {source}, which this run reads: choose another")
     if resume or overwrite:
+        odd = not_ours(path) or not_ours(partial_of(path), finished=False)
+        if odd:
+            raise UserError(
+                f"{odd} is no part of an earlier result, and would be removed: move it away, or choose another --output-dir"
+            )
         return
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"{folder} is not empty: add --overwrite to replace it, or choose another --output-dir")
@@ -71,6 +89,40 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
         raise UserError(
             f"{partial_of(path)} holds a run that was cut short: add --resume to go on, or --overwrite to start anew"
         )
+
+
+def place_of(folder: str) -> Path:
+    """Where an output folder is: if it is a symbolic link, where that leads, even if nothing is there yet."""
+    path = Path(folder)
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def not_ours(folder: Path, finished: bool = True) -> Path | None:
+    """The first thing in an output folder that no script of this project wrote there; None if there is none.
+
+    Args:
+        finished: only a folder with the run.json or export.json of a finished run holds a result.
+    """
+    if not folder.is_dir():
+        return None
+    paths = sorted(folder.rglob("*"))
+    if finished and not is_result(folder):
+        return paths[0] if paths else None
+    for path in paths:
+        within = path.relative_to(folder).parts[:-1]
+        patterns = {(): OURS, ("value",): ADAPTER, ("additional_chat_templates",): ("*.jinja",)}.get(within, TRACKED)
+        patterns = ("*",) if within and within[0].startswith("step-") else patterns  # a state to resume from
+        if (path.is_symlink() or not path.is_dir()) and not any(fnmatch(path.name, pattern) for pattern in patterns):
+            return path
+    return None
+
+
+def is_result(folder: Path) -> bool:
+    for name, key in (("run.json", "phase"), ("export.json", "adapter to merged")):
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            if key in json.loads((folder / name).read_text(encoding="utf-8")):
+                return True
+    return False
 
 
 def partial_of(folder: Path) -> Path:
@@ -85,7 +137,7 @@ def output_folder(folder: str, resume: bool = False) -> Iterator[Path]:
     When the block raises, an existing `folder` stays as it was, and the partial one stays beside it if it has a state to
     go on from, or after a crash; the next run of the phase clears it, unless it is given `resume`.
     """
-    final = Path(folder)
+    final = place_of(folder)
     partial = partial_of(final)
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -167,7 +219,7 @@ def is_finished(config: Any) -> bool:
 
 
 def look_for_run(config: Any) -> bool:
-    final = Path(config.output_dir)
+    final = place_of(config.output_dir)
     partial = partial_of(final)
     folder = partial if partial.exists() else final
     if not (folder / "run.json").exists():
@@ -251,7 +303,7 @@ def write_json(path: Path, facts: dict[str, Any]) -> None:
 def recorded(output_dir: str) -> dict[str, Any] | None:
     """The sizes that an unfinished run has begun with, by name; None if there is no such run."""
     try:
-        run = json.loads((partial_of(Path(output_dir)) / "run.json").read_text(encoding="utf-8"))
+        run = json.loads((partial_of(place_of(output_dir)) / "run.json").read_text(encoding="utf-8"))
         sizes = {name: int(run[name]) for name in ("micro_batch_tokens", "rollout_rows") if name in run}
         sizes |= {"rollout_weights": str(run["rollout_weights"])} if "rollout_weights" in run else {}
         return sizes if "micro_batch_tokens" in sizes else None
@@ -289,6 +341,7 @@ def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]
         for key, kind in BASE_FACTS.items():
             if not isinstance(run["base"][key], kind):
                 raise ValueError(f"base {key} is not as it should be")
+        check_record(run["base"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{path} is damaged ({error}): train that phase again") from None
     if run["phase"] != phase:
@@ -301,13 +354,33 @@ def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]
     return run
 
 
+def check_record(base: dict[str, Any]) -> None:
+    """Raise ValueError or KeyError unless a run.json says which weights its base has, as this or an earlier version does."""
+    if "weights" not in base:  # an earlier version
+        if not isinstance(base["weights_sha256"], str | None):
+            raise ValueError("base weights_sha256 is not as it should be")
+        return
+    if not isinstance(base["weights"], dict | None):
+        raise ValueError("base weights is not as it should be")
+    for name, facts in (base["weights"] or {}).items():
+        for key, kind in FILE_FACTS.items():
+            if not isinstance(facts[key], kind):
+                raise ValueError(f"base weights {name} {key} is not as it should be")
+
+
+def weights_of(base: dict[str, Any]) -> Any:
+    """What a run.json knows its base's weights by: a hash of each file. None: nothing, as of a hub model."""
+    files = base.get("weights")
+    return base.get("weights_sha256") if files is None else {name: facts["sha256"] for name, facts in files.items()}
+
+
 def check_same_base(run: dict[str, Any], folder: str, base: dict[str, Any]) -> None:
-    """Raise UserError unless the checkpoint at `folder` was trained on the base model described by `base`."""
+    """Raise UserError if the checkpoint at `folder` was trained on another base than `base` describes."""
     theirs = run["base"]
-    same = theirs["config_sha256"] == base["config_sha256"] and (
-        None in (theirs["weights_sha256"], base["weights_sha256"]) or theirs["weights_sha256"] == base["weights_sha256"]
-    )
-    if not same:
+    weights = weights_of(theirs), weights_of(base)
+    # What an earlier version knows weights by is no hash of a file.
+    comparable = type(weights[0]) is type(weights[1]) and None not in weights
+    if theirs["config_sha256"] != base["config_sha256"] or (comparable and weights[0] != weights[1]):
         raise UserError(
             f"{folder} was trained on another base model ({theirs['model']}) than {base['model']}: "
             "name the same base for all phases"

@@ -33,7 +33,8 @@ class Stopped(Exception):
 def parse(config_class: type[Config], presets: dict[str, Config], doc: str, args: list[str] | None = None) -> Config:
     """Read the flags of a script (`args`, or the command line's) over its defaults, or over those of `--preset NAME`.
 
-    Unknown and abbreviated flags exit with code 2. Help texts are the comments beside the fields.
+    Unknown and abbreviated flags exit with code 2. Help texts are the comments beside the fields. A `~` is the home folder,
+    also where the shell has left it alone, as in `--output-dir=~/sft`.
     """
     preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     description = doc.strip().splitlines()[0]
@@ -42,7 +43,9 @@ def parse(config_class: type[Config], presets: dict[str, Config], doc: str, args
         description += f" (--preset {{{','.join(presets)}}}: the small values of this file)"
     chosen, rest = preset.parse_known_args(args)
     default = presets[chosen.preset] if presets and chosen.preset else config_class()
-    return tyro.cli(config_class, default=default, args=rest, description=description)
+    config = tyro.cli(config_class, default=default, args=rest, description=description)
+    home = {name: os.path.expanduser(x) for name, x in vars(config).items() if isinstance(x, str) and x[:1] == "~"}
+    return dataclasses.replace(config, **home)
 
 
 def run(main: Callable[[Config], None], config_class: type[Config], presets: dict[str, Config], doc: str) -> None:

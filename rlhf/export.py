@@ -10,7 +10,8 @@ same prompts run through four versions of it, and `export.json` says how far the
 - `merged`: the adapter in the base, in float32;
 - `exported`: the same, rounded to what is written.
 
-A merge that is more than rounding away from base and adapter is not written.
+A merge that is more than rounding away from base and adapter is not written. The base is the one that was trained on: its
+files are read as training reads them, after their hashes were seen to be those of the checkpoint's run.json.
 """
 
 import contextlib
@@ -23,31 +24,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.base import HEAD, Weights, check_context, open_weights, read_config
 from rlhf.checkpoints import check_output, output_folder, read_run
 from rlhf.cli import UserError, run
 from rlhf.data import ASSISTANT, PromptFormat
-from rlhf.decoder import check_layers
 from rlhf.hub import hub_errors
 from rlhf.model_card import LICENCE_FILES, model_card
 from rlhf.modeling import DTYPES, load_format, pad_right, read_adapter, same_base
+from rlhf.portable import save_config, save_tokenizer
 from rlhf.reporting import console
 
 import bitsandbytes.functional as bnb
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from tyro.conf import Positional
 
 SHARD_BYTES = 300_000_000  # of weights that are held and written together
 ROUNDING = 1e-3  # the most that logits may move when the adapter is merged in float32
-WEIGHTS = (
-    "model*.safetensors"  # as transformers names its files; some repositories have the same weights in other files, too
-)
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 CHECKED = 8  # last tokens of each prompt
 PROMPTS = (
     "Explain what attention mechanism is.",
@@ -75,18 +73,18 @@ def main(config: Config) -> None:
     check_output(config.output_dir, config.overwrite, config.checkpoint, config.base_model, made["base"]["model"])
     base = same_base(made, config.checkpoint, config.base_model)
     form = load_format(config.checkpoint, made)
-    source = base_folder(base)
-    settings = AutoConfig.from_pretrained(source)
+    settings = read_config(base)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
-    check_layers(model)
-    weights, adapter = Weights(source, model), Adapter(config.checkpoint)
+    weights, adapter, source = open_weights(base, settings), Adapter(config.checkpoint), base_folder(base)
     odd = sorted(set(adapter.names()) - set(weights.files))
     if odd:
         raise UserError(f"the adapter at {config.checkpoint} does not fit its base (there is no {odd[0]})")
     dtype = DTYPES[config.dtype]
+    texts = [form.prompt_ids((("user", text),)) for text in PROMPTS]
+    check_context(base, max(map(len, texts)))
     with output_folder(config.output_dir) as folder, torch.no_grad():
-        writer, check = Writer(folder), Check(model, form, adapter, dtype, base["load_in_4bit"])
+        writer, check = Writer(folder), Check(model, texts, form.pad_token_id, adapter, dtype, base["load_in_4bit"])
         for part in parts(weights, model):
             writer.add(check.go_through(part))
         writer.finish()
@@ -113,32 +111,14 @@ def phase_of(checkpoint: str) -> str:
 
 
 def base_folder(base: dict[str, Any]) -> Path:
-    """Where the files of the base are; those of a hub model are fetched if they are not here."""
+    """Where what goes with the base is: its licence and its card, fetched if it is a hub model."""
     if Path(base["model"]).is_dir():
         return Path(base["model"])
     from huggingface_hub import snapshot_download
 
-    wanted = [WEIGHTS, "*.json", "README.md", *LICENCE_FILES]  # the README names the licence
+    wanted = ["config.json", "README.md", *LICENCE_FILES]  # the README names the licence
     with hub_errors(base["model"], "model", "--base-model"):
         return Path(snapshot_download(base["model"], revision=base["revision"], allow_patterns=wanted))
-
-
-class Weights:
-    """The weights of `model` by name, each read from a folder when it is asked for. What else the folder holds is left out."""
-
-    def __init__(self, folder: Path, model: nn.Module):
-        self.files, names = {}, set(model.state_dict())
-        for path in sorted(folder.glob(WEIGHTS)):
-            with safe_open(path, "pt") as file:
-                held = file.keys()
-            self.files |= {name: path for name in held if name in names}
-        missing = sorted(names - set(self.files) - ({HEAD} if model.config.tie_word_embeddings else set()))
-        if missing:
-            raise UserError(f"{folder} is not a whole model: there is no {missing[0]} in its {WEIGHTS}")
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.files[name], "pt") as file:
-            return file.get_tensor(name)
 
 
 def parts(weights: Weights, model: nn.Module) -> Iterator[dict[str, Tensor]]:
@@ -225,11 +205,18 @@ class Writer:
 class Check:
     """PROMPTS on their way through the model, in each version of its weights."""
 
-    def __init__(self, model: nn.Module, form: PromptFormat, adapter: Adapter, dtype: torch.dtype, in_4bit: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        texts: list[list[int]],
+        pad_token_id: int,
+        adapter: Adapter,
+        dtype: torch.dtype,
+        in_4bit: bool,
+    ):
         self.model, self.adapter, self.dtype = model, adapter, dtype
         self.versions = (["trained"] if in_4bit else []) + ["adapter", "merged", "exported"]
-        texts = [form.prompt_ids((("user", text),)) for text in PROMPTS]
-        self.ids = pad_right(texts, form.pad_token_id, torch.device("cpu"))
+        self.ids = pad_right(texts, pad_token_id, torch.device("cpu"))
         self.read = [
             (i, len(text) - 1 - back) for i, text in enumerate(texts) for back in range(min(CHECKED, len(text)))
         ]
@@ -351,9 +338,9 @@ def write_settings(folder: Path, settings, form: PromptFormat, dtype: torch.dtyp
     settings.dtype = dtype
     for name, value in ends.items():
         setattr(settings, name, value)
-    settings.save_pretrained(folder)
+    save_config(settings, folder)
     GenerationConfig(**ends, do_sample=True, temperature=0.7, max_new_tokens=256).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def response_template(stop_text: str, eos: str) -> dict[str, Any]:

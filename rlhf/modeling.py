@@ -8,21 +8,22 @@ model, in every epoch, and is computed once.
 Shapes: N tokens of a batch of texts, B texts, H hidden size, V vocabulary.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoints import check_same_base
+from rlhf.base import Weights, ends_sha256, find_files, open_weights, read_config
+from rlhf.checkpoints import check_same_base, sha256
 from rlhf.cli import UserError, one_line
 from rlhf.data import PromptFormat
-from rlhf.decoder import Decoder, MergedLayers, Texts, check_layers, lay_out, lay_out_pairs
+from rlhf.decoder import Decoder, MergedLayers, Texts, lay_out, lay_out_pairs
 from rlhf.graphs import Graphs
 from rlhf.hub import hub_errors
 from rlhf.layers import LeanLayer
 from rlhf.micro_batches import CPU_TOKENS, MicroBatchSize, cut_by_tokens
+from rlhf.portable import save_tokenizer
 from rlhf.processes import is_main, sharded, this_process, whole
 from rlhf.reporting import plain
 
@@ -33,14 +34,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 from transformers.utils import cached_file
 
@@ -96,46 +93,48 @@ def check_4bit(device: torch.device) -> None:
 
 
 def base_facts(model: str, revision: str | None, load_in_4bit: bool) -> dict[str, Any]:
-    """What identifies a base model, for run.json, without loading it.
+    """What identifies a base model, for run.json, without loading it; `identified` adds the hashes of its weights.
 
-    A local folder is named by its absolute path and known by its config and by the ends of its weight files; a hub
-    model by its id, its commit and its config.
+    A local folder is named by its absolute path, a hub model by its id and its commit. Of weights that are on this
+    machine the headers are read, to see that they are those of the config.
 
     Raises:
-        UserError: no such folder or hub model, a gated one, no network; in 4 bit, but to be sharded.
+        UserError: no such folder or hub model, a gated one, no network; one that this pipeline does not run, or whose
+            weights are not those of its config; in 4 bit, but to be sharded.
     """
     if load_in_4bit and sharded():
         raise UserError(
             "FSDP shards 16-bit bases: add --no-load-in-4bit (to sft_train.py; the later phases take it over)"
         )
-    folder = Path(model).expanduser()
+    folder = Path(model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{model} is not a model folder (it has no config.json)")
-        digest = hashlib.sha256()
-        for file in sorted(folder.glob("*.safetensors")):
-            with file.open("rb") as weights:
-                digest.update(f"{file.name} {file.stat().st_size}".encode() + weights.read(1 << 20))
-                weights.seek(max(0, file.stat().st_size - (1 << 20)))
-                digest.update(weights.read())
-        name, config, revision, weights_sha256 = str(folder.resolve()), folder / "config.json", None, digest.hexdigest()
+        name, config, revision = str(folder.resolve()), folder / "config.json", None
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
         with hub_errors(model, "model", "--base-model"):
             config = Path(cached_file(model, "config.json", revision=revision))
-        name, revision, weights_sha256 = model, config.parent.name, None
+        name, revision = model, config.parent.name
     else:
         raise UserError(f"--base-model {model}: there is no such folder, and it is not a hub id (owner/name)")
-    return {
+    base = {
         "model": name,
         "revision": revision,
-        "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest(),
-        "weights_sha256": weights_sha256,
+        "config_sha256": sha256(config),
+        "weights": None,
         "load_in_4bit": load_in_4bit,
     }
+    settings = read_config(base)
+    files = find_files(name, revision, fetch=False)
+    if files is not None:
+        Weights(files, settings, name)
+    return base
 
 
 def same_base(sft: dict[str, Any], folder: str, model: str | None) -> dict[str, Any]:
     """`base_facts` of the base that the SFT checkpoint at `folder` was trained on, or of `model`, its copy elsewhere.
+
+    It has the record of that base's weights, by which `open_weights` knows them.
 
     Raises:
         UserError: it is another base.
@@ -143,7 +142,12 @@ def same_base(sft: dict[str, Any], folder: str, model: str | None) -> dict[str, 
     named = sft["base"]
     revision = named["revision"] if model in (None, named["model"]) else None
     base = base_facts(model or named["model"], revision, named["load_in_4bit"])
+    if named.get("weights_sha256") and base["revision"] is None:
+        check_same_base(sft, folder, base | {"weights_sha256": ends_sha256(Path(base["model"]))})
     check_same_base(sft, folder, base)
+    base["weights"] = named.get("weights")
+    if (base["model"], base["revision"]) != (named["model"], named["revision"]):
+        base["copy_of"] = {"model": named["model"], "revision": named["revision"]}
     return base
 
 
@@ -184,9 +188,7 @@ def unused_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, base: dict[str, Any]) -> None:
     """Raise UserError if the tokenizer can give an id for which the base's embedding has no row."""
-    with hub_errors(base["model"], "model", "--base-model"):
-        config = AutoConfig.from_pretrained(base["model"], revision=base["revision"])
-    rows = config.get_text_config().vocab_size
+    rows = read_config(base).vocab_size
     beyond = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= rows)
     if beyond:
         id, token = beyond[0]
@@ -209,7 +211,7 @@ def load_base(base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_
     sharded stays in its file, which torch maps into memory: accelerate deals the first process's weights out.
     """
     device = this_process().device
-    options: dict[str, Any] = {"dtype": dtype, "revision": base["revision"], "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": dtype}
     if base["load_in_4bit"]:
         check_4bit(device)
         options["device_map"] = {"": device}
@@ -221,20 +223,22 @@ def load_base(base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_
             llm_int8_skip_modules=["lm_head", "score"],
         )
     name = base["model"]
+    config = read_config(base)
+    weights = open_weights(base, config)
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING
+    if with_head:
+        classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        config.num_labels, config.pad_token_id = 1, pad_token_id
     with hub_errors(name, "model", "--base-model"):
-        if with_head:
-            config = AutoConfig.from_pretrained(
-                name, revision=base["revision"], num_labels=1, pad_token_id=pad_token_id
-            )
-            model = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
-            model.score = ScalarHead(config.hidden_size).to(device)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
+        # Given the weights themselves, transformers looks for no others, and for no adapter beside them.
+        model = classes[type(config)].from_pretrained(None, config=config, state_dict=weights.tensors(), **options)
+    model.name_or_path = model.config.name_or_path = name
+    if with_head:
+        model.score = ScalarHead(config.hidden_size).to(device)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On such CPUs bitsandbytes repacks the weights at the first no-grad forward; backward then gives no gradients.
             module.support_avx512bf16_for_cpu = False
-    check_layers(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     if base["load_in_4bit"]:
@@ -503,21 +507,23 @@ def save_stacked(folder: Path, shared: SharedBase, role: str, form: PromptFormat
     """Save SFT adapter + `role`'s as one ordinary PEFT adapter, with the role's head if it has one, and the tokenizer.
 
     Two LoRA adapters on one layer are one of the summed rank: [A1; A2] and [B1 B2]. The scalings alpha / r go into B,
-    so the saved adapter has scaling 1. `read_stacked` takes it apart again. If they are sharded, all processes call it.
+    so the saved adapter has scaling 1. Some readers know one rank or one alpha for all layers: where the role has no
+    adapter, A2 and B2 are zero. `read_stacked` takes it apart again. If they are sharded, all processes call it.
     """
     sft, config = shared.adapter_state("sft"), shared.peft.peft_config[role]
     ours = shared.adapter_state(role)
     sft_config = shared.peft.peft_config["sft"]
     state = {}
     for key, weight in sft.items():
-        weight = weight.float() * (sft_config.lora_alpha / sft_config.r if "lora_B" in key else 1)
+        axis, is_b = (1, True) if "lora_B" in key else (0, False)
+        below = weight.float() * (sft_config.lora_alpha / sft_config.r if is_b else 1)
+        shape = list(below.shape)
+        shape[axis] = config.r
+        own = torch.zeros(shape)
         if key in ours:
-            other = ours[key].float() * (config.lora_alpha / config.r if "lora_B" in key else 1)
-            weight = torch.cat([weight, other], dim=1 if "lora_B" in key else 0)
-        state[key] = weight.contiguous()
+            own = ours[key].float() * (config.lora_alpha / config.r if is_b else 1)
+        state[key] = torch.cat([below, own], dim=axis).contiguous()
     rank = sft_config.r + config.r
-    layers = "|".join(str(i) for i in config.layers_to_transform)
-    pattern = {rf"layers\.({layers})\..*": rank}
     has_head = role in shared.heads
     if has_head:
         state[HEAD_KEY] = whole(shared.heads[role].weight.detach()).float().cpu().contiguous()
@@ -525,10 +531,8 @@ def save_stacked(folder: Path, shared: SharedBase, role: str, form: PromptFormat
         return
     folder.mkdir(exist_ok=True)
     LoraConfig(
-        r=sft_config.r,
-        lora_alpha=sft_config.r,
-        rank_pattern=pattern,
-        alpha_pattern=pattern,
+        r=rank,
+        lora_alpha=rank,
         target_modules=sorted(config.target_modules),
         task_type="SEQ_CLS" if has_head else "CAUSAL_LM",
         modules_to_save=["score"] if has_head else None,
@@ -537,13 +541,15 @@ def save_stacked(folder: Path, shared: SharedBase, role: str, form: PromptFormat
         inference_mode=True,
     ).save_pretrained(str(folder))
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    form.tokenizer.save_pretrained(folder)
+    save_tokenizer(form.tokenizer, folder)
 
 
 def read_stacked(folder: str, shared: SharedBase) -> dict[str, Any]:
     """Take a checkpoint of `save_stacked` apart: the arguments of `SharedBase.add_role` for the role in it.
 
-    Its scaling is in B already, so alpha is the rank.
+    Its scaling is in B already, so alpha is the rank. Layers where the role's part is zero throughout have no adapter of
+    its own: the role leaves them to the lower pass that all roles share. (One that trains has an A from the start.) In
+    checkpoints of earlier versions such layers have the lower rank of the SFT adapter.
 
     Raises:
         UserError: it is not stacked on the SFT adapter of `shared`.
@@ -568,7 +574,14 @@ def read_stacked(folder: str, shared: SharedBase) -> dict[str, Any]:
         if own.shape[axis]:
             rank = own.shape[axis]
             state[key] = own
-            layers.add(int(re.search(r"layers\.(\d+)\.", key).group(1)))
-    if rank is None or layers != set(range(min(layers), shared.num_layers)):
+            if own.any():
+                layers.add(layer_of(key))
+    state = {key: own for key, own in state.items() if layer_of(key) in layers}
+    if not layers or layers != set(range(min(layers), shared.num_layers)):
         raise UserError(f"{folder} has no role adapter on the upper layers: train it again with this version")
     return {"rank": rank, "alpha": rank, "num_layers": len(layers), "state": state, "head": head}
+
+
+def layer_of(key: str) -> int:
+    """The number of the decoder layer that a weight belongs to."""
+    return int(re.search(r"layers\.(\d+)\.", key).group(1))

@@ -8,6 +8,7 @@ backward pass. Bytes are of tensors; a card needs some 0.5 GB more for the drive
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.base import check_context
 from rlhf.card import CARD_OVERHEAD, Plan, Plans, deal, tokens_that_fit
 from rlhf.cli import UserError, check_between, less_memory
 from rlhf.data import load_splits, tokenize_prompts
@@ -294,6 +295,7 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     check_between(config, 0, shape.layers, "role_layers")
     longest = max(map(len, prompts))
     length, room = longest + config.response_length + 1, config.card_gb * 1e9 * (1 - CARD_OVERHEAD)
+    check_context(base, length, "--max-prompt-length", "--response-length")
     plans = ppo_plans(shape, config, runs, longest)
     rows, merged = deal(plans, config.rollout_batch_size, episodes_of_a_process(config), length, room)
     merged = config.rollout_weights == "merged" or (merged and config.rollout_weights == "auto")

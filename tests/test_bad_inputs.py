@@ -68,6 +68,7 @@ def test_bad_input(call_main, flags, trained, tiny_data, tiny_model, tmp_path, s
     full = tmp_path / "full"
     full.mkdir()
     (full / "adapter_model.safetensors").write_bytes(b"an earlier result")
+    (full / "run.json").write_text('{"phase": "sft"}')
     before = snapshot(tmp_path)
     for output in (["--output-dir", tmp_path / "absent"], ["--output-dir", full, "--overwrite"]):
         result = call_main(script, [*argv, *output])

@@ -98,8 +98,7 @@ def test_a_wrong_merge_is_not_written(call_main, ppo, tmp_path, monkeypatch):
     monkeypatch.setattr(rlhf.export.Adapter, "merge", forgetful)
     for output in (tmp_path / "exported", tmp_path / "kept"):
         if output.name == "kept":
-            output.mkdir()
-            (output / "mine").write_text("x")
+            shutil.copytree(ppo, output)
         before = snapshot(tmp_path)
         result = call_main("rlhf.export", [ppo, output, "--overwrite"])
         assert_one_line(result.returncode, result.stderr, "merged weights", "Nothing was written")
@@ -170,11 +169,12 @@ def test_what_is_no_weight_of_the_model_is_left_out(export, trained, tiny_model,
 
 def test_a_base_that_is_not_whole(call_main, trained, tiny_model, tmp_path):
     base = shutil.copytree(tiny_model, tmp_path / "base")
+    moved = move_base(trained.sft, base, tmp_path / "moved")
     weights = load_file(base / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    result = call_main("rlhf.export", [move_base(trained.sft, base, tmp_path / "moved"), tmp_path / "exported"])
-    assert_one_line(result.returncode, result.stderr, base, "not a whole model", "model.layers.1.mlp.up_proj.weight")
+    result = call_main("rlhf.export", [moved, tmp_path / "exported"])
+    assert_one_line(result.returncode, result.stderr, base, "1 missing (first model.layers.1.mlp.up_proj.weight)")
 
 
 def test_an_untied_head_is_kept(call_main, flags, tiny_data, tmp_path, export):

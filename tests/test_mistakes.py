@@ -1,7 +1,9 @@
 """What a user gets wrong: exit code 2, one line that says what and where, and nothing lost."""
 
+import dataclasses
 import errno
 import http.server
+import importlib
 import json
 import os
 import shutil
@@ -10,8 +12,9 @@ import sys
 import threading
 from pathlib import Path
 
-from rlhf.checkpoints import output_folder
-from rlhf.cli import UserError, next_command
+from rlhf.checkpoints import check_output, output_folder
+from rlhf.cli import UserError, next_command, parse
+from rlhf.cli import flag as flag_of
 
 import pytest
 from conftest import OFFLINE, ROOT, make_model, write_jsonl
@@ -46,6 +49,7 @@ def refused(call_main, flags, tmp_path):
         absent, full = tmp_path / "absent", tmp_path / "full"
         full.mkdir()
         (full / "adapter_model.safetensors").write_bytes(b"an earlier result")
+        (full / "run.json").write_text('{"phase": "sft"}')
         for folder, overwrite in ((absent, []), (full, ["--overwrite"])):
             before = snapshot(folder)
             result = call_main(script, [*flags[script], "--output-dir", folder, *overwrite, *more])
@@ -162,6 +166,95 @@ def test_an_output_folder_that_is_an_input(call_main, trained, tmp_path):
     result = call_main("reward_train", argv)
     assert snapshot(sft) == before
     assert_one_line(result.returncode, result.stderr, "--output-dir", sft)
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_an_output_folder_that_is_a_link(tmp_path, dangling):
+    """A result, and what is not finished, are written where it leads; a second run replaces the first there."""
+    disk = tmp_path / "disk" / "runs"
+    if not dangling:
+        (disk / "sft").mkdir(parents=True)
+    (tmp_path / "sft").symlink_to(disk / "sft")
+    for text in ("first", "second"):
+        check_output("sft", overwrite=text == "second")
+        with output_folder("sft") as folder:
+            assert folder == disk / "sft.partial"
+            (folder / "run.json").write_text(json.dumps({"phase": "sft", "text": text}))
+    assert (tmp_path / "sft").is_symlink()
+    assert json.loads((tmp_path / "sft" / "run.json").read_text())["text"] == "second"
+    names = ["disk", "disk/runs", "disk/runs/sft", "disk/runs/sft/run.json", "sft"]
+    assert [
+        name
+        for name in sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+        if name != "sft/run.json"
+    ] == names
+    with pytest.raises(UserError, match="sft is not empty: add --overwrite"):
+        check_output("sft", overwrite=False)
+
+
+def test_a_run_that_goes_on_behind_a_link(trained, call_main, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "sft")
+    argv = [*trained.sft_flags, "--output-dir", "link"]
+    assert call_main("sft_train", argv).returncode == 0
+    result = call_main("sft_train", [*argv, "--resume"])
+    assert result.returncode == 0 and "nothing to resume" in result.stdout
+    assert set(os.listdir(tmp_path / "disk" / "sft")) == set(os.listdir(trained.sft))
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link"]
+
+
+def test_a_link_that_leads_to_itself(call_main, flags, tmp_path):
+    (tmp_path / "sft").symlink_to(tmp_path / "sft")
+    result = call_main("sft_train", [*flags["sft_train"], "--output-dir", tmp_path / "sft"])
+    assert_one_line(result.returncode, result.stderr, "--output-dir", "leads back to itself")
+
+
+@pytest.mark.parametrize(
+    "script", ["sft_train", "reward_train", "ppo_train", "compare_outputs", "rlhf.export", "feedback.vote"]
+)
+def test_a_tilde_is_the_home_folder_in_every_flag(monkeypatch, script):
+    monkeypatch.setenv("HOME", "/home/me")
+    module = importlib.import_module(script)
+    texts = {field.name for field in dataclasses.fields(module.Config) if field.type in (str, str | None)}
+    argv = [part for name in texts for part in (flag_of(name), "~/x")]
+    if script == "rlhf.export":
+        texts, argv = texts | {"checkpoint", "output_dir"}, ["~/x", "~/x", *argv]
+    assert len(texts) >= 3
+    config = parse(module.Config, {}, module.__doc__, argv)
+    assert {getattr(config, name) for name in texts} == {"/home/me/x"}
+
+
+@pytest.mark.parametrize("more", [["--overwrite"], ["--resume"]])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "reward/run.json",
+        "notes.txt",
+        "sft/notes.txt",
+        "sft/value/notes.txt",
+        "sft/more/run.json",
+        "sft.partial/notes.txt",
+    ],
+)
+def test_only_our_own_results_are_replaced(call_main, trained, tmp_path, place, more):
+    """The folder above all checkpoints, as when the last part of its name was forgotten; a result that something was put in."""
+    shutil.copytree(trained.sft, tmp_path / "runs" / "sft")
+    file = tmp_path / "runs" / place
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}")
+    before = snapshot(tmp_path)
+    target = tmp_path / "runs" / ("sft" if place.startswith("sft") else "")
+    result = call_main("sft_train", [*trained.sft_flags, "--output-dir", target, *more])
+    named = file if place.startswith("sft") else sorted((tmp_path / "runs").iterdir())[0]
+    assert_one_line(result.returncode, result.stderr, named, "would be removed")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_model_of_other_origin_is_not_replaced_by_an_export(call_main, trained, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    before = snapshot(model)
+    result = call_main("rlhf.export", [trained.sft, model, "--overwrite"])
+    assert_one_line(result.returncode, result.stderr, model, "would be removed")
+    assert snapshot(model) == before
 
 
 @pytest.mark.parametrize("script", ["reward_train", "ppo_train", "rlhf.export"])
@@ -430,7 +523,7 @@ def test_an_adapter_that_changed_after_its_run_json(refused, sft):
 def test_another_base(refused, trained, tmp_path, tiny_model):
     other = make_model(tmp_path / "other", seed=1)
     assert (other / "config.json").read_bytes() == (tiny_model / "config.json").read_bytes()
-    names = [trained.sft, tiny_model, other, "base"]
+    names = [tiny_model, other, "another base"]
     refused("reward_train", ["--sft-checkpoint", trained.sft, "--base-model", other], *names)
 
 
@@ -451,9 +544,7 @@ def test_a_base_that_was_moved_away(refused, sft, tmp_path):
 
 
 def test_overwrite_replaces_the_earlier_result(call_main, trained, tmp_path):
-    out = tmp_path / "sft"
-    out.mkdir()
-    (out / "stale.txt").write_text("x")
+    out = shutil.copytree(trained.reward, tmp_path / "sft")
     result = call_main("sft_train", [*trained.sft_flags, "--output-dir", out, "--overwrite"])
     assert result.returncode == 0, result.stderr
     assert set(os.listdir(out)) == set(os.listdir(trained.sft))
