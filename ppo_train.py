@@ -33,6 +33,7 @@ from rlhf.cli import next_command, run
 from rlhf.data import PromptFormat, load_splits, tokenize_prompts
 from rlhf.generation import Response, Seed, generate, step_seconds
 from rlhf.logprobs import Chosen, chosen_logprobs
+from rlhf.micro_batches import free_memory
 from rlhf.modeling import (
     REFERENCE,
     SharedBase,
@@ -419,7 +420,9 @@ def clip(optimizer, scaler, max_grad_norm: float) -> dict[str, Tensor]:
 def read(sums: Sums, tokens: float, norms: dict[str, Tensor]) -> dict[str, float]:
     """Means over the tokens of all processes, and the norms: the one wait of a minibatch for the device."""
     means = total(torch.stack(list(sums.values()))) / tokens
-    numbers = torch.cat([means, torch.stack(list(norms.values())).to(means)])
+    numbers = torch.cat(
+        [means, torch.stack([norm.to(means) for norm in norms.values()])]
+    )  # 0 without gradients: a CPU's
     return dict(zip([*sums, *norms], numbers.tolist(), strict=True))
 
 
@@ -582,10 +585,13 @@ def choose_weights(config: Config, shared: SharedBase, merged: bool, longest: in
     begun = config.resume and agree(recorded(config.output_dir))
     if config.rollout_weights == "merged" or begun or shared.device.type != "cuda":
         return
-    shape = shared.rollout_rows, longest, config.response_length
-    merged_seconds = step_seconds(shared, "policy", shared.merged.layers, *shape)
-    if agree(merged_seconds > step_seconds(shared, "policy", shared.decoder.layers, *shape)):
+    shape = shared.rollout_rows, longest
+    ours, theirs = (
+        step_seconds(shared, "policy", layers, *shape) for layers in (shared.merged.layers, shared.decoder.layers)
+    )
+    if agree(ours >= theirs):
         shared.merged = None
+    free_memory()
 
 
 def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tuple[SharedBase, dict[str, Any]]:

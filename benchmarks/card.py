@@ -95,7 +95,8 @@ def main(config: Config) -> None:
 
 def plan_of(config: Config) -> list[tuple]:
     """Part, label, function and its arguments, in order."""
-    total = torch.cuda.mem_get_info()[1] / 1e9 if torch.cuda.is_available() else 0
+    on_card = torch.cuda.is_available()
+    total = torch.cuda.get_device_properties(0).total_memory / 1e9 if on_card else 0  # asked without a context
     plan: list[tuple] = []
     for cap in CAPS:
         if cap is None or (cap < total and not config.tiny):
@@ -118,7 +119,10 @@ def in_a_process(function: Callable, config: Config, arguments: list) -> dict[st
     process.start()
     process.join(60 * config.minutes)
     if process.is_alive():
-        process.kill()
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started
+        except ProcessLookupError:
+            process.kill()
         process.join()
         return {"failed": f"ended after {config.minutes:g} minutes"}
     found = json.loads(path.read_text()) if path.exists() else {"failed": f"exit code {process.exitcode}"}
@@ -126,6 +130,7 @@ def in_a_process(function: Callable, config: Config, arguments: list) -> dict[st
 
 
 def child(function: Callable, config: Config, arguments: list, path: Path) -> None:
+    os.setpgrp()
     quiet_libraries()
     console.quiet = True  # what the scripts say; a part's findings are printed by the parent
     try:
@@ -244,7 +249,8 @@ def speed_of(folder: Path, config: Any) -> dict[str, Any]:
     names = [
         name for name in rows[0] if name.startswith(("time/", "speed/", "memory/", "policy/sampler", "policy/opt"))
     ]
-    found = {name: statistics.median(row[name] for row in rows if name in row) for name in names}
+    middle = {name: max if name.startswith("memory/") else statistics.median for name in names}
+    found = {name: middle[name](row[name] for row in rows if name in row) for name in names}
     seconds = sum(value for name, value in found.items() if name.startswith("time/"))
     found["seconds_a_step"] = seconds
     count = getattr(config, "episodes_per_update", None) or config.batch_size
@@ -289,10 +295,12 @@ def decode(config: Config) -> dict[str, Any]:
     head = shared.lm_head_weight().nbytes
     for weights, layers in (("base", shared.decoder.layers), ("merged", shared.merged.layers)):
         size = head + sum(bytes_of(linear) for layer in layers for linear in layer.maps)
-        found[weights] = {"weights_gb": size / 1e9, "floor_ms": 1000 * size / bandwidth}
+        found[weights] = {"weights_gb": size / 1e9, "weights_floor_ms": 1000 * size / bandwidth}
         for rows in (4, 8) if config.tiny else ROWS:
             try:
-                found[weights][f"{rows} rows"] = time_steps(shared, layers, rows, prompt, new)
+                timed = time_steps(shared, layers, rows, prompt, new)
+                timed["floor_ms"] = 1000 * (size + timed["keys_and_values_gb"] * 1e9) / bandwidth
+                found[weights][f"{rows} rows"] = timed
             except torch.OutOfMemoryError:
                 found[weights][f"{rows} rows"] = "out of memory"
             shared.graphs.clear()
@@ -313,8 +321,10 @@ def time_steps(shared, layers, rows: int, prompt: int, new: int) -> dict[str, fl
             decoding.step()
         synchronize()
         result[f"{how}_ms"] = 1000 * (time.perf_counter() - started) / steps
+        result["keys_and_values_gb"] = sum(part.nbytes for part in decoding.keys + decoding.values) / 1e9
         if how == "eager" and on_card:
             result["kernels"] = count_kernels(decoding)
+        result["graphs"] = len(graphs.captured)  # 0 if a capture failed, and the graph's time is none
         graphs.clear()
         del decoding
     result["tokens_per_second"] = 1000 * rows / result["graph_ms"]
@@ -336,7 +346,7 @@ def count_kernels(decoding: Decoding) -> int:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         decoding.step()
         synchronize()
-    return sum(event.count for event in profiler.key_averages())
+    return sum(event.count for event in profiler.key_averages() if event.self_device_time_total > 0)
 
 
 def measure_bandwidth(device: torch.device, size: int) -> float:
@@ -377,6 +387,7 @@ def check(config: Config, precision: str, dtype: str) -> dict[str, Any]:
     """
     folder = WORK / f"check_{precision.replace(' ', '')}_{dtype}"
     of = settings(config, folder, precision == "nf4", dtype)
+    of["ppo"] = replace(of["ppo"], critic_warmup_updates=1)  # an update without the policy, and one with it
     found = run_phases({phase: replace(of_phase, max_steps=2) for phase, of_phase in of.items()})
     found = {phase: {"seconds_a_step": values["seconds_a_step"]} | policy_of(values) for phase, values in found.items()}
     shared, form, _ = open_policy(of)
@@ -411,12 +422,17 @@ def compare_graph(shared, form, layers, rows: int) -> dict[str, Any]:
 
 
 def check_resume(config: Config) -> dict[str, Any]:
-    """A PPO run that is killed once its first state is there, and resumed, beside one that is left alone."""
+    """A PPO run that is killed once its first state is there, and resumed, beside two that are left alone.
+
+    Backward passes on a card add in any order, so two runs that are left alone may differ there too.
+    """
     of = settings(config, WORK / "phases_whole")["ppo"]
     alone = replace(of, output_dir=str(WORK / "resume" / "alone"), save_steps=1)
+    again = replace(alone, output_dir=str(WORK / "resume" / "again"))
     cut = replace(alone, output_dir=str(WORK / "resume" / "cut"))
     (WORK / "resume").mkdir(exist_ok=True)
-    subprocess.run(command(alone), check=True, stdout=subprocess.DEVNULL)
+    for left in (alone, again):
+        subprocess.run(command(left), check=True, stdout=subprocess.DEVNULL)
     process = subprocess.Popen(command(cut), stdout=subprocess.DEVNULL)
     state = Path(f"{cut.output_dir}.partial") / "step-00000001" / "manifest.json"
     while process.poll() is None and not state.exists():
@@ -425,9 +441,14 @@ def check_resume(config: Config) -> dict[str, Any]:
     process.wait()
     resumed = [*(part for part in command(cut) if part != "--overwrite"), "--resume"]
     subprocess.run(resumed, check=True, stdout=subprocess.DEVNULL)
-    ours, theirs = (load_file(Path(folder.output_dir) / "adapter_model.safetensors") for folder in (alone, cut))
-    worst = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
-    return {"largest_difference": worst, "bit_identical": worst == 0}
+    first, second, third = (
+        load_file(Path(run.output_dir) / "adapter_model.safetensors") for run in (alone, again, cut)
+    )
+    found = {}
+    for name, other in (("left alone twice", second), ("killed and resumed", third)):
+        worst = max((first[key] - other[key]).abs().max().item() for key in first)
+        found[name] = {"largest_difference": worst, "bit_identical": worst == 0}
+    return found
 
 
 def command(config: Any) -> list[str]:

@@ -62,13 +62,14 @@ def room_for_tensors(total: int, free: int, reserved: int, fraction: float) -> f
         fraction: of the card that this process may have.
     """
     others = total - free - reserved
-    return min(total * fraction, total - others) - total * CARD_OVERHEAD
+    return min(total * fraction, total - others) - total * fraction * CARD_OVERHEAD
 
 
 def room_on_card(device: torch.device) -> float:
-    free, total = torch.cuda.mem_get_info(device)
-    fraction = torch.cuda.get_per_process_memory_fraction(device)
-    return room_for_tensors(total, free, torch.cuda.memory_reserved(device), fraction)
+    index = torch.cuda.current_device() if device.index is None else device.index  # the fraction is asked by number
+    free, total = torch.cuda.mem_get_info(index)
+    fraction = torch.cuda.get_per_process_memory_fraction(index)
+    return room_for_tensors(total, free, torch.cuda.memory_reserved(index), fraction)
 
 
 def choose_rollout(config: Any, plans: Plans, episodes: int, longest: int, device: torch.device) -> tuple[int, bool]:

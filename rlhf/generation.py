@@ -5,6 +5,7 @@ on what else is in the batch; each token's log-probability; and, for a response 
 `\\n\\nHuman:`, the token with which it did so.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -115,24 +116,27 @@ def start(
     return decoding
 
 
-def step_seconds(
-    shared: SharedBase, role: str, layers: list[LeanLayer], rows: int, prompt_length: int, new: int
-) -> float:
-    """How long a step takes on this card, from a graph if it can be captured; of texts that say nothing."""
-    draws = torch.zeros(rows, new, dtype=torch.float64)
+@torch.no_grad()
+def step_seconds(shared: SharedBase, role: str, layers: list[LeanLayer], rows: int, prompt_length: int) -> float:
+    """How long a step takes on this card, from a graph if it can be captured, of texts that say nothing.
+
+    Infinitely long if it does not fit.
+    """
+    draws = torch.zeros(rows, 12, dtype=torch.float64)
     lengths = [prompt_length] * rows
-    decoding = Decoding(shared.decoder, role, layers, lengths, draws, 1.0, shared.graphs, LAG)
-    steps = min(8, new - 3)
     try:
+        decoding = Decoding(shared.decoder, role, layers, lengths, draws, 1.0, shared.graphs, LAG)
         for _ in range(2):  # as it is; captured
             decoding.step()
         clock = Stopwatch(shared.device)
-        for _ in range(steps):
+        for _ in range(8):
             decoding.step()
         clock.lap("steps")
+    except torch.OutOfMemoryError:
+        return math.inf
     finally:
         shared.graphs.clear()
-    return clock.seconds["steps"] / max(1, steps)
+    return clock.seconds["steps"] / 8
 
 
 @torch.no_grad()

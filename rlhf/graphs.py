@@ -6,7 +6,7 @@ must be a tensor that stays where it is, and it must not read a value on the CPU
 
 from collections.abc import Callable, Hashable
 
-from rlhf.cli import one_line
+from rlhf.cli import is_out_of_memory, one_line
 from rlhf.reporting import console
 
 import torch
@@ -46,14 +46,22 @@ class Graphs:
         self.captured[shape].replay()
 
     def capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        """A graph of what `function` does; None if that failed, after which none is tried any more."""
+        """A graph of what `function` does; None if that failed, after which none is tried any more.
+
+        Raises:
+            torch.OutOfMemoryError: half the rows may be captured yet.
+        """
+        stream = torch.cuda.current_stream()
         try:
             graph = torch.cuda.CUDAGraph()
             # Other threads, as those of a loader, may go on calling CUDA meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 function()
             return graph
-        except Exception as error:  # memory that ran out arrives as one of several kinds
+        except Exception as error:
+            torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own as the current one
+            if is_out_of_memory(error):
+                raise torch.OutOfMemoryError(str(error)) from None
             self.enabled = False
             console.print(
                 f"warning: decoding runs without CUDA graphs, several times slower ({one_line(error)}); "
@@ -63,5 +71,7 @@ class Graphs:
 
     def clear(self) -> None:
         """Give all graphs up, with what they hold."""
+        if self.captured:
+            torch.cuda.current_stream().synchronize()  # the last steps of one may still be at work
         self.captured.clear()
         self.seen.clear()

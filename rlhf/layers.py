@@ -11,7 +11,10 @@ summed rank of a role's adapters, D features a head, G query heads to each of K 
 """
 
 import copy
+import math
 from dataclasses import dataclass
+
+from rlhf.cli import UserError
 
 import torch
 import torch.nn.functional as F
@@ -264,6 +267,8 @@ class Quantised:
             return
         from bitsandbytes.functional import QuantState
 
+        if any(math.prod(state.shape) % state.blocksize for state in states):
+            raise UserError("in 4 bit a weight must have a multiple of 64 numbers: add --no-load-in-4bit")
         self.data = torch.cat([base.weight.data for base in bases])
         scales = torch.cat([self.scales(state) for state in states])
         kept = {"blocksize": self.state.blocksize, "code": self.state.code, "quant_type": self.state.quant_type}
@@ -545,8 +550,9 @@ def one_query_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
 def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """The G heads of a key head are the rows of one product, so keys are not repeated."""
     rows, kv_heads, _, d = key.shape
-    scores = query.reshape(rows, kv_heads, -1, d) @ key.transpose(-1, -2)
-    return (scores.mul_(scaling).add_(mask).softmax(-1) @ value).view(rows, -1)
+    # Scaled before the product: in float16 a sum of products may be too large for a number.
+    scores = (query * scaling).reshape(rows, kv_heads, -1, d) @ key.transpose(-1, -2)
+    return (scores.add_(mask).softmax(-1) @ value).view(rows, -1)
 
 
 def _attend_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:

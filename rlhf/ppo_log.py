@@ -82,7 +82,7 @@ class Log:
     def update(self, row: dict[str, float]) -> None:
         """One update's metrics."""
         self.row(row)
-        if row["policy/sampler_kl"] > FAR_SAMPLER and self.sampler_is_close:
+        if not row["policy/sampler_kl"] <= FAR_SAMPLER and self.sampler_is_close:
             self.sampler_is_close = False  # said once
             self.bar.console.print(
                 f"warning: what samples is {row['policy/sampler_kl']:.3f} nats a token away from what is trained, where "

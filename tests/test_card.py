@@ -31,7 +31,23 @@ def test_tokens_that_fit_by_hand():
 def test_room_is_what_others_and_the_fraction_leave():
     assert room_for_tensors(total=1000, free=1000, reserved=0, fraction=1.0) == 920
     assert room_for_tensors(total=1000, free=600, reserved=100, fraction=1.0) == 620  # others hold 300
-    assert room_for_tensors(total=1000, free=600, reserved=100, fraction=0.5) == 420
+    assert room_for_tensors(total=1000, free=600, reserved=100, fraction=0.5) == 460
+
+
+def test_a_card_without_a_number_is_the_current_one(monkeypatch):
+    """Accelerate names the card of a single process "cuda"; the memory fraction is asked for by number."""
+    asked = []
+
+    def by_number(index):
+        asked.append(torch.cuda._utils._get_device_index(index))
+        return 0.5
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", by_number)
+    assert rlhf.card.room_on_card(torch.device("cuda")) == rlhf.card.room_on_card(torch.device("cuda:1")) == 460
+    assert asked == [3, 1]
 
 
 def asking(tokens, **more):

@@ -316,6 +316,10 @@ class ReplayedGraphs(Graphs):
         super().__init__(enabled=True)
         self.replays = 0
 
+    def clear(self):
+        self.captured.clear()
+        self.seen.clear()
+
     def capture(self, function):
         with Addresses() as first:
             function()
@@ -403,6 +407,9 @@ def test_a_shape_runs_then_is_captured_then_is_replayed_and_a_failure_is_the_las
     for _ in range(4):
         graphs.run("a", lambda: calls.append("run"))
     assert calls == ["run", "capture", "replay", "replay", "replay"]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: torch.cpu.Stream())
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda _: calls.append("stream"))
+    monkeypatch.setattr(torch.cpu.Stream, "synchronize", lambda _: None, raising=False)
     graphs.clear()
     graphs.run("a", lambda: calls.append("run"))
     assert calls[5:] == ["run"]
@@ -415,7 +422,18 @@ def test_a_shape_runs_then_is_captured_then_is_replayed_and_a_failure_is_the_las
     graphs, calls = Graphs(True), []
     for _ in range(4):
         graphs.run("a", lambda: calls.append("run"))
-    assert calls == ["run"] * 4 and not graphs.enabled
+    assert calls == ["run", "stream", "run", "run", "run"] and not graphs.enabled
+
+    class Full:
+        def __init__(self):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Full)
+    graphs = Graphs(True)
+    graphs.run("a", lambda: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.run("a", lambda: None)
+    assert graphs.enabled  # half the rows may be captured yet
     said = capsys.readouterr().out
     assert said.count("without CUDA graphs") == 1 and "--no-cuda-graphs" in said
 
