@@ -77,7 +77,9 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
         if Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
             raise UserError(f"--output-dir {folder} holds {source}, which this run reads: choose another")
     if resume or overwrite:
-        odd = not_ours(path) or not_ours(partial_of(path), finished=False)
+        goes_on = partial_of(path).is_dir()  # if not, resuming replaces nothing
+        replaced = not_ours(path) if overwrite or goes_on else None
+        odd = replaced or not_ours(partial_of(path), finished=False)
         if odd:
             raise UserError(
                 f"{odd} is no part of an earlier result, and would be removed: move it away, or choose another --output-dir"

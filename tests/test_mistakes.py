@@ -241,8 +241,10 @@ def test_only_our_own_results_are_replaced(call_main, trained, tmp_path, place, 
     file = tmp_path / "runs" / place
     file.parent.mkdir(exist_ok=True)
     file.write_text("{}")
-    before = snapshot(tmp_path)
     target = tmp_path / "runs" / ("sft" if place.startswith("sft") else "")
+    if more == ["--resume"]:  # of a run that is not finished
+        target.with_name(target.name + ".partial").mkdir(exist_ok=True)
+    before = snapshot(tmp_path)
     result = call_main("sft_train", [*trained.sft_flags, "--output-dir", target, *more])
     named = file if place.startswith("sft") else sorted((tmp_path / "runs").iterdir())[0]
     assert_one_line(result.returncode, result.stderr, named, "would be removed")
