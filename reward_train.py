@@ -32,7 +32,7 @@ from rlhf.checkpoints import check_child, check_output, is_finished, output_fold
 from rlhf.cli import UserError, check_at_least_one, check_between, next_command, run
 from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, load_splits, tokenize_pairs
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
-from rlhf.plan import SAMPLE, Plan, plan_reward, read_shape, show_data, show_end, show_plan
+from rlhf.plan import Plan, plan_reward, read_shape, show_data, show_end, show_plan
 from rlhf.processes import gather, is_main, sharded, share
 from rlhf.reporting import console, plot_curves
 from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
@@ -237,17 +237,17 @@ def tokenize_eval(config: Config, form, pairs: list[Pair], votes: VotePairs | No
 
 def dry_run(config: Config, base, form, pairs, sft) -> None:
     """Rows, tokens, steps and the memory plan."""
-    sample = tokenize_pairs(pairs[:SAMPLE], form, config.max_length, "train")
-    lengths = list(map(num_tokens, sample))
-    show_data("training pairs", len(pairs), lengths)
-    console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {config.batch_size} pairs")
+    tokenized = tokenize_pairs(pairs, form, config.max_length, "train")
+    lengths = list(map(num_tokens, tokenized))
+    show_data("training pairs", lengths)
+    console.print(f"optimizer steps: {num_steps(config, len(lengths))} of {config.batch_size} pairs")
     shape = read_shape(base, config.dtype)
     check_between(config, 0, shape.layers, "role_layers")
     longest = max(lengths)
-    check_context(base, longest_text(sample), "--max-length")
+    check_context(base, longest_text(tokenized), "--max-length")
     show_plan(make_plan(config, base, sft, longest), longest, config)
     if config.measure:
-        time_steps(main, config, num_steps(config, len(pairs)))
+        time_steps(main, config, num_steps(config, len(lengths)))
     show_end(config)
 
 

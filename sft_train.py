@@ -33,7 +33,7 @@ from rlhf.modeling import (
     load_base,
     load_tokenizer,
 )
-from rlhf.plan import SAMPLE, Plan, plan_sft, read_shape, show_data, show_end, show_plan
+from rlhf.plan import Plan, plan_sft, read_shape, show_data, show_end, show_plan
 from rlhf.portable import save_tokenizer
 from rlhf.processes import sharded, share
 from rlhf.reporting import console, plot_curves
@@ -189,15 +189,15 @@ def response_only(pairs):
 
 def dry_run(config: Config, base, form, pairs) -> None:
     """Rows, tokens, steps and the memory plan."""
-    sample = tokenize_pairs(pairs[:SAMPLE], form, config.max_length, "train")
-    lengths = [len(p.prompt_ids) + len(p.chosen_ids) for p in sample]
-    show_data("training rows", len(pairs), lengths)
-    console.print(f"optimizer steps: {num_steps(config, len(pairs))} of {config.batch_size} rows")
+    tokenized = tokenize_pairs(pairs, form, config.max_length, "train")
+    lengths = [len(p.prompt_ids) + len(p.chosen_ids) for p in tokenized]
+    show_data("training rows", lengths)
+    console.print(f"optimizer steps: {num_steps(config, len(lengths))} of {config.batch_size} rows")
     longest = max(lengths)
     check_context(base, longest, "--max-length")
     show_plan(make_plan(config, base, longest), longest, config)
     if config.measure:
-        time_steps(main, config, num_steps(config, len(pairs)))
+        time_steps(main, config, num_steps(config, len(lengths)))
     show_end(config)
 
 

@@ -257,7 +257,7 @@ class LiveModels:
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1100px !important; margin: 0 auto !important; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.55; font-size: 1.02rem; }
-.text b { display: block; margin-top: .6rem; font-size: .85rem; opacity: .75; }
+.card > b { display: block; margin-top: .6rem; font-size: .85rem; opacity: .75; }
 .card { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 14px 18px; height: 100%; }
 .card h2 { margin: 0 0 .5rem; font-size: 1rem; }
 .html-container, .html-container > * { padding: 0 !important; }
@@ -371,7 +371,7 @@ def make_page(poll: Poll, local_voter: str) -> gr.Blocks:
 
 def text_of(text: str) -> str:
     """Text of a model, a data set or a person as inert HTML."""
-    return f'<div class="text">{html.escape(plain(text))}</div>'
+    return f'<div class="text" dir="auto">{html.escape(plain(text))}</div>'
 
 
 def card_of(title: str, text: str) -> str:
@@ -383,8 +383,8 @@ def card(ballot: Ballot, side: str) -> str:
 
 
 def dialogue(turns: compare_outputs.Turns) -> str:
-    parts = [f"<b>{SPEAKERS[role]}</b>{html.escape(plain(text))}" for role, text in turns]
-    return f'<div class="card"><h2>Prompt</h2><div class="text">{"".join(parts)}</div></div>'
+    parts = [f"<b>{SPEAKERS[role]}</b>{text_of(text)}" for role, text in turns]
+    return f'<div class="card"><h2>Prompt</h2>{"".join(parts)}</div>'
 
 
 def results(votes: list[Vote]) -> str:

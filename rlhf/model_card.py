@@ -14,6 +14,7 @@ METRICS = {
     "reward": {"eval_accuracy": "accuracy on test pairs", "longer_wins_accuracy": '"the longer one wins" gets'},
     "ppo": {
         "score_gain": "score gain over SFT on held-out prompts",
+        "gold_gain": "the same by a reward model that PPO never trained against",
         "ppo_kl": "KL to SFT, nats a response",
         "sft_response_length": "response length before, tokens",
         "ppo_response_length": "and after",
@@ -37,7 +38,7 @@ def model_card(config, made: dict[str, Any], base: dict[str, Any], source: Path,
     if llama and not name.lower().startswith("llama"):
         name = f"Llama-{name}"  # its licence wants that
     datasets = sorted({run["data"]["source"] for run in runs.values() if run.get("data", {}).get("source")})
-    hub = [source for source in datasets if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists()]
+    hub = list(filter(is_hub_id, datasets))
     head = {
         "base_model": base["model"] if base["revision"] else None,
         "license": licence,
@@ -86,11 +87,33 @@ def phase_part(phase: str, run: dict[str, Any]) -> str:
     """One phase: its data, its settings that matter most, its metrics."""
     data, metrics, settings = run.get("data", {}), run.get("metrics", {}), run["hyperparameters"]
     rows = f", {data['train_rows']} rows" if "train_rows" in data else ""
-    facts = [f"data: {data.get('source', 'unknown')}{rows}"]
-    facts += [f"{text} {metrics[key]:.3g}" for key, text in METRICS[phase].items() if key in metrics]
+    facts = [f"data: {source_of(data)}{rows}"]
+    facts += [f"{text} {figure(metrics, key)}" for key, text in METRICS[phase].items() if key in metrics]
     names = ("learning_rate", "num_train_epochs", "total_episodes", "lora_rank", "kl_coef", "seed")
     facts.append("settings: " + ", ".join(f"{name} {settings[name]}" for name in names if name in settings))
     return f"{TITLES[phase]}\n" + "\n".join(f"- {fact}" for fact in facts)
+
+
+def source_of(data: dict[str, Any]) -> str:
+    """A data set by its hub id; where one lies on somebody's disk is no business of the card's readers."""
+    source = str(data.get("source", "unknown"))
+    if is_hub_id(source):
+        return source
+    return f"a local file or folder ({plain_name(Path(source).name)})" if source != "unknown" else source
+
+
+def is_hub_id(source: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and not source.startswith(".") and not Path(source).exists()
+
+
+def figure(metrics: dict[str, Any], key: str) -> str:
+    """A number, with its interval and that of how many prompts, where they are known."""
+    said = f"{metrics[key]:.3g}"
+    low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
+    if low is None or high is None:
+        return said
+    count = f", {metrics['eval_prompts']} prompts" if key.endswith("_gain") and "eval_prompts" in metrics else ""
+    return f"{said} (95 % interval {low:.3g} to {high:.3g}{count})"
 
 
 def usage(prompt_format: str) -> str:

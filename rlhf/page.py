@@ -53,8 +53,10 @@ CHANGES = (  # phase, what, its metrics in run.json before and after, whose inte
         "eval_accuracy",
         "eval_accuracy",
     ),
-    ("ppo", "PPO: mean score of held-out prompts (interval: of the gain)", "sft_scores", "ppo_scores", "score_gain"),
-    ("ppo", "PPO: the same by the gold reward model", "sft_gold_scores", "ppo_gold_scores", "gold_gain"),
+    ("ppo", "PPO: mean score of held-out prompts", "sft_scores", "ppo_scores", ""),
+    ("ppo", "PPO: its gain", "", "score_gain", "score_gain"),
+    ("ppo", "PPO: mean score by the gold reward model", "sft_gold_scores", "ppo_gold_scores", ""),
+    ("ppo", "PPO: its gain by the gold reward model", "", "gold_gain", "gold_gain"),
     ("ppo", "PPO: KL to SFT, nats a response", "sft_kl", "ppo_kl", ""),
     ("ppo", "PPO: response length, tokens", "sft_response_length", "ppo_response_length", ""),
 )

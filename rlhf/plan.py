@@ -22,7 +22,6 @@ from rlhf.reporting import console
 from rich.table import Table
 from transformers import AutoConfig
 
-SAMPLE = 2000  # rows that a dry run tokenises
 OWNERS = ("base", "merged copy", "adapters", "optimizer", "KV cache", "activations", "logits")
 Bytes = dict[str, float]  # by owner
 
@@ -264,12 +263,11 @@ def show_plan(plan: Plan, longest: int, config: Any) -> None:
         console.print(f"To make it smaller, {less_memory(config)}.")
 
 
-def show_data(what: str, rows: int, sample: list[int]) -> None:
-    """Print how many rows there are and how long they are, by the lengths of the first ones."""
-    mean, longest = sum(sample) / len(sample), max(sample)
-    of = "" if len(sample) == rows else f", by the first {len(sample)}"
+def show_data(what: str, lengths: list[int]) -> None:
+    """Print how many rows there are, after the drops that training makes too, and how long they are in tokens."""
+    mean, longest = sum(lengths) / len(lengths), max(lengths)
     console.print(
-        f"{what}: {rows}, {mean:.0f} tokens each on average, {longest} at most, {mean * rows:,.0f} in all{of}"
+        f"{what}: {len(lengths)}, {mean:.0f} tokens each on average, {longest} at most, {sum(lengths):,} in all"
     )
 
 
@@ -284,8 +282,8 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     base = same_base(sft, config.sft_checkpoint, config.base_model)
     form = load_format(config.sft_checkpoint, sft)
     pairs, held_out = load_splits(config.dataset, config.max_train_samples, config.max_eval_samples)
-    prompts = tokenize_prompts(pairs[:SAMPLE], form, config.max_prompt_length)
-    show_data("prompts", len(pairs), [len(prompt) for prompt in prompts])
+    prompts = tokenize_prompts(pairs, form, config.max_prompt_length)
+    show_data("prompts", [len(prompt) for prompt in prompts])
     console.print(f"held-out prompts: {len(held_out)}")
     console.print(
         f"updates: {config.num_updates} of {config.episodes_per_update} responses of up to {config.response_length} tokens, "

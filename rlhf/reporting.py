@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,11 +24,19 @@ QUIET = os.environ.get("RANK", "0") != "0"  # one process talks
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=QUIET)
 
 
+NOT_TEXT = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"  # turns of direction; a byte order mark
+
+
 def plain(text: str) -> str:
-    """Text of a model or a data set, safe to print: control characters, which may drive a terminal, become `\\ufffd`."""
-    return "".join(
-        "\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t\u200d" else c for c in text
-    )
+    """Text of a model or a data set, safe to print: what may drive a terminal or turn a line round becomes `\\ufffd`.
+
+    All else stays as people wrote it: joiners of Persian words and of emoji, soft hyphens, marks of direction.
+    """
+    return "".join("\ufffd" if unsafe(c) else c for c in text)
+
+
+def unsafe(c: str) -> bool:
+    return c in NOT_TEXT or (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t")
 
 
 class JsonLines:
@@ -189,14 +198,27 @@ def conclusions(report: dict[str, Any]) -> list[str]:
     return [f"{pair['verdict']}." for pair in report["pairs"]] + report["notes"]
 
 
+# Scripts that put no space between words: Thai to Tibetan, Burmese, Khmer, kana, and Chinese characters.
+UNSPACED = (
+    r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+
+
+def words_of(text: str) -> list[str]:
+    """Its words; in scripts that put no space between them its characters, as in a long run without any space."""
+    words = WORD.findall(text)
+    return [part for word in words for part in (word if len(word) > 50 else [word])]
+
+
 def repeated_3grams(text: str) -> float:
     """Of the 3-grams of words in `text`, the share that occurred in it before; 0 for fewer than 3 words."""
-    words = text.split()
+    words = words_of(text)
     grams = list(zip(words, words[1:], words[2:], strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def distinct_2(texts: Iterable[str]) -> float:
     """Of all pairs of neighbouring words in `texts`, the share that is different (1510.03055): low if all sound alike."""
-    pairs = [pair for text in texts for words in [text.split()] for pair in zip(words, words[1:], strict=False)]
+    pairs = [pair for text in texts for words in [words_of(text)] for pair in zip(words, words[1:], strict=False)]
     return len(set(pairs)) / len(pairs) if pairs else 0.0

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf.plan import SAMPLE
 from rlhf.processes import agree, is_main, wait
 from rlhf.reporting import console, read_jsonl
 
+SAMPLE = 2000  # training rows to draw from
 STEPS = 4  # the first is not counted: it also makes room for the others
 LEAST = {"max_eval_samples": 2, "num_printed_samples": 0, "critic_warmup_updates": 0}  # what is not looked at
 

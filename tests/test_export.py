@@ -221,6 +221,11 @@ def test_the_card_says_where_it_comes_from(export, ppo):
     ):
         assert part in body, part
     assert "Llama" not in body
+    run = json.loads((ppo / "run.json").read_text())
+    gain = run["metrics"]
+    interval = f"{gain['score_gain']:.3g} (95 % interval {gain['score_gain_low']:.3g} to {gain['score_gain_high']:.3g}"
+    assert f"{interval}, {gain['eval_prompts']} prompts)" in body
+    assert run["data"]["source"] not in card and "a local file or folder (" in body
 
 
 def test_a_llama_carries_its_terms(export, trained, tiny_model, tmp_path):

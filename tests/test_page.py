@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import compare_outputs as compare
 from rlhf import page, ppo_log
+from rlhf.page import changes
 
 import pytest
 from conftest import write_jsonl
@@ -410,3 +411,12 @@ def test_in_chromium(chromium, tmp_path):
 
     assert events == [] and requests == [url]
     window.close()
+
+
+def test_a_gain_and_its_interval_have_a_row_of_their_own():
+    metrics = {"sft_scores": 0.5, "ppo_scores": 1.5, "score_gain": 1.0, "score_gain_low": 0.7, "score_gain_high": 1.3}
+    rows = changes({"runs": {"ppo": {"metrics": metrics}}})
+    assert rows == [
+        {"what": "PPO: mean score of held-out prompts", "before": 0.5, "after": 1.5, "low": None, "high": None},
+        {"what": "PPO: its gain", "before": None, "after": 1.0, "low": 0.7, "high": 1.3},
+    ]

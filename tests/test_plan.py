@@ -2,6 +2,9 @@
 
 import dataclasses
 import importlib
+import json
+import math
+import shutil
 
 import sft_train
 from benchmarks import auto_tokens
@@ -168,3 +171,18 @@ def test_a_measured_dry_run_says_how_long_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
     alone = call_main(script, [*map(str, flags[:4]), *map(str, flags[5:])])
     assert alone.returncode == 2 and "--measure belongs to --dry-run" in alone.stderr
+
+
+def test_a_dry_run_counts_the_rows_that_training_will_have(tiny_model, tiny_data, call_main, tmp_path):
+    rows = [json.loads(line) for line in (tiny_data / "train.jsonl").read_text().splitlines()]
+    odd = dict(rows[0], chosen=" x" * 400)  # longer than texts may be
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, odd, odd]))
+    shutil.copy(tiny_data / "test.jsonl", tmp_path)
+    flags = ["--base-model", tiny_model, "--dataset", tmp_path, "--output-dir", tmp_path / "out", "--no-load-in-4bit"]
+    flags += ["--max-length", "256", "--batch-size", "4"]
+    dry = call_main("sft_train", [*map(str, flags), "--dry-run"])
+    real = call_main("sft_train", [*map(str, flags), "--max-steps", "1", "--dtype", "fp32"])
+    assert dry.returncode == real.returncode == 0, dry.stderr + real.stderr
+    trained = json.loads((tmp_path / "out" / "run.json").read_text())["data"]["train_rows"]
+    assert f"training rows: {trained}, " in dry.stdout
+    assert f"optimizer steps: {math.ceil(trained / 4) * 2} of" in dry.stdout

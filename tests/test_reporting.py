@@ -7,6 +7,7 @@ from rlhf.reporting import (
     console,
     distinct_2,
     mean_interval,
+    plain,
     read_jsonl,
     repeated_3grams,
     wilson_interval,
@@ -40,6 +41,13 @@ def test_a_position_is_that_of_bytes_on_the_disk(tmp_path, monkeypatch):
     assert (tmp_path / "rows.jsonl").read_text() == ""
 
 
+def test_plain_text_keeps_what_people_wrote_but_for_what_turns_lines_round_or_drives_a_terminal():
+    kept = "می\u200cخواهم 👩\u200d🚀 co\u00adoperate \u200eab\u200f\n\tx"
+    assert plain(kept) == kept
+    for odd in ("\x1b", "\x00", "\x9b", "\r", "\ud800", "\u202e", "\u202a", "\u2066", "\u2069", "\ufeff"):
+        assert plain(f"a{odd}b") == "a\ufffdb"
+
+
 @pytest.mark.parametrize("text", ["Saved runs/[v2]/x.", "data[/old]/x", "I am glad :smile:"])
 def test_a_text_is_shown_as_it_is(text, capsys):
     console.print(text)
@@ -55,6 +63,10 @@ def test_a_text_is_shown_as_it_is(text, capsys):
         ("a b c a b c", 0.25),  # abc bca cab abc
         ("no no no no no", 2 / 3),  # three times the same
         ("a b c\nd a  b c", 0.2),  # abc bcd cda dab abc: white space does not count
+        ("我不知道我不知道", 2 / 6),  # 我不知 不知道 知道我 道我不, and the first two again: no spaces, so characters
+        ("ไปไปไป", 2 / 4),
+        ("ok 我们 ok 我们", 1 / 4),  # a word, two characters
+        ("=" * 60, 57 / 58),  # no word is so long
     ],
 )
 def test_repeated_3grams(text, share):
