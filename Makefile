@@ -1,6 +1,7 @@
 # make demo       the whole pipeline with a small real model on a CPU, ending with the printed comparison
 # make feedback-demo  a scripted voter votes in a browser, and the reward model learns it (after make demo)
 # make test       the tests
+# make test-all   the same with more seeds, more prompts and longer runs
 # make lint       ruff
 # make gpu-check  a few steps of all four scripts with the 4-bit base on your CUDA card
 # make torture    kills the training scripts at random moments and resumes them: is everything as if nothing had happened?
@@ -15,7 +16,7 @@
 # make bench-merge   64 greedy tokens of base and adapter beside those of their merge, on the demo's PPO checkpoint
 # make bench-card what a CUDA card makes of all phases and of decoding, beside TRL, and checks on it (some twenty minutes)
 # make bench-export  memory and time of exporting a checkpoint of Llama-3.2-3B's shape
-.PHONY: demo feedback-demo test torture soak toys lint gpu-check results bench bench-growth bench-train bench-3b bench-merge
+.PHONY: demo feedback-demo test test-all torture soak toys lint gpu-check results bench bench-growth bench-train bench-3b bench-merge
 .PHONY: bench-card bench-export open-elsewhere
 .DELETE_ON_ERROR:
 
@@ -33,8 +34,14 @@ demo: $(BIN)/.installed $(MODEL)/model.safetensors
 feedback-demo: $(BIN)/.installed
 	$(BIN)/python demo/feedback.py
 
+# Two processes of a thread each; a file's tests stay together, for the models that they share.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(BIN)/.installed
-	$(BIN)/python -m pytest
+	$(TEST)
+
+test-all: $(BIN)/.installed
+	$(TEST) -m "slow or not slow"
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
