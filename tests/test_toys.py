@@ -115,7 +115,7 @@ def mean(rows, name):
 @pytest.mark.parametrize(
     ("score", "start", "settings"),
     [
-        (frequency, 0.2, {"temperature": 0.5}),
+        (frequency, 0.2, {"temperature": 0.5, "learning_rate": 5e-3}),
         # What KL costs keeps it varied until it is met.
         pytest.param(length, 0.0, {"response_length": 12, "learning_rate": 5e-3, "kl_coef": 0.005}, marks=SLOW),
         pytest.param(last_token, 0.4, {"learning_rate": 2e-2}, marks=SLOW),
