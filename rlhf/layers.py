@@ -306,16 +306,15 @@ class Quantised:
         return dequantize_4bit(self.data, state)
 
 
-class MergedMap:
-    """A `LinearMap` with the adapters of a role added into a 16-bit weight of its own: for sampling, without gradients.
+class MergedMap(LinearMap):
+    """A `LinearMap` with the adapters of a role added into a weight of its own: for sampling, without gradients.
 
     The weight keeps its address; `write` must follow whatever writes to the adapters.
     """
 
     def __init__(self, linear: LinearMap):
-        self.linear, self.bias = linear, linear.bias
-        base = linear.whole_weight(linear.dtype)
-        self.weight = torch.empty_like(base)
+        self.linear, self.bias, self.quantised = linear, linear.bias, None
+        self.weight = torch.empty_like(linear.whole_weight(linear.dtype))
 
     @torch.no_grad()
     def write(self, role: str) -> None:
@@ -327,22 +326,7 @@ class MergedMap:
         for piece in stack.pieces if stack else ():
             merged[piece.rows].addmm_(piece.b, piece.a, alpha=piece.scaling)
         self.weight.copy_(merged)
-
-    def __call__(
-        self,
-        x: Tensor,
-        role: str,
-        norm: nn.Module | None = None,
-        gated: bool = False,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """As `LinearMap`'s; `role` is the one that was written."""
-        y = rms_norm(x, norm) if norm is not None else _Gate.forward(x)[0] if gated else x
-        return self.apply(y, role, residual)
-
-    def apply(self, x: Tensor, role: str, residual: Tensor | None = None) -> Tensor:
-        out = F.linear(x, self.weight, self.bias)
-        return out if residual is None else out.add_(residual)
+        self.stacks = {role: None}  # nothing is left to add
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
