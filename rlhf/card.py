@@ -80,8 +80,8 @@ def choose_rollout(config: Any, plans: Plans, episodes: int, longest: int, devic
     """
     asked, weights = config.rollout_batch_size, config.rollout_weights
     if config.resume:
-        before = agree(recorded(config.output_dir))
-        if before:
+        before = agree(recorded(config.output_dir)) or {}
+        if "rollout_rows" in before:  # runs of earlier versions do not say
             rows = before["rollout_rows"] if asked == "auto" else asked
             return rows, (before["rollout_weights"] if weights == "auto" else weights) == "merged"
     if device.type != "cuda":

@@ -65,7 +65,7 @@ class Graphs:
             self.enabled = False
             console.print(
                 f"warning: decoding runs without CUDA graphs, several times slower ({one_line(error)}); "
-                "--no-cuda-graphs says so from the start"
+                "ppo_train.py --no-cuda-graphs does so from the start"
             )
             return None
 

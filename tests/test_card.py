@@ -6,7 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import rlhf.card
-from rlhf.card import choose_tokens, room_for_tensors, tokens_that_fit
+from rlhf.card import CPU_ROWS, choose_rollout, choose_tokens, deal, room_for_tensors, tokens_that_fit
 from rlhf.cli import UserError
 
 import pytest
@@ -98,3 +98,55 @@ def test_memory_grows_in_pieces_unless_it_was_set_otherwise(set_before, then):
     code = "import os, rlhf; print(*map(os.environ.get, ('PYTORCH_CUDA_ALLOC_CONF', 'PYTORCH_ALLOC_CONF')))"
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == then
+
+
+# ---------------------------------------------------------------- rollouts
+
+
+def rollout_plans(rows, merged):
+    """100 bytes stand; a row takes 10, a merged copy 2000, a token of a micro-batch one."""
+    return lambda tokens: {"base": 100.0, "merged": 2000.0 * merged, "of the moment": float(max(10 * rows, tokens))}
+
+
+@pytest.mark.parametrize(
+    ("room", "dealt"),
+    [
+        (100 + 640, (64, False)),  # all rows, and nothing beside them
+        (100 + 639, (32, False)),  # two rollouts of as many
+        (100 + 250, (22, False)),  # three
+        (100 + 9, (1, False)),
+        (100 + 2000 + 3583, (64, False)),  # a merged copy only beside 3,584 tokens
+        (100 + 2000 + 3584, (64, True)),
+    ],
+)
+def test_memory_is_dealt_in_order(room, dealt):
+    assert deal(rollout_plans, "auto", 64, 10, room) == dealt
+
+
+def wanting(rows="auto", weights="auto", resume=False):
+    return SimpleNamespace(rollout_batch_size=rows, rollout_weights=weights, resume=resume, output_dir="out")
+
+
+def test_rollouts_on_a_cpu_go_by_a_fixed_rule():
+    cpu = torch.device("cpu")
+    assert choose_rollout(wanting(), None, 64, 10, cpu) == (CPU_ROWS, False)
+    assert choose_rollout(wanting(40, "merged"), None, 64, 10, cpu) == (40, True)
+
+
+def test_rollouts_on_a_card(monkeypatch):
+    monkeypatch.setattr(rlhf.card, "room_on_card", lambda _: 100.0 + 2000 + 3584)
+    assert choose_rollout(wanting(), rollout_plans, 64, 10, CARD) == (64, True)
+    assert choose_rollout(wanting(weights="base"), rollout_plans, 64, 10, CARD) == (64, False)
+    monkeypatch.setattr(rlhf.card, "room_on_card", lambda _: 100.0 + 640)
+    with pytest.raises(UserError, match="--rollout-weights merged: .* no room for a merged copy"):
+        choose_rollout(wanting(weights="merged"), rollout_plans, 64, 10, CARD)
+
+
+def test_a_resumed_run_keeps_its_rollouts_unless_flags_say_otherwise(monkeypatch):
+    monkeypatch.setattr(rlhf.card, "room_on_card", lambda _: 100.0 + 640)
+    before = {"micro_batch_tokens": 512, "rollout_rows": 16, "rollout_weights": "merged"}
+    monkeypatch.setattr(rlhf.card, "recorded", lambda _: before)
+    assert choose_rollout(wanting(resume=True), rollout_plans, 64, 10, CARD) == (16, True)
+    assert choose_rollout(wanting(8, "base", resume=True), rollout_plans, 64, 10, CARD) == (8, False)
+    monkeypatch.setattr(rlhf.card, "recorded", lambda _: {"micro_batch_tokens": 512})  # of an earlier version
+    assert choose_rollout(wanting(resume=True), rollout_plans, 64, 10, CARD) == (64, False)

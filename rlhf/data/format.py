@@ -76,10 +76,8 @@ class PromptFormat:
             self.bos_ids = []  # a tokenizer that adds nothing, or only EOS
         self.going_on = without_prefix(tokenizer)
         self.template: ChatTemplate | None = None
-        self.opening, self.closing = (
-            " ",
-            "",
-        )  # around an answer's text, before the token that ends it
+        self.opening = " "  # before an answer's text
+        self.closing = ""  # after it, before the token that ends it
         self.end_text: str = tokenizer.eos_token
         self.refusal = ""  # why it cannot be used
         if name == "hh":
