@@ -1,6 +1,7 @@
 """PPO's formulas against numbers worked by hand, and properties of the passes through the model."""
 
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import ppo_train
@@ -8,7 +9,7 @@ from ppo_train import adapt_kl_coef, gae, policy_loss, token_rewards, value_loss
 from rlhf.generation import Response
 from rlhf.logprobs import chosen_logprobs
 from rlhf.ppo_batch import Measured, NotFinite, count_tokens, make_batch
-from rlhf.ppo_log import Log, mean_stats
+from rlhf.ppo_log import FAR_SAMPLER, Log, mean_stats, sampler_kl
 
 import pytest
 import torch
@@ -245,6 +246,28 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_the_scaler_or_ends_the_run(
     stats = ppo_train.read({"loss": torch.tensor(0.0)}, 1.0, ppo_train.clip(optimizer, without, 1.0))
     with pytest.raises(NotFinite, match="policy gradient"):
         ppo_train.step(optimizer, without, stats)
+
+
+def test_how_far_the_sampler_is_from_the_policy_by_hand():
+    """Of q = 0.5 where p = 0.25, p/q - 1 - log(p/q) = 0.5 - 1 + log 2; nothing where both agree."""
+    log = [math.log(x) for x in (0.25, 0.5, 0.8)]
+    batch, measured = make_update(
+        ("length", "eos"), (1, 2), scores=[0.0, 0.0], logprobs=log, ref_logprobs=log, values=log
+    )
+    sampled = [math.log(0.5)], [math.log(0.5), math.log(0.8)]  # of the shorter response, of the longer
+    for response, logprobs in zip(batch.responses, sampled, strict=True):
+        object.__setattr__(response, "logprobs", tuple(logprobs))
+    assert sampler_kl(batch, measured) == pytest.approx(-0.5 + math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("far", [2 * FAR_SAMPLER, math.nan])
+def test_a_sampler_that_is_far_off_is_said_once(tmp_path, capsys, far):
+    config = dataclasses.replace(ppo_train.Config(), log_with=None)
+    row = {"update": 1, "objective/scores": 0.0, "objective/kl": 0.0, "speed/tokens_per_second": 1.0}
+    with Log(config, tmp_path, total=3) as log:
+        for distance in (FAR_SAMPLER / 2, far, far):
+            log.update(row | {"policy/sampler_kl": distance})
+    assert capsys.readouterr().out.count("away from what is trained") == 1
 
 
 def test_the_end_of_a_tracker_leaves_the_processes_together(monkeypatch, tmp_path):
