@@ -35,7 +35,7 @@ feedback-demo: $(BIN)/.installed
 	$(BIN)/python demo/feedback.py
 
 # Two processes of a thread each; a file's tests stay together, for the models that they share.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(BIN)/.installed
 	$(TEST)

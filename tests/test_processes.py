@@ -161,7 +161,7 @@ def test_a_killed_process_brings_the_run_down_and_it_goes_on(command, call_main,
 # ---------------------------------------------------------------- FSDP
 
 
-@pytest.mark.parametrize("phase", ["sft", "reward"])
+@pytest.mark.parametrize("phase", [pytest.param("sft", marks=pytest.mark.slow), "reward"])
 def test_sharded_processes_killed_and_resumed_make_what_one_makes(command, call_main, tmp_path, phase):
     one, two, partial = tmp_path / "one", tmp_path / "two", tmp_path / "two.partial"
     # Adam makes much of a gradient that is almost nothing, whose sign is the rounding's: a step is small here.

@@ -96,7 +96,8 @@ def run(parents, tiny_data, tmp_path, monkeypatch):
             patch.setattr(Batch, "lay_out", watched_lay_out)
             patch.setattr(ppo_train, "score", scored)
             patch.setattr(ppo_train, "whiten", watched_whiten)
-            settings = SETTINGS | {"total_episodes": 64 * updates} | changes
+            settings = SETTINGS | changes
+            settings["total_episodes"] = updates * settings["episodes_per_update"]
             checkpoints = {"sft_checkpoint": str(parents.sft), "reward_checkpoint": str(parents.reward)}
             folders = {"dataset": str(tiny_data), "output_dir": str(tmp_path / "ppo"), "overwrite": True}
             ppo_train.main(dataclasses.replace(ppo_train.Config(), **checkpoints, **folders, **settings))
@@ -140,6 +141,8 @@ def test_without_a_critic_advantages_vary_more(run, monkeypatch):
     better than early ones.
     """
 
+    small = {"episodes_per_update": 16, "rollout_batch_size": 16}
+
     def variance():
         looked = []
 
@@ -147,7 +150,7 @@ def test_without_a_critic_advantages_vary_more(run, monkeypatch):
             looked.append(ids)
             return float(len(looked) > SETTINGS["max_eval_samples"])
 
-        return mean(run(score, 30, learning_rate=0.0, value_learning_rate=1e-2)[-5:], "variance")
+        return mean(run(score, 30, learning_rate=0.0, value_learning_rate=2e-2, **small)[-5:], "variance")
 
     learned, values = variance(), ppo_train.token_values
     monkeypatch.setattr(ppo_train, "token_values", lambda *args: values(*args) * 0)

@@ -213,7 +213,7 @@ def client_votes(server: Server, count: int, acknowledged: list[str]) -> None:
         ballot, done = following, done + 1
 
 
-@pytest.mark.parametrize(("clients", "votes", "kills"), [(3, 20, 1), pytest.param(8, 125, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("clients", "votes", "kills"), [(2, 10, 1), pytest.param(8, 125, 2, marks=pytest.mark.slow)])
 def test_every_acknowledged_vote_is_in_the_file_once(serve, clients, votes, kills):
     server = serve(prompts=500)
     acknowledged = [[] for _ in range(clients)]
