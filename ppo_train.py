@@ -234,7 +234,7 @@ def main(config: Config) -> None:
 
         metrics = compare(first, last) | {"warnings": warnings(first, last)}
         console.print(describe(metrics))
-        save(config, folder, shared, form, base, runs, metrics, started)
+        save(config, folder, shared, form, base, runs, metrics, started, log)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     phases = {"sft": config.sft_checkpoint, "reward": config.reward_checkpoint, "ppo": config.output_dir}
     console.print(f"Next: {next_command('compare_outputs.py', config.dataset, **phases)}")

@@ -6,6 +6,7 @@ opens as a sequence classification model, and what it gets right in `evaluation.
 1. Tokenise each prompt with its chosen and its rejected response, both closed by EOS.
 2. Load the base the SFT adapter was trained on, stack a LoRA adapter on its upper layers, add a float32 scalar head.
 3. Train with TRL's RewardTrainer: -log sigmoid(score(chosen) - score(rejected)) (Bradley-Terry).
+   On the way, look at the test split.
 4. Score the test split: accuracy, calibration, and how much of it is length (rlhf/reward_eval.py).
 
 With --extra-data people's votes (`python -m feedback.vote`) are mixed into the training pairs. The votes on one prompt
@@ -34,7 +35,7 @@ from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, load_splits, tok
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
 from rlhf.plan import Plan, plan_reward, read_shape, show_data, show_end, show_plan
 from rlhf.processes import gather, is_main, sharded, share
-from rlhf.reporting import console, plot_curves
+from rlhf.reporting import Panel, console
 from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
 from rlhf.speed import Work
 from rlhf.training import (
@@ -92,6 +93,7 @@ class Config:
     warmup_ratio: float = 0.05  # share of the steps; then cosine to 0
     center_rewards_coefficient: float = 0.01  # keeps the scores near mean 0 (2312.09244)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    eval_steps: int | Literal["auto"] | None = "auto"  # steps between looks at test pairs; auto: up to ten; None: last
     save_minutes: float = 10.0  # between states to resume from; a crash costs at most so long
     save_steps: int | None = None  # the same in optimizer steps, instead
     save_total_limit: int = 2  # states kept
@@ -168,10 +170,11 @@ def main(config: Config) -> None:
             "half": config.half,
             "train_rows": len(train_set),
             "sha256": fingerprint(train_pairs),
+        trainer.eval_pairs = eval_sets["test pairs"]
             **({"votes": votes.counts | {"source": config.extra_data, "weight": config.extra_weight}} if votes else {}),
         }
         same = {"sft checkpoint": sft["adapter_sha256"], "dtype": str(dtype), "data": data["sha256"]}
-        trainer.prepare(config, folder, same, "Reward model", tokens)
+        trainer.prepare(config, folder, same, "Reward model", tokens, len(trainer.eval_pairs))
         shared.micro_batch = trainer.micro_batch
         start_run(folder, "reward", config, dtype, micro_batch_tokens=tokens)
         trainer.run()
@@ -180,9 +183,10 @@ def main(config: Config) -> None:
         metrics = evaluate(config, shared, form, eval_sets, folder)
         save_stacked(folder, shared, "reward", form, base)
         if is_main():
-            plot_curves(folder, "step", {"loss": ["loss"], "accuracy": ["accuracy"], "margin": ["margin"]})
+            trainer.lines.curves.draw()
             write_run(
                 folder,
+        trainer.log({name: metrics[name] for name in ("eval_loss", "eval_accuracy", "eval_margin")})
                 "reward",
                 config,
                 dtype,
@@ -260,7 +264,12 @@ def make_plan(config: Config, base, sft, longest: int) -> Plan:
 class Trainer(Resumable, RewardTrainer):
     """TRL's, with states to resume from, and steps in parts by tokens. Its loss is a mean over pairs."""
 
-    means = ("loss", "mean_reward", "accuracy", "margin")
+    panels = (
+        Panel("Loss", "nats a pair", {"preference_loss": "training", "eval_loss": "test"}),
+        Panel("Accuracy", "share of pairs", {"accuracy": "training", "eval_accuracy": "test"}),
+        Panel("Margin", "chosen - rejected score", {"margin": "training", "eval_margin": "test"}),
+    )
+    means = ("loss", "preference_loss", "mean_reward", "accuracy", "margin")
     extremes = ("min_reward", "max_reward")
     shared: SharedBase
 
@@ -275,6 +284,7 @@ class Trainer(Resumable, RewardTrainer):
 
     def part_loss(self, rows: list[Row]) -> dict[str, Tensor]:
         scores = self.shared.read_pairs([(row["chosen_ids"], row["rejected_ids"]) for row in rows])
+    eval_pairs: list[TokenPair]
         chosen, rejected = scores.chunk(2)
         return {
             "loss": self.pair_losses(chosen, rejected).sum(),
@@ -290,6 +300,7 @@ class Trainer(Resumable, RewardTrainer):
         centering = self.args.center_rewards_coefficient * (chosen + rejected).square()
         return centering - F.logsigmoid(chosen - rejected)
 
+            "preference_loss": -F.logsigmoid(chosen - rejected).sum(),  # as test pairs have it
 
 def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, folder: Path):
     """The trainer of an adapter that is already in place; keeps adapter and head in float32."""
@@ -302,6 +313,13 @@ def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, fol
         model=shared.peft,
         args=args,
         train_dataset=train_set,
+    def evaluation(self) -> dict[str, float]:
+        """Of the test pairs what the evaluation at the end says of them too."""
+        pairs = score(self.shared, self.eval_pairs, self.processing_class.eos_token_id)
+        loss = np.logaddexp(0, -pairs.margin)
+        numbers = {"loss": loss, "accuracy": pairs.right, "margin": pairs.margin}
+        return {name: float(values.mean()) for name, values in numbers.items()}
+
         processing_class=form.tokenizer,
     )
     keep_fp32(trainer.model)

@@ -1,5 +1,6 @@
 """What the SFT and the reward script add to TRL's trainers alike, and which numbers the training scripts refuse."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -25,7 +26,7 @@ from rlhf.processes import (
     whole,
     world,
 )
-from rlhf.reporting import TrainerLog, read_jsonl
+from rlhf.reporting import Panel, TrainerLog, read_jsonl
 from rlhf.resume import (
     HARMLESS,
     SaveClock,
@@ -47,6 +48,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import FSDP_MODEL_NAME
 
 Row = dict[str, list[int]]  # of a data set: token ids, and labels, by column
+
+EVALUATIONS = 10  # of a run, the last one included
+EVAL_SHARE = 0.1  # of a run's time
 
 # What FSDP must be told: the states are whole files, and checkpointing would give the weights other names.
 SHARDED = {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
@@ -75,6 +79,20 @@ def num_steps(config: Any, rows: int) -> int:
 
 def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) -> dict[str, Any]:
     """The arguments that SFTConfig and RewardConfig share, from the fields of the same names in a script's Config."""
+def steps_between_evaluations(config: Any, rows: int, eval_rows: int) -> int | None:
+    """Steps from one look at the test rows to the next; None: there is none along the way.
+
+    `auto` cuts the run into `EVALUATIONS` parts, or into fewer, so that the looks between them take
+    at most `EVAL_SHARE` of its time. Reading a row takes half as long as learning from it.
+    """
+    if config.eval_steps != "auto":
+        return config.eval_steps
+    steps = num_steps(config, rows)
+    affordable = EVAL_SHARE * steps * config.batch_size / (eval_rows / 2)
+    parts = min(EVALUATIONS, int(affordable) + 1)
+    return math.ceil(steps / parts) if parts > 1 else None
+
+
     return {
         "output_dir": str(folder),
         "learning_rate": config.learning_rate,
@@ -128,6 +146,8 @@ def check_trainer_numbers(config: Any) -> None:
     check_between(config, 0, 1, "warmup_ratio")
     if config.batch_size % num_processes():
         nearest = nearest_multiple(config.batch_size, num_processes())
+    if config.eval_steps != "auto":
+        check_at_least_one(config, "eval_steps")
         raise UserError(
             f"--batch-size {config.batch_size} is not a multiple of {num_processes()} processes: the nearest is {nearest}"
         )
@@ -199,11 +219,12 @@ class AllStepsMade(Exception):
 class AfterStep(TrainerCallback):
     """What the processes settle after each step: whether a signal has asked for the end, and whether to write a state.
 
-    There is one at the end of the training too: what comes after it may fail.
+    There is one at the end of the training too: what comes after it may fail. Each `eval_steps` steps
+    the test rows are looked at, but for the last step, after which the script does that.
     """
 
-    def __init__(self, clock: SaveClock, micro_batch: MicroBatchSize):
-        self.clock, self.micro_batch = clock, micro_batch
+    def __init__(self, clock: SaveClock, micro_batch: MicroBatchSize, eval_steps: int | None):
+        self.clock, self.micro_batch, self.eval_steps = clock, micro_batch, eval_steps
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:  # the Trainer would make one more before it looks
@@ -218,6 +239,8 @@ class AfterStep(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self.clock.saved()
+        if self.eval_steps and not last:
+            control.should_evaluate = state.global_step % self.eval_steps == 0
 
 
 class Restack(TrainerCallback):
@@ -245,6 +268,7 @@ class Resumable(Trainer):
     means: tuple[str, ...]  # what is logged as a mean over the items; the loss is the first
     extremes: tuple[str, ...] = ()  # as the least or the most: `min_...`, `max_...`
     partial = Path()  # the state that is being written
+    panels: tuple[Panel, ...]  # of curves.png
     at_hand: list[Row]  # the step's
     work: Work | None = None  # of a token; None: the model is sharded
     dtype: torch.dtype  # the base computes in
@@ -267,7 +291,19 @@ class Resumable(Trainer):
         """Each of `means` summed over the items of some rows, the loss with its gradient; and their `extremes`."""
         raise NotImplementedError
 
-    def prepare(self, config: Any, folder: Path, inputs: dict[str, Any], name: str, tokens: int) -> None:
+    def evaluation(self) -> dict[str, float]:
+        """Means over the test rows, the loss among them. All processes call it."""
+        raise NotImplementedError
+
+    def prepare(
+        self,
+        config: Any,
+        folder: Path,
+        inputs: dict[str, Any],
+        name: str,
+        tokens: int,
+        eval_rows: int,
+    ) -> None:
         """Find the state to go on from, if there is one and --resume was given.
 
         Args:
@@ -277,8 +313,10 @@ class Resumable(Trainer):
         Raises:
             UserError: the run began with other settings or inputs.
         """
+            eval_rows: that `evaluation` reads.
         inputs = inputs | world()
-        self.config, self.folder, self.inputs, self.lines = config, folder, inputs, TrainerLog(folder, name)
+        self.config, self.folder, self.inputs = config, folder, inputs
+        self.lines = TrainerLog(folder, name, self.panels)
         self.micro_batch, position = MicroBatchSize(tokens), 0
         self.resumed = newest_state(folder) if config.resume else None
         if self.resumed:
@@ -290,7 +328,9 @@ class Resumable(Trainer):
         if is_main():
             self.lines.metrics.cut(position)
         self.remove_callback(PrinterCallback)  # it prints each log as a dictionary; TrainerLog is ours
-        self.add_callback(AfterStep(SaveClock(config.save_minutes, config.save_steps), self.micro_batch))
+        eval_steps = steps_between_evaluations(config, len(self.train_dataset), eval_rows)
+        clock = SaveClock(config.save_minutes, config.save_steps)
+        self.add_callback(AfterStep(clock, self.micro_batch, eval_steps))
         self.add_callback(self.lines)
         self.args.eval_on_start = self.eval_dataset is not None and not self.resumed
         if sharded() and config.gradient_checkpointing:
@@ -401,6 +441,16 @@ class Resumable(Trainer):
 
     def get_train_dataloader(self):
         """Rows stay lists, on the CPU, until a part of them is laid out.
+
+    def evaluate(self, *_, **__) -> dict[str, float]:
+        """`evaluation`, which is logged. Its time is no step's."""
+        self.model.eval()
+        with self.clock.paused() if self.clock else contextlib.nullcontext(), torch.no_grad():
+            metrics = {f"eval_{name}": value for name, value in self.evaluation().items()}
+        self.log(metrics)
+        told = self.args, self.state, self.control, metrics
+        self.control = self.callback_handler.on_evaluate(*told)
+        return metrics
 
         With several processes the rows that do not fill a last batch for all are left out: accelerate would repeat others.
         So every process has rows in every step.
