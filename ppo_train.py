@@ -128,6 +128,11 @@ class Config:
         return min(self.total_episodes // self.episodes_per_update, self.max_steps or self.total_episodes)
 
 
+FIRST = (  # flags that --help shows first
+    *("sft_checkpoint", "reward_checkpoint", "dataset", "output_dir", "overwrite", "resume", "dry_run"),
+    *("response_length", "total_episodes", "episodes_per_update", "learning_rate", "kl_coef", "kl_target"),
+    *("missing_eos_penalty", "eval_steps"),
+)
 PRESETS = {
     "demo": Config(
         sft_checkpoint="runs/demo/sft",
@@ -620,4 +625,4 @@ def load_prompts(config: Config, form: PromptFormat) -> list[list[list[int]]]:
 
 
 if __name__ == "__main__":
-    run(main, Config, PRESETS, __doc__)
+    run(main, Config, PRESETS, __doc__, FIRST)

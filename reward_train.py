@@ -101,6 +101,11 @@ class Config:
     seed: int = 0  # of initialisation and shuffling
 
 
+FIRST = (  # flags that --help shows first
+    *("sft_checkpoint", "dataset", "output_dir", "overwrite", "resume", "dry_run"),
+    *("max_length", "max_train_samples", "extra_data"),
+    *("learning_rate", "num_train_epochs", "batch_size", "eval_steps"),
+)
 PRESETS = {
     "demo": Config(
         sft_checkpoint="runs/demo/sft",
@@ -398,4 +403,4 @@ def eval_only(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, PRESETS, __doc__)
+    run(main, Config, PRESETS, __doc__, FIRST)

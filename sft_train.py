@@ -97,6 +97,11 @@ class Config:
     seed: int = 0  # of initialisation and shuffling
 
 
+FIRST = (  # flags that --help shows first
+    *("base_model", "dataset", "output_dir", "overwrite", "resume", "dry_run"),
+    *("max_length", "max_train_samples", "load_in_4bit"),
+    *("learning_rate", "num_train_epochs", "batch_size", "eval_steps"),
+)
 SFT = "sft"  # the role whose adapter is trained
 PRESETS = {
     "demo": Config(
@@ -280,4 +285,4 @@ def make_trainer(config: Config, model, form, train_set, eval_set, dtype, folder
 
 
 if __name__ == "__main__":
-    run(main, Config, PRESETS, __doc__)
+    run(main, Config, PRESETS, __doc__, FIRST)
