@@ -7,9 +7,9 @@ import inspect
 import logging
 import math
 import os
+import re
 import shlex
 import signal
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -44,11 +44,11 @@ def parse(
 
     Unknown and abbreviated flags exit with code 2. Help texts are the comments beside the fields. A `~` is the home folder,
     also where the shell has left it alone, as in `--output-dir=~/sft`.
-    """
-    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 
     Args:
         first: the fields that `--help` shows before the others, in a group of their own.
+    """
+    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     description = doc.strip().splitlines()[0]
     if presets:
         preset.add_argument("--preset", choices=sorted(presets), default=None)
@@ -212,11 +212,16 @@ def causes_of(error: BaseException) -> list[BaseException]:
 def quiet_libraries() -> None:
     """Leave the terminal to our own lines: no library progress bars and no advice meant for library authors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from rlhf.hub import quiet_hub
+
     import datasets
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity_error()
+    quiet_hub()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of the fonts that it finds
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|peft|trl|accelerate)\..*")
