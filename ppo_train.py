@@ -43,7 +43,7 @@ from rlhf.modeling import (
     read_stacked,
     same_base,
 )
-from rlhf.plan import dry_run_ppo, episodes_of_a_process, ppo_plans, read_shape, show_end
+from rlhf.plan import dry_run_ppo, earlier_runs, episodes_of_a_process, ppo_plans, read_shape, show_end
 from rlhf.ppo_batch import Batch, Measured, MicroBatch, NotFinite, Old, count_tokens, make_batch
 from rlhf.ppo_eval import Evaluation, compare, describe, warnings
 from rlhf.ppo_log import Log, batch_metrics, mean_stats, speed_metrics
@@ -166,7 +166,7 @@ Sums = dict[str, Tensor]  # of statistics over tokens, each a scalar on the devi
 def main(config: Config) -> None:
     started = time.monotonic()
     check_ppo_numbers(config)
-    runs = read_parents(config)
+    runs = foresee(config) if config.dry_run else read_parents(config)
     inputs = config.sft_checkpoint, config.reward_checkpoint, config.gold_checkpoint, runs["sft"]["base"]["model"]
     inputs += config.base_model, config.dataset
     check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
@@ -559,6 +559,14 @@ def set_learning_rates(optimizer, update: int, config: Config) -> None:
 
 
 # ---------------------------------------------------------------- models and prompts
+
+
+def foresee(config: Config) -> dict[str, dict[str, Any]]:
+    """The run.json of each checkpoint, by role, or what a plan asks of those that are not there yet."""
+    import reward_train
+    import sft_train
+
+    return earlier_runs(config, sft=sft_train, reward=reward_train)
 
 
 def choose_sizes(

@@ -33,7 +33,7 @@ from rlhf.checkpoints import check_child, check_output, is_finished, output_fold
 from rlhf.cli import UserError, check_at_least_one, check_between, next_command, run
 from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, load_splits, tokenize_pairs
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
-from rlhf.plan import Plan, plan_reward, read_shape, show_data, show_end, show_plan
+from rlhf.plan import Plan, earlier_runs, format_of, plan_reward, read_shape, show_data, show_end, show_plan
 from rlhf.processes import gather, is_main, sharded, share
 from rlhf.reporting import Panel, console
 from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
@@ -128,7 +128,7 @@ def main(config: Config) -> None:
     if config.eval_only:
         eval_only(config)
         return
-    sft = read_run(config.sft_checkpoint, "sft")
+    sft = foresee(config) if config.dry_run else read_run(config.sft_checkpoint, "sft")
     inputs = config.sft_checkpoint, sft["base"]["model"], config.base_model, config.dataset, config.extra_data
     check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
     if is_finished(config):
@@ -137,7 +137,7 @@ def main(config: Config) -> None:
     started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
-    form = load_format(config.sft_checkpoint, sft)
+    form = format_of(config.sft_checkpoint, sft)
 
     # 1. Tokenise both responses of each pair.
     votes = load_votes(config.extra_data) if config.extra_data else None
@@ -170,12 +170,12 @@ def main(config: Config) -> None:
     with output_folder(config.output_dir, config.resume) as folder:
         # 3. Train.
         trainer = make_trainer(config, shared, form, train_set, dtype, folder)
+        trainer.eval_pairs = eval_sets["test pairs"]
         data = {
             "source": config.dataset,
             "half": config.half,
             "train_rows": len(train_set),
             "sha256": fingerprint(train_pairs),
-        trainer.eval_pairs = eval_sets["test pairs"]
             **({"votes": votes.counts | {"source": config.extra_data, "weight": config.extra_weight}} if votes else {}),
         }
         same = {"sft checkpoint": sft["adapter_sha256"], "dtype": str(dtype), "data": data["sha256"]}
@@ -186,12 +186,12 @@ def main(config: Config) -> None:
 
         # 4. Score the test split.
         metrics = evaluate(config, shared, form, eval_sets, folder)
+        trainer.log({name: metrics[name] for name in ("eval_loss", "eval_accuracy", "eval_margin")})
         save_stacked(folder, shared, "reward", form, base)
         if is_main():
             trainer.lines.curves.draw()
             write_run(
                 folder,
-        trainer.log({name: metrics[name] for name in ("eval_loss", "eval_accuracy", "eval_margin")})
                 "reward",
                 config,
                 dtype,
@@ -244,6 +244,13 @@ def tokenize_eval(config: Config, form, pairs: list[Pair], votes: VotePairs | No
     return {what: tokenize_pairs(part, form, config.max_length, what) for what, part in sets.items()}
 
 
+def foresee(config: Config) -> dict[str, Any]:
+    """The run.json of the SFT checkpoint, or what a plan asks of it if it is not there yet."""
+    import sft_train
+
+    return earlier_runs(config, sft=sft_train)["sft"]
+
+
 def dry_run(config: Config, base, form, pairs, sft) -> None:
     """Rows, tokens, steps and the memory plan."""
     tokenized = tokenize_pairs(pairs, form, config.max_length, "train")
@@ -277,6 +284,7 @@ class Trainer(Resumable, RewardTrainer):
     means = ("loss", "preference_loss", "mean_reward", "accuracy", "margin")
     extremes = ("min_reward", "max_reward")
     shared: SharedBase
+    eval_pairs: list[TokenPair]
 
     def tokens(self, row: Row) -> int:
         chosen, rejected = row["chosen_ids"], row["rejected_ids"]
@@ -289,10 +297,10 @@ class Trainer(Resumable, RewardTrainer):
 
     def part_loss(self, rows: list[Row]) -> dict[str, Tensor]:
         scores = self.shared.read_pairs([(row["chosen_ids"], row["rejected_ids"]) for row in rows])
-    eval_pairs: list[TokenPair]
         chosen, rejected = scores.chunk(2)
         return {
             "loss": self.pair_losses(chosen, rejected).sum(),
+            "preference_loss": -F.logsigmoid(chosen - rejected).sum(),  # as test pairs have it
             "mean_reward": scores.sum() / 2,  # of both texts of a pair
             "accuracy": (chosen > rejected).sum(),
             "margin": (chosen - rejected).sum(),
@@ -305,7 +313,13 @@ class Trainer(Resumable, RewardTrainer):
         centering = self.args.center_rewards_coefficient * (chosen + rejected).square()
         return centering - F.logsigmoid(chosen - rejected)
 
-            "preference_loss": -F.logsigmoid(chosen - rejected).sum(),  # as test pairs have it
+    def evaluation(self) -> dict[str, float]:
+        """Of the test pairs what the evaluation at the end says of them too."""
+        pairs = score(self.shared, self.eval_pairs, self.processing_class.eos_token_id)
+        loss = np.logaddexp(0, -pairs.margin)
+        numbers = {"loss": loss, "accuracy": pairs.right, "margin": pairs.margin}
+        return {name: float(values.mean()) for name, values in numbers.items()}
+
 
 def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, folder: Path):
     """The trainer of an adapter that is already in place; keeps adapter and head in float32."""
@@ -318,13 +332,6 @@ def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, fol
         model=shared.peft,
         args=args,
         train_dataset=train_set,
-    def evaluation(self) -> dict[str, float]:
-        """Of the test pairs what the evaluation at the end says of them too."""
-        pairs = score(self.shared, self.eval_pairs, self.processing_class.eos_token_id)
-        loss = np.logaddexp(0, -pairs.margin)
-        numbers = {"loss": loss, "accuracy": pairs.right, "margin": pairs.margin}
-        return {name: float(values.mean()) for name, values in numbers.items()}
-
         processing_class=form.tokenizer,
     )
     keep_fp32(trainer.model)
