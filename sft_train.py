@@ -114,12 +114,12 @@ PRESETS = {
         num_train_epochs=1.0,
         batch_size=8,
         warmup_ratio=0.1,
+        eval_steps=21,
     ),
 }
 
 
 def main(config: Config) -> None:
-        eval_steps=21,
     check_trainer_numbers(config)
     check_output(config.output_dir, config.overwrite, config.base_model, config.dataset, resume=config.resume)
     if is_finished(config):
@@ -217,11 +217,6 @@ def make_plan(config: Config, base, longest: int) -> Plan:
 class Trainer(Resumable, SFTTrainer):
     """TRL's, with states to resume from, and steps in parts by tokens. Its loss is a mean over response tokens."""
 
-    means = ("loss", "entropy", "mean_token_accuracy")
-    decoder: Decoder  # unless the model is sharded
-
-    def tokens(self, row: Row) -> int:
-        return len(row["input_ids"])
     panels = (
         Panel("Loss", "nats a token", {"loss": "training", "eval_loss": "test"}),
         Panel(
@@ -230,6 +225,11 @@ class Trainer(Resumable, SFTTrainer):
             {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "test"},
         ),
     )
+    means = ("loss", "entropy", "mean_token_accuracy")
+    decoder: Decoder  # unless the model is sharded
+
+    def tokens(self, row: Row) -> int:
+        return len(row["input_ids"])
 
     def items(self, row: Row) -> int:
         return sum(label != -100 for label in row["labels"][1:])  # nothing predicts the first token

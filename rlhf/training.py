@@ -71,14 +71,14 @@ def device() -> torch.device:
 def num_steps(config: Any, rows: int) -> int:
     """Optimizer steps of a run. Raises UserError when the rows do not fill one."""
     if rows < config.batch_size:
-        raise UserError(f"{rows} training rows do not fill one batch of {config.batch_size}: lower --batch-size")
+        most = rows // num_processes() * num_processes()
+        todo = f"lower --batch-size to {most}" if most else f"start fewer processes than {num_processes()}"
+        raise UserError(f"{rows} training rows do not fill one batch of {config.batch_size}: {todo}")
     whole_batches = rows // config.batch_size
     epoch = whole_batches if num_processes() > 1 else math.ceil(rows / config.batch_size)  # as the Trainer counts
     return config.max_steps or math.ceil(epoch * config.num_train_epochs)
 
 
-def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) -> dict[str, Any]:
-    """The arguments that SFTConfig and RewardConfig share, from the fields of the same names in a script's Config."""
 def steps_between_evaluations(config: Any, rows: int, eval_rows: int) -> int | None:
     """Steps from one look at the test rows to the next; None: there is none along the way.
 
@@ -93,6 +93,8 @@ def steps_between_evaluations(config: Any, rows: int, eval_rows: int) -> int | N
     return math.ceil(steps / parts) if parts > 1 else None
 
 
+def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) -> dict[str, Any]:
+    """The arguments that SFTConfig and RewardConfig share, from the fields of the same names in a script's Config."""
     return {
         "output_dir": str(folder),
         "learning_rate": config.learning_rate,
@@ -144,10 +146,10 @@ def check_trainer_numbers(config: Any) -> None:
     check_at_least_one(config, "batch_size", "max_length")
     check_above_zero(config, "num_train_epochs")
     check_between(config, 0, 1, "warmup_ratio")
-    if config.batch_size % num_processes():
-        nearest = nearest_multiple(config.batch_size, num_processes())
     if config.eval_steps != "auto":
         check_at_least_one(config, "eval_steps")
+    if config.batch_size % num_processes():
+        nearest = nearest_multiple(config.batch_size, num_processes())
         raise UserError(
             f"--batch-size {config.batch_size} is not a multiple of {num_processes()} processes: the nearest is {nearest}"
         )
@@ -170,7 +172,7 @@ def check_ppo_numbers(config: Any) -> None:
     if config.kl_controller == "adaptive" and config.episodes_per_update >= 5 * config.kl_horizon:
         raise UserError(
             f"--kl-horizon {config.kl_horizon} is too short for an update's {config.episodes_per_update} episodes: the "
-            "coefficient could turn negative"
+            f"coefficient could turn negative; the shortest is {config.episodes_per_update // 5 + 1}"
         )
     parts = config.num_mini_batches * num_processes()
     if config.episodes_per_update % parts:
@@ -188,7 +190,8 @@ def check_ppo_numbers(config: Any) -> None:
     if config.num_updates <= config.critic_warmup_updates:
         raise UserError(
             f"--critic-warmup-updates {config.critic_warmup_updates} are all that the run makes "
-            f"({config.num_updates}): the policy would not be trained"
+            f"({config.num_updates}): the policy would not be trained; at most {config.num_updates - 1} of them "
+            f"are possible, or raise {'--max-steps' if config.max_steps else '--total-episodes'}"
         )
 
 
@@ -236,11 +239,11 @@ class AfterStep(TrainerCallback):
         signal, due, self.micro_batch.tokens = after_step(due, self.micro_batch.tokens)
         control.should_save = due or bool(signal)
         control.should_training_stop = last or bool(signal)
+        if self.eval_steps and not last:
+            control.should_evaluate = state.global_step % self.eval_steps == 0
 
     def on_save(self, args, state, control, **kwargs):
         self.clock.saved()
-        if self.eval_steps and not last:
-            control.should_evaluate = state.global_step % self.eval_steps == 0
 
 
 class Restack(TrainerCallback):
@@ -265,10 +268,10 @@ class Resumable(Trainer):
     A trainer says what its loss is a mean of: items, of which a row of the data has some.
     """
 
+    panels: tuple[Panel, ...]  # of curves.png
     means: tuple[str, ...]  # what is logged as a mean over the items; the loss is the first
     extremes: tuple[str, ...] = ()  # as the least or the most: `min_...`, `max_...`
     partial = Path()  # the state that is being written
-    panels: tuple[Panel, ...]  # of curves.png
     at_hand: list[Row]  # the step's
     work: Work | None = None  # of a token; None: the model is sharded
     dtype: torch.dtype  # the base computes in
@@ -310,10 +313,10 @@ class Resumable(Trainer):
             inputs: what the run starts from, by name: it goes on only from the same.
             name: of the run, at its progress bar.
             tokens: of a micro-batch, unless the state says otherwise.
+            eval_rows: that `evaluation` reads.
         Raises:
             UserError: the run began with other settings or inputs.
         """
-            eval_rows: that `evaluation` reads.
         inputs = inputs | world()
         self.config, self.folder, self.inputs = config, folder, inputs
         self.lines = TrainerLog(folder, name, self.panels)
@@ -439,9 +442,6 @@ class Resumable(Trainer):
 
     # -- called by transformers' Trainer
 
-    def get_train_dataloader(self):
-        """Rows stay lists, on the CPU, until a part of them is laid out.
-
     def evaluate(self, *_, **__) -> dict[str, float]:
         """`evaluation`, which is logged. Its time is no step's."""
         self.model.eval()
@@ -451,6 +451,9 @@ class Resumable(Trainer):
         told = self.args, self.state, self.control, metrics
         self.control = self.callback_handler.on_evaluate(*told)
         return metrics
+
+    def get_train_dataloader(self):
+        """Rows stay lists, on the CPU, until a part of them is laid out.
 
         With several processes the rows that do not fill a last batch for all are left out: accelerate would repeat others.
         So every process has rows in every step.

@@ -93,9 +93,16 @@ def test_a_tracker_that_is_not_installed(call_main, tmp_path, monkeypatch, scrip
 
 
 @pytest.mark.parametrize("script", ["sft_train", "reward_train"])
-def test_a_batch_that_the_processes_cannot_share(refused, monkeypatch, script):
+def test_a_batch_that_the_processes_cannot_share(refused, trained, monkeypatch, script):
     monkeypatch.setattr("rlhf.training.num_processes", lambda: 3)
+    more = ["--sft-checkpoint", trained.sft] if script == "reward_train" else []
     refused(script, ["--batch-size", "8"], "--batch-size 8 is not a multiple of 3 processes: the nearest is 9")
+    shutil.rmtree("full")
+    few = ["--batch-size", "9", "--max-train-samples", "8"]  # and 6 is the most that three can share
+    refused(script, [*few, *more], "8 training rows do not fill one batch of 9: lower --batch-size to 6")
+    shutil.rmtree("full")
+    few = ["--batch-size", "9", "--max-train-samples", "2"]
+    refused(script, [*few, *more], "2 training rows", "start fewer processes than 3")
 
 
 def test_a_script_of_its_own_process_ends_the_same(run_script, tmp_path):
@@ -572,8 +579,15 @@ def test_the_next_command_leads_to_what_was_just_made():
 @pytest.mark.parametrize(
     "argv, names",
     [
-        (["--max-steps", 5], ["--critic-warmup-updates 5", "the policy would not be trained"]),
-        (["--kl-horizon", 12], ["--kl-horizon 12", "64 episodes"]),
+        (
+            ["--max-steps", 5],
+            ["--critic-warmup-updates 5", "would not be trained", "at most 4 ", "raise --max-steps"],
+        ),
+        (
+            ["--total-episodes", 128],
+            ["--critic-warmup-updates 5", "at most 1 of them", "raise --total-episodes"],
+        ),
+        (["--kl-horizon", 12], ["--kl-horizon 12", "64 episodes", "the shortest is 13"]),
     ],
 )
 def test_ppo_refuses_what_trains_no_policy_or_turns_the_kl_around(call_main, tmp_path, argv, names):
