@@ -83,8 +83,7 @@ def explain(error: Exception, name: str, kind: str, flag: str) -> str | None:
         "LocalEntryNotFoundError",
         "OfflineModeIsEnabled",
         "ConnectionError",
-        "ConnectError",
-        "TimeoutException",
+        "TransportError",
     }:
         return (
             f"{kind} {name} is not on this machine and the hub cannot be reached: check the network (or HF_HUB_OFFLINE), "

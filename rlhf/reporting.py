@@ -109,7 +109,7 @@ class Progress:
 
     def __init__(self, name: str, unit: str, total: int):
         self.name, self.unit, self.total = name, unit, total
-        self.bar = bar() if console.is_interactive else None
+        self.bar = bar() if console.is_terminal and not console.is_dumb_terminal else None
         self.since: dict[str, list[float]] = {}  # the last line: each number of each step
         self.said: float | None = None  # when that was
         if self.bar:

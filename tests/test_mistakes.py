@@ -5,6 +5,7 @@ import errno
 import http.server
 import importlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -13,8 +14,9 @@ import threading
 from pathlib import Path
 
 from rlhf.checkpoints import check_output, output_folder
-from rlhf.cli import UserError, next_command, parse
+from rlhf.cli import UserError, next_command, parse, quiet_libraries
 from rlhf.cli import flag as flag_of
+from rlhf.hub import say_once
 
 import pytest
 from conftest import OFFLINE, ROOT, make_model, write_jsonl
@@ -427,10 +429,13 @@ print("RESULTS" + json.dumps(results))
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """A hub on which all of gated/ is gated and nothing else exists."""
+    """A hub on which all of gated/ is gated and nothing else exists; asked of busy/ it hangs up."""
 
     def do_GET(self):
         gated = "gated/" in self.path
+        if "busy/" in self.path:
+            self.close_connection = True
+            return
         self.send_response(403 if gated else 404)
         self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
         self.send_header("X-Error-Message", "Access to this repository is restricted" if gated else "Not found")
@@ -458,6 +463,7 @@ def hub_results(tmp_path_factory, flags):
         "missing model": ["--base-model", "nobody/thing"],
         "gated data set": ["--dataset", "gated/thing"],
         "missing data set": ["--dataset", "nobody/thing"],
+        "dropped line": ["--base-model", "busy/thing"],
     }
     argv = [[*flags["sft_train"], "--output-dir", str(folder / "out"), *more] for more in cases.values()]
     done = subprocess.run(
@@ -482,12 +488,29 @@ def hub_results(tmp_path_factory, flags):
         ("missing model", ["no model nobody/thing", "--base-model"]),
         ("gated data set", ["data set gated/thing is gated", "{endpoint}/datasets/gated/thing", "HF_TOKEN"]),
         ("missing data set", ["no data set nobody/thing", "--dataset"]),
+        ("dropped line", ["model busy/thing is not on this machine", "check the network", "--base-model"]),
     ],
 )
 def test_a_hub_that_says_no(hub_results, case, names):
     endpoint, results = hub_results
     code, stderr = results[case]
     assert_one_line(code, stderr, *[name.format(endpoint=endpoint) for name in names])
+
+
+def test_a_hub_that_is_not_there_is_one_line(capsys, caplog):
+    """Of all that its library logs; but an error of the library is shown."""
+    say_once.cache_clear()
+    quiet_libraries()
+    log = logging.getLogger("huggingface_hub.utils._http")
+    for attempt in range(1, 6):
+        log.warning("'[Errno 111] Connection refused' thrown while requesting HEAD http://127.0.0.1:1/x")
+        log.warning(f"Retrying in 1s [Retry {attempt}/5].")
+    logging.getLogger("huggingface_hub.file_download").warning("a warning")
+    assert capsys.readouterr().out == "The hub does not answer; trying again for a while.\n"
+    assert not caplog.records and not logging.getLogger("datasets.load").isEnabledFor(logging.WARNING)
+    for place in (log, logging.getLogger("huggingface_hub.file_download")):
+        place.error("an error")
+    assert [record.message for record in caplog.records] == ["an error"] * 2
 
 
 # ---------------------------------------------------------------- the data
