@@ -2,16 +2,18 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import reward_train
 import sft_train
 from rlhf.cli import UserError
-from rlhf.ppo_log import PANELS
+from rlhf.ppo_log import PANELS, Log
 from rlhf.reporting import (
     Curves,
     JsonLines,
     Panel,
     Progress,
+    TrainerLog,
     at_equal_length,
     console,
     describe_evaluation,
@@ -28,6 +30,7 @@ from rlhf.reporting import (
 
 import numpy as np
 import pytest
+from test_ppo_eval import evaluation
 
 
 def test_what_is_written_is_read_again(tmp_path):
@@ -167,6 +170,35 @@ def test_a_run_that_goes_on_reckons_from_where_it_began(clock, pipe):
     clock[0] += 60
     run.update(1001, score=0.5, kl=1.25)
     assert pipe() == ["PPO: update 1,001 of 1,006, score 0.50, KL 1.25, 5 min left"]
+
+
+@pytest.mark.parametrize("phase", ["trainer", "ppo"])
+def test_the_first_look_at_held_out_rows_does_not_count_as_a_step(phase, clock, capsys, tmp_path):
+    """200 s of it, then a step of 10 s: 30 s are left for three more."""
+    if phase == "ppo":
+        config = SimpleNamespace(num_printed_samples=0, missing_eos_penalty=0.0, log_with=None)
+        with Log(config, tmp_path, total=4) as log:
+            log.rewind(0, 0)
+            clock[0] += 200
+            log.evaluation(0, evaluation([0.0, 1.0]), [[1]] * 2, SimpleNamespace(decode=str))
+            clock[0] += 10
+            row = {"update": 1, "objective/scores": 0.5, "objective/kl": 1.0}
+            log.update(row | {"policy/sampler_kl": 0.0, "speed/tokens_per_second": 100.0})
+    else:
+        state = SimpleNamespace(is_world_process_zero=True)
+        log = TrainerLog(tmp_path, "SFT", sft_train.Trainer.panels)
+        state.max_steps, state.global_step = 4, 0
+        log.on_train_begin(None, state, None)
+        clock[0] += 200
+        log.on_log(None, state, None, {"eval_loss": 2.5})
+        log.on_step_begin(None, state, None)
+        clock[0] += 10
+        state.global_step = 1
+        log.on_log(None, state, None, {"loss": 2.0, "speed/tokens_per_second": 100.0})
+        log.stop()
+    last = capsys.readouterr().out.splitlines()[-1]
+    numbers = "PPO: update 1 of 4, score 0.50, KL 1.00" if phase == "ppo" else "SFT: step 1 of 4, loss 2.000"
+    assert last == f"{numbers}, 100 tokens/s, 30 s left"
 
 
 def test_on_a_terminal_there_is_a_bar_and_no_such_line(clock, pipe, monkeypatch):
