@@ -589,6 +589,7 @@ def test_the_test_rows_are_looked_at_on_the_way(trained, call_main, tmp_path, mo
     assert [row["loss"] for row in whole if "loss" in row] == [row["loss"] for row in rows_of(usual) if "loss" in row]
     assert max(row["time/step"] for row in whole if "time/step" in row) < 1000
     assert list(looks(tmp_path / "whole")) == ([0, 2, 4] if phase == "sft" else [2, 4])
+    assert sum("eval_loss" in row for row in whole) == len(looks(tmp_path / "whole"))
     assert list(looks(usual)) == ([0, 4] if phase == "sft" else [4])
 
     with monkeypatch.context() as patch:  # stop it at step 2, and have that be all
@@ -620,6 +621,7 @@ def stopping_at(number):
     [
         # 100 steps of 16 rows. A tenth of their time is worth 320 test rows, which are only read.
         ("auto", 32, 10),  # ten of 32 rows; the tenth look is the one at the end
+        ("auto", 4, 10),  # more are not made
         ("auto", 160, 34),  # two of 160: at steps 34 and 68
         ("auto", 320, 50),
         ("auto", 321, None),

@@ -6,12 +6,13 @@ import json
 import math
 import shutil
 
+import ppo_train
 import reward_train
 import sft_train
 from benchmarks import auto_tokens
 from rlhf.card import CARD_OVERHEAD, MOST_TOKENS, STEP, tokens_that_fit
 from rlhf.checkpoints import sha256
-from rlhf.plan import Shape, plan_ppo, plan_sft
+from rlhf.plan import Shape, earlier_runs, plan_ppo, plan_sft
 from rlhf.training import num_steps
 
 import pytest
@@ -209,6 +210,7 @@ def test_a_dry_run_before_the_earlier_phases_plans_what_they_would_make(
 
     measured = call_main(script, [*flags, *soon, "--dry-run", "--measure"])
     assert measured.returncode == 2 and "no sft checkpoint at soon/sft" in measured.stderr
+    assert not measured.stdout
     real = call_main(script, [*flags, *soon])
     assert real.returncode == 2 and "no sft checkpoint at soon/sft" in real.stderr
 
@@ -223,6 +225,10 @@ def test_a_dry_run_of_another_base_before_the_earlier_phases(script, tiny_model,
     assert f"at my runs/sft yet: this plan is for the one that {command} would make" in result.stdout
     assert ("`python reward_train.py` would make." in result.stdout) == (script == "ppo_train")
     assert "It fits a card" in result.stdout
+    if script == "ppo_train":
+        config = ppo_train.Config(base_model=str(tiny_model), sft_checkpoint="my runs/sft")
+        runs = earlier_runs(config, sft=sft_train, reward=reward_train)
+        assert runs["reward"]["hyperparameters"] == {"lora_rank": 16, "role_layers": 4}
 
 
 def test_a_dry_run_does_not_pass_over_checkpoints_that_do_not_fit(trained, tiny_data, call_main, tmp_path):
