@@ -43,7 +43,14 @@ from rlhf.modeling import (
     read_stacked,
     same_base,
 )
-from rlhf.plan import dry_run_ppo, earlier_runs, episodes_of_a_process, ppo_plans, read_shape, show_end
+from rlhf.plan import (
+    dry_run_ppo,
+    earlier_runs,
+    episodes_of_a_process,
+    ppo_plans,
+    read_shape,
+    show_end,
+)
 from rlhf.ppo_batch import Batch, Measured, MicroBatch, NotFinite, Old, count_tokens, make_batch
 from rlhf.ppo_eval import Evaluation, compare, describe, warnings
 from rlhf.ppo_log import Log, batch_metrics, mean_stats, speed_metrics
@@ -129,9 +136,10 @@ class Config:
 
 
 FIRST = (  # flags that --help shows first
-    *("sft_checkpoint", "reward_checkpoint", "dataset", "output_dir", "overwrite", "resume", "dry_run"),
-    *("response_length", "total_episodes", "episodes_per_update", "learning_rate", "kl_coef", "kl_target"),
-    *("missing_eos_penalty", "eval_steps"),
+    *("sft_checkpoint", "reward_checkpoint", "dataset", "output_dir"),
+    *("overwrite", "resume", "dry_run"),
+    *("response_length", "total_episodes", "episodes_per_update", "learning_rate"),
+    *("kl_coef", "kl_target", "missing_eos_penalty", "eval_steps"),
 )
 PRESETS = {
     "demo": Config(
@@ -562,7 +570,7 @@ def set_learning_rates(optimizer, update: int, config: Config) -> None:
 
 
 def foresee(config: Config) -> dict[str, dict[str, Any]]:
-    """The run.json of each checkpoint, by role, or what a plan asks of those that are not there yet."""
+    """The run.json of each checkpoint, by role, or what a plan asks of one that is not there yet."""
     import reward_train
     import sft_train
 

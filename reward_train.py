@@ -33,7 +33,16 @@ from rlhf.checkpoints import check_child, check_output, is_finished, output_fold
 from rlhf.cli import UserError, check_at_least_one, check_between, next_command, run
 from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, load_splits, tokenize_pairs
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
-from rlhf.plan import Plan, earlier_runs, format_of, plan_reward, read_shape, show_data, show_end, show_plan
+from rlhf.plan import (
+    Plan,
+    earlier_runs,
+    format_of,
+    plan_reward,
+    read_shape,
+    show_data,
+    show_end,
+    show_plan,
+)
 from rlhf.processes import gather, is_main, sharded, share
 from rlhf.reporting import Panel, console
 from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation

@@ -1,4 +1,4 @@
-"""What can go wrong between us and the hub, said in one line each, and that something is fetched from it."""
+"""What can go wrong between us and the hub, said in one line each, and what is fetched from it."""
 
 import contextlib
 import functools
@@ -40,7 +40,7 @@ def say_once(line: str) -> None:
 
 @contextlib.contextmanager
 def fetching(what: str) -> Iterator[None]:
-    """Say that something is fetched from the hub; on a terminal the library's bars show how far that is."""
+    """Say what is fetched from the hub; on a terminal the library's bars show how far that is."""
     console.print(f"Fetching {what} from the hub ...")
     bars = is_main() and sys.stderr.isatty() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
     if bars:

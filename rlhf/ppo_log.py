@@ -1,4 +1,4 @@
-"""What a PPO run tells on its way: metrics.jsonl, samples.jsonl, curves.png, how far it is, samples, and warnings."""
+"""What a PPO run tells on its way: files of metrics and samples, curves, how far it is, and warnings."""
 
 import dataclasses
 import os

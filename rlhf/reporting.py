@@ -96,9 +96,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """How far a run is: a bar on a terminal; elsewhere, as in a log file, a plain line now and then.
+    """How far a run is: a bar on a terminal, and elsewhere, as in a log file, a line now and then.
 
-    A line comes at the first and at the last step and every `LINE_SECONDS` between them. Its numbers
+    A line comes at the first and the last step, and every `LINE_SECONDS` between them. Its numbers
     are means over the steps since the line before.
 
     Args:
@@ -167,7 +167,7 @@ def duration(seconds: float) -> str:
 
 
 class TrainerLog(TrainerCallback):
-    """Writes what transformers' Trainer logs to metrics.jsonl, shows how far it is, draws its curves."""
+    """Writes what transformers' Trainer logs to metrics.jsonl, shows how far it is, draws curves."""
 
     def __init__(self, folder: Path, name: str, panels: Sequence["Panel"]):
         self.metrics, self.name = JsonLines(folder / "metrics.jsonl"), name
@@ -232,10 +232,10 @@ class Panel(NamedTuple):
 
 
 class Curves:
-    """curves.png, drawn from a run's metrics.jsonl along the way and at its end, by the main process.
+    """curves.png, drawn from a run's metrics.jsonl on the way and at its end, by the main process.
 
-    A picture is not worth a run: where it cannot be drawn the run goes on, and a warning says so, once
-    along the way and once at the end.
+    A picture is not worth a run: where it cannot be drawn the run goes on, and a warning says so,
+    once on the way and once at the end.
 
     Args:
         folder: the run's.
@@ -263,19 +263,19 @@ class Curves:
 
 @contextlib.contextmanager
 def drawing(path: Path) -> Iterator[Path]:
-    """Yield where to write a picture, which is then renamed to `path`. An error becomes a warning."""
+    """Yield where to write a picture, then rename it to `path`. An error becomes a warning."""
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
         os.replace(partial, path)
     except Exception as error:
         partial.unlink(missing_ok=True)
-        why = one_line(error)
-        console.print(f"warning: {path.name} could not be drawn ({why}); the run goes on without it")
+        why = f"could not be drawn ({one_line(error)})"
+        console.print(f"warning: {path.name} {why}; the run goes on without it")
 
 
 def plot_curves(rows: list[dict[str, float]], x: str, panels: Sequence[Panel]):
-    """A figure with a plot a panel; curves of `SMOOTHED` points or more are faint behind their mean."""
+    """A figure with a plot a panel; curves of `SMOOTHED` points or more lie behind their mean."""
     from matplotlib.figure import Figure  # the import takes a second
     from matplotlib.ticker import MaxNLocator
 

@@ -72,7 +72,9 @@ def num_steps(config: Any, rows: int) -> int:
     """Optimizer steps of a run. Raises UserError when the rows do not fill one."""
     if rows < config.batch_size:
         most = rows // num_processes() * num_processes()
-        todo = f"lower --batch-size to {most}" if most else f"start fewer processes than {num_processes()}"
+        todo = f"lower --batch-size to {most}"
+        if not most:
+            todo = f"start fewer processes than {num_processes()}"
         raise UserError(f"{rows} training rows do not fill one batch of {config.batch_size}: {todo}")
     whole_batches = rows // config.batch_size
     epoch = whole_batches if num_processes() > 1 else math.ceil(rows / config.batch_size)  # as the Trainer counts
@@ -222,8 +224,8 @@ class AllStepsMade(Exception):
 class AfterStep(TrainerCallback):
     """What the processes settle after each step: whether a signal has asked for the end, and whether to write a state.
 
-    There is one at the end of the training too: what comes after it may fail. Each `eval_steps` steps
-    the test rows are looked at, but for the last step, after which the script does that.
+    There is one at the end of the training too: what comes after it may fail. Each `eval_steps`
+    steps the test rows are looked at, but for the last step, after which the script does that.
     """
 
     def __init__(self, clock: SaveClock, micro_batch: MicroBatchSize, eval_steps: int | None):
