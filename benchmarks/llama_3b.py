@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import ppo_train  # noqa: E402
 import reward_train  # noqa: E402
 import sft_train  # noqa: E402
+from rlhf.card import Rollouts  # noqa: E402
 from rlhf.checkpoints import peak_memory_gib, read_run  # noqa: E402
 from rlhf.cli import quiet_libraries, run  # noqa: E402
 from rlhf.data import Pair, PromptFormat, tokenize_pairs, tokenize_prompt  # noqa: E402
@@ -91,7 +92,7 @@ def main(config: Config) -> None:
     for name, script, longest, plan in (
         ("sft_train.py", sft, 512, lambda tokens: plan_sft(shape, sft, 512, tokens)),
         ("reward_train.py", reward, 640, lambda tokens: plan_reward(shape, reward, 16, 640, tokens)),
-        ("ppo_train.py", ppo, 512, lambda tokens: plan_ppo(shape, ppo, 16, 16, 14, 384, tokens)),
+        ("ppo_train.py", ppo, 512, lambda tokens: plan_ppo(shape, ppo, 16, 16, 14, 384, tokens, Rollouts(32))),
     ):
         console.print(name)
         show_plan(plan, longest, script)
@@ -201,7 +202,9 @@ def measure(phase: str) -> None:
     plan = {
         "sft": lambda: plan_sft(shape, config, PROMPT + RESPONSE, CPU_TOKENS),
         "reward": lambda: plan_reward(shape, config, 16, PROMPT + 2 * RESPONSE, CPU_TOKENS),
-        "ppo": lambda: plan_ppo(shape, config, 16, 16, reward_train.Config().role_layers, PROMPT, CPU_TOKENS),
+        "ppo": lambda: plan_ppo(
+            shape, config, 16, 16, reward_train.Config().role_layers, PROMPT, CPU_TOKENS, Rollouts(32)
+        ),
     }[phase]()
     result = {
         "counted_gb": {owner: memory.peak[owner] / 1e9 for owner in OWNERS},

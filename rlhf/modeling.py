@@ -19,6 +19,7 @@ from rlhf.checkpoints import check_same_base, sha256
 from rlhf.cli import UserError, one_line
 from rlhf.data import PromptFormat
 from rlhf.decoder import Decoder, MergedLayers, Texts, lay_out, lay_out_pairs
+from rlhf.decoding import Decoding
 from rlhf.graphs import Graphs
 from rlhf.hub import hub_errors
 from rlhf.layers import LeanLayer
@@ -286,6 +287,7 @@ class SharedBase:
         self.rollout_rows: int | None = None  # that fit, once more have run out of memory
         self.merged: MergedLayers | None = None  # what a role samples from, if not the base with its adapters
         self.graphs = Graphs(enabled=self.device.type == "cuda")  # of decoding
+        self.decoding: Decoding | None = None  # kept from one rollout to the next, with its graphs
         self.trained: tuple[str, ...] = ()  # the roles whose weights get gradients
         config, state = read_adapter(folder)
         if any(weight.shape[0] != config.r for key, weight in state.items() if "lora_A" in key):
