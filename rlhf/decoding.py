@@ -67,7 +67,8 @@ class Decoding:
         self.width = round_up(longest + new, self.width_step)
         decoder.check_window(longest + new)
 
-        shape = (rows, config.num_key_value_heads, self.width, layers[0].attention.head_dim)
+        width = self.width if self.on_card else round_up(longest + 1, self.width_step)
+        shape = (rows, config.num_key_value_heads, width, layers[0].attention.head_dim)
         self.keys = [weight.new_zeros(shape) for _ in layers]
         self.values = [weight.new_zeros(shape) for _ in layers]
         self.reading = slice(0, 0)  # the rows whose prompts are being read
@@ -142,6 +143,8 @@ class Decoding:
     def step(self) -> None:
         """One token more for each row."""
         self.longest += 1
+        if not self.on_card:
+            self.widen()
         self.graphs.run((self, len(self.tokens), self.looked_at), self.read_and_sample)
 
     def read_and_sample(self) -> None:
@@ -186,6 +189,14 @@ class Decoding:
             self.arrived[slot].synchronize()
         self.received += 1
         return self.ring[slot].tolist()
+
+    def widen(self) -> None:
+        """Have as many places as are looked at. For a CPU, where rows have ended before most are needed."""
+        more = self.looked_at - self.keys[0].shape[2]
+        if more > 0:
+            for of_layers in (self.keys, self.values):
+                for i, whole in enumerate(of_layers):
+                    of_layers[i] = F.pad(whole, (0, 0, 0, more))
 
     def shrink(self, keep: list[int]) -> bool:
         """Go on with these rows alone, if they fit a smaller shape. For a CPU, which looks at each token at once."""
