@@ -70,6 +70,10 @@ class Config:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in
 
 
+FIRST = (  # flags that --help shows first
+    *("sft_checkpoint", "reward_checkpoint", "ppo_checkpoint", "output_dir", "overwrite"),
+    *("prompts", "num_test_prompts", "dataset", "show", "max_new_tokens", "temperature"),
+)
 PRESETS = {
     "demo": Config(
         sft_checkpoint="runs/demo/sft",
@@ -468,4 +472,4 @@ def write_reports(folder: Path, report: Report) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, PRESETS, __doc__)
+    run(main, Config, PRESETS, __doc__, FIRST)

@@ -43,7 +43,7 @@ from rlhf.modeling import (
     read_stacked,
     same_base,
 )
-from rlhf.plan import dry_run_ppo, episodes_of_a_process, ppo_plans, read_shape, show_end
+from rlhf.plan import dry_run_ppo, earlier_runs, episodes_of_a_process, ppo_plans, read_shape, show_end
 from rlhf.ppo_batch import Batch, Measured, MicroBatch, NotFinite, Old, count_tokens, make_batch
 from rlhf.ppo_eval import Evaluation, compare, describe, warnings
 from rlhf.ppo_log import Log, batch_metrics, mean_stats, speed_metrics
@@ -128,6 +128,11 @@ class Config:
         return min(self.total_episodes // self.episodes_per_update, self.max_steps or self.total_episodes)
 
 
+FIRST = (  # flags that --help shows first
+    *("sft_checkpoint", "reward_checkpoint", "dataset", "output_dir", "overwrite", "resume", "dry_run"),
+    *("response_length", "total_episodes", "episodes_per_update", "learning_rate", "kl_coef", "kl_target"),
+    *("missing_eos_penalty", "eval_steps"),
+)
 PRESETS = {
     "demo": Config(
         sft_checkpoint="runs/demo/sft",
@@ -161,7 +166,7 @@ Sums = dict[str, Tensor]  # of statistics over tokens, each a scalar on the devi
 def main(config: Config) -> None:
     started = time.monotonic()
     check_ppo_numbers(config)
-    runs = read_parents(config)
+    runs = foresee(config) if config.dry_run else read_parents(config)
     inputs = config.sft_checkpoint, config.reward_checkpoint, config.gold_checkpoint, runs["sft"]["base"]["model"]
     inputs += config.base_model, config.dataset
     check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
@@ -235,7 +240,7 @@ def main(config: Config) -> None:
 
         metrics = compare(first, last) | {"warnings": warnings(first, last)}
         console.print(describe(metrics))
-        save(config, folder, shared, form, base, runs, metrics, started)
+        save(config, folder, shared, form, base, runs, metrics, started, log)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     phases = {"sft": config.sft_checkpoint, "reward": config.reward_checkpoint, "ppo": config.output_dir}
     console.print(f"Next: {next_command('compare_outputs.py', config.dataset, **phases)}")
@@ -557,6 +562,14 @@ def set_learning_rates(optimizer, update: int, config: Config) -> None:
 # ---------------------------------------------------------------- models and prompts
 
 
+def foresee(config: Config) -> dict[str, dict[str, Any]]:
+    """The run.json of each checkpoint, by role, or what a plan asks of those that are not there yet."""
+    import reward_train
+    import sft_train
+
+    return earlier_runs(config, sft=sft_train, reward=reward_train)
+
+
 def choose_sizes(
     config: Config, runs: dict[str, dict[str, Any]], prompts: list[list[int]], eval_prompts: list[list[int]]
 ) -> tuple[int, str, Rollouts]:
@@ -627,4 +640,4 @@ def load_prompts(config: Config, form: PromptFormat) -> list[list[list[int]]]:
 
 
 if __name__ == "__main__":
-    run(main, Config, PRESETS, __doc__)
+    run(main, Config, PRESETS, __doc__, FIRST)

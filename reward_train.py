@@ -6,6 +6,7 @@ opens as a sequence classification model, and what it gets right in `evaluation.
 1. Tokenise each prompt with its chosen and its rejected response, both closed by EOS.
 2. Load the base the SFT adapter was trained on, stack a LoRA adapter on its upper layers, add a float32 scalar head.
 3. Train with TRL's RewardTrainer: -log sigmoid(score(chosen) - score(rejected)) (Bradley-Terry).
+   On the way, look at the test split.
 4. Score the test split: accuracy, calibration, and how much of it is length (rlhf/reward_eval.py).
 
 With --extra-data people's votes (`python -m feedback.vote`) are mixed into the training pairs. The votes on one prompt
@@ -32,9 +33,9 @@ from rlhf.checkpoints import check_child, check_output, is_finished, output_fold
 from rlhf.cli import UserError, check_at_least_one, check_between, next_command, run
 from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, load_splits, tokenize_pairs
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
-from rlhf.plan import Plan, plan_reward, read_shape, show_data, show_end, show_plan
+from rlhf.plan import Plan, earlier_runs, format_of, plan_reward, read_shape, show_data, show_end, show_plan
 from rlhf.processes import gather, is_main, sharded, share
-from rlhf.reporting import console, plot_curves
+from rlhf.reporting import Panel, console
 from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
 from rlhf.speed import Work
 from rlhf.training import (
@@ -92,6 +93,7 @@ class Config:
     warmup_ratio: float = 0.05  # share of the steps; then cosine to 0
     center_rewards_coefficient: float = 0.01  # keeps the scores near mean 0 (2312.09244)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    eval_steps: int | Literal["auto"] | None = "auto"  # steps between looks at test pairs; auto: up to ten; None: last
     save_minutes: float = 10.0  # between states to resume from; a crash costs at most so long
     save_steps: int | None = None  # the same in optimizer steps, instead
     save_total_limit: int = 2  # states kept
@@ -99,6 +101,11 @@ class Config:
     seed: int = 0  # of initialisation and shuffling
 
 
+FIRST = (  # flags that --help shows first
+    *("sft_checkpoint", "dataset", "output_dir", "overwrite", "resume", "dry_run"),
+    *("max_length", "max_train_samples", "extra_data"),
+    *("learning_rate", "num_train_epochs", "batch_size", "eval_steps"),
+)
 PRESETS = {
     "demo": Config(
         sft_checkpoint="runs/demo/sft",
@@ -121,7 +128,7 @@ def main(config: Config) -> None:
     if config.eval_only:
         eval_only(config)
         return
-    sft = read_run(config.sft_checkpoint, "sft")
+    sft = foresee(config) if config.dry_run else read_run(config.sft_checkpoint, "sft")
     inputs = config.sft_checkpoint, sft["base"]["model"], config.base_model, config.dataset, config.extra_data
     check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
     if is_finished(config):
@@ -130,7 +137,7 @@ def main(config: Config) -> None:
     started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
-    form = load_format(config.sft_checkpoint, sft)
+    form = format_of(config.sft_checkpoint, sft)
 
     # 1. Tokenise both responses of each pair.
     votes = load_votes(config.extra_data) if config.extra_data else None
@@ -163,6 +170,7 @@ def main(config: Config) -> None:
     with output_folder(config.output_dir, config.resume) as folder:
         # 3. Train.
         trainer = make_trainer(config, shared, form, train_set, dtype, folder)
+        trainer.eval_pairs = eval_sets["test pairs"]
         data = {
             "source": config.dataset,
             "half": config.half,
@@ -171,16 +179,17 @@ def main(config: Config) -> None:
             **({"votes": votes.counts | {"source": config.extra_data, "weight": config.extra_weight}} if votes else {}),
         }
         same = {"sft checkpoint": sft["adapter_sha256"], "dtype": str(dtype), "data": data["sha256"]}
-        trainer.prepare(config, folder, same, "Reward model", tokens)
+        trainer.prepare(config, folder, same, "Reward model", tokens, len(trainer.eval_pairs))
         shared.micro_batch = trainer.micro_batch
         start_run(folder, "reward", config, dtype, micro_batch_tokens=tokens)
         trainer.run()
 
         # 4. Score the test split.
         metrics = evaluate(config, shared, form, eval_sets, folder)
+        trainer.log({name: metrics[name] for name in ("eval_loss", "eval_accuracy", "eval_margin")})
         save_stacked(folder, shared, "reward", form, base)
         if is_main():
-            plot_curves(folder, "step", {"loss": ["loss"], "accuracy": ["accuracy"], "margin": ["margin"]})
+            trainer.lines.curves.draw()
             write_run(
                 folder,
                 "reward",
@@ -235,6 +244,13 @@ def tokenize_eval(config: Config, form, pairs: list[Pair], votes: VotePairs | No
     return {what: tokenize_pairs(part, form, config.max_length, what) for what, part in sets.items()}
 
 
+def foresee(config: Config) -> dict[str, Any]:
+    """The run.json of the SFT checkpoint, or what a plan asks of it if it is not there yet."""
+    import sft_train
+
+    return earlier_runs(config, sft=sft_train)["sft"]
+
+
 def dry_run(config: Config, base, form, pairs, sft) -> None:
     """Rows, tokens, steps and the memory plan."""
     tokenized = tokenize_pairs(pairs, form, config.max_length, "train")
@@ -260,9 +276,15 @@ def make_plan(config: Config, base, sft, longest: int) -> Plan:
 class Trainer(Resumable, RewardTrainer):
     """TRL's, with states to resume from, and steps in parts by tokens. Its loss is a mean over pairs."""
 
-    means = ("loss", "mean_reward", "accuracy", "margin")
+    panels = (
+        Panel("Loss", "nats a pair", {"preference_loss": "training", "eval_loss": "test"}),
+        Panel("Accuracy", "share of pairs", {"accuracy": "training", "eval_accuracy": "test"}),
+        Panel("Margin", "chosen - rejected score", {"margin": "training", "eval_margin": "test"}),
+    )
+    means = ("loss", "preference_loss", "mean_reward", "accuracy", "margin")
     extremes = ("min_reward", "max_reward")
     shared: SharedBase
+    eval_pairs: list[TokenPair]
 
     def tokens(self, row: Row) -> int:
         chosen, rejected = row["chosen_ids"], row["rejected_ids"]
@@ -278,6 +300,7 @@ class Trainer(Resumable, RewardTrainer):
         chosen, rejected = scores.chunk(2)
         return {
             "loss": self.pair_losses(chosen, rejected).sum(),
+            "preference_loss": -F.logsigmoid(chosen - rejected).sum(),  # as test pairs have it
             "mean_reward": scores.sum() / 2,  # of both texts of a pair
             "accuracy": (chosen > rejected).sum(),
             "margin": (chosen - rejected).sum(),
@@ -289,6 +312,13 @@ class Trainer(Resumable, RewardTrainer):
         """Bradley-Terry's, and what keeps the scores near mean 0 [pairs]."""
         centering = self.args.center_rewards_coefficient * (chosen + rejected).square()
         return centering - F.logsigmoid(chosen - rejected)
+
+    def evaluation(self) -> dict[str, float]:
+        """Of the test pairs what the evaluation at the end says of them too."""
+        pairs = score(self.shared, self.eval_pairs, self.processing_class.eos_token_id)
+        loss = np.logaddexp(0, -pairs.margin)
+        numbers = {"loss": loss, "accuracy": pairs.right, "margin": pairs.margin}
+        return {name: float(values.mean()) for name, values in numbers.items()}
 
 
 def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, folder: Path):
@@ -380,4 +410,4 @@ def eval_only(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, PRESETS, __doc__)
+    run(main, Config, PRESETS, __doc__, FIRST)

@@ -24,9 +24,9 @@ LEFT, RIGHT, TOP, BOTTOM = 38, 290, 10, 146  # of what is inside its axes
 X = {"sft": "step", "reward": "step", "ppo": "update"}  # what each phase's curves are drawn over
 PANELS = (  # phase, title, unit, and the label of each metric
     ("sft", "SFT: loss", "nats a token", {"loss": "training", "eval_loss": "test"}),
-    ("reward", "Reward model: loss", "nats a pair", {"loss": "training"}),
-    ("reward", "Reward model: accuracy", "share of pairs", {"accuracy": "training"}),
-    ("reward", "Reward model: margin", "chosen - rejected score", {"margin": "training"}),
+    ("reward", "Reward model: loss", "nats a pair", {"preference_loss": "training", "eval_loss": "test"}),
+    ("reward", "Reward model: accuracy", "share of pairs", {"accuracy": "training", "eval_accuracy": "test"}),
+    ("reward", "Reward model: margin", "chosen - rejected score", {"margin": "training", "eval_margin": "test"}),
     (
         "ppo",
         "PPO: score",

@@ -127,8 +127,8 @@ def describe(m: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def plot_frontier(folder: Path) -> None:
-    """frontier.png: what was gained in score, and in gold score if there is a judge, for how much KL, over the run."""
+def plot_frontier(folder: Path, picture: Path) -> None:
+    """Draw what was gained in score, and in gold score if there is a judge, for how much KL."""
     from matplotlib.figure import Figure
 
     rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "eval/kl" in row]
@@ -143,4 +143,4 @@ def plot_frontier(folder: Path) -> None:
     axis.set(xlabel="KL to SFT, nats a response", ylabel="gain over SFT", title="Held-out score against KL")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.savefig(folder / "frontier.png", dpi=130)
+    figure.savefig(picture, dpi=130, format="png")

@@ -210,7 +210,8 @@ def run_main(module_name: str, argv: list, seconds: int = HANGS) -> Result:
     signal.alarm(seconds)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run(module.main, module.Config, getattr(module, "PRESETS", {}), module.__doc__)
+            first = getattr(module, "FIRST", ())
+            run(module.main, module.Config, getattr(module, "PRESETS", {}), module.__doc__, first)
     except SystemExit as stop:
         code = stop.code or 0
     finally:

@@ -237,9 +237,14 @@ def test_a_run_json_that_was_edited(odd):
 
 def test_curves_are_what_the_scripts_write(trained):
     sft, reward = (page.read_curves(getattr(trained, phase), phase) for phase in ("sft", "reward"))
-    assert list(sft) == ["loss", "eval_loss"] and list(reward) == ["loss", "accuracy", "margin"]
+    assert list(sft) == ["loss", "eval_loss"]
+    assert list(reward) == [
+        *("preference_loss", "eval_loss"),
+        *("accuracy", "eval_accuracy"),
+        *("margin", "eval_margin"),
+    ]
     assert [x for x, _ in sft["loss"]] == [1, 2, 3, 4] and [x for x, _ in sft["eval_loss"]] == [0, 4]
-    written = {name for names in ppo_log.CURVES.values() for name in names}
+    written = {name for panel in ppo_log.PANELS for name in panel.lines}
     assert {name for phase, *_, labels in page.PANELS if phase == "ppo" for name in labels} <= written
 
 
@@ -368,7 +373,7 @@ def test_in_chromium(chromium, tmp_path):
     window.goto(url)
 
     assert window.locator("h1").all_inner_texts() == ["Comparing model outputs: base vs SFT vs PPO"]
-    assert window.locator("article").count() == 30 and window.locator("figure polyline").count() == 14
+    assert window.locator("article").count() == 30 and window.locator("figure polyline").count() == 17
     assert window.locator("script, img, iframe, [onload], [onerror], [onfocus]").count() == 0
     assert window.evaluate("window.hacked") is None
 

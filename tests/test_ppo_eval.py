@@ -84,5 +84,5 @@ def test_one_prompt_gives_finite_numbers():
 def test_the_frontier_is_drawn(tmp_path):
     rows = [{"update": n, "eval/kl": n, "eval/scores": 2 * n, "eval/gold_scores": -n} for n in range(3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"update": 3}]))
-    plot_frontier(tmp_path)
+    plot_frontier(tmp_path, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
