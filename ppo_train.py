@@ -27,11 +27,11 @@ from itertools import chain
 from typing import Any, Literal
 
 from rlhf.base import check_context
-from rlhf.card import choose_rollout, choose_tokens, describe_start
+from rlhf.card import Rollouts, choose_rollouts, choose_tokens, describe_start
 from rlhf.checkpoints import check_output, is_finished, output_folder, read_parents, recorded, start_run
 from rlhf.cli import next_command, run
 from rlhf.data import PromptFormat, load_splits, tokenize_prompts
-from rlhf.generation import Response, Seed, generate, step_seconds
+from rlhf.generation import Response, Seed, generate, prepare, step_seconds
 from rlhf.logprobs import Chosen, chosen_logprobs
 from rlhf.micro_batches import free_memory
 from rlhf.modeling import (
@@ -188,13 +188,14 @@ def main(config: Config) -> None:
         return
     form = load_format(config.sft_checkpoint, runs["sft"])
     prompts, eval_prompts = load_prompts(config, form)
-    tokens, why, rollout_rows, merged = choose_sizes(config, runs, prompts, eval_prompts)
+    tokens, why, rollouts = choose_sizes(config, runs, prompts, eval_prompts)
     shared, base = load_models(config, runs["sft"], form)
-    shared.micro_batch.tokens, shared.rollout_rows = tokens, rollout_rows
-    choose_weights(config, shared, merged, max(map(len, prompts)))
+    shared.micro_batch.tokens, shared.rollout_rows = tokens, rollouts.rows
+    prepare_rollouts(config, shared, rollouts, max(map(len, prompts + eval_prompts)))
     rows = config.episodes_per_update // config.num_mini_batches
     console.print(describe_start(shared.device, tokens, rows, shared.dtype, why))
-    console.print(f"rollouts of {rollout_rows} responses at a time, from {shared.rollout_weights} weights")
+    kept = ", keys and values kept between them" if shared.decoding else ""
+    console.print(f"rollouts of {rollouts.rows} responses at a time, from {shared.rollout_weights} weights{kept}")
     groups = [
         {"name": "policy", "params": shared.parameters("policy"), "peak_lr": config.learning_rate},
         {"name": "value", "params": shared.parameters("value"), "peak_lr": config.value_learning_rate},
@@ -208,8 +209,8 @@ def main(config: Config) -> None:
         Log(config, folder, config.num_updates) as log,
         State(config, folder, runs, (prompts, eval_prompts), shared, optimizer, scaler, log) as state,
     ):
-        sizes = {"rollout_rows": rollout_rows, "rollout_weights": shared.rollout_weights}
-        start_run(folder, "ppo", config, shared.dtype, micro_batch_tokens=tokens, **sizes)
+        sizes = {"micro_batch_tokens": tokens, "rollout_rows": rollouts.rows, "rollouts_kept": rollouts.kept}
+        start_run(folder, "ppo", config, shared.dtype, rollout_weights=shared.rollout_weights, **sizes)
         if not state.sft:
             state.sft = evaluate(config, shared, form, eval_prompts)  # as the new policy equals SFT's
             log.evaluation(0, state.sft, eval_prompts, form)
@@ -579,8 +580,8 @@ def foresee(config: Config) -> dict[str, dict[str, Any]]:
 
 def choose_sizes(
     config: Config, runs: dict[str, dict[str, Any]], prompts: list[list[int]], eval_prompts: list[list[int]]
-) -> tuple[int, str, int, bool]:
-    """Tokens of a micro-batch and why so many, rows of a rollout, and whether it may have a merged copy.
+) -> tuple[int, str, Rollouts]:
+    """Tokens of a micro-batch and why so many, and how responses are sampled.
 
     Before anything is loaded, as what is free then counts.
     """
@@ -590,18 +591,24 @@ def choose_sizes(
     most = max(longest, *map(len, eval_prompts)) + config.response_length + 1
     check_context(base, most, "--max-prompt-length", "--response-length")
     plans = ppo_plans(read_shape(base, config.dtype), config, runs, longest)
-    rows, merged = choose_rollout(config, plans, episodes_of_a_process(config), length, device())
-    return *choose_tokens(config, plans(rows, merged), length, device()), rows, merged
+    rollouts = choose_rollouts(config, plans, episodes_of_a_process(config), length, device())
+    return *choose_tokens(config, plans(rollouts), length, device()), rollouts
 
 
-def choose_weights(config: Config, shared: SharedBase, merged: bool, longest: int) -> None:
-    """Merge a copy of the base to sample from, if there is room for it and it is the faster one here.
+def prepare_rollouts(config: Config, shared: SharedBase, rollouts: Rollouts, longest: int) -> None:
+    """What stays from one rollout to the next: a merged copy, and where texts are written.
 
     Args:
         longest: tokens of the longest prompt.
     """
-    if not merged:
-        return
+    if rollouts.merged:
+        choose_weights(config, shared, longest)
+    if rollouts.kept:
+        shared.decoding = prepare(shared, "policy", rollouts.rows, longest, config.response_length, config.temperature)
+
+
+def choose_weights(config: Config, shared: SharedBase, longest: int) -> None:
+    """Merge a copy of the base to sample from, if it is the faster one here."""
     shared.merge("policy")
     begun = config.resume and agree(recorded(config.output_dir))
     if config.rollout_weights == "merged" or begun or shared.device.type != "cuda":

@@ -2,8 +2,9 @@
 
     python benchmarks/auto_tokens.py
 
-Prints a table in Markdown: tokens of a micro-batch, and for PPO rows of a rollout and whether a merged copy has room. Llama-3.2's shapes in NF4 at the scripts' defaults: texts of 512 tokens, pairs of 640 (the
-prompt counted once), prompts of 384 with responses of 128. A card of 12 GB has 12e9 bytes here.
+Prints a table in Markdown: tokens of a micro-batch, and for PPO rows of a rollout, whether a merged copy has room, and
+whether keys and values do from one rollout to the next. Llama-3.2's shapes in NF4 at the scripts' defaults: texts of 512
+tokens, pairs of 640 (the prompt counted once), prompts of 384 with responses of 128. A card of 12 GB has 12e9 bytes here.
 """
 
 import sys
@@ -16,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 import ppo_train  # noqa: E402
 import reward_train  # noqa: E402
 import sft_train  # noqa: E402
-from rlhf.card import CARD_OVERHEAD, MOST_TOKENS, STEP, Plan, deal, tokens_that_fit  # noqa: E402
+from rlhf.card import CARD_OVERHEAD, MOST_TOKENS, STEP, Plan, Rollouts, deal, tokens_that_fit  # noqa: E402
 from rlhf.plan import Shape, plan_ppo, plan_reward, plan_sft  # noqa: E402
 
 CARDS = (8, 12, 16, 24, 80)  # GB
@@ -33,15 +34,15 @@ def plans(shape: Shape, room: float) -> dict[str, tuple[Plan, int, str]]:
     reward = replace(reward_train.Config(), role_layers=layers)
     ppo = replace(ppo_train.Config(), role_layers=layers)
 
-    def ppo_plans(rows: int, merged: bool) -> Plan:
-        return lambda tokens: plan_ppo(shape, ppo, 16, 16, layers, 384, tokens, rows, merged)
+    def ppo_plans(rollouts: Rollouts) -> Plan:
+        return lambda tokens: plan_ppo(shape, ppo, 16, 16, layers, 384, tokens, rollouts)
 
-    rows, merged = deal(ppo_plans, "auto", ppo.episodes_per_update, 513, room)
-    dealt = f", {rows} rows, {'merged' if merged else 'base'}"
+    rollouts = deal(ppo_plans, ppo, ppo.episodes_per_update, 513, room)
+    dealt = f", {rollouts.rows} rows, {'merged' if rollouts.merged else 'base'}{', kept' if rollouts.kept else ''}"
     return {
         "SFT": (lambda tokens: plan_sft(shape, sft, 512, tokens), 512, ""),
         "reward model": (lambda tokens: plan_reward(shape, reward, 16, 640, tokens), 640, ""),
-        "PPO": (ppo_plans(rows, merged), 513, dealt),
+        "PPO": (ppo_plans(rollouts), 513, dealt),
     }
 
 

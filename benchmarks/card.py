@@ -279,8 +279,10 @@ def open_policy(of: dict[str, Any]):
 
 def made_up(shared, layers, rows: int, prompt: int, new: int, graphs: Graphs, lag: int = LAG) -> Decoding:
     """Rows that have read as many tokens of nothing."""
-    draws = torch.rand(rows, new, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return Decoding(shared.decoder, "policy", layers, [prompt] * rows, draws, 1.0, graphs, lag)
+    decoding = Decoding(shared.decoder, "policy", layers, rows, prompt, new, 1.0, graphs, lag)
+    decoding.lengths.fill_(prompt)
+    decoding.draws.uniform_()
+    return decoding
 
 
 @torch.no_grad()
@@ -407,9 +409,9 @@ def compare_graph(shared, form, layers, rows: int) -> dict[str, Any]:
     written = []
     for graphs in (Graphs(False), Graphs(shared.device.type == "cuda")):
         draws = torch.rand(rows, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-        lengths = list(map(len, prompts))
-        decoding = Decoding(shared.decoder, "policy", layers, lengths, draws, 1.0, graphs, 23)
-        decoding.read(prompts, 2048)
+        longest = max(map(len, prompts))
+        decoding = Decoding(shared.decoder, "policy", layers, rows, longest, 24, 1.0, graphs, 23)
+        decoding.read(prompts, draws, 2048)
         decoding.send()
         for _ in range(23):
             decoding.step()

@@ -1,11 +1,12 @@
-"""Llama-3.2-3B by its shape, on a CPU: two steps of SFT, two of the reward model, one PPO update, tensors counted by owner.
+"""Llama-3.2-3B by its shape, on a CPU: two steps of SFT and of the reward model, a PPO update, tensors counted by owner.
 
     make bench-3b
 
 Writes a model folder with the real configuration and random weights (6.4 GB in runs/llama-3b, one layer at a time, so the
 16-bit model is never in memory), then runs the three training scripts on it with the NF4 base, each in a process of
 its own. Every tensor is counted while they run (tensor_memory.py) and held beside the plan that --dry-run prints.
-Random weights change no shape and no byte; nothing here says anything of quality, or of a GPU's speed.
+PPO runs twice: as on a small card, and with a merged copy and keys and values that stay between rollouts, as on a larger
+one. Random weights change no shape and no byte; nothing here says anything of quality, or of a GPU's speed.
 """
 
 import json
@@ -22,11 +23,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import ppo_train  # noqa: E402
 import reward_train  # noqa: E402
 import sft_train  # noqa: E402
+from rlhf.card import Rollouts  # noqa: E402
 from rlhf.checkpoints import peak_memory_gib, read_run  # noqa: E402
 from rlhf.cli import quiet_libraries, run  # noqa: E402
 from rlhf.data import Pair, PromptFormat, tokenize_pairs, tokenize_prompt  # noqa: E402
 from rlhf.micro_batches import CPU_TOKENS  # noqa: E402
-from rlhf.modeling import load_tokenizer  # noqa: E402
+from rlhf.modeling import SharedBase, load_tokenizer  # noqa: E402
 from rlhf.plan import OWNERS, plan_ppo, plan_reward, plan_sft, read_shape, show_plan  # noqa: E402
 from rlhf.reporting import console  # noqa: E402
 
@@ -60,6 +62,7 @@ LLAMA_3B = LlamaConfig(
     tie_word_embeddings=True,
 )
 PROMPT, RESPONSE = 128, 32  # tokens
+MERGED = "ppo_merged"
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def main(config: Config) -> None:
     write_data(WORK / "data", config.tokenizer)
     results: dict[str, Any] = {"hardware": hardware()}
     context = multiprocessing.get_context("spawn")
-    for phase in ("sft", "reward", "ppo"):
+    for phase in ("sft", "reward", "ppo", MERGED):
         process = context.Process(target=measure, args=(phase,))
         process.start()
         process.join()
@@ -91,7 +94,7 @@ def main(config: Config) -> None:
     for name, script, longest, plan in (
         ("sft_train.py", sft, 512, lambda tokens: plan_sft(shape, sft, 512, tokens)),
         ("reward_train.py", reward, 640, lambda tokens: plan_reward(shape, reward, 16, 640, tokens)),
-        ("ppo_train.py", ppo, 512, lambda tokens: plan_ppo(shape, ppo, 16, 16, 14, 384, tokens)),
+        ("ppo_train.py", ppo, 512, lambda tokens: plan_ppo(shape, ppo, 16, 16, 14, 384, tokens, Rollouts(32))),
     ):
         console.print(name)
         show_plan(plan, longest, script)
@@ -177,6 +180,8 @@ def measure(phase: str) -> None:
         script, config = reward_train, replace(reward_train.Config(), batch_size=2, **sft, **shared, **step)
     else:
         script = ppo_train
+        rollouts = Rollouts(8, merged=phase == MERGED, kept=phase == MERGED)
+        ppo_train.choose_rollouts = lambda *_: rollouts  # a CPU would keep nothing
         config = replace(
             ppo_train.Config(),
             **sft,
@@ -187,7 +192,7 @@ def measure(phase: str) -> None:
             total_episodes=8,
             episodes_per_update=8,
             num_mini_batches=1,
-            rollout_batch_size=8,
+            rollout_weights="merged" if rollouts.merged else "base",
             critic_warmup_updates=0,
             max_eval_samples=2,
         )
@@ -201,8 +206,8 @@ def measure(phase: str) -> None:
     plan = {
         "sft": lambda: plan_sft(shape, config, PROMPT + RESPONSE, CPU_TOKENS),
         "reward": lambda: plan_reward(shape, config, 16, PROMPT + 2 * RESPONSE, CPU_TOKENS),
-        "ppo": lambda: plan_ppo(shape, config, 16, 16, reward_train.Config().role_layers, PROMPT, CPU_TOKENS),
-    }[phase]()
+        "ppo": lambda: plan_ppo(shape, config, 16, 16, reward_train.Config().role_layers, PROMPT, CPU_TOKENS, rollouts),
+    }[phase.removesuffix("_merged")]()
     result = {
         "counted_gb": {owner: memory.peak[owner] / 1e9 for owner in OWNERS},
         "planned_gb": {owner: plan.get(owner, 0) / 1e9 for owner in OWNERS},
@@ -232,6 +237,14 @@ def watch(script, memory: TensorMemory) -> None:
         return result
 
     setattr(script, name, outer)
+    merge = SharedBase.merge
+
+    def count_merged(shared, role):
+        merge(shared, role)
+        for linear in (linear for layer in shared.merged.layers for linear in layer.maps):
+            memory.add(linear.weight, "merged copy", again=True)
+
+    SharedBase.merge = count_merged
     if hasattr(script, "save_stacked"):
         save = script.save_stacked
 

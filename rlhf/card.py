@@ -1,9 +1,11 @@
 """What a card holds, by the memory plan: tokens of a micro-batch, rows of a rollout, a merged copy to sample from.
 
-Memory is dealt in this order: rows of a rollout, `FIRST_TOKENS` of a micro-batch, the merged copy, more tokens.
+Memory is dealt in this order: rows of a rollout, `FIRST_TOKENS` of a micro-batch, the merged copy, keys and values that
+stay from one rollout to the next, more tokens.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.checkpoints import recorded
@@ -19,8 +21,18 @@ MOST_TOKENS = 8192  # more does not pay: a card is at work by then
 FIRST_TOKENS = 3584  # with fewer a card idles, which costs more than a merged copy gains
 CPU_ROWS = 32  # of a rollout on a CPU
 
+
+@dataclass(frozen=True)
+class Rollouts:
+    """How responses are sampled."""
+
+    rows: int  # at a time
+    merged: bool = False  # from a merged copy, if it is the faster one
+    kept: bool = False  # keys, values and graphs stay on the card between rollouts
+
+
 Plan = Callable[[int], dict[str, float]]  # bytes by owner, of the tokens of a micro-batch
-Plans = Callable[[int, bool], Plan]  # of the rows of a rollout, and whether there is a merged copy
+Plans = Callable[[Rollouts], Plan]
 
 
 def tokens_that_fit(plan: Plan, longest: int, room: float) -> int:
@@ -36,22 +48,31 @@ def tokens_that_fit(plan: Plan, longest: int, room: float) -> int:
     return max(fitting[-1] if fitting else 0, longest)
 
 
-def deal(plans: Plans, asked_rows: int | str, episodes: int, longest: int, room: float) -> tuple[int, bool]:
-    """Rows of a rollout, and whether a merged copy fits beside them and `FIRST_TOKENS`.
+def deal(plans: Plans, config: Any, episodes: int, longest: int, room: float) -> Rollouts:
+    """The rollouts that fit: all episodes in as few as keys and values allow, unless --rollout-batch-size says.
+
+    A merged copy and what is kept need room beside `FIRST_TOKENS`, or beside as many as were asked for. A merged copy that
+    was asked for may not fit.
 
     Args:
-        asked_rows: or "auto": all episodes in as few rollouts as their keys and values allow.
         longest: tokens of the longest text.
     """
 
-    def fits(rows: int, merged: bool, tokens: int) -> bool:
-        return sum(plans(rows, merged)(tokens).values()) <= room
+    def fits(rollouts: Rollouts, tokens: int) -> bool:
+        return sum(plans(rollouts)(tokens).values()) <= room
 
-    rows = asked_rows
+    rows, weights, tokens = config.rollout_batch_size, config.rollout_weights, first_tokens(config, longest)
     if rows == "auto":
         sizes = [-(-episodes // parts) for parts in range(1, episodes + 1)]
-        rows = next((size for size in sizes if fits(size, False, longest)), 1)
-    return rows, fits(rows, True, max(FIRST_TOKENS, longest))
+        rows = next((size for size in sizes if fits(Rollouts(size), longest)), 1)
+    merged = weights == "merged" or (weights == "auto" and fits(Rollouts(rows, merged=True), tokens))
+    kept = fits(Rollouts(rows, merged, kept=True), tokens)
+    return Rollouts(rows, merged, kept)
+
+
+def first_tokens(config: Any, longest: int) -> int:
+    """Tokens of a micro-batch that come before what makes rollouts fast."""
+    return max(FIRST_TOKENS if config.micro_batch_tokens == "auto" else config.micro_batch_tokens, longest)
 
 
 def room_for_tensors(total: int, free: int, reserved: int, fraction: float) -> float:
@@ -72,8 +93,8 @@ def room_on_card(device: torch.device) -> float:
     return room_for_tensors(total, free, torch.cuda.memory_reserved(index), fraction)
 
 
-def choose_rollout(config: Any, plans: Plans, episodes: int, longest: int, device: torch.device) -> tuple[int, bool]:
-    """Rows of a rollout, and whether it may have a merged copy, the same for all processes. All processes call it.
+def choose_rollouts(config: Any, plans: Plans, episodes: int, longest: int, device: torch.device) -> Rollouts:
+    """How responses are sampled, the same for all processes. All processes call it.
 
     Raises:
         UserError: a merged copy was asked for and does not fit by the plan.
@@ -83,18 +104,21 @@ def choose_rollout(config: Any, plans: Plans, episodes: int, longest: int, devic
         before = agree(recorded(config.output_dir)) or {}
         if "rollout_rows" in before:  # runs of earlier versions do not say
             rows = before["rollout_rows"] if asked == "auto" else asked
-            return rows, (before["rollout_weights"] if weights == "auto" else weights) == "merged"
+            merged = (before["rollout_weights"] if weights == "auto" else weights) == "merged"
+            return Rollouts(rows, merged, before["rollouts_kept"])
     if device.type != "cuda":
-        return (CPU_ROWS if asked == "auto" else asked), weights == "merged"
+        return Rollouts(CPU_ROWS if asked == "auto" else asked, weights == "merged")
     room = room_on_card(device)
-    rows, fits = deal(plans, asked, episodes, longest, room)
-    rows, fits = least(rows), bool(least(int(fits)))
-    if weights == "merged" and not fits:
-        raise UserError(
-            f"--rollout-weights merged: by the memory plan {room / 1e9:.1f} GB of this card have no room for a merged copy "
-            f"beside {rows} rows of a rollout and micro-batches of {FIRST_TOKENS} tokens: leave it at auto, or take base"
-        )
-    return rows, fits and weights != "base"
+    dealt = deal(plans, config, episodes, longest, room)
+    rows, merged, kept = (least(int(number)) for number in (dealt.rows, dealt.merged, dealt.kept))
+    rollouts = Rollouts(rows, bool(merged), bool(kept))
+    tokens = first_tokens(config, longest)
+    if least(int(weights != "merged" or sum(plans(replace(rollouts, kept=False))(tokens).values()) <= room)):
+        return rollouts
+    raise UserError(
+        f"--rollout-weights merged: by the memory plan {room / 1e9:.1f} GB of this card have no room for a merged copy "
+        f"beside {rows} rows of a rollout and micro-batches of {tokens} tokens: leave it at auto, or take base"
+    )
 
 
 def choose_tokens(config: Any, plan: Plan, longest: int, device: torch.device) -> tuple[int, str]:

@@ -307,7 +307,9 @@ def recorded(output_dir: str) -> dict[str, Any] | None:
     try:
         run = json.loads((partial_of(place_of(output_dir)) / "run.json").read_text(encoding="utf-8"))
         sizes = {name: int(run[name]) for name in ("micro_batch_tokens", "rollout_rows") if name in run}
-        sizes |= {"rollout_weights": str(run["rollout_weights"])} if "rollout_weights" in run else {}
+        if "rollout_weights" in run:
+            sizes["rollout_weights"] = str(run["rollout_weights"])
+            sizes["rollouts_kept"] = bool(run.get("rollouts_kept"))
         return sizes if "micro_batch_tokens" in sizes else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -34,12 +34,13 @@ def row_bucket(rows: int, on_card: bool) -> int:
 
 
 class Decoding:
-    """Texts that are being written.
+    """Texts that are being written, and then others in the same place.
 
     Args:
         role, layers: whose adapters it runs with, through which layers: the decoder's own or their merged twins.
-        lengths: of the prompts, in tokens, from the shortest on.
-        draws: [rows, R] in [0, 1), float64, for each token that is to be sampled.
+        texts: at most so many.
+        longest: tokens of a prompt at most.
+        new: tokens that each text gets at most.
         temperature: logits are divided by it; 0 is greedy.
         lag: steps after which a token is looked at.
     """
@@ -49,24 +50,25 @@ class Decoding:
         decoder: Decoder,
         role: str,
         layers: list[LeanLayer],
-        lengths: list[int],
-        draws: Tensor,
+        texts: int,
+        longest: int,
+        new: int,
         temperature: float,
         graphs: Graphs,
         lag: int,
     ):
         self.decoder, self.role, self.layers = decoder, role, layers
         self.temperature, self.graphs, self.lag = temperature, graphs, lag
+        self.count, self.longest, self.new = texts, longest, new
         self.lm_head = decoder.model.get_output_embeddings().weight
         config, weight = decoder.model.config, decoder.inner.embed_tokens.weight
         self.device, self.on_card = weight.device, weight.is_cuda
-        count, new = draws.shape
-        rows = row_bucket(count, self.on_card)
-        self.width = round_up(max(lengths) + new, self.width_step)
-        decoder.check_window(max(lengths) + new)
-        self.longest = max(lengths)  # of the texts, once the token that was sampled last is read
+        rows = row_bucket(texts, self.on_card)
+        self.width = round_up(longest + new, self.width_step)
+        decoder.check_window(longest + new)
 
-        shape = (rows, config.num_key_value_heads, self.width, layers[0].attention.head_dim)
+        width = self.width if self.on_card else round_up(longest + 1, self.width_step)
+        shape = (rows, config.num_key_value_heads, width, layers[0].attention.head_dim)
         self.keys = [weight.new_zeros(shape) for _ in layers]
         self.values = [weight.new_zeros(shape) for _ in layers]
         self.reading = slice(0, 0)  # the rows whose prompts are being read
@@ -76,18 +78,17 @@ class Decoding:
         half = sin.shape[-1] // 2
         self.sin = torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)[:, None].contiguous()
 
+        numbers = {"dtype": torch.long, "device": self.device}
         # Of each row. Those without a text have no token to look at but the one that they write themselves.
-        idle = rows - count
         self.rows = torch.arange(rows, device=self.device)
-        self.lengths = torch.tensor(lengths + [0] * idle, device=self.device)
-        self.tokens = torch.zeros(rows, dtype=torch.long, device=self.device)
-        self.draws = F.pad(draws, (0, 0, 0, idle)).to(self.device)
+        self.lengths = torch.zeros(rows, **numbers)
+        self.tokens = torch.zeros(rows, **numbers)
+        self.draws = torch.zeros(rows, new, dtype=torch.float64, device=self.device)
+        self.places = torch.zeros(rows, **numbers)  # of `logprobs`, where a row's go
         # Of all texts, in order, and one line for the rows without.
-        self.places = torch.tensor([*range(count), *[count] * idle], device=self.device)  # [B] where a row's go
-        self.logprobs = torch.zeros(count + 1, new, device=self.device)
-        self.step_number = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.logprobs = torch.zeros(rows + 1, new, device=self.device)
+        self.step_number = torch.zeros(1, **numbers)
 
-        self.sent = self.received = 0
         self.ring = torch.zeros(lag + 1, rows, dtype=torch.long, pin_memory=self.on_card)
         self.arrived = [torch.cuda.Event() for _ in range(lag + 1)] if self.on_card else []
 
@@ -102,8 +103,28 @@ class Decoding:
 
     # -- prompts
 
-    def read(self, prompts: list[list[int]], tokens: int) -> None:
-        """Read the prompts, `tokens` tokens or one text at a time, and sample the first token of each response."""
+    def serves(self, role: str, layers: list[LeanLayer], lengths: list[int], new: int, temperature: float) -> bool:
+        """Whether texts of these lengths can be written in what is there."""
+        like = self.role == role and self.layers is layers and (self.new, self.temperature) == (new, temperature)
+        return like and len(lengths) <= len(self.tokens) and max(lengths) + new <= self.width
+
+    def read(self, prompts: list[list[int]], draws: Tensor, tokens: int) -> None:
+        """Read the prompts, and sample the first token of each response. Nothing is left of texts before.
+
+        Args:
+            prompts: from the shortest on.
+            draws: [texts, R] in [0, 1), float64, for each token that is to be sampled.
+            tokens: read at a time, or one text.
+        """
+        self.count = len(prompts)
+        self.longest = len(prompts[-1])  # of the texts, once the token that was sampled last is read
+        self.sent = self.received = 0
+        idle = len(self.tokens) - self.count
+        for of_layer in (*self.keys, *self.values, self.logprobs, self.step_number):
+            of_layer.zero_()
+        self.lengths.copy_(torch.tensor([*map(len, prompts), *[0] * idle]))
+        self.places.copy_(torch.tensor([*range(self.count), *[len(self.logprobs) - 1] * idle]))
+        self.draws.copy_(F.pad(draws, (0, 0, 0, idle)))
         hidden = self.lm_head.new_zeros(len(self.tokens), self.lm_head.shape[1])
         for part in cut_by_tokens([len(prompt) for prompt in prompts], tokens):
             self.reading = slice(part[0], part[-1] + 1)
@@ -122,7 +143,9 @@ class Decoding:
     def step(self) -> None:
         """One token more for each row."""
         self.longest += 1
-        self.graphs.run((len(self.tokens), self.looked_at), self.read_and_sample)
+        if not self.on_card:
+            self.widen()
+        self.graphs.run((self, len(self.tokens), self.looked_at), self.read_and_sample)
 
     def read_and_sample(self) -> None:
         """Read the tokens that were sampled last, and sample the next. Nothing in here waits for the device."""
@@ -166,6 +189,14 @@ class Decoding:
             self.arrived[slot].synchronize()
         self.received += 1
         return self.ring[slot].tolist()
+
+    def widen(self) -> None:
+        """Have as many places as are looked at. For a CPU, where rows have ended before most are needed."""
+        more = self.looked_at - self.keys[0].shape[2]
+        if more > 0:
+            for of_layers in (self.keys, self.values):
+                for i, whole in enumerate(of_layers):
+                    of_layers[i] = F.pad(whole, (0, 0, 0, more))
 
     def shrink(self, keep: list[int]) -> bool:
         """Go on with these rows alone, if they fit a smaller shape. For a CPU, which looks at each token at once."""

@@ -76,9 +76,9 @@ def generate(
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
-        finally:
-            shared.graphs.clear()
         # Outside `except`, which would hold the cache that did not fit.
+        shared.decoding = None
+        shared.graphs.clear()
         shared.rollout_rows = (len(rows) + 1) // 2
         console.print(f"out of memory: {shared.rollout_rows} responses at a time from now on, not {len(rows)}")
         free_memory()
@@ -88,7 +88,11 @@ def generate(
 def _sample(shared, role, form, prompts, seeds, max_new_tokens, temperature) -> list[Response]:
     """The responses to prompts that run together."""
     decoding = start(shared, role, prompts, seeds, max_new_tokens, temperature)
-    ended = {row: response for row, _, response in stream(decoding, form) if response}
+    try:
+        ended = {row: response for row, _, response in stream(decoding, form) if response}
+    finally:
+        if decoding is not shared.decoding:
+            shared.graphs.clear()
     responses = [ended[row] for row in range(len(prompts))]
     if temperature == 0:
         return responses
@@ -99,6 +103,7 @@ def _sample(shared, role, form, prompts, seeds, max_new_tokens, temperature) -> 
     ]
 
 
+@torch.no_grad()
 def start(
     shared: SharedBase,
     role: str,
@@ -107,13 +112,25 @@ def start(
     max_new_tokens: int,
     temperature: float,
 ) -> Decoding:
-    """Read prompts, from the shortest on, and sample the first token of each response."""
+    """Read prompts, from the shortest on, and sample the first token of each response.
+
+    What `prepare` has kept is used if it serves.
+    """
     draws = torch.stack([_uniforms(seed, max_new_tokens) for seed in seeds])
-    lag = LAG if shared.device.type == "cuda" else 0
-    layers, lengths = shared.layers_of(role), list(map(len, prompts))
-    decoding = Decoding(shared.decoder, role, layers, lengths, draws, temperature, shared.graphs, lag)
-    decoding.read(prompts, shared.micro_batch.tokens)
+    lengths, decoding = list(map(len, prompts)), shared.decoding
+    if not decoding or not decoding.serves(role, shared.layers_of(role), lengths, max_new_tokens, temperature):
+        decoding = prepare(shared, role, len(prompts), max(lengths), max_new_tokens, temperature)
+    decoding.read(prompts, draws, shared.micro_batch.tokens)
     return decoding
+
+
+def prepare(
+    shared: SharedBase, role: str, texts: int, longest: int, max_new_tokens: int, temperature: float
+) -> Decoding:
+    """Room for so many texts, of prompts of at most `longest` tokens."""
+    lag = LAG if shared.device.type == "cuda" else 0
+    sizes = texts, longest, max_new_tokens
+    return Decoding(shared.decoder, role, shared.layers_of(role), *sizes, temperature, shared.graphs, lag)
 
 
 @torch.no_grad()
@@ -122,10 +139,9 @@ def step_seconds(shared: SharedBase, role: str, layers: list[LeanLayer], rows: i
 
     Infinitely long if it does not fit.
     """
-    draws = torch.zeros(rows, 12, dtype=torch.float64)
-    lengths = [prompt_length] * rows
     try:
-        decoding = Decoding(shared.decoder, role, layers, lengths, draws, 1.0, shared.graphs, LAG)
+        decoding = Decoding(shared.decoder, role, layers, rows, prompt_length, 12, 1.0, shared.graphs, LAG)
+        decoding.lengths.fill_(prompt_length)
         for _ in range(2):  # as it is; captured
             decoding.step()
         clock = Stopwatch(shared.device)
@@ -142,7 +158,7 @@ def step_seconds(shared: SharedBase, role: str, layers: list[LeanLayer], rows: i
 @torch.no_grad()
 def stream(decoding: Decoding, form: PromptFormat) -> Iterator[tuple[int, int, Response | None]]:
     """The tokens of all responses as they come: row, token, and the whole response where that is its last one."""
-    count, new = len(decoding.logprobs) - 1, decoding.draws.shape[1]
+    count, new = decoding.count, decoding.new
     texts: list[int | None] = list(range(count))  # of each row, until it ends
     written: list[list[int]] = [[] for _ in range(count)]
     for step in range(new + decoding.lag):

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from rlhf.base import check_context, read_config
-from rlhf.card import CARD_OVERHEAD, Plan, Plans, deal, tokens_that_fit
+from rlhf.card import CARD_OVERHEAD, Plan, Plans, Rollouts, deal, tokens_that_fit
 from rlhf.checkpoints import check_child, read_parents, read_run
 from rlhf.cli import UserError, check_between, less_memory
 from rlhf.data import PromptFormat, load_splits, tokenize_prompts
@@ -186,41 +186,45 @@ def plan_ppo(
     reward_layers: int,
     longest: int,
     tokens: int,
-    rows: int = 32,
-    merged: bool = False,
+    rollouts: Rollouts,
     gold: tuple[int, int] = (0, 1),
     processes: int = 1,
 ) -> Bytes:
     """The larger of a full rollout and of a micro-batch's backward pass.
 
-    `longest`: tokens of the longest prompt; `tokens`: of a micro-batch; `rows`: sampled at a time, from a `merged` copy or
-    not; `gold`: rank and layers of the judge's adapter, rank 0 if there is none.
+    `longest`: tokens of the longest prompt; `tokens`: of a micro-batch; `gold`: rank and layers of the judge's adapter,
+    rank 0 if there is none.
     """
     scorer, policy = shape.lora(reward_rank, reward_layers), shape.lora(config.lora_rank, config.role_layers)
     role_layers = max(config.role_layers or shape.layers, reward_layers or shape.layers)
     role_rank, length = max(config.lora_rank, reward_rank, gold[0]), longest + config.response_length
     episodes = config.episodes_per_update // processes
-    rows = round_up(min(rows, episodes), 8)
+    rows = round_up(min(rollouts.rows, episodes), 8)
     tokens = at_most(tokens, episodes // config.num_mini_batches, length)
     roles = 5 if gold[0] else 4  # SFT's, policy, value, reward
     stacks = shape.stacks(sft_rank, role_rank, role_layers, roles)
     adapters = shape.lora(sft_rank, 0) + 2 * scorer + policy + shape.lora(*gold)
     standing = trained(shape, adapters, stacks, scorer + policy, 0)
-    standing |= {"merged copy": shape.merged() if merged else 0}
-    rollout = standing | {
-        "KV cache": shape.kv_cache(rows, round_up(length, 64)),
+    standing |= {"merged copy": shape.merged() if rollouts.merged else 0}
+    cache = {"KV cache": shape.kv_cache(rows, round_up(length, 64))}
+    step = {
         "activations": shape.forward(rows, 1),
         # Logits (on a GPU in float32), the same over the temperature, and their softmax.
         "logits": rows * shape.vocabulary * ((4 if shape.fused_attention else shape.width) + 4 + 4),
     }
-    prefill = rollout | {"activations": shape.forward(min(rows * longest, tokens), longest), "logits": 0}
+    prefill = {"activations": shape.forward(min(rows * longest, tokens), longest)}
     lower = episodes * length * shape.hidden * shape.width  # of the layers below the roles, for all epochs
     rank = sft_rank + role_rank
-    backward = standing | {
+    backward = {
         "activations": lower + shape.backward(tokens, length, role_layers, rank, config.gradient_checkpointing),
         "logits": shape.logits(tokens),
     }
-    return max((rollout, prefill, backward), key=lambda plan: sum(plan.values()))
+    if rollouts.kept:  # a graph holds what its step needs
+        moments = (cache, step, prefill), (cache, step, backward)
+    else:
+        moments = (cache, step), (cache, prefill), (backward,)
+    plans = [{owner: sum(part.get(owner, 0) for part in (standing, *moment)) for owner in OWNERS} for moment in moments]
+    return max(plans, key=lambda plan: sum(plan.values()))
 
 
 def at_most(tokens: int, rows: int, longest: int) -> int:
@@ -370,11 +374,11 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     length, room = longest + config.response_length + 1, config.card_gb * 1e9 * (1 - CARD_OVERHEAD)
     check_context(base, length, "--max-prompt-length", "--response-length")
     plans = ppo_plans(shape, config, runs, longest)
-    rows, merged = deal(plans, config.rollout_batch_size, episodes_of_a_process(config), length, room)
-    merged = config.rollout_weights == "merged" or (merged and config.rollout_weights == "auto")
-    weights = "a merged 16-bit copy" if merged else "the base with its adapters"
-    console.print(f"rollouts: {rows} responses at a time, from {weights}")
-    show_plan(plans(rows, merged), length, config)
+    rollouts = deal(plans, config, episodes_of_a_process(config), length, room)
+    weights = "a merged 16-bit copy" if rollouts.merged else "the base with its adapters"
+    kept = ", their keys and values kept for the next" if rollouts.kept else ""
+    console.print(f"rollouts: {rollouts.rows} responses at a time, from {weights}{kept}")
+    show_plan(plans(rollouts), length, config)
 
 
 def episodes_of_a_process(config: Any) -> int:
@@ -382,7 +386,7 @@ def episodes_of_a_process(config: Any) -> int:
 
 
 def ppo_plans(shape: Shape, config: Any, runs: dict[str, dict[str, Any]], longest: int) -> Plans:
-    """The plans of `ppo_train.py` by rows and weights of a rollout, from the run.json of its checkpoints, by role."""
+    """The plans of `ppo_train.py` by its rollouts, from the run.json of its checkpoints, by role."""
     adapters = {
         role: (run["hyperparameters"]["lora_rank"], run["hyperparameters"].get("role_layers", 0))
         for role, run in runs.items()
@@ -390,7 +394,7 @@ def ppo_plans(shape: Shape, config: Any, runs: dict[str, dict[str, Any]], longes
     parents = adapters["sft"][0], *adapters["reward"]
     gold = adapters.get("gold", (0, 1))
 
-    def plans(rows: int, merged: bool) -> Plan:
-        return lambda tokens: plan_ppo(shape, config, *parents, longest, tokens, rows, merged, gold, num_processes())
+    def plans(rollouts: Rollouts) -> Plan:
+        return lambda tokens: plan_ppo(shape, config, *parents, longest, tokens, rollouts, gold, num_processes())
 
     return plans

@@ -112,7 +112,7 @@ def compare(theirs: dict) -> list[float]:
     ours = {}
     with torch.no_grad():
         for name, role in {"sft": "reference", "ppo": "policy", "exported": "policy"}.items():
-            ours[name] = shared.decoder.norm(shared.read(texts, role)) @ shared.lm_head_weight().T
+            ours[name] = shared.upper(shared.lower(texts), texts, role) @ shared.lm_head_weight().T
         for name, role in {"reward": "reward", "ppo/value": "value"}.items():
             ours[name] = shared.read_head(texts, role)
     differences = []

@@ -1,4 +1,4 @@
-"""Runs sft_train.py or reward_train.py in a process whose memory runs out once; of several, the last one's.
+"""Runs a training script in a process whose memory runs out once, amid a step; of several, the last one's.
 
 torchrun --nproc-per-node 2 tests/out_of_memory_once.py sft_train.py ...
 """
@@ -11,24 +11,34 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rlhf.training  # noqa: E402
+from rlhf.modeling import SharedBase  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
 def run_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the second step, when a part has left gradients."""
-    differentiate, ran_out = rlhf.training.Resumable.differentiate, []
+    """When a part has left gradients: of SFT and reward model in the second step, of the policy in its first."""
+    differentiate, upper, ran_out = rlhf.training.Resumable.differentiate, SharedBase.upper, []
 
-    def spoiled(self, *args):
-        begun = any(weight.grad is not None for weight in self.trained().values())
-        if self.state.global_step == 1 and begun and not ran_out:
+    def run_out_if(begun):
+        if begun and not ran_out:
             ran_out.append(True)
             print("out of memory")
             raise torch.OutOfMemoryError("out of memory")
+
+    def spoiled(self, *args):
+        begun = any(weight.grad is not None for weight in self.trained().values())
+        run_out_if(self.state.global_step == 1 and begun)
         return differentiate(self, *args)
 
+    def spoiled_upper(self, lower, texts, role):
+        learns = role == "policy" and torch.is_grad_enabled()
+        run_out_if(learns and any(weight.grad is not None for weight in self.parameters(role)))
+        return upper(self, lower, texts, role)
+
     monkeypatch.setattr(rlhf.training.Resumable, "differentiate", spoiled)
+    monkeypatch.setattr(SharedBase, "upper", spoiled_upper)
 
 
 if __name__ == "__main__":

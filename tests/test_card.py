@@ -6,7 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import rlhf.card
-from rlhf.card import CPU_ROWS, choose_rollout, choose_tokens, deal, room_for_tensors, tokens_that_fit
+from rlhf.card import CPU_ROWS, Rollouts, choose_rollouts, choose_tokens, deal, room_for_tensors, tokens_that_fit
 from rlhf.cli import UserError
 
 import pytest
@@ -103,50 +103,65 @@ def test_memory_grows_in_pieces_unless_it_was_set_otherwise(set_before, then):
 # ---------------------------------------------------------------- rollouts
 
 
-def rollout_plans(rows, merged):
+def rollout_plans(rollouts):
     """100 bytes stand; a row takes 10, a merged copy 2000, a token of a micro-batch one."""
-    return lambda tokens: {"base": 100.0, "merged": 2000.0 * merged, "of the moment": float(max(10 * rows, tokens))}
+    cache, copy = 10.0 * rollouts.rows, 2000.0 * rollouts.merged
+    of_moment = (lambda tokens: cache + tokens) if rollouts.kept else (lambda tokens: max(cache, tokens))
+    return lambda tokens: {"base": 100.0, "merged": copy, "of the moment": float(of_moment(tokens))}
+
+
+def wanting(rows="auto", weights="auto", tokens="auto", resume=False):
+    sizes = {"rollout_batch_size": rows, "rollout_weights": weights, "micro_batch_tokens": tokens}
+    return SimpleNamespace(**sizes, resume=resume, output_dir="out")
+
+
+ALL = 100 + 2000 + 3584 + 640  # with everything
 
 
 @pytest.mark.parametrize(
     ("room", "dealt"),
     [
-        (100 + 640, (64, False)),  # all rows, and nothing beside them
-        (100 + 639, (32, False)),  # two rollouts of as many
-        (100 + 250, (22, False)),  # three
-        (100 + 9, (1, False)),
-        (100 + 2000 + 3583, (64, False)),  # a merged copy only beside 3,584 tokens
-        (100 + 2000 + 3584, (64, True)),
+        (100 + 640, Rollouts(64)),  # all rows, and nothing beside them
+        (100 + 639, Rollouts(32)),  # two rollouts of as many
+        (100 + 250, Rollouts(22)),  # three
+        (100 + 9, Rollouts(1)),
+        (100 + 2000 + 3583, Rollouts(64, kept=True)),  # a merged copy only beside 3,584 tokens
+        (100 + 2000 + 3584, Rollouts(64, merged=True)),
+        (ALL - 1, Rollouts(64, merged=True)),
+        (ALL, Rollouts(64, merged=True, kept=True)),
     ],
 )
 def test_memory_is_dealt_in_order(room, dealt):
-    assert deal(rollout_plans, "auto", 64, 10, room) == dealt
+    assert deal(rollout_plans, wanting(), 64, 10, room) == dealt
 
 
-def wanting(rows="auto", weights="auto", resume=False):
-    return SimpleNamespace(rollout_batch_size=rows, rollout_weights=weights, resume=resume, output_dir="out")
+def test_tokens_that_were_asked_for_come_before_what_makes_rollouts_fast():
+    assert deal(rollout_plans, wanting(tokens=3585), 64, 10, ALL) == Rollouts(64, merged=True)
+    assert deal(rollout_plans, wanting(tokens=5000), 64, 10, ALL) == Rollouts(64, kept=True)
+    assert deal(rollout_plans, wanting(tokens=5000, weights="merged"), 64, 10, ALL) == Rollouts(64, merged=True)
 
 
 def test_rollouts_on_a_cpu_go_by_a_fixed_rule():
     cpu = torch.device("cpu")
-    assert choose_rollout(wanting(), None, 64, 10, cpu) == (CPU_ROWS, False)
-    assert choose_rollout(wanting(40, "merged"), None, 64, 10, cpu) == (40, True)
+    assert choose_rollouts(wanting(), None, 64, 10, cpu) == Rollouts(CPU_ROWS)
+    assert choose_rollouts(wanting(40, "merged"), None, 64, 10, cpu) == Rollouts(40, merged=True)
 
 
 def test_rollouts_on_a_card(monkeypatch):
-    monkeypatch.setattr(rlhf.card, "room_on_card", lambda _: 100.0 + 2000 + 3584)
-    assert choose_rollout(wanting(), rollout_plans, 64, 10, CARD) == (64, True)
-    assert choose_rollout(wanting(weights="base"), rollout_plans, 64, 10, CARD) == (64, False)
+    monkeypatch.setattr(rlhf.card, "room_on_card", lambda _: ALL)
+    assert choose_rollouts(wanting(), rollout_plans, 64, 10, CARD) == Rollouts(64, merged=True, kept=True)
+    assert choose_rollouts(wanting(weights="base"), rollout_plans, 64, 10, CARD) == Rollouts(64, kept=True)
     monkeypatch.setattr(rlhf.card, "room_on_card", lambda _: 100.0 + 640)
     with pytest.raises(UserError, match="--rollout-weights merged: .* no room for a merged copy"):
-        choose_rollout(wanting(weights="merged"), rollout_plans, 64, 10, CARD)
+        choose_rollouts(wanting(weights="merged"), rollout_plans, 64, 10, CARD)
 
 
 def test_a_resumed_run_keeps_its_rollouts_unless_flags_say_otherwise(monkeypatch):
     monkeypatch.setattr(rlhf.card, "room_on_card", lambda _: 100.0 + 640)
-    before = {"micro_batch_tokens": 512, "rollout_rows": 16, "rollout_weights": "merged"}
+    before = {"micro_batch_tokens": 512, "rollout_rows": 16, "rollout_weights": "merged", "rollouts_kept": True}
     monkeypatch.setattr(rlhf.card, "recorded", lambda _: before)
-    assert choose_rollout(wanting(resume=True), rollout_plans, 64, 10, CARD) == (16, True)
-    assert choose_rollout(wanting(8, "base", resume=True), rollout_plans, 64, 10, CARD) == (8, False)
+    resumed = choose_rollouts(wanting(resume=True), rollout_plans, 64, 10, CARD)
+    assert resumed == Rollouts(16, merged=True, kept=True)
+    assert choose_rollouts(wanting(8, "base", resume=True), rollout_plans, 64, 10, CARD) == Rollouts(8, kept=True)
     monkeypatch.setattr(rlhf.card, "recorded", lambda _: {"micro_batch_tokens": 512})  # of an earlier version
-    assert choose_rollout(wanting(resume=True), rollout_plans, 64, 10, CARD) == (64, False)
+    assert choose_rollouts(wanting(resume=True), rollout_plans, 64, 10, CARD) == Rollouts(64)

@@ -3,10 +3,10 @@
 import rlhf.decoding
 from rlhf.decoder import Decoder, MergedLayers, lay_out
 from rlhf.decoding import Decoding, invert, pick, row_bucket
-from rlhf.generation import Response, _uniforms, generate, stream
+from rlhf.generation import Response, _uniforms, generate, prepare, stream
 from rlhf.graphs import Graphs
 from rlhf.layers import _attend_by_products, _attend_fused
-from rlhf.modeling import SharedBase, base_facts, load_base
+from rlhf.modeling import REFERENCE, SharedBase, base_facts, load_base
 
 import pytest
 import torch
@@ -48,11 +48,11 @@ def random_prompts(count: int, vocabulary: int, longest: int = 40) -> list[list[
 
 def begin(decoder, prompts, new, temperature=0.7, lag=0, role="policy", layers=None, graphs=None) -> Decoding:
     draws = torch.stack([_uniforms((7, i), new) for i in range(len(prompts))])
-    lengths = list(map(len, prompts))
+    longest = max(map(len, prompts))
     layers = decoder.layers if layers is None else layers
-    decoding = Decoding(decoder, role, layers, lengths, draws, temperature, graphs or Graphs(False), lag)
+    decoding = Decoding(decoder, role, layers, len(prompts), longest, new, temperature, graphs or Graphs(False), lag)
     with torch.no_grad():
-        decoding.read(prompts, 100)
+        decoding.read(prompts, draws, 100)
     return decoding
 
 
@@ -309,8 +309,7 @@ def test_a_step_runs_on_tensors_without_values(merged):
         peft = with_adapters(LlamaForCausalLM(config))
         decoder = decoder_of(peft.to("meta"))
         layers = MergedLayers(decoder, "policy", 1).layers if merged else decoder.layers
-        draws = torch.zeros(5, 8, dtype=torch.float64)
-        decoding = Decoding(decoder, "policy", layers, [3, 4, 4, 9, 11], draws, 0.7, Graphs(False), 0)
+        decoding = Decoding(decoder, "policy", layers, 5, 11, 8, 0.7, Graphs(False), 0)
         with torch.no_grad():
             decoding.read_and_sample()
     assert decoding.tokens.is_meta and decoding.tokens.shape == (8,)
@@ -405,6 +404,60 @@ def test_what_a_graph_reads_stays_where_it_is(shared_base, form):
             assert weights() == before
             assert not shared.graphs.captured  # gone with the keys and values
     assert shared.graphs.replays == 2 * 2 * 5  # of 7 steps one runs as it is, and one is captured
+
+
+def test_what_is_kept_serves_the_next_rollouts(shared_base, form, monkeypatch):
+    """One graph over updates, a merge, and rollouts of fewer and shorter texts, which say what they say without it."""
+    shared = shared_base
+    shared.add_role("policy", 4, 8, 2)
+    shared.train("policy")
+    shared.merge("policy")
+    optimizer = torch.optim.AdamW(shared.parameters("policy"), lr=1e-2, fused=True)
+    shared.decoder.follow(optimizer)
+    form.eos_token_id, form.stop_text = -1, None
+    prompts = [form.prompt_ids((("user", text),)) for text in ("Hi", "Why?", "x", "How come that it is so?", "No.")]
+    plain, replayed = Graphs(False), ReplayedGraphs()
+    monkeypatch.setattr(Decoding, "looked_at", property(lambda decoding: decoding.width))  # as on a card
+    longest = max(map(len, prompts))
+    kept = Decoding(shared.decoder, "policy", shared.merged.layers, 5, longest, 8, 1.0, replayed, lag=2)
+
+    def both(count, temperature=1.0):
+        said = []
+        for decoding, graphs in ((kept, replayed), (None, plain)):
+            shared.decoding, shared.graphs = decoding, graphs
+            seeds = list(range(count))
+            said.append(generate(shared, "policy", form, prompts[:count], 8, temperature, seeds, 5))
+        return said
+
+    for count in (5, 3, 5, 1):
+        for weight in shared.parameters("policy"):
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        shared.merge("policy")
+        with_graph, without = both(count)
+        assert [r.ids for r in with_graph] == [r.ids for r in without]
+        for ours, theirs in zip(with_graph, without, strict=True):
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+    assert len(replayed.captured) == 1 and replayed.replays == 4 * 7 - 2  # one ran, one was captured
+    both(5, temperature=0.5)
+    assert not replayed.captured  # of another temperature: all graphs go at once
+    assert kept.keys[0].isfinite().all() and shared.decoding is None
+
+
+def test_what_is_kept_goes_when_memory_runs_out(shared_base, form, monkeypatch):
+    shared, read, asked = shared_base, Decoding.read, []
+    prompts = [form.prompt_ids((("user", text),)) for text in ("Hi", "Why?", "x")]
+    shared.decoding = prepare(shared, REFERENCE, 3, max(map(len, prompts)), 4, 1.0)
+
+    def full(decoding, prompts, *args):
+        asked.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError
+        read(decoding, prompts, *args)
+
+    monkeypatch.setattr(Decoding, "read", full)
+    assert len(generate(shared, REFERENCE, form, prompts, 4, 1.0, [1, 2, 3], 3)) == 3
+    assert asked == [3, 2, 1] and shared.decoding is None
 
 
 def test_a_shape_runs_then_is_captured_then_is_replayed_and_a_failure_is_the_last(monkeypatch, capsys):

@@ -10,7 +10,7 @@ import ppo_train
 import reward_train
 import sft_train
 from benchmarks import auto_tokens
-from rlhf.card import CARD_OVERHEAD, MOST_TOKENS, STEP, tokens_that_fit
+from rlhf.card import CARD_OVERHEAD, MOST_TOKENS, STEP, Rollouts, tokens_that_fit
 from rlhf.checkpoints import sha256
 from rlhf.plan import Shape, earlier_runs, plan_ppo, plan_sft
 from rlhf.training import num_steps
@@ -91,7 +91,11 @@ def test_what_is_lowered_lowers_the_plan(phase):
         config = dataclasses.replace(importlib.import_module(f"{phase}_train").Config(), **changes)
         llama = auto_tokens.LLAMA["3B"]
         sft = phase == "sft"
-        plan = plan_sft(llama, config, 512, tokens) if sft else plan_ppo(llama, config, 16, 16, 14, 384, tokens)
+        plan = (
+            plan_sft(llama, config, 512, tokens)
+            if sft
+            else plan_ppo(llama, config, 16, 16, 14, 384, tokens, Rollouts(32))
+        )
         return sum(plan.values())
 
     assert 2.2e9 < total() < 11e9  # the base alone is 2.2 GB; a 12 GB card
