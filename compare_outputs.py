@@ -60,6 +60,7 @@ class Config:
     prompts: str | None = None  # a text file, a prompt a line, or rows as in the data set (.jsonl, .csv); None: PROMPTS
     num_test_prompts: int = 0  # the first so many rows of the test split of `dataset`; 0: use `prompts`
     dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
+    columns: str | None = None  # other names of columns, there and in `prompts`: prompt=question,chosen=good
     show: int = 8  # prompts printed; the files hold all
 
     max_prompt_length: int = 384  # tokens; longer prompts are cut from the left at a turn boundary
@@ -68,6 +69,7 @@ class Config:
     seed: int = 0  # of the draws at temperature > 0
     batch_size: int = 8  # prompts answered or scored together
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in
+    preset: Literal["demo"] | None = None  # whose values stand where no flag changes them
 
 
 FIRST = (  # flags that --help shows first
@@ -165,6 +167,7 @@ def main(config: Config) -> None:
 def check_numbers(config: Config) -> None:
     if config.prompts is not None and config.num_test_prompts:
         raise UserError("--prompts and --num-test-prompts both say what to ask: give one of them")
+    data.parse_columns(config.columns)
     check_at_least_one(config, "max_prompt_length", "max_new_tokens", "batch_size")
     check_between(config, 0, math.inf, "num_test_prompts", "show", "temperature")
     check_between(config, 0, 2**32 - 1, "seed")
@@ -224,14 +227,16 @@ def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
     """The prompts as turns and as token ids. Bad rows and prompts that are too long are dropped and reported."""
     path = Path(config.prompts or "")
     if config.num_test_prompts:
-        pairs = data.load_pairs(config.dataset, "test", config.num_test_prompts)
+        settings = "test", "prompt", config.columns, config.num_test_prompts
+        pairs = data.load_rows(config.dataset, *settings)
         rows, turns_of = dict.fromkeys(pair.turns for pair in pairs), lambda turns: turns
     elif config.prompts is None:
         rows, turns_of = PROMPTS, data.parse_dialogue
     elif not path.is_file():
         raise UserError(f"--prompts {path}: there is no such file")
     elif data.has_rows(path):
-        rows, turns_of = data.read_rows(str(path), "test"), lambda row: data.parse_row(row).turns
+        _, rows = data.read_rows(str(path), "test", "prompt", config.columns)
+        turns_of = turns_of_row
     else:
         with data.open_text(path) as file:
             rows, turns_of = [line for line in file if line.strip()], data.parse_dialogue
@@ -247,6 +252,10 @@ def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
     if not prompts:
         raise UserError("there is no prompt to answer: check --prompts, or raise --max-prompt-length")
     return prompts
+
+
+def turns_of_row(row: dict[str, Any]) -> Turns:
+    return data.parse_row(row, "prompt").turns
 
 
 def check_lengths(config: Config, base: dict[str, Any], prompts: list[list[int]]) -> None:

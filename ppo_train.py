@@ -75,6 +75,7 @@ class Config:
     gold_checkpoint: str | None = None  # a judge of held-out responses: a reward model of the pairs' other --half
     base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
     dataset: str = "Dahoas/rm-static"  # only its prompts are used
+    columns: str | None = None  # other names of its columns: prompt=question,chosen=good
     output_dir: str = "checkpoints/ppo"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
     resume: bool = False  # go on with a run that was stopped or cut short
@@ -129,6 +130,7 @@ class Config:
     num_printed_samples: int = 2  # held-out responses shown at each look
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
     seed: int = 0  # of initialisation, shuffling and sampling
+    preset: Literal["demo"] | None = None  # whose values stand where no flag changes them
 
     @property
     def num_updates(self) -> int:
@@ -250,8 +252,7 @@ def main(config: Config) -> None:
         console.print(describe(metrics))
         save(config, folder, shared, form, base, runs, metrics, started, log)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
-    phases = {"sft": config.sft_checkpoint, "reward": config.reward_checkpoint, "ppo": config.output_dir}
-    console.print(f"Next: {next_command('compare_outputs.py', config.dataset, **phases)}")
+    console.print(f"Next: {next_command('compare_outputs.py', config, 'ppo')}")
 
 
 def draw_prompts(prompts: list[list[int]], update: int, config: Config) -> tuple[list[list[int]], list[Seed]]:
@@ -643,7 +644,9 @@ def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tupl
 
 def load_prompts(config: Config, form: PromptFormat) -> list[list[list[int]]]:
     """Token ids of the training and of the held-out prompts."""
-    pairs, held_out = load_splits(config.dataset, config.max_train_samples, config.max_eval_samples)
+    pairs, held_out = load_splits(
+        config.dataset, "prompt", config.columns, config.max_train_samples, config.max_eval_samples
+    )
     return [tokenize_prompts(rows, form, config.max_prompt_length) for rows in (pairs, held_out)]
 
 

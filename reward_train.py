@@ -73,6 +73,7 @@ class Config:
     sft_checkpoint: str = "checkpoints/sft"  # its base model, precision and prompt format are taken over
     base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
     dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
+    columns: str | None = None  # other names of its columns: prompt=question,chosen=good
     extra_data: str | None = None  # a file of votes, mixed into the training pairs
     extra_weight: int = 1  # times that an epoch goes over each vote
     output_dir: str = "checkpoints/reward"  # a folder that is empty or not there yet
@@ -108,6 +109,7 @@ class Config:
     save_total_limit: int = 2  # states kept
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
     seed: int = 0  # of initialisation and shuffling
+    preset: Literal["demo"] | None = None  # whose values stand where no flag changes them
 
 
 FIRST = (  # flags that --help shows first
@@ -151,7 +153,12 @@ def main(config: Config) -> None:
     # 1. Tokenise both responses of each pair.
     votes = load_votes(config.extra_data) if config.extra_data else None
     train_pairs, eval_pairs = load_splits(
-        config.dataset, config.max_train_samples, config.max_eval_samples, config.half
+        config.dataset,
+        "pair",
+        config.columns,
+        config.max_train_samples,
+        config.max_eval_samples,
+        config.half,
     )
     train_pairs += votes.train * config.extra_weight if votes else []
     if config.dry_run:
@@ -182,6 +189,7 @@ def main(config: Config) -> None:
         trainer.eval_pairs = eval_sets["test pairs"]
         data = {
             "source": config.dataset,
+            "columns": config.columns,
             "half": config.half,
             "train_rows": len(train_set),
             "sha256": fingerprint(train_pairs),
@@ -216,8 +224,7 @@ def main(config: Config) -> None:
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     role = "gold" if config.half == "second" else "reward"
-    phases = {"sft": config.sft_checkpoint, role: config.output_dir}
-    console.print(f"Next: {next_command('ppo_train.py', config.dataset, **phases)}")
+    console.print(f"Next: {next_command('ppo_train.py', config, role)}")
 
 
 def closed(ids: list[int], eos_token_id: int) -> list[int]:
@@ -374,7 +381,8 @@ def evaluate(
     if "held-out votes" in judged:
         metrics |= {f"votes_{name.removeprefix('eval_')}": value for name, value in judged["held-out votes"].items()}
     if is_main():
-        settings = {"dataset": config.dataset, "max_length": config.max_length, "extra_data": config.extra_data}
+        names = ("dataset", "columns", "max_length", "extra_data")
+        settings = {name: getattr(config, name) for name in names}
         write_evaluation(folder, settings | metrics, scored["test pairs"])
     return metrics
 
@@ -407,7 +415,7 @@ def eval_only(config: Config) -> None:
         raise UserError(f"{folder}/evaluation.json exists: add --overwrite to replace it (nothing else is touched)")
     base = same_base(sft, config.sft_checkpoint, config.base_model)
     form = load_format(config.sft_checkpoint, sft)
-    test_pairs = load_pairs(config.dataset, "test", config.max_eval_samples)
+    test_pairs = load_pairs(config.dataset, "test", config.max_eval_samples, columns=config.columns)
     votes = load_votes(config.extra_data) if config.extra_data else None
     eval_sets = tokenize_eval(config, form, test_pairs, votes)
     check_context(base, longest_text(sum(eval_sets.values(), [])), "--max-length")

@@ -1,6 +1,7 @@
 """Phase 1: supervised fine-tuning of the base model on the chosen responses.
 
-In: a base model and a preference data set. Out: `checkpoints/sft`, a LoRA adapter in PEFT's format with its tokenizer.
+In: a base model, and prompts with answers, such as those of a preference data set.
+Out: `checkpoints/sft`, a LoRA adapter in PEFT's format with its tokenizer.
 
 1. Tokenise each prompt with its chosen response, closed by EOS; the loss counts the response's tokens only.
 2. Load the base, frozen, in NF4 (or 16 bit), and put a LoRA adapter on all linear layers of its decoder.
@@ -64,6 +65,7 @@ class Config:
     base_model: str = "meta-llama/Llama-3.2-3B"  # hub id or local folder
     revision: str | None = None  # branch, tag or commit of a hub model
     dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
+    columns: str | None = None  # other names of its columns: prompt=question,chosen=good
     output_dir: str = "checkpoints/sft"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
     resume: bool = False  # go on with a run that was stopped or cut short
@@ -95,6 +97,7 @@ class Config:
     save_total_limit: int = 2  # states kept
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
     seed: int = 0  # of initialisation and shuffling
+    preset: Literal["demo"] | None = None  # whose values stand where no flag changes them
 
 
 FIRST = (  # flags that --help shows first
@@ -133,7 +136,9 @@ def main(config: Config) -> None:
     form = PromptFormat(config.prompt_format, tokenizer)
 
     # 1. Tokenise: prompt tokens are masked out of the loss, EOS is not.
-    train_pairs, eval_pairs = load_splits(config.dataset, config.max_train_samples, config.max_eval_samples)
+    train_pairs, eval_pairs = load_splits(
+        config.dataset, "answer", config.columns, config.max_train_samples, config.max_eval_samples
+    )
     if config.dry_run:
         dry_run(config, base, form, train_pairs)
         return
@@ -150,7 +155,12 @@ def main(config: Config) -> None:
     model = load_base(base, dtype, form.pad_token_id)
     with output_folder(config.output_dir, config.resume) as folder:
         trainer = make_trainer(config, model, form, train_set, eval_set, dtype, folder)
-        data = {"source": config.dataset, "train_rows": len(train_set), "sha256": fingerprint(train_pairs)}
+        data = {
+            "source": config.dataset,
+            "columns": config.columns,
+            "train_rows": len(train_set),
+            "sha256": fingerprint(train_pairs),
+        }
         same = {"base": [base["config_sha256"], weights_of(base)], "dtype": str(dtype), "data": data["sha256"]}
         trainer.prepare(config, folder, same, "SFT", tokens, len(eval_set))
         start_run(folder, "sft", config, dtype, micro_batch_tokens=tokens)
@@ -183,7 +193,13 @@ def main(config: Config) -> None:
                 metrics={"eval_loss_before": before, "eval_loss": after},
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
-    console.print(f"Next: {next_command('reward_train.py', config.dataset, sft=config.output_dir)}")
+    has_pairs = any(pair.rejected is not None for pair in train_pairs)
+    if not has_pairs:
+        console.print(
+            f"{config.dataset} has no rejected answers, which the reward model needs: "
+            "give it --dataset with pairs of yours, or leave it at the usual ones."
+        )
+    console.print(f"Next: {next_command('reward_train.py', config, 'sft', has_pairs)}")
 
 
 def response_only(pairs):

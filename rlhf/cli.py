@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -23,6 +24,35 @@ SIZES = (  # fields that take memory
     *("micro_batch_tokens", "rollout_batch_size", "batch_size", "max_length"),
     *("max_prompt_length", "response_length", "max_new_tokens", "lora_rank"),
 )
+USUAL = {  # folders, data and settings that the scripts begin with, by preset
+    None: {
+        "sft": "checkpoints/sft",
+        "reward": "checkpoints/reward",
+        "ppo": "checkpoints/ppo",
+        "reports": "reports",
+        "dataset": "Dahoas/rm-static",
+        "dtype": "auto",
+        "max_prompt_length": 384,
+        "role_layers": 14,
+    },
+    "demo": {
+        "sft": "runs/demo/sft",
+        "reward": "runs/demo/reward",
+        "ppo": "runs/demo/ppo",
+        "reports": "runs/demo/reports",
+        "dataset": "demo/data",
+        "dtype": "auto",
+        "max_prompt_length": 128,
+        "role_layers": 15,
+    },
+}
+FOLLOWS = {"sft": "reward", "reward": "ppo", "gold": "ppo", "ppo": "reports"}
+CARRIED = {  # fields that the next script is given where they are not as usual, by what was made
+    "sft": ("dtype",),  # the base is in its run.json
+    "reward": ("base_model", "dtype", "role_layers"),
+    "gold": ("base_model", "dtype", "role_layers"),
+    "ppo": ("base_model", "dtype", "max_prompt_length"),
+}
 
 
 class UserError(Exception):
@@ -61,7 +91,7 @@ def parse(
     else:
         config = tyro.cli(config_class, default=default, args=rest, description=description)
     home = {name: os.path.expanduser(x) for name, x in vars(config).items() if isinstance(x, str) and x[:1] == "~"}
-    return dataclasses.replace(config, **home)
+    return dataclasses.replace(config, **home, **({"preset": chosen.preset} if presets else {}))
 
 
 def in_two_groups(default: Any, first: Sequence[str]) -> type:
@@ -134,15 +164,42 @@ def less_memory(config: Any) -> str:
     return ", or ".join(advice) or "free some memory"
 
 
-def next_command(script: str, dataset: str, **checkpoints: str) -> str:
-    """The command of the next phase, with the flags that lead it to these checkpoints (phase=folder) and this data set."""
-    for start, root, data in (("", "checkpoints", "Dahoas/rm-static"), (" --preset demo", "runs/demo", "demo/data")):
-        usual = all(phase != "gold" and folder == f"{root}/{phase}" for phase, folder in checkpoints.items())
-        if usual and dataset == data:
-            return f"python {script}{start}"
-    named = [f"--{phase}-checkpoint {shlex.quote(folder)}" for phase, folder in checkpoints.items()]
-    named += [] if dataset == "Dahoas/rm-static" else [f"--dataset {shlex.quote(dataset)}"]
-    return f"python {script} {' '.join(named)}"
+def next_command(script: str, config: Any, made: str, same_data: bool = True) -> str:
+    """The command of the next script, with the preset, folders, data and base of this one.
+
+    Args:
+        config: of the script that has finished.
+        made: what is in its output folder: "sft", "reward", "gold" or "ppo".
+        same_data: whether the next script can use its data.
+    """
+    preset = config.preset if config.preset in USUAL else None
+    usual = USUAL[preset]
+    folders = {phase: getattr(config, f"{phase}_checkpoint", None) for phase in ("sft", "reward")}
+    folders[made] = config.output_dir
+    flags: dict[str, Any] = {}
+    for phase, folder in folders.items():
+        if folder and folder != usual.get(phase):
+            flags[f"{phase}_checkpoint"] = folder
+    for name in (*(("dataset", "columns") if same_data else ()), *CARRIED[made]):
+        value = getattr(config, name)
+        if value != usual.get(name):
+            flags[name] = value
+    if made == "ppo" and "dataset" in flags:  # or it asks prompts of its own
+        flags["num_test_prompts"] = config.max_eval_samples or 1000
+    output = beside(config.output_dir, made, FOLLOWS[made])
+    if config.output_dir != usual.get(made) and output != usual[FOLLOWS[made]]:
+        flags["output_dir"] = output
+    words = [script, *(("--preset", preset) if preset else ())]
+    for name, value in flags.items():
+        words += [flag(name), str(value)]
+    return f"python {shlex.join(words)}"
+
+
+def beside(folder: str, made: str, wanted: str) -> str:
+    """A folder for what comes next, beside that of what was `made` and named like it."""
+    name = Path(folder).name
+    name = name.replace(made, wanted) if made in name else f"{name}-{wanted}"
+    return str(Path(folder).with_name(name))
 
 
 def check_at_least_one(config: Any, *names: str) -> None:

@@ -178,7 +178,7 @@ def save(
         base=base,
         prompt_format=form.name,
         parents={role: run["adapter_sha256"] for role, run in runs.items()},
-        data={"source": config.dataset},
+        data={"source": config.dataset, "columns": config.columns},
         updates=config.num_updates,
         episodes=config.num_updates * config.episodes_per_update,
         micro_batch_tokens=shared.micro_batch.tokens,

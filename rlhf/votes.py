@@ -86,8 +86,13 @@ def read_votes(path: Path) -> tuple[dict[str, Vote], int]:
 
 def parse_vote(row: dict[str, Any]) -> Vote:
     """A Vote of a line's object. Raises ValueError, TypeError or KeyError if it is none."""
-    names = ("ballot", "voter", "vote", "prompt")
-    vote = Vote(*(row[name] for name in names), row["answers"], row["models"], row.get("scores"))
+    names = ("ballot", "voter", "vote", "prompt", "answers", "models")
+    if not isinstance(row, dict):
+        raise TypeError("it is not an object")
+    missing = [name for name in names if name not in row]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    vote = Vote(*(row[name] for name in names), row.get("scores"))
     texts = [vote.ballot, vote.voter, vote.prompt, *vote.answers.values(), *vote.models.values()]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a field that is not text")

@@ -414,6 +414,7 @@ def test_prompt_files(form, tmp_path):
     rows = [
         {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:", "chosen": "a", "rejected": "b"},
         {"prompt": "Lone question", "chosen": "same", "rejected": "same"},
+        {"prompt": " ", "chosen": "a", "rejected": "b"},
     ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -425,7 +426,8 @@ def test_prompt_files(form, tmp_path):
     write_jsonl(tmp_path / "test.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": x} for x in "bc"])
     assert [turns for turns, _ in compare.read_prompts(config, form)] == [(("user", "Hi"),)]  # of two pairs
     assert turns("p.txt") == [(("user", "First?"),), (("user", "Second?"),)]
-    assert turns("p.jsonl") == [(("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))]
+    dialogue = (("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))
+    assert turns("p.jsonl") == [dialogue, (("user", "Lone question"),)]
 
 
 def test_only_some_phases(call_main, argv, tmp_path):

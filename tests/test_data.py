@@ -232,7 +232,7 @@ def test_an_answer_that_starts_with_a_name_is_one_unless_on_a_new_line():
     ("row", "reason"),
     [
         ({"prompt": HI, "chosen": " a", "rejected": [assistant("b")]}, "chosen and rejected have different types"),
-        ({"prompt": HI, "chosen": " a", "rejected": None}, "chosen and rejected have different types"),
+        ({"prompt": HI, "chosen": " a", "rejected": None}, "no rejected answer"),
         ({"prompt": 5, "chosen": " a", "rejected": " b"}, "messages are not a list"),
         ({"prompt": HI, "chosen": "  ", "rejected": " b"}, "blank answer"),
         ({"prompt": HI, "chosen": " a", "rejected": ""}, "blank answer"),
@@ -252,7 +252,7 @@ def test_an_answer_that_starts_with_a_name_is_one_unless_on_a_new_line():
             {"chosen": [user("Hi"), assistant("a")], "rejected": [user("Ho"), assistant("b")]},
             "dialogues differ before the last answer",
         ),
-        ({"prompt": "Hi", "chosen": None, "rejected": None}, "messages are not a list"),
+        ({"prompt": "Hi", "chosen": None, "rejected": None}, "no chosen answer"),
         ({"prompt": "Hi", "chosen": 1, "rejected": 2}, "messages are not a list"),
         (
             {"chosen": ["a"], "rejected": ["b"]},
@@ -520,12 +520,12 @@ def test_answers_that_repeat_the_question_are_pointed_out(tmp_path, capsys):
 def test_prompts_in_both_splits_are_counted_and_named(tmp_path, capsys):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     write_jsonl(tmp_path / "test.jsonl", [*ROWS[:2], *ROWS[:1], {**ROWS[0], "prompt": "Something else?"}])
-    assert load_splits(str(tmp_path)) == (PAIRS, load_pairs(str(tmp_path), "test"))
+    assert load_splits(str(tmp_path), "pair") == (PAIRS, load_pairs(str(tmp_path), "test"))
     said = capsys.readouterr().out
     assert "warning: 2 of 3 test prompts are also in the train split" in said
     assert 'the first: "Question 0, “é”?"' in said
     write_jsonl(tmp_path / "test.jsonl", [{**ROWS[0], "prompt": "Something else?"}])
-    load_splits(str(tmp_path))
+    load_splits(str(tmp_path), "pair")
     assert "warning" not in capsys.readouterr().out
 
 
@@ -569,7 +569,7 @@ def test_of_twenty_rows_and_more_some_are_held_out(tmp_path):
     questions = [f"Q{n}?" for n in range(99) if not in_test_split(Pair((("user", f"Q{n}?"),), "", ""))][:3]
     rows = [{"prompt": questions[n % 3], "chosen": f"{n}", "rejected": "no"} for n in range(21)]
     file = str(write_jsonl(tmp_path / "few.jsonl", rows))
-    train, test = load_splits(file)
+    train, test = load_splits(file, "pair")
     assert (len(train), len(test)) == (14, 7)
     assert not {pair.turns for pair in train} & {pair.turns for pair in test}
 
@@ -833,7 +833,7 @@ def test_a_pair_whose_last_turn_is_too_long_is_dropped(form, capsys):
     long = Pair((("user", "word " * 60),), "Yes.", "No.")
     assert [tokens.pair for tokens in tokenize_pairs([long, ONE], form, 50, "train")] == [ONE]
     assert capsys.readouterr().out.strip() == "train: 1 rows, dropped 1 (1 prompt too long)"
-    with pytest.raises(UserError, match="no pair of train fits into 50 tokens: raise --max-length"):
+    with pytest.raises(UserError, match="no row of train fits into 50 tokens: raise --max-length"):
         tokenize_pairs([long], form, 50, "train")
 
 

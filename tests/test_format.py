@@ -355,7 +355,7 @@ def test_an_answer_that_spells_its_end_is_dropped_and_counted(form, capsys):
     pairs = [Pair(ONE, f"It is.{EOS}", "No."), Pair(ONE, "It is.", f"No.{EOS} x"), Pair(ONE, "It is.", "No.")]
     assert [tokens.pair for tokens in tokenize_pairs(pairs, form, 200, "train")] == pairs[2:]
     assert "dropped 2 (2 answer that spells a special token, such as <eos>)" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"no pair of train can be used: dropped 2 \(2 answer that spells .*<eos>\)"):
+    with pytest.raises(UserError, match=r"no row of train can be used: dropped 2 \(2 answer that spells .*<eos>\)"):
         tokenize_pairs(pairs[:2], form, 200, "train")
 
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import threading
 from pathlib import Path
 
 from rlhf.checkpoints import check_output, output_folder
-from rlhf.cli import UserError, next_command, parse, quiet_libraries
+from rlhf.cli import USUAL, UserError, next_command, parse, quiet_libraries
 from rlhf.cli import flag as flag_of
 from rlhf.hub import say_once
 
@@ -584,16 +585,100 @@ def test_overwrite_replaces_the_earlier_result(call_main, trained, tmp_path):
     assert snapshot(out)["adapter_model.safetensors"] == snapshot(trained.sft)["adapter_model.safetensors"]
 
 
-def test_the_next_command_leads_to_what_was_just_made():
-    hub, usual = "Dahoas/rm-static", {"sft": "checkpoints/sft", "reward": "checkpoints/reward"}
-    assert next_command("ppo_train.py", hub, **usual) == "python ppo_train.py"
-    assert next_command("reward_train.py", "demo/data", sft="runs/demo/sft") == "python reward_train.py --preset demo"
-    mixed = next_command("ppo_train.py", hub, sft="checkpoints/sft", reward="my runs/r")
-    assert mixed == "python ppo_train.py --sft-checkpoint checkpoints/sft --reward-checkpoint 'my runs/r'"
-    own = next_command("reward_train.py", "my pairs.jsonl", sft="checkpoints/sft")
-    assert own == "python reward_train.py --sft-checkpoint checkpoints/sft --dataset 'my pairs.jsonl'"
-    judge = next_command("ppo_train.py", hub, sft="checkpoints/sft", gold="checkpoints/gold")
-    assert judge == "python ppo_train.py --sft-checkpoint checkpoints/sft --gold-checkpoint checkpoints/gold"
+CHAIN = {"sft": "reward_train", "reward": "ppo_train", "gold": "ppo_train", "ppo": "compare_outputs"}
+
+
+def following(script, flags, made):
+    """The next command after a script that was given `flags`, and the config that it gives the next script."""
+    module, after = importlib.import_module(script), importlib.import_module(CHAIN[made])
+    config = parse(module.Config, module.PRESETS, module.__doc__, shlex.split(flags))
+    command = next_command(f"{CHAIN[made]}.py", config, made)
+    start, *words = shlex.split(command.removeprefix("python "))
+    assert start == f"{CHAIN[made]}.py"
+    return command, parse(after.Config, after.PRESETS, after.__doc__, words)
+
+
+@pytest.mark.parametrize("preset", ["", " --preset demo"])
+def test_the_next_command_is_short_where_nothing_was_changed(preset):
+    for script, made in (("sft_train", "sft"), ("reward_train", "reward"), ("ppo_train", "ppo")):
+        command, config = following(script, preset, made)
+        assert command == f"python {CHAIN[made]}.py{preset}"
+        assert config.preset == (preset.split()[-1] if preset else None)
+
+
+@pytest.mark.parametrize("preset", ["", "--preset demo "])
+def test_what_the_next_command_leaves_out_is_what_the_scripts_begin_with(preset):
+    name = "demo" if preset else None
+    for script, made in ("sft_train", "sft"), ("reward_train", "reward"), ("ppo_train", "ppo"), ("compare_outputs", ""):
+        module = importlib.import_module(script)
+        config = module.PRESETS[name] if name else module.Config()
+        usual = USUAL[name] | {"output_dir": USUAL[name][made or "reports"]}
+        usual |= {f"{phase}_checkpoint": USUAL[name][phase] for phase in ("sft", "reward", "ppo")}
+        fields = vars(config).keys() & usual.keys()
+        assert len(fields) >= 3
+        assert {field: vars(config)[field] for field in fields} == {field: usual[field] for field in fields}
+
+
+@pytest.mark.parametrize("preset", ["", "--preset demo "])
+def test_the_next_commands_keep_folders_data_and_base_to_the_end(preset):
+    data = "--dataset 'my rows.jsonl' --columns 'prompt=the question,chosen=good' --dtype fp32"
+    own = f"{preset}--base-model some/model --output-dir 'my runs/sft-1' {data}"
+    command, config = following("sft_train", own, "sft")
+    assert "--base-model" not in command  # the SFT checkpoint names it
+    steps = [config]
+    flags = f"{command.partition('.py')[2]} --base-model 'moved here' --role-layers 2"
+    command, config = following("reward_train", flags, "reward")
+    steps.append(config)
+    command, config = following("ppo_train", f"{command.partition('.py')[2]} --max-eval-samples 9", "ppo")
+    steps.append(config)
+    shared = {"dataset": "my rows.jsonl", "columns": "prompt=the question,chosen=good", "dtype": "fp32"}
+    shared |= {"sft_checkpoint": "my runs/sft-1", "preset": "demo" if preset else None}
+    assert all(shared.items() <= vars(step).items() for step in steps)
+    assert [step.output_dir for step in steps] == ["my runs/reward-1", "my runs/ppo-1", "my runs/reports-1"]
+    assert [step.base_model for step in steps] == [None, "moved here", "moved here"]
+    assert steps[1].role_layers == 2
+    assert steps[2].reward_checkpoint == "my runs/reward-1" and steps[2].ppo_checkpoint == "my runs/ppo-1"
+    assert steps[2].num_test_prompts == 9
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "made", "command"),
+    [
+        (
+            "sft_train",
+            "--output-dir big",
+            "sft",
+            "reward_train.py --sft-checkpoint big --output-dir big-reward",
+        ),
+        ("sft_train", "--dataset mine.csv", "sft", "reward_train.py --dataset mine.csv"),
+        (
+            "sft_train",
+            "--output-dir runs/demo/sft",
+            "sft",
+            "reward_train.py --sft-checkpoint runs/demo/sft --output-dir runs/demo/reward",
+        ),
+        (
+            "reward_train",
+            "--output-dir checkpoints/gold",
+            "gold",
+            "ppo_train.py --gold-checkpoint checkpoints/gold",
+        ),
+        ("ppo_train", "--gold-checkpoint checkpoints/gold", "ppo", "compare_outputs.py"),
+        (
+            "ppo_train",
+            "--max-eval-samples None --dataset d",
+            "ppo",
+            "compare_outputs.py --dataset d --num-test-prompts 1000",
+        ),
+    ],
+)
+def test_the_next_command_leads_to_what_was_just_made(script, flags, made, command):
+    assert following(script, flags, made)[0] == f"python {command}"
+
+
+def test_after_an_sft_without_pairs_the_next_command_is_for_other_data():
+    config = dataclasses.replace(importlib.import_module("sft_train").Config(), dataset="mine.csv", columns="a=b")
+    assert next_command("reward_train.py", config, "sft", same_data=False) == "python reward_train.py"
 
 
 # ---------------------------------------------------------------- PPO

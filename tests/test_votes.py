@@ -132,7 +132,8 @@ def test_threads_do_not_tear_lines(tmp_path):
     ("line", "says"),
     [
         ("{", "JSON"),
-        ("[1]", "TypeError"),
+        ("[1]", "not an object"),
+        ('{"prompt": "Hi", "chosen": "Hello!"}', "it has no ballot, voter, vote, answers, models"),
         ('{"undo": "b7"}', "b7"),
         (json.dumps(vote().row()), "a ballot that has a vote"),
         (json.dumps(vote("b2").row() | {"vote": "C"}), "none of A, B, tie, both bad"),

@@ -1,10 +1,11 @@
-"""Preference data: where it comes from, the shapes it may have, and how it becomes tokens.
+"""Prompts, answers and preferences: where they come from, their shapes, and their tokens.
 
 Every phase reads the same `Pair`s and tokenises them by the same functions, so what the SFT model
-learns to write, the reward model learns to read and PPO samples is one format. Trainers get token
-ids, never text.
+learns to write, the reward model learns to read and PPO samples is one format. A phase says what it
+needs of a row: SFT an answer, the reward model two, PPO and the comparison the prompt alone.
+Trainers get token ids, never text.
 
-    sources   files, folders and hub data sets -> rows, the pairs of a split, and what was left out
+    sources   files, folders and hub data sets -> the usable rows of a split, and what was left out
     rows      a row of any accepted shape -> a `Pair`
     format    a `Pair` -> token ids, in the project's own format or by a base's chat template
 """
@@ -20,6 +21,7 @@ from rlhf.data.rows import (
     ASSISTANT,
     HUMAN,
     BadRow,
+    Needs,
     Pair,
     checked_turns,
     fingerprint,
@@ -33,8 +35,10 @@ from rlhf.data.rows import (
 from rlhf.data.sources import (
     has_rows,
     load_pairs,
+    load_rows,
     load_splits,
     open_text,
+    parse_columns,
     read_rows,
     report_drops,
 )
@@ -43,6 +47,7 @@ __all__ = [
     "ASSISTANT",
     "HUMAN",
     "BadRow",
+    "Needs",
     "Pair",
     "PromptFormat",
     "TokenPair",
@@ -54,8 +59,10 @@ __all__ = [
     "hh_prompt",
     "in_test_split",
     "load_pairs",
+    "load_rows",
     "load_splits",
     "open_text",
+    "parse_columns",
     "parse_dialogue",
     "parse_row",
     "read_rows",

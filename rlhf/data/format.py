@@ -38,12 +38,12 @@ STARTS = ("A", "a", "7", "é", "日", "(", '"', "'s", "<", "-", "*", "☂", "�
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A pair as token ids. A response that was cut to fit has no EOS; the others end with it."""
+    """A row as token ids. A response that was cut to fit has no EOS; the others end with it."""
 
     pair: Pair
     prompt_ids: list[int]
     chosen_ids: list[int]
-    rejected_ids: list[int]
+    rejected_ids: list[int] | None = None  # if it has one
 
 
 class PromptFormat:
@@ -333,50 +333,50 @@ def tokenize_prompts(pairs: list[Pair], form: PromptFormat, max_tokens: int) -> 
 def tokenize_pairs(
     pairs: list[Pair], form: PromptFormat, max_length: int, what: str
 ) -> list[TokenPair]:
-    """Tokenise pairs to at most `max_length` tokens, prompt and response together.
+    """Tokenise rows with one answer or two to at most `max_length` tokens, prompt and response.
 
     A response gets at most half of `max_length` and is cut at its end; the prompt gets what the
-    longer response leaves, and is cut from the left at a turn boundary. Pairs that cannot be
-    written, or that cutting makes identical, are dropped; drops and cuts are reported.
+    longer response leaves, and is cut from the left at a turn boundary. Rows that cannot be
+    written, or whose answers cutting makes identical, are dropped; drops and cuts are reported.
 
     Raises:
-        UserError: the format can write none rightly, or no pair is left.
+        UserError: the format can write none rightly, or no row is left.
     """
     form.check()
     drops: Counter[str] = Counter()
     tokenized: list[TokenPair] = []
     room = max_length // 2 - 1  # and one for EOS
-    cut = 0
+    cut = responses = 0
     for pair in pairs:
-        wholes = [form.response_ids(text) for text in (pair.chosen, pair.rejected)]
+        texts = [text for text in (pair.chosen, pair.rejected) if text is not None]
+        wholes = [form.response_ids(text) for text in texts]
+        responses += len(texts)
         cut += sum(len(ids) > room for ids in wholes)
         try:
-            tokenized.append(tokenize_pair(pair, wholes, form, max_length))
+            tokenized.append(tokenize_pair(pair, texts, wholes, form, max_length))
         except BadRow as reason:
             drops[str(reason)] += 1
     if drops:
         report_drops(what, len(tokenized), drops)
     if not tokenized:
-        raise UserError(none_left(f"no pair of {what}", drops, max_length, "--max-length"))
+        raise UserError(none_left(f"no row of {what}", drops, max_length, "--max-length"))
     if cut:
         console.print(
-            f"{what}: {cut} of {2 * len(pairs)} responses cut to {room} tokens, "
-            "half of --max-length"
+            f"{what}: {cut} of {responses} responses cut to {room} tokens, half of --max-length"
         )
     return tokenized
 
 
 def tokenize_pair(
-    pair: Pair, wholes: list[list[int]], form: PromptFormat, max_length: int
+    pair: Pair, texts: list[str], wholes: list[list[int]], form: PromptFormat, max_length: int
 ) -> TokenPair:
-    """A pair as tokens; `wholes` are those of its responses, before they are cut and closed."""
-    texts = (pair.chosen, pair.rejected)
+    """A row as tokens; `wholes` are those of its responses, before they are cut and closed."""
     room = max_length // 2 - 1
     if form.spells_special([("assistant", text) for text in texts]):
         raise BadRow(f"answer that spells a special token, such as {form.end_text}")
     answers = [ids[:room] if len(ids) > room else [*ids, form.eos_token_id] for ids in wholes]
     prompt, prompt_ids = fit_prompt(pair.turns, form, max_length - 1 - max(map(len, answers)))
-    if answers[0] == answers[1]:
+    if len(answers) == 2 and answers[0] == answers[1]:
         raise BadRow("identical after cutting")
     if any(form.joins(prompt, prompt_ids, *answer) for answer in zip(texts, wholes, strict=True)):
         raise BadRow("a token would span the end of the prompt and the start of the answer")
@@ -384,7 +384,7 @@ def tokenize_pair(
 
 
 def none_left(what: str, drops: Counter[str], max_tokens: int, flag: str) -> str:
-    """The error where every prompt or pair was dropped."""
+    """The error where every prompt or row was dropped."""
     if set(drops) <= {"prompt too long", "identical after cutting"}:
         return f"{what} fits into {max_tokens} tokens: raise {flag}"
     return f"{what} can be used: dropped {reasons_of(drops)}"

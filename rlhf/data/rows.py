@@ -1,14 +1,24 @@
-"""A row of preference data, of any accepted shape, becomes a `Pair`, or a `BadRow` with a reason.
+"""A row of any accepted shape becomes a `Pair`, or a `BadRow` with a reason.
 
-What stands before the answers comes from the column `prompt`, from the start that `chosen` and
-`rejected` share, or from both, and is put down once. Each of the three is
+A row is a dialogue that ends with the user's turn, the answer to be learned, and a worse answer
+beside it. Either answer may be missing: what a phase needs of a row, it says itself (`Needs`).
+
+    the answer          `chosen`, or `completion`, `response`, `output`
+    the worse one       `rejected`
+    what is before it   `prompt`, or `instruction` with its `input` and `history`, or `messages` (or
+                        `conversations`), or the start that the answers themselves have
+    the system turn     `system`
+
+Without a column for the answer, `messages` are the whole dialogue, and end with the answer if
+their last turn is the assistant's. A row with neither is a prompt alone.
+
+What stands before the answers is put down once, wherever it stands. Each of the cells is
 
 - text: a bare question or answer, or turns that start with `\\n\\nHuman:` and `\\n\\nAssistant:`
   (the blank line may be missing before the first), with any line ends;
-- a list of messages, `{"role", "content"}`, whose content is text or a list of text parts;
+- a list of messages, or one of them: `{"role", "content"}`, whose content is text or a list of text
+  parts, or ShareGPT's `{"from", "value"}`;
 - such a list that became text in a CSV file, as JSON or as Python prints it.
-
-A column `system` is the system turn.
 """
 
 import ast
@@ -17,13 +27,20 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ROLES = {"Human": "user", "Assistant": "assistant"}
 CUES = {"user": HUMAN, "assistant": ASSISTANT}
+SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of the roles
+TOOLS = ("tool", "function", "function_call", "observation")
 TEST_SHARE = 20  # one first question in so many is held out of a file that has no splits
-COLUMNS = ("system", "prompt", "chosen", "rejected")
+# Columns, of which the first that is there is read.
+ANSWERS = ("chosen", "completion", "response", "output")
+TALKS = ("messages", "conversations")
+LABELS = ("label", "kto_tag")  # whether a row's only answer is a good one
+COLUMNS = ("system", "prompt", "instruction", "input", "history", *TALKS, *ANSWERS, "rejected")
+COLUMNS += LABELS
 LINE_END = re.compile(r"\r+\n|\r")  # Windows', also when doubled on the way, and the old Mac's
 STARTS_WITH_CUE = re.compile(r"\s*(Human|Assistant):")
 # After "Assistant:" HH writes one space and then the answer; " Human: Yes." is such an answer, a
@@ -31,54 +48,198 @@ STARTS_WITH_CUE = re.compile(r"\s*(Human|Assistant):")
 ANSWER_IS_TURNS = re.compile(r"(\s*\n\s*)?(Human|Assistant):")
 LINE_STARTS_WITH_CUE = re.compile(r"^(Human|Assistant):", re.MULTILINE)
 LATER_LINE_STARTS_WITH_CUE = re.compile(r"\n(Human|Assistant):")
+SPELLED = re.compile(
+    r"""\s*\[\s*\{\s*['"](?:(?:role|content)['"]\s*:"""
+    r"""|from['"]\s*:\s*['"](?:human|gpt|system|user|assistant)['"])"""
+)
 
 Turns = tuple[tuple[str, str], ...]  # (role, text); roles are system, user, assistant
+Needs = Literal["prompt", "answer", "pair"]  # of a row: a prompt alone, with an answer, with two
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A dialogue that ends with the user's turn, and two answers; no text has outer white space."""
+    """A dialogue that ends with the user's turn, and the answers that its row has.
+
+    No text has outer white space.
+    """
 
     turns: Turns
-    chosen: str
-    rejected: str
+    chosen: str | None = None
+    rejected: str | None = None
 
 
 class BadRow(Exception):
     """A row that cannot be used; the text is the reason under which it is counted."""
 
 
-def parse_row(row: dict[str, Any]) -> Pair:
-    """Make a Pair of a row of any accepted shape.
+def parse_row(row: dict[str, Any], needs: Needs = "pair") -> Pair:
+    """Make a Pair of a row of any accepted shape, with what is needed of it.
 
     Raises:
         BadRow: it cannot be used; says why.
     """
+    pair = read_row(row)
+    reason = why_unusable(pair, needs)
+    if reason:
+        raise BadRow(reason)
+    return pair
+
+
+def why_unusable(pair: Pair, needs: Needs) -> str:
+    """Why a row does not have what is needed of it, or ""."""
+    if needs == "prompt":
+        return "" if is_text(text for _, text in pair.turns) else "half a surrogate pair"
+    if pair.chosen is None:
+        return "no chosen answer"
+    if needs == "pair" and pair.rejected is None:
+        return "no rejected answer"
+    return flaw_of(pair)
+
+
+def flaw_of(pair: Pair) -> str:
+    """What is wrong with the answers that a row has, or ""."""
+    answers = [answer for answer in (pair.chosen, pair.rejected) if answer is not None]
+    if not all(answers):
+        return "blank answer"
+    if len(answers) == 2 and pair.chosen == pair.rejected:
+        return "chosen and rejected are identical"
+    if not is_text([*answers, *(text for _, text in pair.turns)]):
+        return "half a surrogate pair"
+    if pair.chosen and LATER_LINE_STARTS_WITH_CUE.search(pair.chosen):
+        return "chosen runs on into another turn"
+    return ""
+
+
+def is_text(texts: Iterable[str]) -> bool:
+    """Whether texts can be written: JSON can spell half a surrogate pair, which cannot."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_row(row: dict[str, Any]) -> Pair:
+    """Read a row of any shape, whatever answers it has and whatever is wrong with them.
+
+    Raises:
+        BadRow: it holds no dialogue that can be read; says why.
+    """
     if None in row:
         raise BadRow("more cells than the header has columns")
-    system, prompt, chosen, rejected = (unix_lines(unspelled(row.get(name))) for name in COLUMNS)
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadRow("chosen and rejected have different types")
-    if not isinstance(chosen, str):
-        shared, chosen, rejected = split_messages(chosen, rejected)
-    elif prompt is None or ANSWER_IS_TURNS.match(chosen) or repeats(prompt, chosen):
-        shared, chosen, rejected = split_transcripts(chosen, rejected)
-    elif ANSWER_IS_TURNS.match(rejected):
-        raise BadRow("rejected starts with another turn")
-    else:
-        shared = []
+    cells = {part: read_cell(row, name) for part, name in columns_of(row).items()}
+    prompt = with_input(cells.get("prompt"), cells.get("input"))
+    shared, chosen, rejected = split_answers(prompt, cells.get("chosen"), cells.get("rejected"))
     no_prompt = (
         prompt is None
         or prompt == []
         or (shared and isinstance(prompt, str) and not prompt.strip())
     )
-    asked = [] if no_prompt else parse_turns(prompt)
+    asked = [] if no_prompt else earlier_turns(cells.get("history")) + parse_turns(prompt)
+    if chosen is None and isinstance(prompt, list) and asked and asked[-1][0] == "assistant":
+        chosen = asked.pop()[1]
+    if rejected is None and str(cells.get("label")).lower() == "false":
+        chosen, rejected = None, chosen
+    system = cells.get("system")
     if system and not isinstance(system, str):
         raise BadRow("system is not text")
     if system and system.strip():
         asked = join_turns([("system", system.strip())], asked)
     turns = checked_turns(join_turns(asked, shared))
-    return Pair(turns, *checked_answers(turns, chosen.strip(), rejected.strip()))
+    return Pair(turns, *(text if text is None else text.strip() for text in (chosen, rejected)))
+
+
+# ---------------------------------------------------------------- columns and cells
+
+
+def columns_of(row: dict[str, Any]) -> dict[str, str]:
+    """The columns that a row is read from, by what they hold: system, prompt, chosen, ..."""
+
+    def first(*names: str) -> str | None:
+        return next((name for name in names if row.get(name) is not None), None)
+
+    prompt, answer, rejected = first("prompt"), first(*ANSWERS), first("rejected")
+    talk = next((name for name in TALKS if row.get(name)), None)
+    if talk and not answer:
+        prompt = talk
+    elif not prompt and not (answer and is_whole(row[answer])):
+        prompt = first("instruction") or talk
+    alpaca = prompt == "instruction"
+    parts = {
+        "system": first("system"),
+        "history": first("history") if alpaca else None,
+        "prompt": prompt,
+        "input": first("input") if alpaca else None,
+        "chosen": answer,
+        "rejected": rejected,
+        "label": None if rejected else first(*LABELS),
+    }
+    return {part: name for part, name in parts.items() if name}
+
+
+def is_whole(answer: Any) -> bool:
+    """Whether an answer is a whole dialogue, with the question before it."""
+    answer = unspelled(answer)
+    if isinstance(answer, str):
+        return bool(STARTS_WITH_CUE.match(answer))
+    return isinstance(answer, list) and any(role_of(message) == "user" for message in answer)
+
+
+def read_cell(row: dict[str, Any], name: str) -> Any:
+    """A cell with `\\n` for every line end, and messages as a list.
+
+    Raises:
+        BadRow: a message list that became text and cannot be read back.
+    """
+    cell = unix_lines(unspelled(row[name]))
+    if name in TALKS and not isinstance(cell, list):
+        raise BadRow("messages are not a list")
+    is_message = isinstance(cell, dict) and name in ("prompt", *ANSWERS, "rejected")
+    return [cell] if is_message else cell
+
+
+def with_input(instruction: Any, more: Any) -> Any:
+    """Alpaca's instruction with its input, if there is one, in a paragraph below; or any prompt."""
+    if more is None or more == "":
+        return instruction
+    if not isinstance(instruction, str) or not isinstance(more, str):
+        raise BadRow("instruction or input is not text")
+    return f"{instruction.strip()}\n\n{more.strip()}"
+
+
+def earlier_turns(history: Any) -> list[tuple[str, str]]:
+    """The turns of Alpaca's history, a list of questions with their answers."""
+    turns = []
+    try:
+        for question, answer in history or ():
+            turns += [("user", require_text(question)), ("assistant", require_text(answer))]
+    except (TypeError, ValueError):
+        raise BadRow("history is not a list of questions and answers") from None
+    return turns
+
+
+def split_answers(
+    prompt: Any, chosen: Any, rejected: Any
+) -> tuple[list[tuple[str, str]], str | None, str | None]:
+    """The turns that the answers have before them, and the answers; None stays None."""
+    if chosen is None and rejected is None:
+        return [], None, None
+    if rejected is None:
+        shared, chosen, _ = split_answers(prompt, chosen, chosen)
+        return shared, chosen, None
+    if chosen is None:
+        shared, _, rejected = split_answers(prompt, rejected, rejected)
+        return shared, None, rejected
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRow("chosen and rejected have different types")
+    if not isinstance(chosen, str):
+        return split_messages(chosen, rejected)
+    if prompt is None or ANSWER_IS_TURNS.match(chosen) or repeats(prompt, chosen):
+        return split_transcripts(chosen, rejected)
+    if ANSWER_IS_TURNS.match(rejected):
+        raise BadRow("rejected starts with another turn")
+    return [], chosen, rejected
 
 
 def unix_lines(value: Any) -> Any:
@@ -98,9 +259,7 @@ def unspelled(value: Any) -> Any:
     Raises:
         BadRow: a spelled list that cannot be read, such as numpy's, which has no commas.
     """
-    if not isinstance(value, str) or not re.match(
-        r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:", value
-    ):
+    if not isinstance(value, str) or not SPELLED.match(value):
         return value
     for read in (json.loads, ast.literal_eval):
         try:
@@ -192,18 +351,31 @@ def split_messages(chosen: Any, rejected: Any) -> tuple[list[tuple[str, str]], s
 def parse_messages(messages: Any) -> list[tuple[str, str]]:
     if not isinstance(messages, list):
         raise BadRow("messages are not a list")
-    if any(
-        isinstance(each, dict) and (each.get("role") == "tool" or each.get("tool_calls"))
-        for each in messages
-    ):
+    if any(map(is_of_tool, messages)):
         raise BadRow("message of a tool, or that calls one")
     turns = []
     for message in messages:
-        role = message.get("role") if isinstance(message, dict) else None
+        role = role_of(message)
         if role not in ("system", "user", "assistant"):
             raise BadRow("message without a role of system, user or assistant")
-        turns.append((role, require_text(text_of(message.get("content")))))
+        said = message.get("content")
+        said = message.get("value") if said is None else said
+        turns.append((role, require_text(text_of(said))))
     return turns
+
+
+def role_of(message: Any) -> Any:
+    """Who speaks, in our names of the roles; None if it is no message."""
+    if not isinstance(message, dict):
+        return None
+    role = message.get("role") or message.get("from")
+    return SHAREGPT.get(role, role) if isinstance(role, str) else role
+
+
+def is_of_tool(message: Any) -> bool:
+    return isinstance(message, dict) and (
+        role_of(message) in TOOLS or bool(message.get("tool_calls"))
+    )
 
 
 def text_of(content: Any) -> Any:
@@ -246,20 +418,6 @@ def checked_turns(turns: Iterable[tuple[str, str]]) -> Turns:
     if any(LINE_STARTS_WITH_CUE.search(text) for _, text in turns):
         raise BadRow("turn that holds another turn")
     return turns
-
-
-def checked_answers(turns: Turns, chosen: str, rejected: str) -> tuple[str, str]:
-    if not chosen or not rejected:
-        raise BadRow("blank answer")
-    if chosen == rejected:
-        raise BadRow("chosen and rejected are identical")
-    try:
-        "".join([chosen, rejected, *(text for _, text in turns)]).encode()
-    except UnicodeEncodeError:
-        raise BadRow("half a surrogate pair") from None
-    if LATER_LINE_STARTS_WITH_CUE.search(chosen):
-        raise BadRow("chosen runs on into another turn")
-    return chosen, rejected
 
 
 def require_text(value: Any) -> str:

@@ -19,16 +19,23 @@ from typing import Any
 
 from rlhf.cli import UserError, one_line
 from rlhf.data.rows import (
+    ANSWERS,
     COLUMNS,
+    LABELS,
     LATER_LINE_STARTS_WITH_CUE,
+    TALKS,
     TEST_SHARE,
     BadRow,
+    Needs,
     Pair,
+    columns_of,
     first_turn_sha256,
+    flaw_of,
     is_test,
-    parse_row,
+    read_row,
     row_sha256,
     which_half,
+    why_unusable,
 )
 from rlhf.reporting import console, plain
 
@@ -36,11 +43,23 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSED = (".gz", ".zst")
 SPLITS = {"train": ("train",), "test": ("test", "validation", "eval")}
 FEW_PROMPTS = 20  # with fewer in a test split its figures are mostly chance
+TRANSCRIPT = re.compile(r"(^|\n)\s*(Human|Assistant):|^\s*\[")  # or messages that became text
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
-ACCEPTED = (
-    "accepted are the columns prompt, chosen, rejected (text or message lists), "
-    "or chosen and rejected transcripts that start with '\\n\\nHuman:'"
-)
+ACCEPTED = {  # by what is needed
+    "pair": "accepted are the columns prompt, chosen, rejected (text or message lists), "
+    "or chosen and rejected transcripts that start with '\\n\\nHuman:'",
+    "answer": "accepted are prompt with chosen, completion or response (text or message lists), "
+    "instruction, input and output, messages or conversations, and transcripts in chosen",
+    "prompt": "accepted are prompt (text or a message list), instruction and input, "
+    "messages or conversations, with or without answers, and transcripts in chosen",
+}
+WANTED = {
+    "pair": "a reward model learns from two answers to a prompt, chosen and rejected",
+    "answer": "SFT learns from a prompt with its answer",
+    "prompt": "there has to be a prompt",
+}
+Rows = Iterable[dict[str, Any]]  # as a file has them; JSON may hold something else
+MESSAGE = ("role", "content", "from", "value")  # keys that are read
 MARKUP = re.compile(  # of other formats, and cues that stand where they are no cues
     r"<\|\w+\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>"
     r"|^[ \t]*(?:#+ ?)?(?:Human|User|Assistant|Instruction|Response|System):",
@@ -70,15 +89,13 @@ class Reading:
         """Count a row that is used."""
         self.shapes[shape_of(row)] += 1
         self.ignored |= dict.fromkeys(ignored_names(row))
-        rejected = LATER_LINE_STARTS_WITH_CUE.split(pair.rejected)[0]  # that it runs on may be why
-        texts = [*(text for _, text in pair.turns), pair.chosen, rejected]
+        answers = [answer for answer in (pair.chosen, pair.rejected) if answer is not None]
+        texts = [*(text for _, text in pair.turns), *answers]
+        if pair.rejected is not None:  # that it runs on may be why
+            texts[-1] = LATER_LINE_STARTS_WITH_CUE.split(pair.rejected)[0]
         found = {match.strip() for text in texts for match in MARKUP.findall(text)}
         question = pair.turns[-1][1]
-        if (
-            len(question) > 9
-            and pair.chosen.startswith(question)
-            and pair.rejected.startswith(question)
-        ):
+        if len(question) > 9 and answers and all(text.startswith(question) for text in answers):
             found.add("answers that repeat the question")
         self.markup.update(found)
 
@@ -94,20 +111,29 @@ class Reading:
         report_drops(self.what, kept, self.drops, "; ".join(said))
 
 
-def load_pairs(
-    source: str, split: str, max_samples: int | None = None, half: str = "both"
+def load_rows(
+    source: str,
+    split: str,
+    needs: Needs,
+    columns: str | None = None,
+    max_samples: int | None = None,
+    half: str = "both",
 ) -> list[Pair]:
-    """Read the usable pairs of a split ("train" or "test"), at most the first `max_samples`.
+    """Read the usable rows of a split ("train" or "test"), at most the first `max_samples`.
 
     One file without splits gives about one first question in twenty, chosen by a hash of its text,
-    to the test split. With `half` "first" or "second" only the pairs of that half. Bad rows are
+    to the test split. With `half` "first" or "second" only the rows of that half. Bad rows are
     dropped; one line on the terminal says what was read, how many rows were dropped and why, and
     what was ignored.
+
+    Args:
+        needs: what makes a row usable: its prompt, an answer to it, or two.
+        columns: the data's own names of columns, as in `prompt=question,chosen=good`.
 
     Raises:
         UserError: no such source, a file that cannot be read, a missing column, no usable row.
     """
-    files, rows = open_source(source, split)
+    files, rows = read_rows(source, split, needs, columns)
     what = f"{source}, {split}" + (f", {half} half" if half != "both" else "")
     reading = Reading(what, files)
     pairs: list[Pair] = []
@@ -117,15 +143,16 @@ def load_pairs(
     for row in parsed:
         if half not in ("both", which_half(row.digest)):
             continue
-        if row.pair is None:
-            reading.drops[row.why_not] += 1
+        reason = row.why_not if row.pair is None else why_unusable(row.pair, needs)
+        if reason:
+            reading.drops[reason] += 1
             continue
         reading.note(row.row, row.pair)
         pairs.append(row.pair)
         if len(pairs) == max_samples:
             break
     if not pairs:
-        raise UserError(nothing_to_use(reading, source, split))
+        raise UserError(nothing_to_use(reading, source, split, needs))
     reading.report(len(pairs))
     prompts = len({pair.turns for pair in pairs})
     if split == "test" and prompts < FEW_PROMPTS and len(pairs) != max_samples:
@@ -133,9 +160,20 @@ def load_pairs(
     return pairs
 
 
+def load_pairs(
+    source: str,
+    split: str,
+    max_samples: int | None = None,
+    half: str = "both",
+    columns: str | None = None,
+) -> list[Pair]:
+    """`load_rows` of those that have two answers."""
+    return load_rows(source, split, "pair", columns, max_samples, half)
+
+
 @dataclass(frozen=True)
 class Parsed:
-    """A row, the pair that it is or why it is none, and what decides on its split and half."""
+    """A row, what is read of it or why nothing is, and what decides on its split and half."""
 
     row: dict[str, Any]
     pair: Pair | None
@@ -145,38 +183,47 @@ class Parsed:
     @staticmethod
     def of(row: dict[str, Any]) -> "Parsed":
         try:
-            pair = parse_row(row)
+            pair = read_row(row)
         except BadRow as reason:
             return Parsed(row, None, str(reason), row_sha256(row))
         return Parsed(row, pair, "", first_turn_sha256(pair))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is wrong with what the row has, whatever a phase needs of it."""
+        return self.pair is not None and not flaw_of(self.pair)
 
 
 def one_side(rows: list[Parsed], split: str, reading: Reading) -> list[Parsed]:
     """The rows of one file that are of a split: all that start with one question are in the same.
 
-    Where the hash holds out none of at least twenty rows, those of one question are held out.
+    Where the hash holds out none of at least twenty rows, those of one question are held out: the
+    same one for all phases, so what a phase needs has no say in it.
     """
-    questions = {row.digest for row in rows if row.pair}
+    questions = {row.digest for row in rows if row.is_whole}
     held_out = {digest for digest in questions if is_test(digest)}
     if not held_out and len(questions) > 1 and len(rows) >= TEST_SHARE:
         held_out = {min(questions)}
     reading.all_rows, reading.questions = len(rows), len(questions)
     return [
-        row
-        for row in rows
-        if (row.digest in held_out if row.pair else is_test(row.digest)) == (split == "test")
+        row for row in rows if (row.digest in held_out or is_test(row.digest)) == (split == "test")
     ]
 
 
 def load_splits(
-    source: str, max_train: int | None = None, max_test: int | None = None, half: str = "both"
+    source: str,
+    needs: Needs,
+    columns: str | None = None,
+    max_train: int | None = None,
+    max_test: int | None = None,
+    half: str = "both",
 ) -> tuple[list[Pair], list[Pair]]:
-    """The pairs of both splits, with a warning if prompts stand in both.
+    """`load_rows` of both splits, with a warning if prompts stand in both.
 
     `half` is of the training split only.
     """
-    train = load_pairs(source, "train", max_train, half)
-    test = load_pairs(source, "test", max_test)
+    train = load_rows(source, "train", needs, columns, max_train, half)
+    test = load_rows(source, "test", needs, columns, max_test)
     report_overlap(train, test)
     return train, test
 
@@ -195,8 +242,8 @@ def report_overlap(train: Iterable[Pair], test: Iterable[Pair]) -> None:
         )
 
 
-def nothing_to_use(reading: Reading, source: str, split: str) -> str:
-    """The error for a split without a pair."""
+def nothing_to_use(reading: Reading, source: str, split: str, needs: Needs) -> str:
+    """The error for a split without a usable row."""
     if reading.questions and not reading.drops:
         return (
             f"{source}: none of its {reading.all_rows} rows is in the {split} split; of one file "
@@ -204,7 +251,8 @@ def nothing_to_use(reading: Reading, source: str, split: str) -> str:
             f"{reading.questions}: give more, or a folder with train.jsonl and test.jsonl"
         )
     dropped = f": dropped {reasons_of(reading.drops)}" if reading.drops else ""
-    return f"{source} has no usable row in its {split} split ({reading.files}){dropped}; {ACCEPTED}"
+    where = f"{source} has no usable row in its {split} split ({reading.files})"
+    return f"{where}{dropped}; {ACCEPTED[needs]}"
 
 
 def report_drops(what: str, kept: int, drops: Counter[str], more: str = "") -> None:
@@ -220,35 +268,46 @@ def reasons_of(drops: Counter[str]) -> str:
 
 def shape_of(row: dict[str, Any]) -> str:
     """Which columns a row was read from, and what they hold: "prompt, chosen, rejected (text)"."""
-    read = [name for name in COLUMNS if row.get(name)]
-    kinds = dict.fromkeys("text" if isinstance(row[name], str) else "messages" for name in read)
+    read = [name for name in columns_of(row).values() if row[name]]
+    kinds = dict.fromkeys(
+        "text" if isinstance(row[name], str) else "messages" for name in read if name not in LABELS
+    )
     return f"{', '.join(read)} ({' and '.join(kinds)})"
 
 
 def ignored_names(row: dict[str, Any]) -> Iterator[str]:
     """The columns of a row, and the keys of its messages, that hold something and are not read."""
+    read = columns_of(row).values()
     yield from (
         plain(str(name))
         for name, cell in row.items()
-        if name not in COLUMNS and cell not in (None, "", [])
+        if name not in read and cell not in (None, "", [])
     )
-    for name in ("prompt", "chosen", "rejected"):
-        for message in row[name] if isinstance(row.get(name), list) else ():
-            for key, value in message.items():
-                if key not in ("role", "content") and value not in (None, "", []):
+    for name in read:
+        for message in row[name] if isinstance(row[name], list) else [row[name]]:
+            for key, value in message.items() if isinstance(message, dict) else ():
+                if key not in MESSAGE and value not in (None, "", []):
                     yield f"{plain(str(key))} of messages"
 
 
 # ---------------------------------------------------------------- sources
 
 
-def read_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
-    """The rows of a split, as they are. Raises UserError as `load_pairs` does."""
-    return open_source(source, split)[1]
+def read_rows(
+    source: str, split: str, needs: Needs, columns: str | None = None
+) -> tuple[str, Iterator[dict[str, Any]]]:
+    """What a split is read from, in words, and its rows, under our names of the columns.
+
+    Raises:
+        UserError: as `load_rows` does.
+    """
+    names = parse_columns(columns)
+    said, files = open_source(source, split)
+    return said, (row for where, rows in files for row in checked_rows(rows, where, needs, names))
 
 
-def open_source(source: str, split: str) -> tuple[str, Iterator[dict[str, Any]]]:
-    """What a split is read from, in words, and its rows."""
+def open_source(source: str, split: str) -> tuple[str, Iterable[tuple[str, Rows]]]:
+    """What a split is read from, in words, and each file of it: what it is called, and its rows."""
     path = Path(source)
     if not source:
         raise UserError("--dataset '': name a hub id, a folder or a file")
@@ -257,9 +316,9 @@ def open_source(source: str, split: str) -> tuple[str, Iterator[dict[str, Any]]]
         said = ", ".join(str(file.relative_to(path)) for file in files[:3])
         said += f" and {len(files) - 3} more" if len(files) > 3 else ""
         said += f" (not {', '.join(file.name for file in others)})" if others else ""
-        return said, (row for file in files for row in read_file(file))
+        return said, ((str(file), read_file(file)) for file in files)
     if path.is_file():
-        return path.name, read_file(path)
+        return path.name, [(str(path), read_file(path))]
     if kind_of(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise UserError(
             f"--dataset {source}: there is no such file or folder, "
@@ -324,36 +383,90 @@ def check_one_kind(folder: Path, split: str, files: list[Path]) -> None:
         )
 
 
-def read_file(path: Path) -> Iterator[dict[str, Any]]:
+def read_file(path: Path) -> Rows:
     kind = kind_of(path)
     if kind is None:
         raise UserError(
             f"{path} is not one of {', '.join(SUFFIXES)} "
             f"(all but the last also as {' or '.join(COMPRESSED)})"
         )
-    yield from checked_columns(READERS[kind](path), str(path))
+    return READERS[kind](path)
 
 
-def checked_columns(rows: Iterable[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:
-    """Pass rows on: objects, of which the first has the columns that every shape has."""
+def checked_rows(rows: Rows, where: str, needs: Needs, names: dict[str, str]) -> Iterator[dict]:
+    """The rows under our names of the columns: objects, of which the first has what is needed.
+
+    Args:
+        names: the data's own name of a column, by ours.
+    """
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise UserError(f"{where}, row {number + 1}: not an object with columns; {ACCEPTED}")
+            raise UserError(
+                f"{where}, row {number + 1}: not an object with columns; {ACCEPTED[needs]}"
+            )
         if number == 0:
-            for column in ("chosen", "rejected"):
-                if column not in row:
-                    has = plain(", ".join(map(str, row)))
-                    raise UserError(f"{where} has no column '{column}' (it has {has}); {ACCEPTED}")
-            if (
-                "prompt" not in row
-                and isinstance(row["chosen"], str)
-                and not re.search(r"(^|\n)\s*(Human|Assistant):|^\s*\[", row["chosen"])
-            ):
-                raise UserError(
-                    f"{where} has no column 'prompt' and 'chosen' is not a transcript "
-                    f"(it has {plain(', '.join(map(str, row)))}); {ACCEPTED}"
-                )
-        yield row
+            check_columns(row, where, needs, names)
+        yield renamed(row, names)
+
+
+def renamed(row: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    if not names:
+        return row
+    others = {name: cell for name, cell in row.items() if name not in names.values()}
+    return others | {ours: row.get(theirs) for ours, theirs in names.items()}
+
+
+def parse_columns(columns: str | None) -> dict[str, str]:
+    """`prompt=question,chosen=good`: the data's own name of a column, by ours.
+
+    Raises:
+        UserError: it is not written so, or names a column that nobody reads, or one twice.
+    """
+    names: dict[str, str] = {}
+    for part in columns.split(",") if columns else ():
+        ours, equals, theirs = (text.strip() for text in part.partition("="))
+        if not (ours and equals and theirs):
+            raise UserError(
+                f"--columns '{columns}': write NAME=COLUMN, with commas between, "
+                "as in prompt=question,chosen=good"
+            )
+        if ours not in COLUMNS:
+            raise UserError(
+                f"--columns {part}: '{ours}' is none of the names that are read "
+                f"({', '.join(COLUMNS)})"
+            )
+        if ours in names:
+            raise UserError(f"--columns '{columns}' names '{ours}' twice: keep one")
+        names[ours] = theirs
+    return names
+
+
+def check_columns(row: dict[str, Any], where: str, needs: Needs, names: dict[str, str]) -> None:
+    """Raise UserError if a file, by its first row, lacks a column that was named or is needed."""
+    has = f"it has {plain(', '.join(map(str, row)))}"
+    for ours, theirs in names.items():
+        if theirs not in row:
+            raise UserError(f"--columns {ours}={theirs}: {where} has no column '{theirs}' ({has})")
+    missing = missing_column(renamed(row, names), needs)
+    if missing:
+        raise UserError(
+            f"{where} has no column '{missing}' ({has}): {WANTED[needs]}; {ACCEPTED[needs]}; "
+            f"--columns {missing}=NAME reads it from column NAME"
+        )
+
+
+def missing_column(row: dict[str, Any], needs: Needs) -> str | None:
+    """Our name of a column that has to be there and is not."""
+    answer = next((row[name] for name in ANSWERS if name in row), "")
+    talk = any(name in row for name in TALKS)
+    if needs != "prompt" and not talk and not any(name in row for name in ANSWERS):
+        return "chosen"
+    if needs == "pair" and "rejected" not in row:
+        return "rejected"
+    asks = talk or "prompt" in row or "instruction" in row
+    if not asks and isinstance(answer, str) and not TRANSCRIPT.search(answer):
+        return "prompt"
+    return None
 
 
 # ---------------------------------------------------------------- files
@@ -456,7 +569,7 @@ def open_bytes(path: Path) -> io.BufferedIOBase:
 # ---------------------------------------------------------------- the hub
 
 
-def read_hub(name: str, split: str) -> tuple[str, Iterator[dict[str, Any]]]:
+def read_hub(name: str, split: str) -> tuple[str, list[tuple[str, Rows]]]:
     from rlhf.hub import hub_errors
 
     import datasets
@@ -467,4 +580,4 @@ def read_hub(name: str, split: str) -> tuple[str, Iterator[dict[str, Any]]]:
         if wanted is None:
             raise UserError(f"data set {name} has no {split} split (it has {', '.join(available)})")
         rows = datasets.load_dataset(name, split=wanted)
-    return f"split {wanted}", checked_columns(rows, f"data set {name}, {wanted}")
+    return f"split {wanted}", [(f"data set {name}, {wanted}", rows)]
