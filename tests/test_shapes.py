@@ -8,7 +8,17 @@ import shlex
 import ppo_train
 import rlhf.training
 from rlhf.cli import UserError
-from rlhf.data import BadRow, Pair, fingerprint, in_test_split, load_pairs, load_rows, load_splits, parse_row
+from rlhf.data import (
+    BadRow,
+    Pair,
+    fingerprint,
+    first_turn_sha256,
+    in_test_split,
+    load_pairs,
+    load_rows,
+    load_splits,
+    parse_row,
+)
 
 import pytest
 from conftest import read_demo, write_jsonl
@@ -320,14 +330,15 @@ def test_the_line_says_which_columns_of_a_shape_were_read(tmp_path, capsys):
     rows = [
         {"instruction": "Hi", "input": "", "output": "Hello!", "text": "x"},
         {"prompt": "Hi", "completion": "Hello!", "label": True},
+        {"prompt": "Hi", "chosen": "Hello!", "rejected": "No.", "kto_tag": False},
         {"prompt": "x", "messages": [user("Hi") | {"name": "me"}, assistant("Hello!")]},
         {"conversations": [said("human", "Hi"), said("gpt", "<|end|> Hello!")], "tools": "x"},
     ]
     write_jsonl(tmp_path / "train.jsonl", rows)
     load_rows(str(tmp_path), "train", "answer")
     assert capsys.readouterr().out.strip() == (
-        f"{tmp_path}, train: 4 rows; read train.jsonl as instruction, output (text) or prompt, completion, label "
-        "(text) or messages (messages) or conversations (messages); ignored: text, prompt, name of messages, tools; "
+        f"{tmp_path}, train: 5 rows; read train.jsonl as instruction, output (text) or prompt, completion, label "
+        "(text) or prompt, chosen, rejected (text) or messages (messages) or conversations (messages); ignored: text, kto_tag, prompt, name of messages, tools; "
         "looks like markup: <|end|> in 1 rows"
     )
 
@@ -339,13 +350,15 @@ SAME = {"chosen": "a", "rejected": "a"}
     ("count", "shapes", "phases"),
     [
         (300, [{"chosen": "a", "rejected": "b"}, {"chosen": "a"}, {}, SAME], NEEDS),
-        (21, [{"chosen": "a"}, SAME], ("prompt", "answer")),  # none held out by its hash
+        (21, [SAME, {"chosen": "a"}], ("prompt", "answer")),  # none held out by its hash
     ],
 )
 def test_no_question_is_in_one_phases_training_and_anothers_test_split(tmp_path, count, shapes, phases):
     questions = [f"Q{n}?" for n in range(999)]
     if count == 21:
-        questions = [q for q in questions if not in_test_split(Pair((("user", q),)))]
+        pairs = [Pair((("user", q),)) for q in questions]
+        pairs = sorted((pair for pair in pairs if not in_test_split(pair)), key=first_turn_sha256)
+        questions = [pair.turns[0][1] for pair in pairs]  # the first would be held out, if SFT could use it
     rows = [{"prompt": questions[n]} | shapes[n % len(shapes)] for n in range(count)]
     file = str(write_jsonl(tmp_path / "all.jsonl", rows))
     splits = [load_splits(file, needs) for needs in phases]
@@ -425,7 +438,7 @@ def test_pairs_have_the_fingerprints_that_they_always_had(tmp_path, shape):
 
 
 def test_a_missing_answer_has_a_fingerprint_of_its_own():
-    pairs = [Pair(ONE.turns, *answers) for answers in ((), ("a",), ("a", ""), (None, "a"), ("a", "b"))]
+    pairs = [Pair(ONE.turns, *answers) for answers in ((), ("a",), ("a", ""), (None, "a"), ("", "a"))]
     assert len({fingerprint([pair]) for pair in pairs}) == 5
 
 
@@ -527,6 +540,11 @@ def test_sft_of_rows_with_one_answer(call_main, trained, folders, tmp_path):
     data = [json.loads((tmp_path / name / "run.json").read_text())["data"] for name in ("plain", "cut")]
     assert [each["columns"] for each in data] == [None, "messages=talk"]
     assert data[0]["sha256"] == data[1]["sha256"]
+    run = json.loads((tmp_path / "plain" / "run.json").read_text())
+    run["hyperparameters"].pop("columns")  # as before there was such a flag
+    run["hyperparameters"]["preset"] = "demo"  # wherever its values came from
+    (tmp_path / "plain" / "run.json").write_text(json.dumps(run))
+    assert "there is nothing to resume" in call_main("sft_train", [*plain, "--resume"]).stdout
 
 
 def test_ppo_and_the_comparison_take_prompts_alone(call_main, trained, folders, tmp_path):
