@@ -7,6 +7,7 @@ terminal, and the same in `reports/compare.md`, `reports/compare.html` (with the
 2. Let each model answer: the base with all adapters off, SFT, and PPO; greedy, or with the same draws for all.
 3. Score every answer with the reward model and sum up: score, length, endings, repetition; and for each pair of models
    the win rate with its interval, over all prompts and at equal length, and in words what it shows.
+4. Ask each model how it would begin on the safety probe's requests: with a refusal, or not (rlhf/probe.py).
 
     python compare_outputs.py
     python compare_outputs.py --preset demo
@@ -30,6 +31,7 @@ from rlhf.cli import UserError, check_at_least_one, check_between, run
 from rlhf.generation import generate
 from rlhf.modeling import BASE, REFERENCE, SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base
 from rlhf.page import read_curves, render_page
+from rlhf.probe import KINDS, OPENING_TOKENS, load_probe, refusal_odds
 from rlhf.reporting import (
     ENDINGS,
     SPEAKERS,
@@ -41,7 +43,10 @@ from rlhf.reporting import (
     plain,
     preference,
     repeated_3grams,
+    wilson_interval,
 )
+from rlhf.run_warnings import compare_warnings, refusal_warnings, said_before
+from rlhf.style import style_of
 from rlhf.training import device
 
 from rich.table import Table
@@ -96,6 +101,10 @@ PROMPTS = (
 RULE = "─" * 80
 FILES = ("compare.md", "compare.html", "compare.json")
 COLUMNS = ("Model", "Mean\nscore", "Mean\ntokens", "Ended\nby EOS", "Repeated\n3-grams", "Distinct\n2-grams")
+COLUMNS += ("End\nin ?", "Begin\nalike")
+SHARES = ("ended_by_eos", "repeated_3grams", "distinct_2grams", "question_share", "opening_share")  # the last columns
+PROBE_TITLE = "Safety probe: which of two written answers would be begun"
+PROBE_COLUMNS = ("Rather begins with a refusal", "Harmful requests\n(95 % interval)", "Harmless ones\n(95 % interval)")
 PAIR_COLUMNS = ("Who wins", "Win rate\n(95 % interval)", "At equal length\n(95 % interval)")
 OWN_JUDGE = (
     "The judge is the reward model that PPO trained against: PPO's win rate says that it learned to please it, not that "
@@ -113,6 +122,8 @@ def main(config: Config) -> None:
     check_numbers(config)
     runs = read_runs(config)
     check_reports(config)
+    warned = said_before(runs)
+    print_warnings(warned)
 
     dtype = choose_dtype(config.dtype, device())
     base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
@@ -129,6 +140,11 @@ def main(config: Config) -> None:
     for name in titles:
         with console.status(f"{name} answers {len(prompts)} prompts"):
             answers[name] = answer(config, shared, form, [ids for _, ids in prompts], name, "reward" in runs)
+    with console.status("the safety probe"):
+        odds = ask_probe(config, shared, form, list(titles))
+    pairs = compare_pairs(answers)
+    found = (compare_warnings(len(prompts)) if pairs else []) + compare_refusals(odds)
+    found = [text for text in found if not any(text in line for line in warned)]  # PPO's run may have said it
     report = {
         "models": titles,
         "base": base,
@@ -136,8 +152,10 @@ def main(config: Config) -> None:
         "runs": {phase: {key: run[key] for key in REPORTED if key in run} for phase, run in runs.items()},
         "commit": git_commit(),
         "summary": summarize(answers),
-        "pairs": compare_pairs(answers),
+        "pairs": pairs,
+        "probe": summarize_probe(odds),
         "notes": notes(runs),
+        "warnings": found + warned,
         "prompts": [
             {"turns": turns, "answers": {name: answers[name][i] for name in titles}}
             for i, (turns, _) in enumerate(prompts)
@@ -268,12 +286,16 @@ def load_models(config: Config, model, runs: dict[str, dict[str, Any]], dtype):
     return shared
 
 
+def role_of(name: str) -> str:
+    """The role of a model, by its name in the report."""
+    return {"base": BASE, "PPO": "policy"}.get(name, REFERENCE)
+
+
 def answer(config: Config, shared, form, prompts: list[list[int]], name: str, scored: bool) -> list[Answer]:
     """The answers of the model `name` to `prompts` (token ids), with the reward model's scores if `scored`."""
     seeds = [config.seed + i for i in range(len(prompts))]
     settings = config.max_new_tokens, config.temperature, seeds, config.batch_size
-    role = {"base": BASE, "PPO": "policy"}.get(name, REFERENCE)
-    responses = generate(shared, role, form, prompts, *settings)
+    responses = generate(shared, role_of(name), form, prompts, *settings)
     scores = [None] * len(prompts)
     if scored:
         texts = [p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
@@ -297,6 +319,7 @@ def summarize(answers: dict[str, list[Answer]]) -> dict[str, dict[str, float]]:
         row["ended_by_eos"] = sum(a["ended_by"] == "eos" for a in given) / count
         row["repeated_3grams"] = sum(repeated_3grams(a["text"]) for a in given) / count
         row["distinct_2grams"] = distinct_2(a["text"] for a in given)
+        row |= style_of([a["text"] for a in given])
         summary[name] = row
     return summary
 
@@ -341,20 +364,49 @@ def direction(low: float, high: float) -> str | None:
 
 
 def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
-    """What a reader of the win rates should know: who judged, and what PPO's own run warned of."""
-    if "ppo" not in runs:
+    """What a reader of the win rates should know: who judged."""
+    if "ppo" not in runs or "reward" not in runs:
         return []
+    same = runs["ppo"]["parents"].get("reward") == runs["reward"]["adapter_sha256"]
+    return [OWN_JUDGE if same else OTHER_JUDGE]
+
+
+# ---------------------------------------------------------------- the safety probe
+
+
+def ask_probe(config: Config, shared, form, names: list[str]) -> dict[str, dict[str, list[float]]]:
+    """By model and kind of request, the log-odds of beginning with a refusal, one a request that fits the lengths."""
+    probe = load_probe(form, config.max_prompt_length + config.max_new_tokens, OPENING_TOKENS)
+    return {
+        name: {kind: odds.tolist() for kind, odds in refusal_odds(shared, role_of(name), probe).items()}
+        for name in names
+    }
+
+
+def summarize_probe(odds: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """By model and kind of request, the share of refusals among the likelier beginnings, and its interval."""
+    summary: dict[str, dict[str, dict[str, float]]] = {}
+    for name, kinds in odds.items():
+        for kind, values in kinds.items():
+            if values:
+                refused, count = sum(value > 0 for value in values), len(values)
+                low, high = wilson_interval(refused, count)
+                row = {"requests": count, "refusals": refused / count, "refusals_low": low, "refusals_high": high}
+                summary.setdefault(name, {})[kind] = row
+    return summary
+
+
+def compare_refusals(odds: dict[str, dict[str, list[float]]]) -> list[str]:
+    """Warnings of each model that refuses less, or more, than the one before it."""
     found = []
-    if "reward" in runs:
-        same = runs["ppo"]["parents"].get("reward") == runs["reward"]["adapter_sha256"]
-        found.append(OWN_JUDGE if same else OTHER_JUDGE)
-    metrics = runs["ppo"].get("metrics")
-    warned = metrics.get("warnings") if isinstance(metrics, dict) else None
-    found += (
-        [f"PPO's run warned: {' '.join(plain(str(text)).split())}" for text in warned]
-        if isinstance(warned, list)
-        else []
-    )
+    for (before, ours), (after, theirs) in itertools.pairwise(odds.items()):
+        shifts = {}
+        for kind, name in (("harmful", "refusal_shift"), ("harmless", "overrefusal_shift")):
+            shift = [b - a for a, b in zip(ours[kind], theirs[kind], strict=True)]
+            if shift:
+                values = sum(shift) / len(shift), *mean_interval(shift)
+                shifts |= zip((name, f"{name}_low", f"{name}_high"), values, strict=True)
+        found += refusal_warnings(shifts, before, after)
     return found
 
 
@@ -393,11 +445,20 @@ def summary_rows(summary: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
     rows = []
     for name, row in summary.items():
         score = f"{row['mean_score']:.2f}" if "mean_score" in row else "-"
-        eos, repeated, distinct = (
-            f"{100 * row[key]:.0f} %" for key in ("ended_by_eos", "repeated_3grams", "distinct_2grams")
-        )
-        rows.append((name, score, f"{row['mean_tokens']:.1f}", eos, repeated, distinct))
+        shares = [f"{100 * row[key]:.0f} %" for key in SHARES]
+        rows.append((name, score, f"{row['mean_tokens']:.1f}", *shares))
     return rows
+
+
+def probe_rows(probe: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, ...]]:
+    """The cells of the safety probe, one tuple of PROBE_COLUMNS a model."""
+    return [(name, *(share_cell(kinds.get(kind), "refusals") for kind in KINDS)) for name, kinds in probe.items()]
+
+
+def share_cell(row: dict[str, Any] | None, key: str) -> str:
+    if row is None:
+        return "-"
+    return f"{100 * row[key]:.0f} % ({100 * row[f'{key}_low']:.0f} to {100 * row[f'{key}_high']:.0f} %)"
 
 
 def pair_rows(pairs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -405,10 +466,7 @@ def pair_rows(pairs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [
         (
             f"{pair['first']} against {pair['second']}",
-            *(
-                f"{100 * pair[key]:.0f} % ({100 * pair[f'{key}_low']:.0f} to {100 * pair[f'{key}_high']:.0f} %)"
-                for key in ("win_rate", "at_equal_length")
-            ),
+            *(share_cell(pair, key) for key in ("win_rate", "at_equal_length")),
         )
         for pair in pairs
     ]
@@ -419,6 +477,8 @@ def print_summary(report: Report) -> None:
     tables = [(f"Summary of {count} prompt{'s' * (count != 1)}", COLUMNS, summary_rows(report["summary"]))]
     if report["pairs"]:
         tables.append(("Win rates, by the reward model's score", PAIR_COLUMNS, pair_rows(report["pairs"])))
+    if report["probe"]:
+        tables.append((PROBE_TITLE, PROBE_COLUMNS, probe_rows(report["probe"])))
     for title, columns, rows in tables:
         table = Table(title=title, width=len(RULE))
         for i, column in enumerate(columns):
@@ -428,6 +488,12 @@ def print_summary(report: Report) -> None:
         console.print(table, width=len(RULE), soft_wrap=False)
     for line in conclusions(report):
         print(wrap(f"- {line}"))
+    print_warnings(report["warnings"])
+
+
+def print_warnings(warnings: list[str]) -> None:
+    for text in warnings:
+        print(wrap(f"warning: {text}"))
 
 
 def render_markdown(report: Report) -> str:
@@ -438,6 +504,10 @@ def render_markdown(report: Report) -> str:
     if report["pairs"]:
         lines += ["", *markdown_table(PAIR_COLUMNS, pair_rows(report["pairs"]))]
         lines += ["", *(f"- {line}" for line in conclusions(report))]
+    if report["probe"]:
+        lines += ["", f"{PROBE_TITLE}:", "", *markdown_table(PROBE_COLUMNS, probe_rows(report["probe"]))]
+    if report["warnings"]:
+        lines += ["", *(f"- **Warning:** {line}" for line in report["warnings"])]
     for number, entry in enumerate(report["prompts"], start=1):
         lines += ["", f"## Prompt {number}", "", fenced(prompt_text(entry["turns"]))]
         for name, title in titles.items():

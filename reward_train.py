@@ -6,7 +6,8 @@ opens as a sequence classification model, and what it gets right in `evaluation.
 1. Tokenise each prompt with its chosen and its rejected response, both closed by EOS.
 2. Load the base the SFT adapter was trained on, stack a LoRA adapter on its upper layers, add a float32 scalar head.
 3. Train with TRL's RewardTrainer: -log sigmoid(score(chosen) - score(rejected)) (Bradley-Terry).
-4. Score the test split: accuracy, calibration, and how much of it is length (rlhf/reward_eval.py).
+4. Score the test split: accuracy, calibration, and how much of it is length (rlhf/reward_eval.py). Score the safety
+   probe: is a refusal preferred where a request is harmful, and only there (rlhf/probe.py)?
 
 With --extra-data people's votes (`python -m feedback.vote`) are mixed into the training pairs. The votes on one prompt
 in five are held out, the same ones every time, and scored beside the test split.
@@ -33,9 +34,11 @@ from rlhf.cli import UserError, check_at_least_one, check_between, next_command,
 from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, load_splits, tokenize_pairs
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
 from rlhf.plan import Plan, plan_reward, read_shape, show_data, show_end, show_plan
+from rlhf.probe import describe_probe, judge_probe, load_probe
 from rlhf.processes import gather, is_main, sharded, share
 from rlhf.reporting import console, plot_curves
 from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
+from rlhf.run_warnings import reward_warnings, said_before, show
 from rlhf.speed import Work
 from rlhf.training import (
     Restack,
@@ -127,6 +130,7 @@ def main(config: Config) -> None:
     if is_finished(config):
         return
 
+    show(said_before({"sft": sft}))
     started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
@@ -194,9 +198,13 @@ def main(config: Config) -> None:
                 steps=trainer.state.global_step,
                 micro_batch_tokens=trainer.micro_batch.tokens,
                 speed=trainer.speed(),
-                metrics={name: value for name, value in metrics.items() if not isinstance(value, list)},
+                metrics={
+                    **{name: value for name, value in metrics.items() if not isinstance(value, list)},
+                    "warnings": metrics["warnings"],
+                },
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
+    show(metrics["warnings"])
     role = "gold" if config.half == "second" else "reward"
     phases = {"sft": config.sft_checkpoint, role: config.output_dir}
     console.print(f"Next: {next_command('ppo_train.py', config.dataset, **phases)}")
@@ -317,8 +325,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the test pairs, say what the scores are worth, and write it to `folder`; the same for held-out votes.
 
-    Returns the numbers of the test pairs, and of the votes under names that start with `votes_`. Raises UserError if the
-    scores are worth nothing.
+    Returns the numbers of the test pairs, of the votes under names that start with `votes_`, of the safety probe under
+    those that start with `probe_`, and `warnings`. Raises UserError if the scores are worth nothing.
     """
     scored = {what: score(shared, pairs, form.eos_token_id) for what, pairs in eval_sets.items()}
     judged = {what: judge(pairs) for what, pairs in scored.items()}
@@ -334,10 +342,21 @@ def evaluate(
         )
     if "held-out votes" in judged:
         metrics |= {f"votes_{name.removeprefix('eval_')}": value for name, value in judged["held-out votes"].items()}
+    metrics |= score_probe(config, shared, form)
+    if said := describe_probe(metrics):
+        console.print(said)
+    metrics["warnings"] = reward_warnings(metrics)
     if is_main():
         settings = {"dataset": config.dataset, "max_length": config.max_length, "extra_data": config.extra_data}
         write_evaluation(folder, settings | metrics, scored["test pairs"])
     return metrics
+
+
+def score_probe(config: Config, shared: SharedBase, form) -> dict[str, float]:
+    """What the reward model makes of the safety probe, as far as it fits into --max-length."""
+    probe = load_probe(form, config.max_length)
+    scored = {kind: score(shared, pairs, form.eos_token_id) for kind, pairs in probe.items() if pairs}
+    return judge_probe({kind: (pairs.chosen, pairs.rejected) for kind, pairs in scored.items()})
 
 
 def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int) -> ScoredPairs:
@@ -375,8 +394,9 @@ def eval_only(config: Config) -> None:
     dtype = choose_dtype(config.dtype, device())
     shared = SharedBase(load_base(base, dtype, form.pad_token_id), config.sft_checkpoint, dtype)
     shared.add_role("reward", **read_stacked(config.output_dir, shared))
-    evaluate(config, shared, form, eval_sets, folder)
+    metrics = evaluate(config, shared, form, eval_sets, folder)
     console.print(f"Saved {folder}/evaluation.json and {folder}/evaluation.png.")
+    show(metrics["warnings"])
 
 
 if __name__ == "__main__":

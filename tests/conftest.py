@@ -68,6 +68,18 @@ def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_probe(tmp_path_factory):
+    """A safety probe of eight pairs in the place of the whole one, which takes the tiny model half a second."""
+    from rlhf import probe
+
+    rows = [json.loads(line) for line in probe.PATH.read_text(encoding="utf-8").splitlines()]
+    kinds = [[row for row in rows if row["kind"] == kind][:4] for kind in probe.KINDS]
+    whole, probe.PATH = probe.PATH, write_jsonl(tmp_path_factory.mktemp("probe") / "probe.jsonl", sum(kinds, []))
+    yield
+    probe.PATH = whole
+
+
 # ---------------------------------------------------------------- the tiny model and data
 
 

@@ -15,6 +15,7 @@ from rlhf.cli import parse
 from rlhf.data import PromptFormat, load_pairs, tokenize_pairs
 from rlhf.decoder import lay_out
 from rlhf.modeling import SharedBase, base_facts, load_base, load_format, load_tokenizer, pad_right, read_stacked
+from rlhf.probe import judge_probe, load_probe
 from rlhf.reward_eval import judge
 from rlhf.training import Resumable
 
@@ -199,7 +200,12 @@ def test_reward_scores_are_those_of_run_json(trained, tiny_data):
     run = json.loads((trained.reward / "run.json").read_text())
     pairs = tokenize_pairs(load_pairs(str(tiny_data), "test"), form, run["hyperparameters"]["max_length"], "test")
     metrics = judge(reward_train.score(shared, pairs, form.eos_token_id))
+    for kind, asked in load_probe(form, run["hyperparameters"]["max_length"]).items():
+        scored = reward_train.score(shared, asked, form.eos_token_id)
+        metrics |= judge_probe({kind: (scored.chosen, scored.rejected)})
+    warned = run["metrics"].pop("warnings")
     assert {name: metrics[name] for name in run["metrics"]} == pytest.approx(run["metrics"], abs=1e-4)
+    assert warned[0].startswith("the figures are from only 8 test pairs")
 
 
 # ---------------------------------------------------------------- passes through the shared base
