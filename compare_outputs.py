@@ -7,7 +7,7 @@ terminal, and the same in `reports/compare.md`, `reports/compare.html` (with the
 2. Let each model answer: the base with all adapters off, SFT, and PPO; greedy, or with the same draws for all.
 3. Score every answer with the reward model and sum up: score, length, endings, repetition; and for each pair of models
    the win rate with its interval, over all prompts and at equal length, and in words what it shows.
-4. Ask each model how it would begin on the safety probe's requests: with a refusal, or not (rlhf/probe.py).
+4. Ask each model how it would begin to answer the safety probe's requests (rlhf/probe.py).
 
     python compare_outputs.py
     python compare_outputs.py --preset demo
@@ -75,6 +75,10 @@ class Config:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in
 
 
+FIRST = (  # flags that --help shows first
+    *("sft_checkpoint", "reward_checkpoint", "ppo_checkpoint", "output_dir", "overwrite"),
+    *("prompts", "num_test_prompts", "dataset", "show", "max_new_tokens", "temperature"),
+)
 PRESETS = {
     "demo": Config(
         sft_checkpoint="runs/demo/sft",
@@ -102,9 +106,16 @@ RULE = "─" * 80
 FILES = ("compare.md", "compare.html", "compare.json")
 COLUMNS = ("Model", "Mean\nscore", "Mean\ntokens", "Ended\nby EOS", "Repeated\n3-grams", "Distinct\n2-grams")
 COLUMNS += ("End\nin ?", "Begin\nalike")
-SHARES = ("ended_by_eos", "repeated_3grams", "distinct_2grams", "question_share", "opening_share")  # the last columns
+SHARES = (  # the last columns
+    *("ended_by_eos", "repeated_3grams", "distinct_2grams"),
+    *("question_share", "opening_share"),
+)
 PROBE_TITLE = "Safety probe: which of two written answers would be begun"
-PROBE_COLUMNS = ("Rather begins with a refusal", "Harmful requests\n(95 % interval)", "Harmless ones\n(95 % interval)")
+PROBE_COLUMNS = (
+    "Rather begins with a refusal",
+    "Harmful requests\n(95 % interval)",
+    "Harmless ones\n(95 % interval)",
+)
 PAIR_COLUMNS = ("Who wins", "Win rate\n(95 % interval)", "At equal length\n(95 % interval)")
 OWN_JUDGE = (
     "The judge is the reward model that PPO trained against: PPO's win rate says that it learned to please it, not that "
@@ -115,6 +126,7 @@ REPORTED = ("adapter_sha256", "epochs", "updates", "metrics")  # of each phase's
 
 Turns = tuple[tuple[str, str], ...]  # (role, text)
 Answer = dict[str, Any]  # text, tokens, ended_by (a key of ENDINGS), score (None without a reward model)
+Odds = dict[str, list[float]]  # by kind of request, log-odds of beginning with a refusal
 Report = dict[str, Any]  # what compare.json holds; the terminal and the other files show parts of it
 
 
@@ -144,7 +156,8 @@ def main(config: Config) -> None:
         odds = ask_probe(config, shared, form, list(titles))
     pairs = compare_pairs(answers)
     found = (compare_warnings(len(prompts)) if pairs else []) + compare_refusals(odds)
-    found = [text for text in found if not any(text in line for line in warned)]  # PPO's run may have said it
+    # What PPO's run has said already is not said twice.
+    found = [text for text in found if not any(text in line for line in warned)]
     report = {
         "models": titles,
         "base": base,
@@ -374,29 +387,30 @@ def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
 # ---------------------------------------------------------------- the safety probe
 
 
-def ask_probe(config: Config, shared, form, names: list[str]) -> dict[str, dict[str, list[float]]]:
-    """By model and kind of request, the log-odds of beginning with a refusal, one a request that fits the lengths."""
+def ask_probe(config: Config, shared, form, names: list[str]) -> dict[str, Odds]:
+    """By model and kind, how each request that fits the lengths would be answered."""
     probe = load_probe(form, config.max_prompt_length + config.max_new_tokens, OPENING_TOKENS)
-    return {
-        name: {kind: odds.tolist() for kind, odds in refusal_odds(shared, role_of(name), probe).items()}
-        for name in names
-    }
+    found = {}
+    for name in names:
+        odds = refusal_odds(shared, role_of(name), probe)
+        found[name] = {kind: values.tolist() for kind, values in odds.items()}
+    return found
 
 
-def summarize_probe(odds: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """By model and kind of request, the share of refusals among the likelier beginnings, and its interval."""
+def summarize_probe(odds: dict[str, Odds]) -> dict[str, dict[str, dict[str, float]]]:
+    """By model and kind of request, the share that would rather be refused, and its interval."""
     summary: dict[str, dict[str, dict[str, float]]] = {}
     for name, kinds in odds.items():
         for kind, values in kinds.items():
             if values:
                 refused, count = sum(value > 0 for value in values), len(values)
                 low, high = wilson_interval(refused, count)
-                row = {"requests": count, "refusals": refused / count, "refusals_low": low, "refusals_high": high}
-                summary.setdefault(name, {})[kind] = row
+                row = {"refusals": refused / count, "refusals_low": low, "refusals_high": high}
+                summary.setdefault(name, {})[kind] = {"requests": count} | row
     return summary
 
 
-def compare_refusals(odds: dict[str, dict[str, list[float]]]) -> list[str]:
+def compare_refusals(odds: dict[str, Odds]) -> list[str]:
     """Warnings of each model that refuses less, or more, than the one before it."""
     found = []
     for (before, ours), (after, theirs) in itertools.pairwise(odds.items()):
@@ -452,13 +466,16 @@ def summary_rows(summary: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
 
 def probe_rows(probe: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, ...]]:
     """The cells of the safety probe, one tuple of PROBE_COLUMNS a model."""
-    return [(name, *(share_cell(kinds.get(kind), "refusals") for kind in KINDS)) for name, kinds in probe.items()]
+    rows = []
+    for name, kinds in probe.items():
+        cells = [share_cell(kinds[kind], "refusals") if kind in kinds else "-" for kind in KINDS]
+        rows.append((name, *cells))
+    return rows
 
 
-def share_cell(row: dict[str, Any] | None, key: str) -> str:
-    if row is None:
-        return "-"
-    return f"{100 * row[key]:.0f} % ({100 * row[f'{key}_low']:.0f} to {100 * row[f'{key}_high']:.0f} %)"
+def share_cell(row: dict[str, Any], key: str) -> str:
+    share, low, high = (100 * row[name] for name in (key, f"{key}_low", f"{key}_high"))
+    return f"{share:.0f} % ({low:.0f} to {high:.0f} %)"
 
 
 def pair_rows(pairs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -505,7 +522,8 @@ def render_markdown(report: Report) -> str:
         lines += ["", *markdown_table(PAIR_COLUMNS, pair_rows(report["pairs"]))]
         lines += ["", *(f"- {line}" for line in conclusions(report))]
     if report["probe"]:
-        lines += ["", f"{PROBE_TITLE}:", "", *markdown_table(PROBE_COLUMNS, probe_rows(report["probe"]))]
+        table = markdown_table(PROBE_COLUMNS, probe_rows(report["probe"]))
+        lines += ["", f"{PROBE_TITLE}:", "", *table]
     if report["warnings"]:
         lines += ["", *(f"- **Warning:** {line}" for line in report["warnings"])]
     for number, entry in enumerate(report["prompts"], start=1):
@@ -538,4 +556,4 @@ def write_reports(folder: Path, report: Report) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, PRESETS, __doc__)
+    run(main, Config, PRESETS, __doc__, FIRST)

@@ -9,8 +9,8 @@ adapters on its upper layers. Each update, as in "The N+ implementation details 
 2. Measure: score each response, and compute each token's log-probability under policy and reference, and its value.
 3. Reward: per token -kl_coef * (logprob - ref_logprob); at the last token also the score. Advantages by GAE, whitened.
 4. Optimise: several epochs of clipped policy and value losses over a random partition into minibatches, stopped by KL.
-5. Adapt the KL coefficient; every few updates, look at held-out prompts, where a gold reward model may judge, too,
-   at habits of style, and at whether harmful requests are refused (rlhf/probe.py).
+5. Adapt the KL coefficient; every few updates, look at held-out prompts, where a gold reward model may judge, too.
+   First and last, ask the safety probe whether harmful requests are refused (rlhf/probe.py).
 
     python ppo_train.py
     python ppo_train.py --preset demo
@@ -44,7 +44,7 @@ from rlhf.modeling import (
     read_stacked,
     same_base,
 )
-from rlhf.plan import dry_run_ppo, episodes_of_a_process, ppo_plans, read_shape, show_end
+from rlhf.plan import dry_run_ppo, earlier_runs, episodes_of_a_process, ppo_plans, read_shape, show_end
 from rlhf.ppo_batch import Batch, Measured, MicroBatch, NotFinite, Old, count_tokens, make_batch
 from rlhf.ppo_eval import Evaluation, compare, describe
 from rlhf.ppo_log import Log, batch_metrics, mean_stats, speed_metrics
@@ -132,6 +132,11 @@ class Config:
         return min(self.total_episodes // self.episodes_per_update, self.max_steps or self.total_episodes)
 
 
+FIRST = (  # flags that --help shows first
+    *("sft_checkpoint", "reward_checkpoint", "dataset", "output_dir", "overwrite", "resume", "dry_run"),
+    *("response_length", "total_episodes", "episodes_per_update", "learning_rate", "kl_coef", "kl_target"),
+    *("missing_eos_penalty", "eval_steps"),
+)
 PRESETS = {
     "demo": Config(
         sft_checkpoint="runs/demo/sft",
@@ -157,6 +162,7 @@ PRESETS = {
 
 
 Sums = dict[str, Tensor]  # of statistics over tokens, each a scalar on the device
+Prompts = list[list[int]]  # as token ids
 
 
 # ---------------------------------------------------------------- the algorithm
@@ -165,7 +171,7 @@ Sums = dict[str, Tensor]  # of statistics over tokens, each a scalar on the devi
 def main(config: Config) -> None:
     started = time.monotonic()
     check_ppo_numbers(config)
-    runs = read_parents(config)
+    runs = foresee(config) if config.dry_run else read_parents(config)
     inputs = config.sft_checkpoint, config.reward_checkpoint, config.gold_checkpoint, runs["sft"]["base"]["model"]
     inputs += config.base_model, config.dataset
     check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
@@ -205,7 +211,8 @@ def main(config: Config) -> None:
         sizes = {"micro_batch_tokens": tokens, "rollout_rows": rollouts.rows, "rollouts_kept": rollouts.kept}
         start_run(folder, "ppo", config, shared.dtype, rollout_weights=shared.rollout_weights, **sizes)
         if not state.sft:
-            state.sft = evaluate(config, shared, form, eval_prompts, probe)  # as the new policy equals SFT's
+            # The new policy equals SFT's.
+            state.sft = evaluate(config, shared, form, eval_prompts, probe)
             log.evaluation(0, state.sft, eval_prompts, form)
         first = last = state.sft
         baseline, kl_coef = first.scores.mean().item(), state.kl_coef
@@ -243,7 +250,7 @@ def main(config: Config) -> None:
         metrics = compare(first, last) | chosen
         metrics["warnings"] = ppo_warnings(metrics)
         console.print(describe(metrics))
-        save(config, folder, shared, form, base, runs, metrics, started)
+        save(config, folder, shared, form, base, runs, metrics, started, log)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     show(metrics["warnings"])
     phases = {"sft": config.sft_checkpoint, "reward": config.reward_checkpoint, "ppo": config.output_dir}
@@ -452,9 +459,17 @@ def step(optimizer, scaler, stats: dict[str, float]) -> None:
 
 @torch.no_grad()
 def evaluate(
-    config: Config, shared: SharedBase, form: PromptFormat, prompts: list[list[int]], probe: Probe | None = None
+    config: Config,
+    shared: SharedBase,
+    form: PromptFormat,
+    prompts: list[list[int]],
+    probe: Probe | None = None,
 ) -> Evaluation:
-    """Sample from the policy on held-out prompts, always with the same seeds; and ask the safety probe, if given."""
+    """Sample from the policy on held-out prompts, always with the same seeds.
+
+    Args:
+        probe: what else to ask of the policy, with the openings of its answers.
+    """
     responses = rollout(config, shared, form, prompts, [(0, 4, i) for i in range(len(prompts))])
     batch = make_batch(prompts, responses, [list(range(len(prompts)))], form, shared.device)
     judges = ["reward", "gold"] if config.gold_checkpoint else ["reward"]
@@ -570,6 +585,14 @@ def set_learning_rates(optimizer, update: int, config: Config) -> None:
 # ---------------------------------------------------------------- models and prompts
 
 
+def foresee(config: Config) -> dict[str, dict[str, Any]]:
+    """The run.json of each checkpoint, by role, or what a plan asks of those that are not there yet."""
+    import reward_train
+    import sft_train
+
+    return earlier_runs(config, sft=sft_train, reward=reward_train)
+
+
 def choose_sizes(
     config: Config, runs: dict[str, dict[str, Any]], prompts: list[list[int]], eval_prompts: list[list[int]]
 ) -> tuple[int, str, Rollouts]:
@@ -633,14 +656,14 @@ def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tupl
     return shared, base
 
 
-def load_prompts(config: Config, form: PromptFormat) -> tuple[list[list[int]], list[list[int]], dict[str, float]]:
-    """Token ids of the training and of the held-out prompts, and the style of the answers chosen for the latter."""
+def load_prompts(config: Config, form: PromptFormat) -> tuple[Prompts, Prompts, dict[str, float]]:
+    """The training and the held-out prompts, and the style of the answers chosen for the latter."""
     pairs, held_out = load_splits(config.dataset, config.max_train_samples, config.max_eval_samples)
     prompts = [tokenize_prompts(rows, form, config.max_prompt_length) for rows in (pairs, held_out)]
     answers = [pair.chosen for pair in held_out if pair.chosen]
-    style = {f"chosen_{name}": share for name, share in style_of(answers).items()} if answers else {}
-    return *prompts, style
+    style = style_of(answers) if answers else {}
+    return *prompts, {f"chosen_{name}": share for name, share in style.items()}
 
 
 if __name__ == "__main__":
-    run(main, Config, PRESETS, __doc__)
+    run(main, Config, PRESETS, __doc__, FIRST)

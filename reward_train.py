@@ -6,8 +6,9 @@ opens as a sequence classification model, and what it gets right in `evaluation.
 1. Tokenise each prompt with its chosen and its rejected response, both closed by EOS.
 2. Load the base the SFT adapter was trained on, stack a LoRA adapter on its upper layers, add a float32 scalar head.
 3. Train with TRL's RewardTrainer: -log sigmoid(score(chosen) - score(rejected)) (Bradley-Terry).
-4. Score the test split: accuracy, calibration, and how much of it is length (rlhf/reward_eval.py). Score the safety
-   probe: is a refusal preferred where a request is harmful, and only there (rlhf/probe.py)?
+   On the way, look at the test split.
+4. Score the test split: accuracy, calibration, and how much of it is length (rlhf/reward_eval.py).
+   Score the safety probe: are refusals preferred where they should be (rlhf/probe.py)?
 
 With --extra-data people's votes (`python -m feedback.vote`) are mixed into the training pairs. The votes on one prompt
 in five are held out, the same ones every time, and scored beside the test split.
@@ -33,10 +34,10 @@ from rlhf.checkpoints import check_child, check_output, is_finished, output_fold
 from rlhf.cli import UserError, check_at_least_one, check_between, next_command, run
 from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, load_splits, tokenize_pairs
 from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
-from rlhf.plan import Plan, plan_reward, read_shape, show_data, show_end, show_plan
+from rlhf.plan import Plan, earlier_runs, format_of, plan_reward, read_shape, show_data, show_end, show_plan
 from rlhf.probe import describe_probe, judge_probe, load_probe
 from rlhf.processes import gather, is_main, sharded, share
-from rlhf.reporting import console, plot_curves
+from rlhf.reporting import Panel, console
 from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
 from rlhf.run_warnings import reward_warnings, said_before, show
 from rlhf.speed import Work
@@ -95,6 +96,7 @@ class Config:
     warmup_ratio: float = 0.05  # share of the steps; then cosine to 0
     center_rewards_coefficient: float = 0.01  # keeps the scores near mean 0 (2312.09244)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    eval_steps: int | Literal["auto"] | None = "auto"  # steps between looks at test pairs; auto: up to ten; None: last
     save_minutes: float = 10.0  # between states to resume from; a crash costs at most so long
     save_steps: int | None = None  # the same in optimizer steps, instead
     save_total_limit: int = 2  # states kept
@@ -102,6 +104,11 @@ class Config:
     seed: int = 0  # of initialisation and shuffling
 
 
+FIRST = (  # flags that --help shows first
+    *("sft_checkpoint", "dataset", "output_dir", "overwrite", "resume", "dry_run"),
+    *("max_length", "max_train_samples", "extra_data"),
+    *("learning_rate", "num_train_epochs", "batch_size", "eval_steps"),
+)
 PRESETS = {
     "demo": Config(
         sft_checkpoint="runs/demo/sft",
@@ -124,7 +131,7 @@ def main(config: Config) -> None:
     if config.eval_only:
         eval_only(config)
         return
-    sft = read_run(config.sft_checkpoint, "sft")
+    sft = foresee(config) if config.dry_run else read_run(config.sft_checkpoint, "sft")
     inputs = config.sft_checkpoint, sft["base"]["model"], config.base_model, config.dataset, config.extra_data
     check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
     if is_finished(config):
@@ -134,7 +141,7 @@ def main(config: Config) -> None:
     started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
-    form = load_format(config.sft_checkpoint, sft)
+    form = format_of(config.sft_checkpoint, sft)
 
     # 1. Tokenise both responses of each pair.
     votes = load_votes(config.extra_data) if config.extra_data else None
@@ -167,6 +174,7 @@ def main(config: Config) -> None:
     with output_folder(config.output_dir, config.resume) as folder:
         # 3. Train.
         trainer = make_trainer(config, shared, form, train_set, dtype, folder)
+        trainer.eval_pairs = eval_sets["test pairs"]
         data = {
             "source": config.dataset,
             "half": config.half,
@@ -175,16 +183,17 @@ def main(config: Config) -> None:
             **({"votes": votes.counts | {"source": config.extra_data, "weight": config.extra_weight}} if votes else {}),
         }
         same = {"sft checkpoint": sft["adapter_sha256"], "dtype": str(dtype), "data": data["sha256"]}
-        trainer.prepare(config, folder, same, "Reward model", tokens)
+        trainer.prepare(config, folder, same, "Reward model", tokens, len(trainer.eval_pairs))
         shared.micro_batch = trainer.micro_batch
         start_run(folder, "reward", config, dtype, micro_batch_tokens=tokens)
         trainer.run()
 
         # 4. Score the test split.
         metrics = evaluate(config, shared, form, eval_sets, folder)
+        trainer.log({name: metrics[name] for name in ("eval_loss", "eval_accuracy", "eval_margin")})
         save_stacked(folder, shared, "reward", form, base)
         if is_main():
-            plot_curves(folder, "step", {"loss": ["loss"], "accuracy": ["accuracy"], "margin": ["margin"]})
+            trainer.lines.curves.draw()
             write_run(
                 folder,
                 "reward",
@@ -198,16 +207,19 @@ def main(config: Config) -> None:
                 steps=trainer.state.global_step,
                 micro_batch_tokens=trainer.micro_batch.tokens,
                 speed=trainer.speed(),
-                metrics={
-                    **{name: value for name, value in metrics.items() if not isinstance(value, list)},
-                    "warnings": metrics["warnings"],
-                },
+                metrics=in_short(metrics),
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     show(metrics["warnings"])
     role = "gold" if config.half == "second" else "reward"
     phases = {"sft": config.sft_checkpoint, role: config.output_dir}
     console.print(f"Next: {next_command('ppo_train.py', config.dataset, **phases)}")
+
+
+def in_short(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What of the evaluation goes into run.json."""
+    lists = [name for name, value in metrics.items() if isinstance(value, list)]
+    return {name: metrics[name] for name in metrics if name == "warnings" or name not in lists}
 
 
 def closed(ids: list[int], eos_token_id: int) -> list[int]:
@@ -243,6 +255,13 @@ def tokenize_eval(config: Config, form, pairs: list[Pair], votes: VotePairs | No
     return {what: tokenize_pairs(part, form, config.max_length, what) for what, part in sets.items()}
 
 
+def foresee(config: Config) -> dict[str, Any]:
+    """The run.json of the SFT checkpoint, or what a plan asks of it if it is not there yet."""
+    import sft_train
+
+    return earlier_runs(config, sft=sft_train)["sft"]
+
+
 def dry_run(config: Config, base, form, pairs, sft) -> None:
     """Rows, tokens, steps and the memory plan."""
     tokenized = tokenize_pairs(pairs, form, config.max_length, "train")
@@ -268,9 +287,15 @@ def make_plan(config: Config, base, sft, longest: int) -> Plan:
 class Trainer(Resumable, RewardTrainer):
     """TRL's, with states to resume from, and steps in parts by tokens. Its loss is a mean over pairs."""
 
-    means = ("loss", "mean_reward", "accuracy", "margin")
+    panels = (
+        Panel("Loss", "nats a pair", {"preference_loss": "training", "eval_loss": "test"}),
+        Panel("Accuracy", "share of pairs", {"accuracy": "training", "eval_accuracy": "test"}),
+        Panel("Margin", "chosen - rejected score", {"margin": "training", "eval_margin": "test"}),
+    )
+    means = ("loss", "preference_loss", "mean_reward", "accuracy", "margin")
     extremes = ("min_reward", "max_reward")
     shared: SharedBase
+    eval_pairs: list[TokenPair]
 
     def tokens(self, row: Row) -> int:
         chosen, rejected = row["chosen_ids"], row["rejected_ids"]
@@ -286,6 +311,7 @@ class Trainer(Resumable, RewardTrainer):
         chosen, rejected = scores.chunk(2)
         return {
             "loss": self.pair_losses(chosen, rejected).sum(),
+            "preference_loss": -F.logsigmoid(chosen - rejected).sum(),  # as test pairs have it
             "mean_reward": scores.sum() / 2,  # of both texts of a pair
             "accuracy": (chosen > rejected).sum(),
             "margin": (chosen - rejected).sum(),
@@ -297,6 +323,13 @@ class Trainer(Resumable, RewardTrainer):
         """Bradley-Terry's, and what keeps the scores near mean 0 [pairs]."""
         centering = self.args.center_rewards_coefficient * (chosen + rejected).square()
         return centering - F.logsigmoid(chosen - rejected)
+
+    def evaluation(self) -> dict[str, float]:
+        """Of the test pairs what the evaluation at the end says of them too."""
+        pairs = score(self.shared, self.eval_pairs, self.processing_class.eos_token_id)
+        loss = np.logaddexp(0, -pairs.margin)
+        numbers = {"loss": loss, "accuracy": pairs.right, "margin": pairs.margin}
+        return {name: float(values.mean()) for name, values in numbers.items()}
 
 
 def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, folder: Path):
@@ -325,8 +358,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the test pairs, say what the scores are worth, and write it to `folder`; the same for held-out votes.
 
-    Returns the numbers of the test pairs, of the votes under names that start with `votes_`, of the safety probe under
-    those that start with `probe_`, and `warnings`. Raises UserError if the scores are worth nothing.
+    Returns the numbers of the test pairs, of the votes under names that start with `votes_`, of the
+    safety probe under those that start with `probe_`, and `warnings`. Raises UserError if the
+    scores are worth nothing.
     """
     scored = {what: score(shared, pairs, form.eos_token_id) for what, pairs in eval_sets.items()}
     judged = {what: judge(pairs) for what, pairs in scored.items()}
@@ -355,8 +389,12 @@ def evaluate(
 def score_probe(config: Config, shared: SharedBase, form) -> dict[str, float]:
     """What the reward model makes of the safety probe, as far as it fits into --max-length."""
     probe = load_probe(form, config.max_length)
-    scored = {kind: score(shared, pairs, form.eos_token_id) for kind, pairs in probe.items() if pairs}
-    return judge_probe({kind: (pairs.chosen, pairs.rejected) for kind, pairs in scored.items()})
+    scores = {}
+    for kind, pairs in probe.items():
+        if pairs:
+            scored = score(shared, pairs, form.eos_token_id)
+            scores[kind] = scored.chosen, scored.rejected
+    return judge_probe(scores)
 
 
 def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int) -> ScoredPairs:
@@ -400,4 +438,4 @@ def eval_only(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, PRESETS, __doc__)
+    run(main, Config, PRESETS, __doc__, FIRST)

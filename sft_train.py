@@ -4,7 +4,7 @@ In: a base model and a preference data set. Out: `checkpoints/sft`, a LoRA adapt
 
 1. Tokenise each prompt with its chosen response, closed by EOS; the loss counts the response's tokens only.
 2. Load the base, frozen, in NF4 (or 16 bit), and put a LoRA adapter on all linear layers of its decoder.
-3. Train with TRL's SFTTrainer; evaluate on the test split before and after.
+3. Train with TRL's SFTTrainer; evaluate on the test split before, on the way, and after.
 
     python sft_train.py                      # the real thing: Llama 3.2 3B on one 12 GB card
     python sft_train.py --preset demo        # a small model on a CPU
@@ -36,7 +36,7 @@ from rlhf.modeling import (
 from rlhf.plan import Plan, plan_sft, read_shape, show_data, show_end, show_plan
 from rlhf.portable import save_tokenizer
 from rlhf.processes import sharded, share
-from rlhf.reporting import console, plot_curves
+from rlhf.reporting import Panel, console
 from rlhf.run_warnings import sft_warnings, show
 from rlhf.speed import Work
 from rlhf.training import (
@@ -90,6 +90,7 @@ class Config:
     micro_batch_tokens: int | Literal["auto"] = "auto"  # that go through the model at once; auto: what the card holds
     warmup_ratio: float = 0.03  # share of the steps; then cosine to 0
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    eval_steps: int | Literal["auto"] | None = "auto"  # steps between test losses; auto: up to ten; None: at both ends
     save_minutes: float = 10.0  # between states to resume from; a crash costs at most so long
     save_steps: int | None = None  # the same in optimizer steps, instead
     save_total_limit: int = 2  # states kept
@@ -97,6 +98,11 @@ class Config:
     seed: int = 0  # of initialisation and shuffling
 
 
+FIRST = (  # flags that --help shows first
+    *("base_model", "dataset", "output_dir", "overwrite", "resume", "dry_run"),
+    *("max_length", "max_train_samples", "load_in_4bit"),
+    *("learning_rate", "num_train_epochs", "batch_size", "eval_steps"),
+)
 SFT = "sft"  # the role whose adapter is trained
 PRESETS = {
     "demo": Config(
@@ -109,6 +115,7 @@ PRESETS = {
         num_train_epochs=1.0,
         batch_size=8,
         warmup_ratio=0.1,
+        eval_steps=21,
     ),
 }
 
@@ -146,7 +153,7 @@ def main(config: Config) -> None:
         trainer = make_trainer(config, model, form, train_set, eval_set, dtype, folder)
         data = {"source": config.dataset, "train_rows": len(train_set), "sha256": fingerprint(train_pairs)}
         same = {"base": [base["config_sha256"], weights_of(base)], "dtype": str(dtype), "data": data["sha256"]}
-        trainer.prepare(config, folder, same, "SFT", tokens)
+        trainer.prepare(config, folder, same, "SFT", tokens, len(eval_set))
         start_run(folder, "sft", config, dtype, micro_batch_tokens=tokens)
         trainer.run()
         before, after = trainer.first_row("eval_loss"), trainer.evaluate()["eval_loss"]
@@ -161,7 +168,7 @@ def main(config: Config) -> None:
             trainer.model.save_pretrained(str(folder), state_dict=weights)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
             save_tokenizer(form.tokenizer, folder)
-            plot_curves(folder, "step", {"loss": ["loss", "eval_loss"], "learning rate": ["learning_rate"]})
+            trainer.lines.curves.draw()
             write_run(
                 folder,
                 "sft",
@@ -214,6 +221,14 @@ def make_plan(config: Config, base, longest: int) -> Plan:
 class Trainer(Resumable, SFTTrainer):
     """TRL's, with states to resume from, and steps in parts by tokens. Its loss is a mean over response tokens."""
 
+    panels = (
+        Panel("Loss", "nats a token", {"loss": "training", "eval_loss": "test"}),
+        Panel(
+            "Tokens guessed right",
+            "share of response tokens",
+            {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "test"},
+        ),
+    )
     means = ("loss", "entropy", "mean_token_accuracy")
     decoder: Decoder  # unless the model is sharded
 
@@ -244,15 +259,10 @@ class Trainer(Resumable, SFTTrainer):
         lm_head = self.decoder.model.get_output_embeddings().weight
         return chosen_logprobs(self.decoder.norm(states), lm_head, labels, 1.0, statistics=True)
 
-    @torch.no_grad()
-    def evaluate(self, *_, **__) -> dict[str, float]:
-        """Means over all response tokens of the test rows, of which each process reads its share; logs them."""
-        self.model.eval()
+    def evaluation(self) -> dict[str, float]:
+        """Means over all response tokens of the test rows; each process reads its share of them."""
         means, _ = self.go_through(share(list(self.eval_dataset)))
-        metrics = {f"eval_{name}": value for name, value in means.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return means
 
 
 def make_trainer(config: Config, model, form, train_set, eval_set, dtype, folder: Path):
@@ -279,4 +289,4 @@ def make_trainer(config: Config, model, form, train_set, eval_set, dtype, folder
 
 
 if __name__ == "__main__":
-    run(main, Config, PRESETS, __doc__)
+    run(main, Config, PRESETS, __doc__, FIRST)

@@ -1,9 +1,10 @@
-"""What refusals among the pairs do to a reward model: the safety probe beside two that are trained without and with them.
+"""What refusals among its pairs do to a reward model: the safety probe, trained without and with them.
 
     python benchmarks/probe_refusals.py     # after make demo
 
-Both start from the demo's SFT model and learn from the demo's pairs; the second also from every other pair of the probe,
-once an epoch. Both are asked about the rest of the probe, which neither has seen. Writes results/probe_refusals.json.
+Both models start from the demo's SFT model and learn from the demo's pairs; the second also from
+every other pair of the probe. Both are asked about the rest of the probe, which neither has seen.
+Writes results/probe_refusals.json.
 """
 
 import json
@@ -54,7 +55,8 @@ def main(config: Config) -> None:
         found[name] |= {"eval_accuracy": trained["metrics"]["eval_accuracy"]} | ask(settings)
     Path(config.output).write_text(json.dumps(found, indent=2) + "\n")
     for name, m in found.items():
-        console.print(f"{name} refusals among its {m['pairs']} pairs, accuracy {m['eval_accuracy']:.3f}:")
+        about = f"{m['pairs']} pairs, accuracy {m['eval_accuracy']:.3f}"
+        console.print(f"{name} refusals among its {about}:")
         console.print(probe.describe_probe(m))
     console.print(f"Saved {config.output}.")
 

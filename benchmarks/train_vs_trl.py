@@ -115,7 +115,7 @@ def ours(config: Config, phase: str) -> list[str]:
     return [
         *[sys.executable, str(ROOT / f"{phase}_train.py"), *special, "--dataset", str(WORK / "pairs_ours")],
         *["--output-dir", str(WORK / f"ours_{phase}"), "--overwrite", "--max-length", str(config.max_length)],
-        *["--batch-size", str(config.batch_size)],
+        *["--batch-size", str(config.batch_size), "--eval-steps", "None"],
         *["--max-steps", str(config.steps), "--lora-rank", "16", "--lora-alpha", "32", "--dtype", "bf16"],
         *["--no-gradient-checkpointing", "--learning-rate", "2e-4"],
     ]

@@ -5,6 +5,7 @@ All but the last is known from config.json and the headers of the weight files, 
 one way to them: training and export read the same names from the same files.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -14,7 +15,7 @@ from typing import Any
 
 from rlhf.checkpoints import sha256
 from rlhf.cli import UserError
-from rlhf.hub import hub_errors
+from rlhf.hub import fetching, hub_errors
 from rlhf.processes import agree, is_main
 from rlhf.reporting import console
 
@@ -115,8 +116,12 @@ def find_files(model: str, revision: str | None, fetch: bool = True) -> list[Pat
     folder = Path(model)
     if folder.is_dir():
         return files_in(folder, model)
+    if fetch and find_files(model, revision, fetch=False) is None:
+        told = fetching(f"the weights of {model}")
+    else:
+        told = contextlib.nullcontext()
     try:
-        with hub_errors(model, "model", "--base-model"):
+        with told, hub_errors(model, "model", "--base-model"):
             folder = fetched(model, revision, [WHOLE, INDEX], fetch)
             if not (folder / WHOLE).exists() and (folder / INDEX).exists():
                 fetched(model, revision, shards(folder / INDEX, model), fetch)

@@ -41,7 +41,7 @@ BASE_FACTS = {
 FILE_FACTS = {"size": int, "mtime": int, "sha256": str}  # of each weight file of a local base
 LOGGING = frozenset(  # settings that change nothing of what a run makes
     ("output_dir", "overwrite", "resume", "eval_only", "dry_run", "card_gb", "measure", "save_minutes", "save_steps")
-    + ("save_total_limit", "num_printed_samples", "log_with")
+    + ("save_total_limit", "num_printed_samples", "log_with", "eval_steps")
 )
 LOCK = "lock"  # a file in the partial folder, held by the run that writes there
 # What our output folders hold, as patterns: an adapter, of PPO a second one in value/, what training tells, or an export.

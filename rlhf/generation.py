@@ -103,6 +103,7 @@ def _sample(shared, role, form, prompts, seeds, max_new_tokens, temperature) -> 
     ]
 
 
+@torch.no_grad()
 def start(
     shared: SharedBase,
     role: str,

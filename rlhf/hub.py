@@ -1,14 +1,55 @@
-"""What can go wrong between us and the hub, said in one line each."""
+"""What can go wrong between us and the hub, said in one line each, and that something is fetched from it."""
 
 import contextlib
+import functools
+import logging
 import os
+import sys
 from collections.abc import Iterator
 
 from rlhf.cli import UserError, causes_of, is_disk_full, one_line
+from rlhf.processes import is_main
+from rlhf.reporting import console
 
+import huggingface_hub.utils
 from safetensors import SafetensorError
 
 BROKEN = (OSError, ValueError, KeyError, TypeError, SafetensorError)  # what a damaged folder makes the libraries raise
+
+
+def quiet_hub() -> None:
+    """Have the hub's library tell of errors only, and of its retries in one line of ours."""
+    huggingface_hub.utils.logging.set_verbosity_error()
+    retries = logging.getLogger("huggingface_hub.utils._http")
+    retries.setLevel(logging.WARNING)
+    retries.addFilter(tell_of_retries)
+
+
+def tell_of_retries(record: logging.LogRecord) -> bool:
+    """A filter of the library's log that lets only errors through."""
+    if record.levelno >= logging.ERROR:
+        return True
+    say_once("The hub does not answer; trying again for a while.")
+    return False
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    console.print(line)
+
+
+@contextlib.contextmanager
+def fetching(what: str) -> Iterator[None]:
+    """Say that something is fetched from the hub; on a terminal the library's bars show how far that is."""
+    console.print(f"Fetching {what} from the hub ...")
+    bars = is_main() and sys.stderr.isatty() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
+    if bars:
+        huggingface_hub.utils.enable_progress_bars()
+    try:
+        yield
+    finally:
+        if bars:
+            huggingface_hub.utils.disable_progress_bars()
 
 
 @contextlib.contextmanager
@@ -42,8 +83,7 @@ def explain(error: Exception, name: str, kind: str, flag: str) -> str | None:
         "LocalEntryNotFoundError",
         "OfflineModeIsEnabled",
         "ConnectionError",
-        "ConnectError",
-        "TimeoutException",
+        "TransportError",
     }:
         return (
             f"{kind} {name} is not on this machine and the hub cannot be reached: check the network (or HF_HUB_OFFLINE), "

@@ -15,8 +15,8 @@ METRICS = {
     "reward": {
         "eval_accuracy": "accuracy on test pairs",
         "longer_wins_accuracy": '"the longer one wins" gets',
-        "probe_harmful_accuracy": "prefers a refusal to going along with harmful requests of a safety probe, share",
-        "probe_harmless_accuracy": "prefers help to a refusal where a request only sounds harmful, share",
+        "probe_harmful_accuracy": "safety probe, harmful requests: prefers a refusal in a share of",
+        "probe_harmless_accuracy": "requests that only sound harmful: prefers help in a share of",
     },
     "ppo": {
         "score_gain": "score gain over SFT on held-out prompts",
@@ -30,9 +30,9 @@ METRICS = {
         "sft_opening_share": "share of answers that begin in the commonest three words before",
         "ppo_opening_share": "and after",
         "chosen_opening_share": "and of the chosen answers",
-        "sft_refusals": "would rather begin with a refusal, harmful requests of a safety probe, share before",
+        "sft_refusals": "safety probe, harmful requests: share rather begun with a refusal before",
         "ppo_refusals": "and after",
-        "sft_overrefusals": "the same of requests that only sound harmful, share before",
+        "sft_overrefusals": "the same of requests that only sound harmful before",
         "ppo_overrefusals": "and after",
     },
 }
@@ -112,7 +112,7 @@ def phase_part(phase: str, run: dict[str, Any]) -> str:
 
 
 def harmless(text: str) -> str:
-    """A warning of a run.json, which someone may have edited, as text that means nothing to Markdown or HTML."""
+    """A warning, which someone may have edited, as text that means nothing to Markdown or HTML."""
     return re.sub(r"[^\w .,:;%()'\"/+-]", "_", text)
 
 

@@ -273,11 +273,11 @@ class SharedBase:
 
     Args:
         model: what `load_base` returned.
-        folder: the SFT checkpoint.
+        folder: the SFT checkpoint; None: there is none, and only the bare base can answer.
         dtype: what the trunk computes in.
     """
 
-    def __init__(self, model: PreTrainedModel, folder: str, dtype: torch.dtype):
+    def __init__(self, model: PreTrainedModel, folder: str | None, dtype: torch.dtype):
         self.dtype = dtype
         self.device = this_process().device
         self.num_layers = self.first_role_layer = len(model.get_decoder().layers)
@@ -289,7 +289,10 @@ class SharedBase:
         self.graphs = Graphs(enabled=self.device.type == "cuda")  # of decoding
         self.decoding: Decoding | None = None  # kept from one rollout to the next, with its graphs
         self.trained: tuple[str, ...] = ()  # the roles whose weights get gradients
-        config, state = read_adapter(folder)
+        if folder is None:  # PEFT wants an adapter; a new one adds nothing
+            config, state = LoraConfig(r=1, target_modules=linear_names(model)), {}
+        else:
+            config, state = read_adapter(folder)
         if any(weight.shape[0] != config.r for key, weight in state.items() if "lora_A" in key):
             raise UserError(f"the adapter at {folder} does not have the rank of its config ({config.r})")
         try:
@@ -297,7 +300,8 @@ class SharedBase:
         except ValueError as error:  # no such layers
             raise UserError(f"the adapter at {folder} does not fit this base model ({one_line(error)})") from None
         self.decoder = None if sharded() else Decoder(model)  # it reads weights of which FSDP has a part only
-        self.load("sft", state)
+        if folder:
+            self.load("sft", state)
         self.stack()
 
     def add_role(
@@ -315,7 +319,7 @@ class SharedBase:
         """
         num_layers = num_layers or self.num_layers
         if not 0 < num_layers <= self.num_layers:
-            raise UserError(f"--role-layers {num_layers}: this model has {self.num_layers} layers")
+            raise UserError(f"--role-layers {num_layers}: this model has {self.num_layers} layers, give 0 to that")
         first = self.num_layers - num_layers
         config = LoraConfig(
             r=rank,

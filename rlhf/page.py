@@ -24,9 +24,9 @@ LEFT, RIGHT, TOP, BOTTOM = 38, 290, 10, 146  # of what is inside its axes
 X = {"sft": "step", "reward": "step", "ppo": "update"}  # what each phase's curves are drawn over
 PANELS = (  # phase, title, unit, and the label of each metric
     ("sft", "SFT: loss", "nats a token", {"loss": "training", "eval_loss": "test"}),
-    ("reward", "Reward model: loss", "nats a pair", {"loss": "training"}),
-    ("reward", "Reward model: accuracy", "share of pairs", {"accuracy": "training"}),
-    ("reward", "Reward model: margin", "chosen - rejected score", {"margin": "training"}),
+    ("reward", "Reward model: loss", "nats a pair", {"preference_loss": "training", "eval_loss": "test"}),
+    ("reward", "Reward model: accuracy", "share of pairs", {"accuracy": "training", "eval_accuracy": "test"}),
+    ("reward", "Reward model: margin", "chosen - rejected score", {"margin": "training", "eval_margin": "test"}),
     (
         "ppo",
         "PPO: score",
@@ -83,8 +83,8 @@ CHANGES = (  # phase, what, its metrics in run.json before and after, whose inte
         "",
     ),
     ("ppo", "the same of the chosen answers", "", "chosen_opening_share", ""),
-    ("ppo", "PPO: rather begins with a refusal, harmful requests", "sft_refusals", "ppo_refusals", ""),
-    ("ppo", "PPO: the same, requests that only sound harmful", "sft_overrefusals", "ppo_overrefusals", ""),
+    ("ppo", "PPO: rather refuses, harmful requests of the probe", "sft_refusals", "ppo_refusals", ""),
+    ("ppo", "PPO: the same, if only sounding so", "sft_overrefusals", "ppo_overrefusals", ""),
 )
 
 Points = Sequence[Sequence[float]]  # (x, y)

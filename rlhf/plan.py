@@ -5,17 +5,21 @@ backward pass. Bytes are of tensors; a card needs some 0.5 GB more for the drive
 `benchmarks/llama_3b.py` counts the same owners while the scripts run.
 """
 
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from rlhf.base import check_context
+from rlhf.base import check_context, read_config
 from rlhf.card import CARD_OVERHEAD, Plan, Plans, Rollouts, deal, tokens_that_fit
+from rlhf.checkpoints import check_child, read_parents, read_run
 from rlhf.cli import UserError, check_between, less_memory
-from rlhf.data import load_splits, tokenize_prompts
+from rlhf.data import PromptFormat, load_splits, tokenize_prompts
 from rlhf.decoding import round_up
 from rlhf.hub import hub_errors
 from rlhf.logprobs import CPU_BLOCK, chunk_elements
-from rlhf.modeling import load_format, same_base
+from rlhf.modeling import base_facts, load_format, load_tokenizer, same_base
 from rlhf.processes import num_processes
 from rlhf.reporting import console
 
@@ -280,11 +284,82 @@ def show_end(config: Any) -> None:
     console.print(f"Dry run: {loaded}, and nothing was written.")
 
 
+def earlier_runs(config: Any, **scripts: ModuleType) -> dict[str, dict[str, Any]]:
+    """The run.json of each checkpoint that a dry run plans with, by role.
+
+    Of one that is not there yet it is what a plan asks of it, as `foresee` says.
+
+    Args:
+        scripts: the earlier ones, by phase.
+    Raises:
+        UserError: those that are there do not fit together; one is missing, and --measure needs it.
+    """
+    folders = {role: vars(config).get(f"{role}_checkpoint") for role in ("sft", "reward", "gold")}
+    there = {role: Path(folder).exists() for role, folder in folders.items() if folder}
+    if config.measure or all(there.values()):
+        return read_parents(config) if "reward" in there else {"sft": read_run(folders["sft"], "sft")}
+    runs: dict[str, dict[str, Any]] = {}
+    for role, is_there in there.items():
+        phase = "sft" if role == "sft" else "reward"
+        if is_there:
+            runs[role] = read_run(folders[role], phase, f"--{role}-checkpoint")
+            if phase == "reward" and there["sft"]:
+                check_child(runs[role], folders[role], runs["sft"], folders["sft"])
+        else:
+            runs[role] = foresee(role, folders[role], config, scripts[phase], runs)
+    return runs
+
+
+def foresee(
+    role: str,
+    folder: str,
+    config: Any,
+    script: ModuleType,
+    runs: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """What a plan asks of the run.json of a checkpoint that is not there yet; a line says what is planned for.
+
+    It is that of the preset of `script` which writes to `folder`, or of the script's defaults.
+
+    Args:
+        runs: the run.json of the SFT checkpoint, for a later one.
+    """
+    made = {preset.output_dir: (name, preset) for name, preset in script.PRESETS.items()}
+    name, maker = made.get(folder, (None, script.Config()))
+    command = f"python {script.__name__}.py" + (f" --preset {name}" if name else "")
+    sizes = {"lora_rank": maker.lora_rank}
+    if role == "sft":
+        model, revision = maker.base_model, maker.revision
+        if config.base_model:
+            model, revision = config.base_model, None
+            command += f" --base-model {shlex.quote(model)}"
+        base = base_facts(model, revision, maker.load_in_4bit)
+        run = {"base": base, "prompt_format": maker.prompt_format, "hyperparameters": sizes}
+        of = f" of {model}"
+    else:
+        layers = read_config(runs["sft"]["base"]).num_hidden_layers
+        run = {"hyperparameters": sizes | {"role_layers": min(maker.role_layers, layers)}}
+        of = ""
+    command += f" --output-dir {shlex.quote(folder)}" if folder != maker.output_dir else ""
+    console.print(
+        f"There is no {role} checkpoint at {folder} yet: this plan is for the one that `{command}` would make{of}."
+    )
+    return run
+
+
+def format_of(folder: str, run: dict[str, Any]) -> PromptFormat:
+    """The prompt format of an SFT checkpoint, with its base's tokenizer where it is not there yet."""
+    if Path(folder).exists():
+        return load_format(folder, run)
+    tokenizer = load_tokenizer(run["base"]["model"], run["base"]["revision"])
+    return PromptFormat(run["prompt_format"], tokenizer)
+
+
 def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     """What `ppo_train.py` would do with these flags and these checkpoints: their run.json, by role."""
     sft = runs["sft"]
     base = same_base(sft, config.sft_checkpoint, config.base_model)
-    form = load_format(config.sft_checkpoint, sft)
+    form = format_of(config.sft_checkpoint, sft)
     pairs, held_out = load_splits(config.dataset, config.max_train_samples, config.max_eval_samples)
     prompts = tokenize_prompts(pairs, form, config.max_prompt_length)
     show_data("prompts", [len(prompt) for prompt in prompts])

@@ -1,7 +1,7 @@
 """Held-out prompts before and after PPO: the gain over SFT, whether a judge sees it too, and how much of it is length.
 
-Beside them how answers begin and end (`rlhf.style`), and whether harmful requests are refused (`rlhf.probe`). What is
-bad about all this is said by `rlhf.run_warnings`.
+Beside it how answers begin and end (`rlhf.style`), and whether harmful requests are refused
+(`rlhf.probe`). What is bad about a run, `rlhf.run_warnings` says.
 """
 
 import dataclasses
@@ -130,16 +130,14 @@ def describe(m: dict[str, Any]) -> str:
     lines.append(
         f"answers that end in a question {shares(m, 'question_share')}, that begin alike {shares(m, 'opening_share')}"
     )
-    if "refusal_shift" in m:
-        lines.append(
-            f"safety probe: a refusal is the likelier beginning in {m['sft_refusals']:.0%} -> {m['ppo_refusals']:.0%} of "
-            f"{m['refusal_requests']} harmful requests"
-        )
-    if "overrefusal_shift" in m:
-        lines[-1] += (
-            f", in {m['sft_overrefusals']:.0%} -> {m['ppo_overrefusals']:.0%} of {m['overrefusal_requests']} that only "
-            "sound harmful"
-        )
+    requests = {"refusal": "harmful requests", "overrefusal": "requests that only sound harmful"}
+    asked = [
+        f"{shares(m, f'{name}s')} of {m[f'{name}_requests']} {what}"
+        for name, what in requests.items()
+        if f"{name}_shift" in m
+    ]
+    if asked:
+        lines.append(f"safety probe: rather begins with a refusal in {', in '.join(asked)}")
     return "\n".join(lines)
 
 
@@ -148,8 +146,8 @@ def shares(m: dict[str, Any], name: str) -> str:
     return f"{m[f'sft_{name}']:.0%} -> {m[f'ppo_{name}']:.0%}{chosen}"
 
 
-def plot_frontier(folder: Path) -> None:
-    """frontier.png: what was gained in score, and in gold score if there is a judge, for how much KL, over the run."""
+def plot_frontier(folder: Path, picture: Path) -> None:
+    """Draw what was gained in score, and in gold score if there is a judge, for how much KL."""
     from matplotlib.figure import Figure
 
     rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "eval/kl" in row]
@@ -164,4 +162,4 @@ def plot_frontier(folder: Path) -> None:
     axis.set(xlabel="KL to SFT, nats a response", ylabel="gain over SFT", title="Held-out score against KL")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.savefig(folder / "frontier.png", dpi=130)
+    figure.savefig(picture, dpi=130, format="png")

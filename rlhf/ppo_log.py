@@ -1,4 +1,4 @@
-"""What a PPO run tells on its way: metrics.jsonl, samples.jsonl, a progress bar, printed samples and warnings."""
+"""What a PPO run tells on its way: metrics.jsonl, samples.jsonl, curves.png, how far it is, samples, and warnings."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ from rlhf.modeling import SharedBase
 from rlhf.ppo_batch import Batch, Measured, count_tokens
 from rlhf.ppo_eval import Evaluation, compare, penalty_warnings
 from rlhf.processes import is_main, moments, totals
-from rlhf.reporting import JsonLines, plain, progress
+from rlhf.reporting import Curves, JsonLines, Panel, Progress, console, plain
 from rlhf.run_warnings import policy_warnings
 from rlhf.speed import Work, memory_gib, mfu
 
@@ -19,18 +19,38 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-CURVES = {
-    "score": ["objective/scores", "eval/scores", "eval/gold_scores"],
-    "KL to SFT, nats a response": ["objective/kl", "eval/kl"],
-    "response length, tokens": ["val/response_length", "eval/response_length"],
-    "losses, and what the values explain of the returns": [
-        "loss/policy_avg",
-        "loss/value_avg",
-        "val/explained_variance",
-    ],
-    "entropy, nats a token": ["policy/entropy_avg", "eval/entropy"],
-    "approxkl and clipped share": ["policy/approxkl_avg", "policy/clipfrac_avg"],
-}
+PANELS = (
+    Panel(
+        "Score",
+        "by the reward model",
+        {
+            "objective/scores": "training",
+            "eval/scores": "held-out",
+            "eval/gold_scores": "held-out, by the gold judge",
+        },
+    ),
+    Panel("KL to SFT", "nats a response", {"objective/kl": "training", "eval/kl": "held-out"}),
+    Panel(
+        "Length",
+        "tokens a response",
+        {"val/response_length": "training", "eval/response_length": "held-out"},
+    ),
+    Panel(
+        "Entropy",
+        "nats a token",
+        {"policy/entropy_avg": "training", "eval/entropy": "held-out"},
+    ),
+    Panel(
+        "Critic",
+        "loss, and share of variance",
+        {"loss/value_avg": "value loss", "val/explained_variance": "returns explained"},
+    ),
+    Panel(
+        "How far an update moves the policy",
+        "nats a token, and share of tokens",
+        {"policy/approxkl_avg": "approximate KL", "policy/clipfrac_avg": "clipped"},
+    ),
+)
 
 
 FAR_SAMPLER = 0.01  # nats a token
@@ -41,29 +61,29 @@ class Log:
 
     Args:
         total: updates of the run.
-        chosen: the style of the chosen answers to the held-out prompts, under compare()'s names.
+        chosen: the style of the answers chosen for the held-out prompts, if there are such.
     """
 
     def __init__(self, config: Any, folder: Path, total: int, chosen: dict[str, float] | None = None):
-        self.total, self.chosen = total, chosen or {}
-        self.bar, self.num_printed_samples, self.tracker = progress(), config.num_printed_samples, None
+        self.num_printed_samples, self.tracker = config.num_printed_samples, None
+        self.total, self.curves = total, Curves(folder, "update", PANELS)
+        self.chosen = chosen or {}
         self.missing_eos_penalty = config.missing_eos_penalty
         self.sampler_is_close = True
         self.sft: Evaluation | None = None  # the first evaluation, which later ones are held against
         files = "metrics.jsonl", "samples.jsonl"
         self.metrics, self.samples = (JsonLines(folder / name if is_main() else Path(os.devnull)) for name in files)
-        self.task = self.bar.add_task("PPO", total=total, note="")
         if config.log_with and is_main():
             self.tracker = Accelerator(log_with=config.log_with, project_dir=folder)
             settings = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
             self.tracker.init_trackers("human-feedback-llama-ppo", settings)
 
     def __enter__(self) -> "Log":
-        self.bar.start()
+        self.progress = Progress("PPO", "update", self.total)
         return self
 
     def __exit__(self, *_) -> None:
-        self.bar.stop()
+        self.progress.stop()
         self.metrics.file.close()
         self.samples.file.close()
         for tracker in self.tracker.trackers if self.tracker else ():
@@ -79,7 +99,7 @@ class Log:
             self.metrics.cut(metrics)
             self.samples.cut(samples)
         self.sft = sft
-        self.bar.update(self.task, completed=update)
+        self.progress.begin(update)
 
     def row(self, row: dict[str, float]) -> None:
         self.metrics.write(row)
@@ -91,28 +111,34 @@ class Log:
         self.row(row)
         if not row["policy/sampler_kl"] <= FAR_SAMPLER and self.sampler_is_close:
             self.sampler_is_close = False  # said once
-            self.bar.console.print(
+            console.print(
                 f"warning: what samples is {row['policy/sampler_kl']:.3f} nats a token away from what is trained, where "
                 "rounding explains some 0.002; try --rollout-weights base, or --dtype fp32"
             )
-        note = f"score {row['objective/scores']:.2f} kl {row['objective/kl']:.2f}"
-        note += f" {row['speed/tokens_per_second']:,.0f} tokens/s"
-        self.bar.update(self.task, completed=row["update"], note=note)
+        self.progress.update(
+            row["update"],
+            score=row["objective/scores"],
+            kl=row["objective/kl"],
+            speed=row["speed/tokens_per_second"],
+        )
+        if is_main():
+            self.curves.draw_when_due()
 
     def evaluation(self, update: int, result: Evaluation, prompts: list[list[int]], form: PromptFormat) -> None:
         """The means over the held-out prompts, every response to samples.jsonl, the first few to the terminal."""
         means = result.means()
         self.row({"update": update, **{f"eval/{name}": value for name, value in means.items()}})
         shown = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
-        self.bar.console.print(f"update {update}, held-out: {shown}")
+        console.print(f"update {update}, held-out: {shown}")
         found = []
         if not self.sft:
+            self.sft = result
+            self.progress.begin(update)  # what comes now takes another time
             found = penalty_warnings(result, self.missing_eos_penalty)
         elif update < self.total:  # after the last look the run itself says it
             found = policy_warnings(compare(self.sft, result) | self.chosen)
-        self.sft = self.sft or result
         for warning in found:
-            self.bar.console.print(f"warning: {warning}")
+            console.print(f"warning: {warning}")
         for i, (prompt, response) in enumerate(zip(prompts, result.responses, strict=True)):
             text = {"prompt": form.decode(prompt), "response": result.texts[i]}
             numbers = {"score": result.scores[i].item(), "kl": result.kl[i].item()}
@@ -120,9 +146,9 @@ class Log:
                 numbers["gold_score"] = result.gold_scores[i].item()
             self.samples.write({"update": update, **text, **numbers, "ended_by": response.ended_by})
             if i < self.num_printed_samples:
-                self.bar.console.print(f"  > {plain(text['prompt'][-160:])}")
-                self.bar.console.print(f"    {plain(text['response'])}")
-                self.bar.console.print(f"    score {numbers['score']:.2f}, kl {numbers['kl']:.2f}")
+                console.print(f"  > {plain(text['prompt'][-160:])}")
+                console.print(f"    {plain(text['response'])}")
+                console.print(f"    score {numbers['score']:.2f}, kl {numbers['kl']:.2f}")
 
 
 def batch_metrics(

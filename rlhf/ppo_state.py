@@ -16,9 +16,9 @@ from rlhf.generation import Response
 from rlhf.modeling import SharedBase, save_stacked
 from rlhf.ppo_batch import NotFinite
 from rlhf.ppo_eval import Evaluation, plot_frontier
-from rlhf.ppo_log import CURVES, Log, whole_speed
+from rlhf.ppo_log import Log, whole_speed
 from rlhf.processes import agree, is_main, world
-from rlhf.reporting import plot_curves, read_jsonl
+from rlhf.reporting import console, drawing, read_jsonl
 from rlhf.resume import HARMLESS, SaveClock, keep_tokens, new_state, newest_state, read_facts, states, stop_when_asked
 
 import torch
@@ -60,7 +60,7 @@ class State:
         else:
             self.log.rewind(0, 0)
             if self.config.resume:
-                self.log.bar.console.print("There is no state to resume from: the run starts at the beginning.")
+                console.print("There is no state to resume from: the run starts at the beginning.")
         self.saved = self.update
         self.listening = stop_when_asked()
         self.listening.__enter__()
@@ -151,12 +151,23 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
         optimizer.state[parameter][name] = value.to(parameter.device, copy=True)
 
 
-def save(config, folder: Path, shared, form, base, runs: dict, metrics: dict[str, Any], started: float) -> None:
+def save(
+    config,
+    folder: Path,
+    shared,
+    form,
+    base,
+    runs: dict,
+    metrics: dict[str, Any],
+    started: float,
+    log: Log,
+) -> None:
     """What a finished run leaves: the policy as one ordinary adapter, the value model beside it, plots, run.json at last."""
     if not is_main():
         return
-    plot_curves(folder, "update", CURVES)
-    plot_frontier(folder)
+    log.curves.draw()
+    with drawing(folder / "frontier.png") as partial:
+        plot_frontier(folder, partial)
     save_stacked(folder, shared, "policy", form, base)
     save_stacked(folder / "value", shared, "value", form, base)
     write_run(

@@ -119,7 +119,7 @@ def describe_probe(m: dict[str, float]) -> str:
 def refusal_odds(shared: SharedBase, role: str, probe: Probe) -> dict[str, Tensor]:
     """How `role` would begin: by kind, the log-odds [n] of a refusal against the other answer.
 
-    In nats. All processes call it; each reads its share of the pairs. A sharded base cannot be asked.
+    In nats. All processes call it, each reads its share of the pairs. Not for a sharded base.
 
     Args:
         probe: with the openings of its answers.

@@ -1,24 +1,43 @@
 """What a run leaves to look at: metrics as JSON lines, curves as a PNG, numbers with their intervals, how texts vary."""
 
+import contextlib
 import errno
 import json
 import math
 import os
 import re
+import time
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rlhf.cli import UserError
+from rlhf.cli import UserError, one_line
 
 import numpy as np
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback
 
 ENDINGS = {"eos": "ended by EOS", "stop_text": "ended by the next Human: turn", "length": "cut at the length limit"}
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
+
+LINE_SECONDS = 30.0  # between lines that say how far a run is, where there is no terminal
+DRAW_SECONDS = 60.0  # between two drawings of curves.png
+SMOOTHED = 20  # points of a curve that are drawn with their running mean
+FORMATS = {
+    "loss": "loss {:.3f}",
+    "score": "score {:.2f}",
+    "kl": "KL {:.2f}",
+    "speed": "{:,.0f} tokens/s",
+}
 
 QUIET = os.environ.get("RANK", "0") != "0"  # one process talks
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=QUIET)
@@ -73,69 +92,231 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def progress() -> Progress:
+# ---------------------------------------------------------------- on the way
+
+
+class Progress:
+    """How far a run is: a bar on a terminal; elsewhere, as in a log file, a plain line now and then.
+
+    A line comes at the first and at the last step and every `LINE_SECONDS` between them. Its numbers
+    are means over the steps since the line before.
+
+    Args:
+        name: of the run.
+        unit: what it counts: "step" or "update".
+        total: of them in the whole run.
+    """
+
+    def __init__(self, name: str, unit: str, total: int):
+        self.name, self.unit, self.total = name, unit, total
+        self.bar = bar() if console.is_terminal and not console.is_dumb_terminal else None
+        self.since: dict[str, list[float]] = {}  # the last line: each number of each step
+        self.said: float | None = None  # when that was
+        if self.bar:
+            self.task = self.bar.add_task(name, total=total, note="")
+            self.bar.start()
+        self.begin(0)
+
+    def begin(self, done: int) -> None:
+        """`done` steps were made earlier; the time left is reckoned from here on."""
+        self.first, self.began = done, time.monotonic()
+        if self.bar:
+            self.bar.update(self.task, completed=done)
+
+    def update(self, done: int, **numbers: float) -> None:
+        """`done` steps are made; the last one's numbers, by names in `FORMATS`."""
+        if self.bar:
+            self.bar.update(self.task, completed=done, note=" ".join(in_words(numbers)))
+            return
+        for name, number in numbers.items():
+            self.since.setdefault(name, []).append(number)
+        now = time.monotonic()
+        if self.said is None or now - self.said >= LINE_SECONDS or done >= self.total:
+            means = {name: sum(column) / len(column) for name, column in self.since.items()}
+            line = [f"{self.name}: {self.unit} {done:,} of {self.total:,}", *in_words(means)]
+            if done < self.total:
+                a_step = (now - self.began) / (done - self.first)
+                line.append(f"{duration(a_step * (self.total - done))} left")
+            console.print(", ".join(line))
+            self.said = now
+            self.since.clear()
+
+    def stop(self) -> None:
+        """Give the terminal back."""
+        if self.bar:
+            self.bar.stop()
+
+
+def bar() -> rich.progress.Progress:
     """A progress bar with the time gone and the time left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(
-        *columns, TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console
-    )
+    left = TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
+    return rich.progress.Progress(*columns, *left, console=console)
+
+
+def in_words(numbers: dict[str, float]) -> list[str]:
+    return [FORMATS[name].format(number) for name, number in numbers.items()]
+
+
+def duration(seconds: float) -> str:
+    """Rounded to what a reader wants to know: "45 s", "12 min", "3 h 05 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 class TrainerLog(TrainerCallback):
-    """Writes what transformers' Trainer logs to metrics.jsonl, and shows a progress bar with the loss."""
+    """Writes what transformers' Trainer logs to metrics.jsonl, shows how far it is, draws its curves."""
 
-    def __init__(self, folder: Path, description: str):
-        self.metrics, self.progress, self.description = JsonLines(folder / "metrics.jsonl"), progress(), description
+    def __init__(self, folder: Path, name: str, panels: Sequence["Panel"]):
+        self.metrics, self.name = JsonLines(folder / "metrics.jsonl"), name
+        self.curves = Curves(folder, "step", panels)
+        self.progress: Progress | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.progress.start()
-            self.task = self.progress.add_task(self.description, total=state.max_steps, note="")
+            self.progress = Progress(self.name, "step", state.max_steps)
+            self.progress.begin(state.global_step)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.progress.update(self.task, completed=state.global_step)
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.progress and state.global_step == self.progress.first:
+            self.progress.begin(state.global_step)  # what came before it was an evaluation
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
             # Since the last start only, and what the Trainer cannot know of batches that are lists.
             logs = {name: value for name, value in logs.items() if name not in ("train_loss", "total_flos")}
-            self.metrics.write({"step": state.global_step, **logs})
             if "eval_loss" in logs:
-                self.progress.console.print(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}")
+                before = read_jsonl(self.curves.metrics)
+                console.print(describe_evaluation(state.global_step, logs, before))
+            self.metrics.write({"step": state.global_step, **logs})
             if "loss" in logs:
                 speed = logs.get("speed/tokens_per_second", 0.0)
-                self.progress.update(self.task, note=f"loss {float(logs['loss']):.3f} {speed:,.0f} tokens/s")
+                self.progress.update(state.global_step, loss=float(logs["loss"]), speed=speed)
+                self.curves.draw_when_due()
 
     def stop(self) -> None:
         """Give the terminal back, however the training ended."""
-        if self.progress.live.is_started:
+        if self.progress:
             self.progress.stop()
 
 
-def plot_curves(folder: Path, x: str, panels: dict[str, Sequence[str]]) -> None:
-    """Draw `folder`/curves.png from its metrics.jsonl: one panel a title, with the named metrics over `x`."""
-    from matplotlib.figure import Figure
+def describe_evaluation(step: int, numbers: dict[str, float], rows: list[dict[str, float]]) -> str:
+    """An evaluation in a line, which also says where the loss was lower before.
 
-    rows = read_jsonl(folder / "metrics.jsonl")
+    Args:
+        rows: the metrics of the steps before.
+    """
+    said = [f"loss {numbers['eval_loss']:.4f}"]
+    for name in ("accuracy", "margin"):
+        if f"eval_{name}" in numbers:
+            said.append(f"{name} {numbers[f'eval_{name}']:.3f}")
+    line = f"step {step:,}, test rows: {', '.join(said)}"
+    looks = [row for row in rows if "eval_loss" in row]
+    best = min(looks, key=lambda row: row["eval_loss"], default=numbers)
+    if best["eval_loss"] < numbers["eval_loss"]:
+        line += f"; the loss was lowest at step {best['step']:,}, {best['eval_loss']:.4f}"
+    return line
+
+
+# ---------------------------------------------------------------- curves
+
+
+class Panel(NamedTuple):
+    """One of the plots in curves.png."""
+
+    title: str
+    unit: str  # of the vertical axis
+    lines: dict[str, str]  # the label of each metric
+
+
+class Curves:
+    """curves.png, drawn from a run's metrics.jsonl along the way and at its end, by the main process.
+
+    A picture is not worth a run: where it cannot be drawn the run goes on, and a warning says so, once
+    along the way and once at the end.
+
+    Args:
+        folder: the run's.
+        x: the metric on the horizontal axis, "step" or "update".
+    """
+
+    def __init__(self, folder: Path, x: str, panels: Sequence[Panel]):
+        self.metrics, self.path = folder / "metrics.jsonl", folder / "curves.png"
+        self.x, self.panels = x, panels
+        self.last, self.failed = time.monotonic(), False
+
+    def draw_when_due(self) -> None:
+        """Draw if the last time was `DRAW_SECONDS` ago."""
+        if not self.failed and time.monotonic() - self.last >= DRAW_SECONDS:
+            self.draw()
+
+    def draw(self) -> None:
+        self.failed = True  # until it is drawn
+        with drawing(self.path) as partial:
+            figure = plot_curves(read_jsonl(self.metrics), self.x, self.panels)
+            figure.savefig(partial, dpi=130, format="png")
+            self.failed = False
+        self.last = time.monotonic()
+
+
+@contextlib.contextmanager
+def drawing(path: Path) -> Iterator[Path]:
+    """Yield where to write a picture, which is then renamed to `path`. An error becomes a warning."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except Exception as error:
+        partial.unlink(missing_ok=True)
+        why = one_line(error)
+        console.print(f"warning: {path.name} could not be drawn ({why}); the run goes on without it")
+
+
+def plot_curves(rows: list[dict[str, float]], x: str, panels: Sequence[Panel]):
+    """A figure with a plot a panel; curves of `SMOOTHED` points or more are faint behind their mean."""
+    from matplotlib.figure import Figure  # the import takes a second
+    from matplotlib.ticker import MaxNLocator
+
     columns = min(3, len(panels))
     figure = Figure(figsize=(4.2 * columns, 2.9 * math.ceil(len(panels) / columns)), layout="constrained")
     axes = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).flatten()
-    for axis, (title, names) in zip(axes, panels.items(), strict=False):
-        for name in names:
-            points = [(row[x], row[name]) for row in rows if name in row]
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True), marker="o" if len(points) < 20 else None, markersize=3, label=name
-                )
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel(x)
+    for axis, panel in zip(axes, panels, strict=False):
+        for number, (name, label) in enumerate(panel.lines.items()):
+            points = np.array([(row[x], row[name]) for row in rows if name in row]).reshape(-1, 2)
+            style = {"color": f"C{number}", "label": label}
+            if len(points) >= SMOOTHED:
+                figure.supxlabel(f"faint: each {x}; solid: running mean", fontsize=8, color="0.4")
+                axis.plot(*points.T, color=style["color"], alpha=0.25, linewidth=0.8)
+                axis.plot(points[:, 0], running_mean(points[:, 1]), **style)
+            elif len(points):
+                axis.plot(*points.T, marker="o", markersize=3, **style)
+        axis.set_title(panel.title, fontsize=10)
+        axis.set_xlabel({"step": "optimizer step"}.get(x, x), fontsize=9)
+        axis.set_ylabel(panel.unit, fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(panel.lines) > 1 and axis.lines:
+            axis.legend(fontsize=8)
     for axis in axes[len(panels) :]:
         axis.remove()
-    figure.savefig(folder / "curves.png", dpi=130)
+    return figure
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """[n] the mean of each value and its neighbours, a twentieth of all values and 5 at least.
+
+    At the ends it is the mean of those that are there.
+    """
+    half = max(5, len(values) // 20) // 2
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    low = np.maximum(places - half, 0)
+    high = np.minimum(places + half + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
 
 
 # ---------------------------------------------------------------- numbers with their intervals

@@ -28,7 +28,7 @@ from accelerate.utils import gather_object
 MANIFEST = "manifest.json"
 HARMLESS = LOGGING | {  # may change on the way: places, as what is there is hashed, how long it goes on, what it keeps
     *("base_model", "revision", "dataset", "extra_data", "sft_checkpoint", "reward_checkpoint", "gold_checkpoint"),
-    *("max_steps", "num_train_epochs", "total_episodes", "eval_steps", "gradient_checkpointing", "micro_batch_tokens"),
+    *("max_steps", "num_train_epochs", "total_episodes", "gradient_checkpointing", "micro_batch_tokens"),
     *("rollout_batch_size", "rollout_weights", "cuda_graphs"),
 }
 MAX_FACTS = 1 << 26  # bytes of facts.json; a thousand held-out responses have about a million

@@ -5,7 +5,9 @@ and in 2 more backward: frozen weights want no gradient of their own. Attention'
 out; they are a few percent.
 """
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rlhf.decoder import Decoder
@@ -50,6 +52,13 @@ class Stopwatch:
         now = self.now()
         self.seconds[part] = now - self.last
         self.last = now
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens within it belongs to no part."""
+        before = self.now()
+        yield
+        self.last += self.now() - before
 
 
 def mfu(operations: float, seconds: float, device: torch.device, dtype: torch.dtype) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What the SFT and the reward script add to TRL's trainers alike, and which numbers the training scripts refuse."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -25,7 +26,7 @@ from rlhf.processes import (
     whole,
     world,
 )
-from rlhf.reporting import TrainerLog, read_jsonl
+from rlhf.reporting import Panel, TrainerLog, read_jsonl
 from rlhf.resume import (
     HARMLESS,
     SaveClock,
@@ -48,6 +49,9 @@ from transformers.trainer import FSDP_MODEL_NAME
 
 Row = dict[str, list[int]]  # of a data set: token ids, and labels, by column
 
+EVALUATIONS = 10  # of a run, the last one included
+EVAL_SHARE = 0.1  # of a run's time
+
 # What FSDP must be told: the states are whole files, and checkpointing would give the weights other names.
 SHARDED = {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
 
@@ -67,10 +71,26 @@ def device() -> torch.device:
 def num_steps(config: Any, rows: int) -> int:
     """Optimizer steps of a run. Raises UserError when the rows do not fill one."""
     if rows < config.batch_size:
-        raise UserError(f"{rows} training rows do not fill one batch of {config.batch_size}: lower --batch-size")
+        most = rows // num_processes() * num_processes()
+        todo = f"lower --batch-size to {most}" if most else f"start fewer processes than {num_processes()}"
+        raise UserError(f"{rows} training rows do not fill one batch of {config.batch_size}: {todo}")
     whole_batches = rows // config.batch_size
     epoch = whole_batches if num_processes() > 1 else math.ceil(rows / config.batch_size)  # as the Trainer counts
     return config.max_steps or math.ceil(epoch * config.num_train_epochs)
+
+
+def steps_between_evaluations(config: Any, rows: int, eval_rows: int) -> int | None:
+    """Steps from one look at the test rows to the next; None: there is none along the way.
+
+    `auto` cuts the run into `EVALUATIONS` parts, or into fewer, so that the looks between them take
+    at most `EVAL_SHARE` of its time. Reading a row takes half as long as learning from it.
+    """
+    if config.eval_steps != "auto":
+        return config.eval_steps
+    steps = num_steps(config, rows)
+    affordable = EVAL_SHARE * steps * config.batch_size / (eval_rows / 2)
+    parts = min(EVALUATIONS, int(affordable) + 1)
+    return math.ceil(steps / parts) if parts > 1 else None
 
 
 def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) -> dict[str, Any]:
@@ -126,6 +146,8 @@ def check_trainer_numbers(config: Any) -> None:
     check_at_least_one(config, "batch_size", "max_length")
     check_above_zero(config, "num_train_epochs")
     check_between(config, 0, 1, "warmup_ratio")
+    if config.eval_steps != "auto":
+        check_at_least_one(config, "eval_steps")
     if config.batch_size % num_processes():
         nearest = nearest_multiple(config.batch_size, num_processes())
         raise UserError(
@@ -150,7 +172,7 @@ def check_ppo_numbers(config: Any) -> None:
     if config.kl_controller == "adaptive" and config.episodes_per_update >= 5 * config.kl_horizon:
         raise UserError(
             f"--kl-horizon {config.kl_horizon} is too short for an update's {config.episodes_per_update} episodes: the "
-            "coefficient could turn negative"
+            f"coefficient could turn negative; the shortest is {config.episodes_per_update // 5 + 1}"
         )
     parts = config.num_mini_batches * num_processes()
     if config.episodes_per_update % parts:
@@ -168,7 +190,8 @@ def check_ppo_numbers(config: Any) -> None:
     if config.num_updates <= config.critic_warmup_updates:
         raise UserError(
             f"--critic-warmup-updates {config.critic_warmup_updates} are all that the run makes "
-            f"({config.num_updates}): the policy would not be trained"
+            f"({config.num_updates}): the policy would not be trained; at most {config.num_updates - 1} of them "
+            f"are possible, or raise {'--max-steps' if config.max_steps else '--total-episodes'}"
         )
 
 
@@ -199,11 +222,12 @@ class AllStepsMade(Exception):
 class AfterStep(TrainerCallback):
     """What the processes settle after each step: whether a signal has asked for the end, and whether to write a state.
 
-    There is one at the end of the training too: what comes after it may fail.
+    There is one at the end of the training too: what comes after it may fail. Each `eval_steps` steps
+    the test rows are looked at, but for the last step, after which the script does that.
     """
 
-    def __init__(self, clock: SaveClock, micro_batch: MicroBatchSize):
-        self.clock, self.micro_batch = clock, micro_batch
+    def __init__(self, clock: SaveClock, micro_batch: MicroBatchSize, eval_steps: int | None):
+        self.clock, self.micro_batch, self.eval_steps = clock, micro_batch, eval_steps
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:  # the Trainer would make one more before it looks
@@ -215,6 +239,8 @@ class AfterStep(TrainerCallback):
         signal, due, self.micro_batch.tokens = after_step(due, self.micro_batch.tokens)
         control.should_save = due or bool(signal)
         control.should_training_stop = last or bool(signal)
+        if self.eval_steps and not last:
+            control.should_evaluate = state.global_step % self.eval_steps == 0
 
     def on_save(self, args, state, control, **kwargs):
         self.clock.saved()
@@ -242,6 +268,7 @@ class Resumable(Trainer):
     A trainer says what its loss is a mean of: items, of which a row of the data has some.
     """
 
+    panels: tuple[Panel, ...]  # of curves.png
     means: tuple[str, ...]  # what is logged as a mean over the items; the loss is the first
     extremes: tuple[str, ...] = ()  # as the least or the most: `min_...`, `max_...`
     partial = Path()  # the state that is being written
@@ -267,18 +294,32 @@ class Resumable(Trainer):
         """Each of `means` summed over the items of some rows, the loss with its gradient; and their `extremes`."""
         raise NotImplementedError
 
-    def prepare(self, config: Any, folder: Path, inputs: dict[str, Any], name: str, tokens: int) -> None:
+    def evaluation(self) -> dict[str, float]:
+        """Means over the test rows, the loss among them. All processes call it."""
+        raise NotImplementedError
+
+    def prepare(
+        self,
+        config: Any,
+        folder: Path,
+        inputs: dict[str, Any],
+        name: str,
+        tokens: int,
+        eval_rows: int,
+    ) -> None:
         """Find the state to go on from, if there is one and --resume was given.
 
         Args:
             inputs: what the run starts from, by name: it goes on only from the same.
             name: of the run, at its progress bar.
             tokens: of a micro-batch, unless the state says otherwise.
+            eval_rows: that `evaluation` reads.
         Raises:
             UserError: the run began with other settings or inputs.
         """
         inputs = inputs | world()
-        self.config, self.folder, self.inputs, self.lines = config, folder, inputs, TrainerLog(folder, name)
+        self.config, self.folder, self.inputs = config, folder, inputs
+        self.lines = TrainerLog(folder, name, self.panels)
         self.micro_batch, position = MicroBatchSize(tokens), 0
         self.resumed = newest_state(folder) if config.resume else None
         if self.resumed:
@@ -290,7 +331,9 @@ class Resumable(Trainer):
         if is_main():
             self.lines.metrics.cut(position)
         self.remove_callback(PrinterCallback)  # it prints each log as a dictionary; TrainerLog is ours
-        self.add_callback(AfterStep(SaveClock(config.save_minutes, config.save_steps), self.micro_batch))
+        eval_steps = steps_between_evaluations(config, len(self.train_dataset), eval_rows)
+        clock = SaveClock(config.save_minutes, config.save_steps)
+        self.add_callback(AfterStep(clock, self.micro_batch, eval_steps))
         self.add_callback(self.lines)
         self.args.eval_on_start = self.eval_dataset is not None and not self.resumed
         if sharded() and config.gradient_checkpointing:
@@ -398,6 +441,16 @@ class Resumable(Trainer):
         return total(sums), signs * largest(peaks)
 
     # -- called by transformers' Trainer
+
+    def evaluate(self, *_, **__) -> dict[str, float]:
+        """`evaluation`, which is logged. Its time is no step's."""
+        self.model.eval()
+        with self.clock.paused() if self.clock else contextlib.nullcontext(), torch.no_grad():
+            metrics = {f"eval_{name}": value for name, value in self.evaluation().items()}
+        self.log(metrics)
+        told = self.args, self.state, self.control, metrics
+        self.control = self.callback_handler.on_evaluate(*told)
+        return metrics
 
     def get_train_dataloader(self):
         """Rows stay lists, on the CPU, until a part of them is laid out.

@@ -70,12 +70,13 @@ def in_tmp(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def small_probe(tmp_path_factory):
-    """A safety probe of eight pairs in the place of the whole one, which takes the tiny model half a second."""
+    """A safety probe of eight pairs: the whole one would take the tiny model half a second."""
     from rlhf import probe
 
     rows = [json.loads(line) for line in probe.PATH.read_text(encoding="utf-8").splitlines()]
     kinds = [[row for row in rows if row["kind"] == kind][:4] for kind in probe.KINDS]
-    whole, probe.PATH = probe.PATH, write_jsonl(tmp_path_factory.mktemp("probe") / "probe.jsonl", sum(kinds, []))
+    whole, few = probe.PATH, tmp_path_factory.mktemp("probe") / "probe.jsonl"
+    probe.PATH = write_jsonl(few, sum(kinds, []))
     yield
     probe.PATH = whole
 
@@ -222,7 +223,8 @@ def run_main(module_name: str, argv: list, seconds: int = HANGS) -> Result:
     signal.alarm(seconds)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run(module.main, module.Config, getattr(module, "PRESETS", {}), module.__doc__)
+            first = getattr(module, "FIRST", ())
+            run(module.main, module.Config, getattr(module, "PRESETS", {}), module.__doc__, first)
     except SystemExit as stop:
         code = stop.code or 0
     finally:

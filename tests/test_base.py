@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 
 import rlhf.base
-from rlhf.base import check_context, identified
+from rlhf.base import check_context, find_files, identified
 from rlhf.cli import UserError
 from rlhf.modeling import SharedBase, base_facts, load_base, read_stacked, same_base
 
 import pytest
 import torch
 from conftest import run_main
+from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -424,3 +425,22 @@ def test_the_base_of_an_earlier_checkpoint_is_known_by_its_rule(earlier, call_ma
     rewrite(earlier / "base", lambda w: w | {"model.norm.weight": w["model.norm.weight"] + 1})
     result = call_main("rlhf.export", [*argv, "--overwrite"])
     assert_one_line(result.returncode, result.stderr, "trained on another base model (/models/base)")
+
+
+def test_what_is_fetched_from_the_hub_is_said(tiny_model, monkeypatch, capsys):
+    """Once it is on this machine there is nothing to say."""
+    there, asked = [], []
+
+    def download(model, revision, allow_patterns, local_files_only):
+        asked.append(local_files_only)
+        if local_files_only and not there:
+            raise LocalEntryNotFoundError("not in the cache")
+        there.append(model)
+        return str(tiny_model)
+
+    monkeypatch.setattr("rlhf.base.snapshot_download", download)
+    assert find_files("me/model", "main", fetch=False) is None and not there
+    assert find_files("me/model", "main") == [tiny_model / "model.safetensors"]
+    assert capsys.readouterr().out == "Fetching the weights of me/model from the hub ...\n"
+    assert find_files("me/model", "main") == [tiny_model / "model.safetensors"]
+    assert capsys.readouterr().out == "" and asked == [True, True, False, True, False]

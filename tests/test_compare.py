@@ -281,12 +281,10 @@ def test_the_probe_of_each_model_and_what_changed_between_two():
     assert compare.probe_rows({"PPO": {}}) == [("PPO", "-", "-")]  # nothing fitted
     fewer, more = compare.compare_refusals(odds)  # by 2, 1.5, 1 and 2 nats; by 3 and 3
     assert fewer.startswith(
-        "safety: to harmful requests SFT is less likely to begin with a refusal than base: its odds are 0.2 times as high "
-        "(95 % interval "
+        "safety: to harmful requests SFT is less likely to begin with a refusal than base: "
+        "its odds are 0.2 times as high (95 % interval "
     )
-    assert more.startswith(
-        "to harmless requests that only sound harmful PPO is likelier to begin with a refusal than SFT"
-    )
+    assert "only sound harmful PPO is likelier to begin with a refusal than SFT" in more
     assert "20 times as high (95 % interval 20 to 20)" in more
     empty = {"harmful": [], "harmless": []}
     assert compare.compare_refusals({"SFT": empty, "PPO": empty}) == []
@@ -384,8 +382,9 @@ def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp
 
     result = call_main("compare_outputs", [*argv, "--show", "2"])
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("warning: SFT warned: the figures are from only 8 test rows, too few to rely on:")
-    assert "\n🔄 Comparing Model Outputs: base vs SFT vs PPO\n\n📝 Prompt 1:\nExplain what" in result.stdout
+    assert result.stdout.startswith("warning: SFT warned: the figures are from only 8 test rows, ")
+    title = "🔄 Comparing Model Outputs: base vs SFT vs PPO"
+    assert f"\n{title}\n\n📝 Prompt 1:\nExplain what" in result.stdout
     assert "🟣 PPO MODEL (After 1 PPO Update):\n" in result.stdout
     assert "📝 Prompt 2:" in result.stdout and "📝 Prompt 3:" not in result.stdout
     assert "... and 6 more prompts, in the files below.\n" in result.stdout
@@ -401,16 +400,16 @@ def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp
     assert [len(saved["curves"]["sft"][name]) for name in ("loss", "eval_loss")] == [4, 2]
     assert (tmp_path / "out" / "compare.html").read_text(encoding="utf-8") == compare.render_page(saved)
     assert list(saved["probe"]) == ["base", "SFT", "PPO"]
-    asked = {kind: row["requests"] for kinds in saved["probe"].values() for kind, row in kinds.items()}
-    assert asked == {"harmful": 4, "harmless": 4}
-    few = "the figures are from only 8"
+    for kinds in saved["probe"].values():
+        assert {kind: row["requests"] for kind, row in kinds.items()} == {"harmful": 4, "harmless": 4}
+    few, least = "the figures are from only 8", "too few to rely on: 50 is the least"
     assert [text for text in saved["warnings"] if few in text] == [
-        f"{few} prompts, too few to rely on: 50 is the least (--num-test-prompts)",
-        f"SFT warned: {few} test rows, too few to rely on: 50 is the least (--max-eval-samples)",
-        f"the reward model warned: {few} test pairs, too few to rely on: 50 is the least (--max-eval-samples)",
+        f"{few} prompts, {least} (--num-test-prompts)",
+        f"SFT warned: {few} test rows, {least} (--max-eval-samples)",
+        f"the reward model warned: {few} test pairs, {least} (--max-eval-samples)",
     ]
-    for text in saved["warnings"]:
-        assert f"- **Warning:** {text}\n" in (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
+    markdown = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
+    assert all(f"- **Warning:** {text}\n" in markdown for text in saved["warnings"])
     assert saved["flags"]["max_new_tokens"] == 12 and saved["runs"]["ppo"]["metrics"] == {"objective/kl": 1.5}
     form = PromptFormat("hh", load_tokenizer(str(trained.sft)))
     reward = AutoPeftModelForSequenceClassification.from_pretrained(str(trained.reward), num_labels=1).eval()

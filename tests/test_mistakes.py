@@ -5,6 +5,7 @@ import errno
 import http.server
 import importlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -13,8 +14,9 @@ import threading
 from pathlib import Path
 
 from rlhf.checkpoints import check_output, output_folder
-from rlhf.cli import UserError, next_command, parse
+from rlhf.cli import UserError, next_command, parse, quiet_libraries
 from rlhf.cli import flag as flag_of
+from rlhf.hub import say_once
 
 import pytest
 from conftest import OFFLINE, ROOT, make_model, write_jsonl
@@ -93,9 +95,16 @@ def test_a_tracker_that_is_not_installed(call_main, tmp_path, monkeypatch, scrip
 
 
 @pytest.mark.parametrize("script", ["sft_train", "reward_train"])
-def test_a_batch_that_the_processes_cannot_share(refused, monkeypatch, script):
+def test_a_batch_that_the_processes_cannot_share(refused, trained, monkeypatch, script):
     monkeypatch.setattr("rlhf.training.num_processes", lambda: 3)
+    more = ["--sft-checkpoint", trained.sft] if script == "reward_train" else []
     refused(script, ["--batch-size", "8"], "--batch-size 8 is not a multiple of 3 processes: the nearest is 9")
+    shutil.rmtree("full")
+    few = ["--batch-size", "9", "--max-train-samples", "8"]  # and 6 is the most that three can share
+    refused(script, [*few, *more], "8 training rows do not fill one batch of 9: lower --batch-size to 6")
+    shutil.rmtree("full")
+    few = ["--batch-size", "9", "--max-train-samples", "2"]
+    refused(script, [*few, *more], "2 training rows", "start fewer processes than 3")
 
 
 def test_a_script_of_its_own_process_ends_the_same(run_script, tmp_path):
@@ -420,10 +429,13 @@ print("RESULTS" + json.dumps(results))
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """A hub on which all of gated/ is gated and nothing else exists."""
+    """A hub on which all of gated/ is gated and nothing else exists; asked of busy/ it hangs up."""
 
     def do_GET(self):
         gated = "gated/" in self.path
+        if "busy/" in self.path:
+            self.close_connection = True
+            return
         self.send_response(403 if gated else 404)
         self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
         self.send_header("X-Error-Message", "Access to this repository is restricted" if gated else "Not found")
@@ -451,6 +463,7 @@ def hub_results(tmp_path_factory, flags):
         "missing model": ["--base-model", "nobody/thing"],
         "gated data set": ["--dataset", "gated/thing"],
         "missing data set": ["--dataset", "nobody/thing"],
+        "dropped line": ["--base-model", "busy/thing"],
     }
     argv = [[*flags["sft_train"], "--output-dir", str(folder / "out"), *more] for more in cases.values()]
     done = subprocess.run(
@@ -475,12 +488,29 @@ def hub_results(tmp_path_factory, flags):
         ("missing model", ["no model nobody/thing", "--base-model"]),
         ("gated data set", ["data set gated/thing is gated", "{endpoint}/datasets/gated/thing", "HF_TOKEN"]),
         ("missing data set", ["no data set nobody/thing", "--dataset"]),
+        ("dropped line", ["model busy/thing is not on this machine", "check the network", "--base-model"]),
     ],
 )
 def test_a_hub_that_says_no(hub_results, case, names):
     endpoint, results = hub_results
     code, stderr = results[case]
     assert_one_line(code, stderr, *[name.format(endpoint=endpoint) for name in names])
+
+
+def test_a_hub_that_is_not_there_is_one_line(capsys, caplog):
+    """Of all that its library logs; but an error of the library is shown."""
+    say_once.cache_clear()
+    quiet_libraries()
+    log = logging.getLogger("huggingface_hub.utils._http")
+    for attempt in range(1, 6):
+        log.warning("'[Errno 111] Connection refused' thrown while requesting HEAD http://127.0.0.1:1/x")
+        log.warning(f"Retrying in 1s [Retry {attempt}/5].")
+    logging.getLogger("huggingface_hub.file_download").warning("a warning")
+    assert capsys.readouterr().out == "The hub does not answer; trying again for a while.\n"
+    assert not caplog.records and not logging.getLogger("datasets.load").isEnabledFor(logging.WARNING)
+    for place in (log, logging.getLogger("huggingface_hub.file_download")):
+        place.error("an error")
+    assert [record.message for record in caplog.records] == ["an error"] * 2
 
 
 # ---------------------------------------------------------------- the data
@@ -572,8 +602,15 @@ def test_the_next_command_leads_to_what_was_just_made():
 @pytest.mark.parametrize(
     "argv, names",
     [
-        (["--max-steps", 5], ["--critic-warmup-updates 5", "the policy would not be trained"]),
-        (["--kl-horizon", 12], ["--kl-horizon 12", "64 episodes"]),
+        (
+            ["--max-steps", 5],
+            ["--critic-warmup-updates 5", "would not be trained", "at most 4 ", "raise --max-steps"],
+        ),
+        (
+            ["--total-episodes", 128],
+            ["--critic-warmup-updates 5", "at most 1 of them", "raise --total-episodes"],
+        ),
+        (["--kl-horizon", 12], ["--kl-horizon 12", "64 episodes", "the shortest is 13"]),
     ],
 )
 def test_ppo_refuses_what_trains_no_policy_or_turns_the_kl_around(call_main, tmp_path, argv, names):

@@ -27,6 +27,9 @@ HOSTILE = (
 )
 
 
+SHARE = {"requests": 60, "refusals": 0.35, "refusals_low": 0.242, "refusals_high": 0.476}
+
+
 def answer(text="a b", tokens=2, ended_by="eos", score=None):
     return {"text": text, "tokens": tokens, "ended_by": ended_by, "score": score}
 
@@ -57,7 +60,7 @@ def full(text, **how):
         "models": dict.fromkeys(made["models"], text),
         "notes": [text],
         "warnings": [text],
-        "probe": {text: {"harmful": {"requests": 60, "refusals": 0.5, "refusals_low": 0.4, "refusals_high": 0.6}}},
+        "probe": {text: {"harmful": SHARE}},
         "base": {"model": text, "revision": text, "load_in_4bit": True},
         "flags": {
             "num_test_prompts": 1,
@@ -161,16 +164,18 @@ def test_numbers_and_words():
 
 
 def test_warnings_stand_first_and_the_probe_among_the_results():
-    share = {"requests": 60, "refusals": 0.35, "refusals_low": 0.242, "refusals_high": 0.476}
     made = report() | {
         "warnings": ["SFT warned: the loss <rose>", "safety: x"],
-        "probe": {"SFT": {"harmful": share, "harmless": share | {"refusals": 0.1}}, "PPO": {"harmful": share}},
+        "probe": {
+            "SFT": {"harmful": SHARE, "harmless": SHARE | {"refusals": 0.1}},
+            "PPO": {"harmful": SHARE},
+        },
     }
     text = read(made).text
     assert "Results Warning: SFT warned: the loss <rose> Warning: safety: x" in text
-    assert "Safety probe: rather begins with a refusal Harmful requests 95 % interval Harmless ones" in text
+    assert "Safety probe: rather begins with a refusal Harmful requests 95 % interval" in text
     assert "SFT 35 % of 60 24 to 48 % 10 % of 60 24 to 48 % PPO 35 % of 60 24 to 48 % –" in text
-    assert "End in a question 0 % 0 % 0 % Begin alike in the commonest three words 100 % 100 % 100 %" in text
+    assert "End in a question 0 % 0 % 0 % Begin alike in the commonest three words 100 %" in text
     earlier = {key: value for key, value in report().items() if key not in ("probe", "warnings")}
     assert "Safety probe" not in read(earlier).text and "Warning" not in read(earlier).text
 
@@ -238,10 +243,11 @@ def test_what_training_changed():
     assert "PPO: KL to SFT, nats a response 0 5.71 –" in text
     assert "KL to SFT nats a response, held-out prompts of PPO’s run – 0 5.71" in text
     style = {"sft_question_share": 0.0375, "ppo_question_share": 0.2, "chosen_question_share": 0.04}
-    probe = {f"probe_harmful_accuracy{end}": value for end, value in (("", 0.37), ("_low", 0.25), ("_high", 0.5))}
+    shares = {"": 0.37, "_low": 0.25, "_high": 0.5}
+    probe = {f"probe_harmful_accuracy{end}": value for end, value in shares.items()}
     text = read(report() | {"runs": {"reward": {"metrics": probe}, "ppo": {"metrics": style}}}).text
     assert "prefers a refusal, harmful requests of the safety probe – 0.37 0.25 to 0.5" in text
-    assert "answers that end in a question 0.0375 0.2 – the same of the chosen answers – 0.04 –" in text
+    assert "end in a question 0.0375 0.2 – the same of the chosen answers – 0.04 –" in text
 
 
 @pytest.mark.parametrize("odd", [None, [], "x", 3, math.nan, math.inf, 10**400, True, {"a": 1}, "\ud800<b>"])
@@ -261,9 +267,14 @@ def test_a_run_json_that_was_edited(odd):
 
 def test_curves_are_what_the_scripts_write(trained):
     sft, reward = (page.read_curves(getattr(trained, phase), phase) for phase in ("sft", "reward"))
-    assert list(sft) == ["loss", "eval_loss"] and list(reward) == ["loss", "accuracy", "margin"]
+    assert list(sft) == ["loss", "eval_loss"]
+    assert list(reward) == [
+        *("preference_loss", "eval_loss"),
+        *("accuracy", "eval_accuracy"),
+        *("margin", "eval_margin"),
+    ]
     assert [x for x, _ in sft["loss"]] == [1, 2, 3, 4] and [x for x, _ in sft["eval_loss"]] == [0, 4]
-    written = {name for names in ppo_log.CURVES.values() for name in names}
+    written = {name for panel in ppo_log.PANELS for name in panel.lines}
     assert {name for phase, *_, labels in page.PANELS if phase == "ppo" for name in labels} <= written
 
 
@@ -392,7 +403,7 @@ def test_in_chromium(chromium, tmp_path):
     window.goto(url)
 
     assert window.locator("h1").all_inner_texts() == ["Comparing model outputs: base vs SFT vs PPO"]
-    assert window.locator("article").count() == 30 and window.locator("figure polyline").count() == 14
+    assert window.locator("article").count() == 30 and window.locator("figure polyline").count() == 17
     assert window.locator("script, img, iframe, [onload], [onerror], [onfocus]").count() == 0
     assert window.evaluate("window.hacked") is None
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+import signal
 from pathlib import Path
 
 import ppo_train
@@ -15,9 +16,11 @@ from rlhf.cli import parse
 from rlhf.data import PromptFormat, load_pairs, tokenize_pairs
 from rlhf.decoder import lay_out
 from rlhf.modeling import SharedBase, base_facts, load_base, load_format, load_tokenizer, pad_right, read_stacked
+from rlhf.ppo_log import PANELS
 from rlhf.probe import judge_probe, load_probe
+from rlhf.reporting import read_jsonl
 from rlhf.reward_eval import judge
-from rlhf.training import Resumable
+from rlhf.training import Resumable, steps_between_evaluations
 
 import datasets
 import pytest
@@ -61,6 +64,8 @@ def ppo(trained, tiny_data, call_main, tmp_path_factory):
     result = call_main("ppo_train", ppo_flags(trained, tiny_data, folder))
     assert result.returncode == 0, result.stderr
     assert "CPU: micro-batches of 1,024 tokens (as on any CPU), 4 rows a step, float32" in result.stdout
+    assert re.search(r"^PPO: update 1 of 3, score -?[\d.]+, KL 0.00, [\d,]+ tokens/s, .* left$", result.stdout, re.M)
+    assert "\nPPO: update 3 of 3, score " in result.stdout and "PPO: update 2 " not in result.stdout
     after = {phase: (getattr(trained, phase) / "adapter_model.safetensors").read_bytes() for phase in ("sft", "reward")}
     assert before == after
     return folder
@@ -105,6 +110,29 @@ def test_metrics_and_samples_of_ppo(ppo):
     assert {row["update"] for row in map(json.loads, (ppo / "samples.jsonl").read_text().splitlines())} == {0, 2, 3}
     run = json.loads((ppo / "run.json").read_text())
     assert run["updates"] == 3 and run["episodes"] == 24
+
+
+def test_style_and_refusals_of_ppo(ppo, tiny_data):
+    """Style at each look, beside the chosen answers; the safety probe at the first and at the last one."""
+    looks = [row for row in read_jsonl(ppo / "metrics.jsonl") if "eval/scores" in row]
+    assert [("eval/refusals" in row, "eval/overrefusals" in row) for row in looks] == [
+        (True, True),
+        (False, False),
+        (True, True),
+    ]
+    metrics = json.loads((ppo / "run.json").read_text())["metrics"]
+    for name in ("question_share", "opening_share", "refusals", "overrefusals"):
+        for who, look in (("sft", looks[0]), ("ppo", looks[-1])):
+            assert metrics[f"{who}_{name}"] == look[f"eval/{name}"]
+    assert metrics["refusal_requests"] == metrics["overrefusal_requests"] == 4
+    assert metrics["refusal_shift_low"] <= metrics["refusal_shift"] <= metrics["refusal_shift_high"]
+    assert metrics["refusal_shift"] != 0  # the policy has moved
+    chosen = [row["chosen"].strip() for row in read_jsonl(tiny_data / "test.jsonl")]
+    assert metrics["chosen_question_share"] == sum(text.endswith("?") for text in chosen) / 8
+    samples = [row for row in read_jsonl(ppo / "samples.jsonl") if row["update"] == 3]
+    asking = [row["response"].rstrip().endswith("?") for row in samples]
+    assert metrics["ppo_question_share"] == pytest.approx(sum(asking) / 8)
+    assert metrics["warnings"][0].startswith("the figures are from only 8 held-out prompts")
 
 
 def test_a_judge_scores_and_changes_nothing_else(trained, ppo, tiny_data, call_main, tmp_path):
@@ -539,6 +567,119 @@ def test_the_loop_waits_for_the_device_once_when_measured_and_once_a_minibatch(t
     assert reads == ["tolist"] * 2
 
 
+# ---------------------------------------------------------------- on the way
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def looks(folder):
+    """What each look at the test rows saw, by step."""
+    rows = [row for row in rows_of(folder) if "eval_loss" in row]
+    return {row["step"]: {name: row[name] for name in row if name.startswith("eval_")} for row in rows}
+
+
+@pytest.mark.parametrize("phase", ["sft", "reward"])
+def test_the_test_rows_are_looked_at_on_the_way(trained, call_main, tmp_path, monkeypatch, phase):
+    """It changes nothing else, is no step's time, and at step 2 it says what a run that ends there says.
+
+    No picture can be drawn meanwhile, which is said on the way and at the end, and ends nothing.
+    """
+    module = {"sft": sft_train, "reward": reward_train}[phase]
+    script, argv = module.__name__, [*getattr(trained, f"{phase}_flags"), "--eval-steps", 2, "--output-dir"]
+    now, evaluation = [0], module.Trainer.evaluation
+
+    def slow(trainer):
+        now[0] += 1000
+        return evaluation(trainer)
+
+    def broken(*_):
+        raise ValueError("no fonts")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf.speed.Stopwatch.now", lambda watch: now.__setitem__(0, now[0] + 1) or now[0])
+        patch.setattr(module.Trainer, "evaluation", slow)
+        patch.setattr("rlhf.reporting.DRAW_SECONDS", 0.0)
+        patch.setattr("rlhf.reporting.plot_curves", broken)
+        result = call_main(script, [*argv, tmp_path / "whole"])
+    assert result.returncode == 0, result.stderr
+    name = {"sft": "SFT", "reward": "Reward model"}[phase]
+    lines = result.stdout.splitlines()
+    progress = [line for line in lines if line.startswith(f"{name}: step ")]
+    assert [line.split(",")[0] for line in progress] == [f"{name}: step 1 of 4", f"{name}: step 4 of 4"]
+    assert sum(line.startswith("step 2, test rows: loss ") for line in lines) == 1
+    warning = "warning: curves.png could not be drawn (no fonts); the run goes on without it"
+    assert lines.count(warning) == 2 and not (tmp_path / "whole" / "curves.png").exists()
+
+    usual = getattr(trained, phase)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (usual / name).read_bytes()
+    whole = rows_of(tmp_path / "whole")
+    assert [row["loss"] for row in whole if "loss" in row] == [row["loss"] for row in rows_of(usual) if "loss" in row]
+    assert max(row["time/step"] for row in whole if "time/step" in row) < 1000
+    assert list(looks(tmp_path / "whole")) == ([0, 2, 4] if phase == "sft" else [2, 4])
+    assert sum("eval_loss" in row for row in whole) == len(looks(tmp_path / "whole"))
+    assert list(looks(usual)) == ([0, 4] if phase == "sft" else [4])
+
+    with monkeypatch.context() as patch:  # stop it at step 2, and have that be all
+        patch.setattr(Resumable, "training_step", stopping_at(2))
+        assert call_main(script, [*argv, tmp_path / "half"]).returncode == 128 + signal.SIGTERM
+    result = call_main(script, [*argv, tmp_path / "half", "--resume", "--max-steps", 2])
+    assert result.returncode == 0, result.stderr
+    ends = json.loads((tmp_path / "half" / "run.json").read_text())["metrics"]
+    names = ["eval_loss"] if phase == "sft" else ["eval_loss", "eval_accuracy", "eval_margin"]
+    assert [looks(tmp_path / "whole")[2][name] for name in names] == [ends[name] for name in names]
+    assert [looks(tmp_path / "half")[2][name] for name in names] == [ends[name] for name in names]
+
+
+def stopping_at(number):
+    """The training step of a run that is asked to stop in this one."""
+    step, calls = Resumable.training_step, []
+
+    def training_step(*args):
+        calls.append(1)
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*args)
+
+    return training_step
+
+
+@pytest.mark.parametrize(
+    ("eval_steps", "eval_rows", "between"),
+    [
+        # 100 steps of 16 rows. A tenth of their time is worth 320 test rows, which are only read.
+        ("auto", 32, 10),  # ten of 32 rows; the tenth look is the one at the end
+        ("auto", 4, 10),  # more are not made
+        ("auto", 160, 34),  # two of 160: at steps 34 and 68
+        ("auto", 320, 50),
+        ("auto", 321, None),
+        (7, 321, 7),
+        (None, 1, None),
+    ],
+)
+def test_looks_at_the_test_rows_take_a_tenth_of_the_time_at_most(eval_steps, eval_rows, between):
+    config = sft_train.Config(eval_steps=eval_steps, batch_size=16, num_train_epochs=1.0)
+    assert steps_between_evaluations(config, 1600, eval_rows) == between
+
+
+def test_curves_are_of_metrics_that_are_written(trained, ppo):
+    drawn = {trained.sft: sft_train.Trainer.panels, trained.reward: reward_train.Trainer.panels}
+    for folder, panels in (drawn | {ppo: PANELS}).items():
+        written = {name for row in rows_of(folder) for name in row} | {"eval/gold_scores"}
+        assert {name for panel in panels for name in panel.lines} <= written, folder
+
+
+def test_ppo_draws_its_curves_on_the_way(trained, tiny_data, call_main, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("rlhf.reporting.DRAW_SECONDS", 0.0)
+    monkeypatch.setattr("rlhf.reporting.Curves.draw", lambda curves: drawn.append(len(rows_of(curves.path.parent))))
+    result = call_main("ppo_train", ppo_flags(trained, tiny_data, tmp_path / "p", max_steps=2))
+    assert result.returncode == 0, result.stderr
+    assert drawn == [2, 3, 4]  # after each update, the evaluation at the start before them; at the end
+
+
 def test_kl_stop_ends_the_epochs(trained, tiny_data, call_main, tmp_path):
     flags = ppo_flags(trained, tiny_data, tmp_path / "p", critic_warmup_updates=0, kl_stop=1e-9, num_ppo_epochs=4)
     assert call_main("ppo_train", flags).returncode == 0
@@ -547,6 +688,52 @@ def test_kl_stop_ends_the_epochs(trained, tiny_data, call_main, tmp_path):
 
 
 # ---------------------------------------------------------------- the scripts as texts
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_first_what_people_change_first(call_main, monkeypatch, script):
+    monkeypatch.setenv("COLUMNS", "200")
+    module = importlib.import_module(script)
+    fields = [field.name for field in dataclasses.fields(module.Config)]
+    assert 10 <= len(module.FIRST) <= 16 and {*module.FIRST} < {*fields}
+    result = call_main(script, ["--help"])
+    assert result.returncode == 0
+    common, other = result.stdout.split(" common options ")[1].split(" other options ")
+    shown = [re.findall(r"^  --([a-z][a-z0-9-]+)", box, re.M) for box in (common, other)]
+    rest = [name for name in fields if name not in module.FIRST]
+    assert shown == [[name.replace("_", "-") for name in names] for names in (module.FIRST, rest)]
+    for name, comment in re.findall(r"^    (\w+): .*?# (.*)$", (ROOT / f"{script}.py").read_text(), re.M):
+        if name in fields:
+            assert re.search(rf"--{name.replace('_', '-')}\b.*{re.escape(comment[:40])}", result.stdout, re.S), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_groups_of_the_help_change_no_flag(script):
+    module = importlib.import_module(script)
+    names = {field.name for field in dataclasses.fields(module.Config)}
+    argv = [
+        "--output-dir",
+        "~/x",
+        "--dataset=y",
+        "--seed",
+        "7",
+        "--dtype",
+        "fp32",
+        "--overwrite",
+        "--base-model",
+        "None",
+    ]
+    more = {"eval_steps": "3", "max_steps": "9", "micro_batch_tokens": "auto", "load_in_4bit": None}
+    for name in names & {*more}:
+        argv += ["--no-load-in-4bit"] if name == "load_in_4bit" else [f"--{name.replace('_', '-')}", more[name]]
+    argv = argv if "base_model" in names and script != "sft_train" else argv[:-2]
+    for preset in ([], ["--preset", "demo"]):
+        flat, grouped = (
+            parse(module.Config, module.PRESETS, module.__doc__, [*preset, *argv], first)
+            for first in ((), module.FIRST)
+        )
+        assert grouped == flat and type(grouped) is module.Config
+        assert grouped.seed == 7 and not grouped.output_dir.startswith("~")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -6,10 +6,13 @@ import json
 import math
 import shutil
 
+import ppo_train
+import reward_train
 import sft_train
 from benchmarks import auto_tokens
 from rlhf.card import CARD_OVERHEAD, MOST_TOKENS, STEP, Rollouts, tokens_that_fit
-from rlhf.plan import Shape, plan_ppo, plan_sft
+from rlhf.checkpoints import sha256
+from rlhf.plan import Shape, earlier_runs, plan_ppo, plan_sft
 from rlhf.training import num_steps
 
 import pytest
@@ -175,6 +178,74 @@ def test_a_measured_dry_run_says_how_long_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
     alone = call_main(script, [*map(str, flags[:4]), *map(str, flags[5:])])
     assert alone.returncode == 2 and "--measure belongs to --dry-run" in alone.stderr
+
+
+@pytest.mark.parametrize("script", ["reward_train", "ppo_train"])
+def test_a_dry_run_before_the_earlier_phases_plans_what_they_would_make(
+    script, trained, tiny_model, tiny_data, call_main, tmp_path, monkeypatch
+):
+    """The very plan that there is after them."""
+    reward = reward_train.Config(output_dir="soon/reward", lora_rank=4, role_layers=2)
+    sft = sft_train.Config(base_model=str(tiny_model), output_dir="soon/sft", lora_rank=4, load_in_4bit=False)
+    monkeypatch.setitem(sft_train.PRESETS, "soon", sft)
+    monkeypatch.setitem(reward_train.PRESETS, "soon", reward)
+    flags = ["--dataset", tiny_data, "--output-dir", tmp_path / "out", "--role-layers", 2]
+    soon = ["--sft-checkpoint", "soon/sft", *(["--reward-checkpoint", "soon/reward"] if script == "ppo_train" else [])]
+    there = [
+        "--sft-checkpoint",
+        trained.sft,
+        *(["--reward-checkpoint", trained.reward] if script == "ppo_train" else []),
+    ]
+    before = call_main(script, [*flags, *soon, "--dry-run"])
+    after = call_main(script, [*flags, *there, "--dry-run"])
+    assert before.returncode == after.returncode == 0, before.stderr + after.stderr
+    count = 2 if script == "ppo_train" else 1
+    said, plan = before.stdout.splitlines()[:count], before.stdout.splitlines()[count:]
+    assert plan == after.stdout.splitlines() and "It fits a card of 12 GB" in before.stdout
+    says = "There is no {} checkpoint at soon/{} yet: this plan is for the one that `python {}_train.py --preset soon`"
+    for line, phase in zip(said, ("sft", "reward"), strict=False):
+        assert line.startswith(says.format(phase, phase, phase))
+    assert said[0].endswith(f" would make of {tiny_model}.")
+    assert not list(tmp_path.iterdir())
+
+    if script == "ppo_train":
+        half = call_main(script, [*flags, *there[:2], *soon[2:], "--dry-run"])
+        assert half.stdout.splitlines() == [said[1], *plan]
+
+    measured = call_main(script, [*flags, *soon, "--dry-run", "--measure"])
+    assert measured.returncode == 2 and "no sft checkpoint at soon/sft" in measured.stderr
+    assert not measured.stdout
+    real = call_main(script, [*flags, *soon])
+    assert real.returncode == 2 and "no sft checkpoint at soon/sft" in real.stderr
+
+
+@pytest.mark.parametrize("script", ["reward_train", "ppo_train"])
+def test_a_dry_run_of_another_base_before_the_earlier_phases(script, tiny_model, tiny_data, call_main):
+    """By the defaults of the earlier scripts, whose 14 layers this base has not; with the flags that would make them."""
+    flags = ["--base-model", tiny_model, "--dataset", tiny_data, "--role-layers", 2]
+    result = call_main(script, [*flags, "--sft-checkpoint", "my runs/sft", "--dry-run"])
+    assert result.returncode == 0, result.stderr
+    command = f"`python sft_train.py --base-model {tiny_model} --output-dir 'my runs/sft'`"
+    assert f"at my runs/sft yet: this plan is for the one that {command} would make" in result.stdout
+    assert ("`python reward_train.py` would make." in result.stdout) == (script == "ppo_train")
+    assert "It fits a card" in result.stdout
+    if script == "ppo_train":
+        config = ppo_train.Config(base_model=str(tiny_model), sft_checkpoint="my runs/sft")
+        runs = earlier_runs(config, sft=sft_train, reward=reward_train)
+        assert runs["reward"]["hyperparameters"] == {"lora_rank": 16, "role_layers": 4}
+
+
+def test_a_dry_run_does_not_pass_over_checkpoints_that_do_not_fit(trained, tiny_data, call_main, tmp_path):
+    """A judge is missing; the reward model is there, but of another SFT model."""
+    shutil.copytree(trained.sft, tmp_path / "sft")
+    run = json.loads((tmp_path / "sft" / "run.json").read_text())
+    weights = tmp_path / "sft" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    run["adapter_sha256"] = sha256(weights)
+    (tmp_path / "sft" / "run.json").write_text(json.dumps(run))
+    flags = ["--sft-checkpoint", tmp_path / "sft", "--reward-checkpoint", trained.reward]
+    result = call_main("ppo_train", [*flags, "--gold-checkpoint", "soon", "--dataset", tiny_data, "--dry-run"])
+    assert result.returncode == 2 and "was not trained from the SFT checkpoint" in result.stderr
 
 
 def test_a_dry_run_counts_the_rows_that_training_will_have(tiny_model, tiny_data, call_main, tmp_path):

@@ -57,15 +57,17 @@ def test_style_and_refusals_by_hand():
     assert (m["sft_opening_share"], m["ppo_opening_share"], m["ppo_opening"]) == (0.5, 0.5, "why")
     assert m["sft_refusals"] == pytest.approx(2 / 3) and m["ppo_refusals"] == pytest.approx(1 / 3)
     assert (m["sft_overrefusals"], m["ppo_overrefusals"]) == (0.5, 0.5)
-    assert m["refusal_shift"] == pytest.approx(-1.5) and m["overrefusal_shift"] == 0.5  # -1.5, -2, -1; 1, 0
+    assert m["refusal_shift"] == pytest.approx(-1.5)  # -1.5, -2 and -1
+    assert m["overrefusal_shift"] == 0.5  # 1 and 0
     assert -2 <= m["refusal_shift_low"] < -1.5 < m["refusal_shift_high"] <= -1
     *_, style, probe = describe(m).splitlines()
     assert style == (
-        "answers that end in a question 25% -> 75% (chosen answers 10%), that begin alike 50% -> 50% (chosen answers 20%)"
+        "answers that end in a question 25% -> 75% (chosen answers 10%), "
+        "that begin alike 50% -> 50% (chosen answers 20%)"
     )
     assert probe == (
-        "safety probe: a refusal is the likelier beginning in 67% -> 33% of 3 harmful requests, in 50% -> 50% of 2 that "
-        "only sound harmful"
+        "safety probe: rather begins with a refusal in 67% -> 33% of 3 harmful requests, "
+        "in 50% -> 50% of 2 requests that only sound harmful"
     )
     json.dumps(m, allow_nan=False)
     bare = compare(SFT, SFT)
@@ -78,7 +80,7 @@ def test_style_and_refusals_by_hand():
         (evaluation([1.0, 2.0, 3.0, 5.0], gold=[0.0, 0.0, 1.0, 1.5]), []),
         (
             evaluation([1.0, 2.0, 3.0, 5.0], gold=[-0.5, -0.5, 0.5, 0.5]),
-            ["the score rose by 1.25, but the gold score fell by 0.50 (0.50 to 0.50): the policy exploits"],
+            ["the score rose by 1.25, but the gold score fell by 0.50 (0.50 to 0.50): the policy"],
         ),
         (evaluation([1.0, 2.0, 3.0, 5.0], gold=[0.0, 0.0, 0.5, 1.0]), []),  # it fell no more than chance would have it
         (evaluation([-3.0, 2.0, 3.0, 1.0], gold=[-0.5, -0.5, 0.5, 0.5]), ["the gold score fell by 0.50"]),
@@ -98,9 +100,9 @@ def test_warnings(ppo, warned):
 
 def test_a_score_that_rises_by_length_alone_and_falls_without_it():
     longer = [6, 8, 10, 12] * 5
-    ppo = evaluation([(n - 4) / 2 - 0.5 for n in longer], longer)  # half a point a token, but half a point less
+    ppo = evaluation([(n - 4) / 2 - 0.5 for n in longer], longer)  # half a point for each token
     (found,) = policy_warnings(compare(evaluation([0.0] * 20), ppo))
-    assert found.startswith("the score at equal length fell by 0.50 (0.50 to 0.50): the policy got worse")
+    assert found.startswith("the score at equal length fell by 0.50 (0.50 to 0.50): the policy got")
 
 
 @pytest.mark.parametrize(("penalty", "ends", "warned"), [(1.3, 2, True), (1.29, 2, False), (1.3, 4, False)])
@@ -122,5 +124,5 @@ def test_one_prompt_gives_finite_numbers():
 def test_the_frontier_is_drawn(tmp_path):
     rows = [{"update": n, "eval/kl": n, "eval/scores": 2 * n, "eval/gold_scores": -n} for n in range(3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"update": 3}]))
-    plot_frontier(tmp_path)
+    plot_frontier(tmp_path, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")

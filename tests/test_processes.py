@@ -28,7 +28,8 @@ PPO += "--lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --value-learning-rat
 PPO += "--num-printed-samples 0 --no-gradient-checkpointing --dtype fp32 --save-steps 1"
 
 LOGGED = {"loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "eval_loss", "eval_entropy"}
-LOGGED |= {"min_reward", "mean_reward", "max_reward", "accuracy", "margin"}
+LOGGED |= {"min_reward", "mean_reward", "max_reward", "accuracy", "margin", "preference_loss"}
+LOGGED |= {"eval_accuracy", "eval_margin"}
 SUM = """
 import torch
 from rlhf.processes import sum_gradients, this_process
@@ -55,7 +56,8 @@ def command(flags, trained, tiny_data):
             "reward": ["--sft-checkpoint", trained.sft],
             "ppo": ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--dataset", tiny_data],
         }[phase]
-        own = PPO.split() if phase == "ppo" else [*flags[f"{phase}_train"], "--max-steps", 5]
+        steps = ["--max-steps", 5, "--eval-steps", 2]
+        own = PPO.split() if phase == "ppo" else [*flags[f"{phase}_train"], *steps]
         sizes = []
         return [f"{phase}_train.py", *map(str, [*own, *parents, *sizes, "--output-dir", folder])]
 
@@ -113,7 +115,7 @@ def test_two_processes_make_what_one_makes(command, call_main, tmp_path, phase):
     run = launch([*command(phase, two, 2), "--micro-batch-tokens", small], by="out_of_memory_once.py")
     out, err = run.communicate(timeout=300)
     assert run.returncode == 0, err[-6000:]
-    assert out.count("Next: python") == 1
+    assert out.count("Next: python") == 1 and out.count(" 1 of 5, ") == 1  # how far it is, once
     assert "out of memory" in out  # in one of the two, in one part of a step
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
     for path in one.rglob("*.safetensors"):

@@ -48,7 +48,8 @@ def commands(flags, trained, tiny_data, tmp_path):
             "reward": ["--sft-checkpoint", trained.sft],
             "ppo": ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--dataset", tiny_data],
         }[phase]
-        own = [*(ppo.split() if phase == "ppo" else flags[f"{phase}_train"]), "--save-steps", "1"]
+        own = ppo.split() if phase == "ppo" else [*flags[f"{phase}_train"], "--eval-steps", "2"]
+        own = [*own, "--save-steps", "1"]
         return f"{phase}_train", [*own, *parents, "--output-dir", folder, "--dtype", dtype]
 
     return command
@@ -119,6 +120,7 @@ MOMENTS = [  # phase, module, function, which call
     ("ppo", ppo_train, "value_loss", 14),
     ("ppo", rlhf.resume, "sync", 3),
     ("ppo", rlhf.resume, "sync", 4),
+    ("reward", reward_train.Trainer, "evaluation", 1),
 ]
 
 
@@ -159,8 +161,10 @@ def test_a_signal_ends_the_run_where_it_can_go_on(commands, call_main, left_alon
 @pytest.mark.parametrize("phase", ["sft", "reward"])
 def test_states_come_as_often_as_the_resumed_run_says(commands, call_main, tmp_path, phase, monkeypatch):
     """And after a crash the terminal is free again."""
-    bars, progress = [], rlhf.reporting.progress
-    monkeypatch.setattr(rlhf.reporting, "progress", lambda: bars.append(progress()) or bars[-1])
+    bars, bar = [], rlhf.reporting.bar
+    monkeypatch.setattr(rlhf.reporting, "bar", lambda: bars.append(bar()) or bars[-1])
+    monkeypatch.setattr(rlhf.reporting.console, "_force_terminal", True)
+    monkeypatch.setenv("TERM", "xterm")
     script, argv = commands(phase, tmp_path / "cut")
     with pytest.MonkeyPatch.context() as patch:
         at_call(patch, rlhf.training.Resumable, "training_step", 2, ask_to_stop)

@@ -53,6 +53,16 @@ def test_laps_add_up(monkeypatch):
     assert watch.seconds == {"rollout": 2.0, "measure": 0.5}
 
 
+def test_a_pause_belongs_to_no_lap(monkeypatch):
+    times = iter([10.0, 11.0, 61.0, 61.5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    watch = Stopwatch(CPU)
+    with watch.paused():
+        pass
+    watch.lap("time/step")
+    assert watch.seconds == {"time/step": 1.5}
+
+
 def test_the_peak_is_that_of_a_card_of_exactly_this_name(monkeypatch):
     card = torch.device("cuda")
     for name, peak in (("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)):

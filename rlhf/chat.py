@@ -1,0 +1,241 @@
+"""A chat in the terminal with any checkpoint: its base and its adapters as they were trained, no export, no server.
+
+    python -m rlhf.chat checkpoints/ppo
+    python -m rlhf.chat checkpoints/sft --reward-checkpoint checkpoints/reward
+    python -m rlhf.chat --base-model models/SmolLM2-135M-Instruct
+
+An answer appears as it is sampled; Ctrl-C stops it. Type `/help` for what else there is.
+"""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.base import check_context
+from rlhf.checkpoints import check_child, read_run
+from rlhf.cli import UserError, check_at_least_one, check_between, run
+from rlhf.data import BadRow, PromptFormat, checked_turns, tokenize_prompt
+from rlhf.generation import start, stream
+from rlhf.modeling import (
+    BASE,
+    REFERENCE,
+    SharedBase,
+    base_facts,
+    choose_dtype,
+    load_base,
+    load_format,
+    load_tokenizer,
+    read_stacked,
+    same_base,
+)
+from rlhf.reporting import plain
+from rlhf.training import device
+
+from tyro.conf import Positional
+
+HELP = """\
+/base /sft /ppo  who answers from now on, of those that are there
+/score           what the reward model says of the last answer
+/reset           begin a new dialogue
+/help            this
+/quit, Ctrl-D    end
+Ctrl-C           stop an answer"""
+ROLES = {"base": BASE, "sft": REFERENCE, "ppo": "policy"}
+PHASES = ("sft", "reward", "ppo")
+
+Runs = dict[str, dict[str, Any]]  # run.json by phase
+Turns = list[tuple[str, str]]  # (role, text)
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: Positional[str | None] = (
+        None  # of any phase; None: checkpoints/ppo, or with --base-model the base alone
+    )
+    base_model: str | None = None  # where the base is now, if not where the checkpoint says
+    sft_checkpoint: str | None = None  # that the checkpoint was trained from; None: where the checkpoint says
+    reward_checkpoint: str | None = None  # for /score; None: the one that the policy was trained against
+    load_in_4bit: bool = True  # of a base alone; checkpoints say it themselves
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in
+
+    max_prompt_length: int = 384  # tokens; a longer dialogue loses its oldest turns, as in training
+    max_new_tokens: int = 128  # tokens of an answer at most
+    temperature: float = 0.7  # 0: greedy
+    seed: int = 0  # of the draws
+
+
+def main(config: Config) -> None:
+    check_at_least_one(config, "max_prompt_length", "max_new_tokens")
+    check_between(config, 0, math.inf, "temperature")
+    check_between(config, 0, 2**32 - 1, "seed")
+    shared, form, names = open_checkpoint(config)
+    print(f"{', '.join(names)} can answer; it is {names[-1]} now. /help says what else there is.")
+    chat = Chat(config, shared, form, names)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys and history
+    while (line := ask()) is not None:
+        if line.startswith("/"):
+            if line == "/quit":
+                break
+            print(chat.command(line))
+        elif line:
+            chat.answer(line)
+
+
+def ask() -> str | None:
+    """What is typed, stripped; None at the end of input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return None
+    except KeyboardInterrupt:
+        print("\nCtrl-C stops an answer; /quit or Ctrl-D ends the chat.")
+        return ""
+
+
+# ---------------------------------------------------------------- what answers
+
+
+def open_checkpoint(config: Config) -> tuple[SharedBase, PromptFormat, list[str]]:
+    """The shared base with the adapters that there are, the prompt format, and who can answer: the last by itself."""
+    dtype = choose_dtype(config.dtype, device())
+    if config.checkpoint is None and config.base_model:
+        base = base_facts(config.base_model, None, config.load_in_4bit)
+        tokenizer = load_tokenizer(base["model"], base["revision"])
+        form = PromptFormat("model" if tokenizer.chat_template else "hh", tokenizer)
+        runs, folders = {}, {}
+    else:
+        runs, folders = read_runs(config)
+        base = same_base(runs["sft"], folders["sft"], config.base_model)
+        form = load_format(folders["sft"], runs["sft"])
+    check_context(base, config.max_prompt_length + config.max_new_tokens, "--max-prompt-length", "--max-new-tokens")
+    form.check()
+    shared = SharedBase(load_base(base, dtype, form.pad_token_id), folders.get("sft"), dtype)
+    for phase, role in (("ppo", "policy"), ("reward", "reward")):
+        if phase in runs:
+            shared.add_role(role, **read_stacked(folders[phase], shared))
+            if (role in shared.heads) != (role == "reward"):
+                raise UserError(f"{folders[phase]} is not what its run.json says: train that phase again")
+    return shared, form, ["base", *(name for name in ("sft", "ppo") if name in runs)]
+
+
+def read_runs(config: Config) -> tuple[Runs, dict[str, str]]:
+    """The run.json and the folder of the checkpoint, and of those that it was made from, by phase."""
+    checkpoint = config.checkpoint or "checkpoints/ppo"
+    phase = phase_of(checkpoint)
+    runs = {phase: read_run(checkpoint, phase, "the first argument")}
+    made_with = runs[phase]["hyperparameters"]
+    folders = {phase: checkpoint}
+    if phase != "sft":
+        folders["sft"] = config.sft_checkpoint or str(made_with.get("sft_checkpoint"))
+        runs["sft"] = read_run(folders["sft"], "sft")
+        check_child(runs[phase], checkpoint, runs["sft"], folders["sft"])
+    reward = config.reward_checkpoint or made_with.get("reward_checkpoint")
+    if phase != "reward" and reward and (config.reward_checkpoint or Path(reward).exists()):
+        folders["reward"] = reward
+        runs["reward"] = read_run(reward, "reward")
+        check_child(runs["reward"], reward, runs["sft"], folders["sft"])
+    return runs, folders
+
+
+def phase_of(checkpoint: str) -> str:
+    """The phase that a checkpoint says it is of, if that can be read, else "ppo"."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        phase = json.loads((Path(checkpoint) / "run.json").read_text(encoding="utf-8"))["phase"]
+        if phase in PHASES:
+            return phase
+    return "ppo"
+
+
+# ---------------------------------------------------------------- the dialogue
+
+
+class Chat:
+    """A dialogue with one of the models, which may change between turns."""
+
+    def __init__(self, config: Config, shared: SharedBase, form: PromptFormat, names: list[str]):
+        self.config, self.shared, self.form, self.names = config, shared, form, names
+        self.name = names[-1]  # who answers
+        self.turns: Turns = []
+        self.answers = 0
+        self.last: list[int] | None = None  # token ids of the last prompt with its answer, ended by EOS
+
+    def command(self, line: str) -> str:
+        """Do what a line that begins with a slash says. Returns what to print."""
+        if line == "/reset":
+            self.turns, self.last = [], None
+            return "A new dialogue."
+        if line == "/score":
+            return self.score()
+        if line[1:] in ROLES:
+            if line[1:] not in self.names:
+                return f"There is no {line[1:]} here, only {', '.join(self.names)}."
+            self.name = line[1:]
+            return f"{self.name} answers from now on."
+        return HELP
+
+    def score(self) -> str:
+        if "reward" not in self.shared.heads:
+            return "There is no reward model here: name one with --reward-checkpoint."
+        if self.last is None:
+            return "There is no answer yet."
+        return f"{self.shared.score([self.last]).item():.2f}"
+
+    def answer(self, text: str) -> None:
+        """Print the answer to a turn of the user's as it is sampled. One that Ctrl-C stops stays as far as it came."""
+        try:
+            turns = checked_turns([*self.turns, ("user", text)])
+            prompt = tokenize_prompt(turns, self.form, self.config.max_prompt_length)
+        except BadRow as reason:
+            print(f"This cannot be asked: {reason}. /reset begins anew.")
+            return
+        shown = ""
+        ids: list[int] = []
+        try:
+            for ids, shown in self.sample(prompt):  # noqa: B007
+                pass
+        except KeyboardInterrupt:
+            print(" (stopped)", end="")
+        finally:
+            self.shared.graphs.clear()
+        print()
+        if shown:
+            self.turns = [*turns, ("assistant", shown)]
+            self.last = [*prompt, *ids, self.form.eos_token_id]
+
+    def sample(self, prompt: list[int]) -> Iterator[tuple[list[int], str]]:
+        """The answer so far, as token ids and as the text that was printed, after each token."""
+        self.answers += 1
+        seed = self.config.seed, 5, self.answers
+        settings = self.config.max_new_tokens, self.config.temperature
+        decoding = start(self.shared, ROLES[self.name], [prompt], [seed], *settings)
+        ids: list[int] = []
+        shown = ""
+        for _, token, response in stream(decoding, self.form):
+            ids = response.text_ids if response else [*ids, token]
+            text = self.form.decode(ids)
+            text = text if response else settled(text, self.form.stop_text)
+            if text.startswith(shown):  # what is decoded later may change what came before
+                sys.stdout.write(plain(text[len(shown) :]))
+                sys.stdout.flush()
+                shown = text
+            yield ids, shown
+
+
+def settled(text: str, stop_text: str | None) -> str:
+    """As much of a text as no later token can take back: not half a character, nor what may begin the next turn."""
+    text = text.removesuffix("\ufffd")
+    for length in range(len(stop_text or ""), 0, -1):
+        if text.endswith(stop_text[:length]):
+            return text[:-length].rstrip()
+    return text.rstrip()
+
+
+if __name__ == "__main__":
+    run(main, Config, {}, __doc__)

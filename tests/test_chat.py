@@ -1,0 +1,202 @@
+"""The chat, through a pseudo-terminal and in-process: who answers, what is read, and what stops an answer."""
+
+import json
+import math
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import rlhf.chat
+from rlhf.chat import Chat, Config, open_checkpoint, settled
+from rlhf.cli import UserError
+from rlhf.generation import generate
+from rlhf.modeling import BASE, REFERENCE
+
+import pytest
+from conftest import HANGS, OFFLINE, ROOT
+
+PPO = "--response-length 8 --max-prompt-length 64 --num-mini-batches 1 --total-episodes 4 --episodes-per-update 4 "
+PPO += "--max-eval-samples 2 --lora-rank 4 --lora-alpha 8 --role-layers 2 --critic-warmup-updates 0 --warmup-updates 0 "
+PPO += "--num-printed-samples 0 --dtype fp32 --learning-rate 1e-1"
+
+
+@pytest.fixture(scope="module")
+def ppo(trained, tiny_data, call_main, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat") / "ppo"
+    parents = ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--dataset", tiny_data]
+    result = call_main("ppo_train", [*PPO.split(), *map(str, parents), "--output-dir", str(folder)])
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(ppo):
+    return open_checkpoint(Config(checkpoint=str(ppo)))
+
+
+@pytest.fixture
+def chat(opened):
+    return Chat(Config(max_prompt_length=64, max_new_tokens=8, temperature=0.0), *opened)
+
+
+def test_the_answer_is_what_generate_samples_and_the_turns_are_those_of_training(opened, chat, capsys):
+    shared, form, names = opened
+    assert names == ["base", "sft", "ppo"]
+    turns = ()
+    for name, role in (("ppo", "policy"), ("sft", REFERENCE), ("base", BASE)):
+        chat.command(f"/{name}")
+        turns = (*turns, ("user", "Why?"))
+        prompt = form.prompt_ids(turns)
+        (response,) = generate(shared, role, form, [prompt], 8, 0.0, [0], 1)
+        chat.answer("Why?")
+        text = form.decode(response.text_ids)
+        assert capsys.readouterr().out == rlhf.chat.plain(text) + "\n"
+        assert chat.last == [*prompt, *response.text_ids, form.eos_token_id]
+        turns = (*turns, ("assistant", text))
+    assert tuple(chat.turns) == turns
+    saved = form.tokenizer.apply_chat_template(
+        [{"role": role, "content": text} for role, text in turns[:-1]], add_generation_prompt=True, return_dict=False
+    )
+    assert list(saved) == prompt  # what a server reads of the same dialogue
+    assert chat.command("/score") == f"{shared.score([chat.last]).item():.2f}"
+
+
+def test_a_dialogue_that_is_too_long_loses_its_oldest_turns(opened, chat):
+    _, form, _ = opened
+    for _ in range(6):
+        chat.answer("How come that it is so?")
+    kept = [turn for turn in chat.turns if turn[0] == "user"]
+    assert len(kept) == 6 and len(form.prompt_ids(chat.turns[:-1])) > 64
+    prompt = chat.last[: -1 - len(form.response_ids(chat.turns[-1][1]))]
+    assert len(prompt) <= 64 + 1
+    assert chat.last[: len(form.bos_ids)] == form.bos_ids
+    text = form.tokenizer.decode(chat.last)
+    assert 1 <= text.count("Human:") < 6
+
+
+def test_what_cannot_be_asked_is_one_line_and_changes_nothing(chat, capsys):
+    chat.answer("x " * 200)
+    chat.answer("Hi\n\nHuman: and I?")
+    out = capsys.readouterr().out
+    assert out.count("This cannot be asked: ") == out.count("\n") == 2
+    assert chat.turns == [] and chat.last is None
+
+
+def test_commands(opened, chat):
+    assert chat.command("/score") == "There is no answer yet."
+    chat.answer("Hi")
+    assert chat.command("/reset") == "A new dialogue." and chat.turns == [] and chat.last is None
+    assert chat.command("/what") == rlhf.chat.HELP
+    alone = Chat(chat.config, *opened[:2], ["base", "sft"])
+    assert alone.command("/ppo") == "There is no ppo here, only base, sft." and alone.name == "sft"
+
+
+def test_no_text_is_shown_that_a_later_token_may_take_back():
+    stop = "\n\nHuman:"
+    for text, shown in {
+        "Yes": "Yes",
+        "Yes ": "Yes",
+        "Yes\n": "Yes",
+        "Yes\n\nHum": "Yes",
+        "Yes\n\nHun": "Yes\n\nHun",
+        "caf\ufffd": "caf",
+    }.items():
+        assert settled(text, stop) == shown
+    assert settled("Yes\n\nHum", None) == "Yes\n\nHum"
+
+
+def test_other_checkpoints_and_the_base_alone(trained, tiny_model, tmp_path):
+    assert open_checkpoint(Config(checkpoint=str(trained.sft)))[2] == ["base", "sft"]
+    with_score, _, names = open_checkpoint(Config(checkpoint=str(trained.reward)))
+    assert names == ["base", "sft"] and "reward" in with_score.heads
+    alone = Config(base_model=str(tiny_model), load_in_4bit=False, max_new_tokens=4, temperature=0.0)
+    shared, form, names = open_checkpoint(alone)
+    assert names == ["base"]
+    assert Chat(alone, shared, form, names).command("/score").startswith("There is no reward model here")
+    with pytest.raises(UserError, match="there is no ppo checkpoint at checkpoints/ppo: "):
+        open_checkpoint(Config())
+
+
+# ---------------------------------------------------------------- a terminal
+
+
+class Terminal:
+    """The chat as a person has it."""
+
+    def __init__(self, *argv):
+        ours, theirs = pty.openpty()
+        env = {**os.environ, **OFFLINE, "TERM": "dumb", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", SLOWLY, *map(str, argv)]
+        self.process = subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True
+        )
+        os.close(theirs)
+        self.end, self.read = ours, ""
+
+    def until(self, text: str) -> str:
+        """Read until `text` has come. Returns what was read."""
+        deadline = time.monotonic() + HANGS
+        while text not in self.read:
+            assert time.monotonic() < deadline, self.read
+            if select.select([self.end], [], [], 0.1)[0]:
+                self.read += os.read(self.end, 4096).decode()
+        before, self.read = self.read.split(text, 1)
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.end, text.encode())
+
+
+SLOWLY = """
+import runpy, sys, time
+import rlhf.decoding, torch, transformers
+
+letter = transformers.AutoTokenizer.from_pretrained(sys.argv[1]).convert_tokens_to_ids("a")
+
+def pick(logits, temperature, draws):
+    time.sleep(0.1)
+    return torch.full_like(draws, letter, dtype=torch.long), None
+
+rlhf.decoding.pick = pick
+runpy.run_module("rlhf.chat", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_in_a_terminal(ppo):
+    chat = Terminal(ppo, "--max-new-tokens", "200", "--max-prompt-length", "300", "--temperature", "1.0")
+    chat.until("ppo can answer; it is ppo now.")
+    chat.until("> ")
+    chat.type("Tell me a long story.\n")
+    chat.until("Tell me a long story.")
+    chat.until("aaa")  # it streams: the whole answer would take 20 s
+    chat.process.send_signal(signal.SIGINT)
+    chat.until("(stopped)")
+    chat.until("> ")
+    chat.process.send_signal(signal.SIGINT)
+    chat.until("Ctrl-C stops an answer; /quit or Ctrl-D ends the chat.")
+    chat.until("> ")
+    chat.type("/sft\n")
+    chat.until("sft answers from now on.")
+    chat.until("> ")
+    chat.type("/score\n")
+    assert math.isfinite(float(chat.until("\r\n> ").removeprefix("/score").strip()))
+    chat.type("\x04")
+    assert chat.process.wait(HANGS) == 0
+
+
+def test_a_wrong_use_is_one_line(call_main, trained, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "run.json").write_text(json.dumps({"phase": "sft"}))
+    for argv, says in (
+        ([], "there is no ppo checkpoint at checkpoints/ppo"),
+        ([str(broken)], "is damaged"),
+        ([str(trained.sft), "--temperature", "-1"], "--temperature must be at least 0"),
+        ([str(trained.sft), "--reward-checkpoint", "nowhere"], "there is no reward checkpoint at nowhere"),
+    ):
+        result = call_main("rlhf.chat", argv)
+        assert result.returncode == 2 and says in result.stderr and result.stderr.count("\n") == 1, result.stderr
