@@ -7,6 +7,7 @@ terminal, and the same in `reports/compare.md`, `reports/compare.html` (with the
 2. Let each model answer: the base with all adapters off, SFT, and PPO; greedy, or with the same draws for all.
 3. Score every answer with the reward model and sum up: score, length, endings, repetition; and for each pair of models
    the win rate with its interval, over all prompts and at equal length, and in words what it shows.
+4. Ask each model how it would begin to answer the safety probe's requests (rlhf/probe.py).
 
     python compare_outputs.py
     python compare_outputs.py --preset demo
@@ -30,6 +31,7 @@ from rlhf.cli import UserError, check_at_least_one, check_between, run
 from rlhf.generation import generate
 from rlhf.modeling import BASE, REFERENCE, SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base
 from rlhf.page import read_curves, render_page
+from rlhf.probe import KINDS, OPENING_TOKENS, load_probe, refusal_odds
 from rlhf.reporting import (
     ENDINGS,
     SPEAKERS,
@@ -41,7 +43,10 @@ from rlhf.reporting import (
     plain,
     preference,
     repeated_3grams,
+    wilson_interval,
 )
+from rlhf.run_warnings import compare_warnings, refusal_warnings, said_before
+from rlhf.style import style_of
 from rlhf.training import device
 
 from rich.table import Table
@@ -102,6 +107,17 @@ PROMPTS = (
 RULE = "─" * 80
 FILES = ("compare.md", "compare.html", "compare.json")
 COLUMNS = ("Model", "Mean\nscore", "Mean\ntokens", "Ended\nby EOS", "Repeated\n3-grams", "Distinct\n2-grams")
+COLUMNS += ("End\nin ?", "Begin\nalike")
+SHARES = (  # the last columns
+    *("ended_by_eos", "repeated_3grams", "distinct_2grams"),
+    *("question_share", "opening_share"),
+)
+PROBE_TITLE = "Safety probe: which of two written answers would be begun"
+PROBE_COLUMNS = (
+    "Rather begins with a refusal",
+    "Harmful requests\n(95 % interval)",
+    "Harmless ones\n(95 % interval)",
+)
 PAIR_COLUMNS = ("Who wins", "Win rate\n(95 % interval)", "At equal length\n(95 % interval)")
 OWN_JUDGE = (
     "The judge is the reward model that PPO trained against: PPO's win rate says that it learned to please it, not that "
@@ -112,6 +128,7 @@ REPORTED = ("adapter_sha256", "epochs", "updates", "metrics")  # of each phase's
 
 Turns = tuple[tuple[str, str], ...]  # (role, text)
 Answer = dict[str, Any]  # text, tokens, ended_by (a key of ENDINGS), score (None without a reward model)
+Odds = dict[str, list[float]]  # by kind of request, log-odds of beginning with a refusal
 Report = dict[str, Any]  # what compare.json holds; the terminal and the other files show parts of it
 
 
@@ -119,6 +136,8 @@ def main(config: Config) -> None:
     check_numbers(config)
     runs = read_runs(config)
     check_reports(config)
+    warned = said_before(runs)
+    print_warnings(warned)
 
     dtype = choose_dtype(config.dtype, device())
     base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
@@ -135,6 +154,12 @@ def main(config: Config) -> None:
     for name in titles:
         with console.status(f"{name} answers {len(prompts)} prompts"):
             answers[name] = answer(config, shared, form, [ids for _, ids in prompts], name, "reward" in runs)
+    with console.status("the safety probe"):
+        odds = ask_probe(config, shared, form, list(titles))
+    pairs = compare_pairs(answers)
+    found = (compare_warnings(len(prompts)) if pairs else []) + compare_refusals(odds)
+    # What PPO's run has said already is not said twice.
+    found = [text for text in found if not any(text in line for line in warned)]
     report = {
         "models": titles,
         "base": base,
@@ -142,8 +167,10 @@ def main(config: Config) -> None:
         "runs": {phase: {key: run[key] for key in REPORTED if key in run} for phase, run in runs.items()},
         "commit": git_commit(),
         "summary": summarize(answers),
-        "pairs": compare_pairs(answers),
+        "pairs": pairs,
+        "probe": summarize_probe(odds),
         "notes": notes(runs),
+        "warnings": found + warned,
         "prompts": [
             {"turns": turns, "answers": {name: answers[name][i] for name in titles}}
             for i, (turns, _) in enumerate(prompts)
@@ -281,12 +308,16 @@ def load_models(config: Config, model, runs: dict[str, dict[str, Any]], dtype):
     return shared
 
 
+def role_of(name: str) -> str:
+    """The role of a model, by its name in the report."""
+    return {"base": BASE, "PPO": "policy"}.get(name, REFERENCE)
+
+
 def answer(config: Config, shared, form, prompts: list[list[int]], name: str, scored: bool) -> list[Answer]:
     """The answers of the model `name` to `prompts` (token ids), with the reward model's scores if `scored`."""
     seeds = [config.seed + i for i in range(len(prompts))]
     settings = config.max_new_tokens, config.temperature, seeds, config.batch_size
-    role = {"base": BASE, "PPO": "policy"}.get(name, REFERENCE)
-    responses = generate(shared, role, form, prompts, *settings)
+    responses = generate(shared, role_of(name), form, prompts, *settings)
     scores = [None] * len(prompts)
     if scored:
         texts = [p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
@@ -310,6 +341,7 @@ def summarize(answers: dict[str, list[Answer]]) -> dict[str, dict[str, float]]:
         row["ended_by_eos"] = sum(a["ended_by"] == "eos" for a in given) / count
         row["repeated_3grams"] = sum(repeated_3grams(a["text"]) for a in given) / count
         row["distinct_2grams"] = distinct_2(a["text"] for a in given)
+        row |= style_of([a["text"] for a in given])
         summary[name] = row
     return summary
 
@@ -354,20 +386,50 @@ def direction(low: float, high: float) -> str | None:
 
 
 def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
-    """What a reader of the win rates should know: who judged, and what PPO's own run warned of."""
-    if "ppo" not in runs:
+    """What a reader of the win rates should know: who judged."""
+    if "ppo" not in runs or "reward" not in runs:
         return []
+    same = runs["ppo"]["parents"].get("reward") == runs["reward"]["adapter_sha256"]
+    return [OWN_JUDGE if same else OTHER_JUDGE]
+
+
+# ---------------------------------------------------------------- the safety probe
+
+
+def ask_probe(config: Config, shared, form, names: list[str]) -> dict[str, Odds]:
+    """By model and kind, how each request that fits the lengths would be answered."""
+    probe = load_probe(form, config.max_prompt_length + config.max_new_tokens, OPENING_TOKENS)
+    found = {}
+    for name in names:
+        odds = refusal_odds(shared, role_of(name), probe)
+        found[name] = {kind: values.tolist() for kind, values in odds.items()}
+    return found
+
+
+def summarize_probe(odds: dict[str, Odds]) -> dict[str, dict[str, dict[str, float]]]:
+    """By model and kind of request, the share that would rather be refused, and its interval."""
+    summary: dict[str, dict[str, dict[str, float]]] = {}
+    for name, kinds in odds.items():
+        for kind, values in kinds.items():
+            if values:
+                refused, count = sum(value > 0 for value in values), len(values)
+                low, high = wilson_interval(refused, count)
+                row = {"refusals": refused / count, "refusals_low": low, "refusals_high": high}
+                summary.setdefault(name, {})[kind] = {"requests": count} | row
+    return summary
+
+
+def compare_refusals(odds: dict[str, Odds]) -> list[str]:
+    """Warnings of each model that refuses less, or more, than the one before it."""
     found = []
-    if "reward" in runs:
-        same = runs["ppo"]["parents"].get("reward") == runs["reward"]["adapter_sha256"]
-        found.append(OWN_JUDGE if same else OTHER_JUDGE)
-    metrics = runs["ppo"].get("metrics")
-    warned = metrics.get("warnings") if isinstance(metrics, dict) else None
-    found += (
-        [f"PPO's run warned: {' '.join(plain(str(text)).split())}" for text in warned]
-        if isinstance(warned, list)
-        else []
-    )
+    for (before, ours), (after, theirs) in itertools.pairwise(odds.items()):
+        shifts = {}
+        for kind, name in (("harmful", "refusal_shift"), ("harmless", "overrefusal_shift")):
+            shift = [b - a for a, b in zip(ours[kind], theirs[kind], strict=True)]
+            if shift:
+                values = sum(shift) / len(shift), *mean_interval(shift)
+                shifts |= zip((name, f"{name}_low", f"{name}_high"), values, strict=True)
+        found += refusal_warnings(shifts, before, after)
     return found
 
 
@@ -406,11 +468,23 @@ def summary_rows(summary: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
     rows = []
     for name, row in summary.items():
         score = f"{row['mean_score']:.2f}" if "mean_score" in row else "-"
-        eos, repeated, distinct = (
-            f"{100 * row[key]:.0f} %" for key in ("ended_by_eos", "repeated_3grams", "distinct_2grams")
-        )
-        rows.append((name, score, f"{row['mean_tokens']:.1f}", eos, repeated, distinct))
+        shares = [f"{100 * row[key]:.0f} %" for key in SHARES]
+        rows.append((name, score, f"{row['mean_tokens']:.1f}", *shares))
     return rows
+
+
+def probe_rows(probe: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, ...]]:
+    """The cells of the safety probe, one tuple of PROBE_COLUMNS a model."""
+    rows = []
+    for name, kinds in probe.items():
+        cells = [share_cell(kinds[kind], "refusals") if kind in kinds else "-" for kind in KINDS]
+        rows.append((name, *cells))
+    return rows
+
+
+def share_cell(row: dict[str, Any], key: str) -> str:
+    share, low, high = (100 * row[name] for name in (key, f"{key}_low", f"{key}_high"))
+    return f"{share:.0f} % ({low:.0f} to {high:.0f} %)"
 
 
 def pair_rows(pairs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -418,10 +492,7 @@ def pair_rows(pairs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [
         (
             f"{pair['first']} against {pair['second']}",
-            *(
-                f"{100 * pair[key]:.0f} % ({100 * pair[f'{key}_low']:.0f} to {100 * pair[f'{key}_high']:.0f} %)"
-                for key in ("win_rate", "at_equal_length")
-            ),
+            *(share_cell(pair, key) for key in ("win_rate", "at_equal_length")),
         )
         for pair in pairs
     ]
@@ -432,6 +503,8 @@ def print_summary(report: Report) -> None:
     tables = [(f"Summary of {count} prompt{'s' * (count != 1)}", COLUMNS, summary_rows(report["summary"]))]
     if report["pairs"]:
         tables.append(("Win rates, by the reward model's score", PAIR_COLUMNS, pair_rows(report["pairs"])))
+    if report["probe"]:
+        tables.append((PROBE_TITLE, PROBE_COLUMNS, probe_rows(report["probe"])))
     for title, columns, rows in tables:
         table = Table(title=title, width=len(RULE))
         for i, column in enumerate(columns):
@@ -441,6 +514,12 @@ def print_summary(report: Report) -> None:
         console.print(table, width=len(RULE), soft_wrap=False)
     for line in conclusions(report):
         print(wrap(f"- {line}"))
+    print_warnings(report["warnings"])
+
+
+def print_warnings(warnings: list[str]) -> None:
+    for text in warnings:
+        print(wrap(f"warning: {text}"))
 
 
 def render_markdown(report: Report) -> str:
@@ -451,6 +530,11 @@ def render_markdown(report: Report) -> str:
     if report["pairs"]:
         lines += ["", *markdown_table(PAIR_COLUMNS, pair_rows(report["pairs"]))]
         lines += ["", *(f"- {line}" for line in conclusions(report))]
+    if report["probe"]:
+        table = markdown_table(PROBE_COLUMNS, probe_rows(report["probe"]))
+        lines += ["", f"{PROBE_TITLE}:", "", *table]
+    if report["warnings"]:
+        lines += ["", *(f"- **Warning:** {line}" for line in report["warnings"])]
     for number, entry in enumerate(report["prompts"], start=1):
         lines += ["", f"## Prompt {number}", "", fenced(prompt_text(entry["turns"]))]
         for name, title in titles.items():

@@ -10,6 +10,7 @@ adapters on its upper layers. Each update, as in "The N+ implementation details 
 3. Reward: per token -kl_coef * (logprob - ref_logprob); at the last token also the score. Advantages by GAE, whitened.
 4. Optimise: several epochs of clipped policy and value losses over a random partition into minibatches, stopped by KL.
 5. Adapt the KL coefficient; every few updates, look at held-out prompts, where a gold reward model may judge, too.
+   First and last, ask the safety probe whether harmful requests are refused (rlhf/probe.py).
 
     python ppo_train.py
     python ppo_train.py --preset demo
@@ -52,13 +53,16 @@ from rlhf.plan import (
     show_end,
 )
 from rlhf.ppo_batch import Batch, Measured, MicroBatch, NotFinite, Old, count_tokens, make_batch
-from rlhf.ppo_eval import Evaluation, compare, describe, warnings
+from rlhf.ppo_eval import Evaluation, compare, describe
 from rlhf.ppo_log import Log, batch_metrics, mean_stats, speed_metrics
 from rlhf.ppo_state import State, save
+from rlhf.probe import OPENING_TOKENS, Probe, load_probe, refusal_odds
 from rlhf.processes import agree, gather, moments, share, sum_gradients, total
 from rlhf.reporting import console
 from rlhf.resume import check_stop
+from rlhf.run_warnings import ppo_warnings, said_before, show
 from rlhf.speed import Stopwatch
+from rlhf.style import style_of
 from rlhf.training import check_ppo_numbers, device
 from rlhf.trial import time_steps
 
@@ -168,6 +172,7 @@ PRESETS = {
 
 
 Sums = dict[str, Tensor]  # of statistics over tokens, each a scalar on the device
+Prompts = list[list[int]]  # as token ids
 
 
 # ---------------------------------------------------------------- the algorithm
@@ -182,6 +187,7 @@ def main(config: Config) -> None:
     check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
     if is_finished(config):
         return
+    show(said_before(runs))
     if config.dry_run:
         dry_run_ppo(config, runs)
         if config.measure:
@@ -189,7 +195,8 @@ def main(config: Config) -> None:
         show_end(config)
         return
     form = load_format(config.sft_checkpoint, runs["sft"])
-    prompts, eval_prompts = load_prompts(config, form)
+    prompts, eval_prompts, chosen = load_prompts(config, form)
+    probe = load_probe(form, config.max_prompt_length + config.response_length, OPENING_TOKENS)
     tokens, why, rollouts = choose_sizes(config, runs, prompts, eval_prompts)
     shared, base = load_models(config, runs["sft"], form)
     shared.micro_batch.tokens, shared.rollout_rows = tokens, rollouts.rows
@@ -208,13 +215,14 @@ def main(config: Config) -> None:
 
     with (
         output_folder(config.output_dir, config.resume) as folder,
-        Log(config, folder, config.num_updates) as log,
+        Log(config, folder, config.num_updates, chosen) as log,
         State(config, folder, runs, (prompts, eval_prompts), shared, optimizer, scaler, log) as state,
     ):
         sizes = {"micro_batch_tokens": tokens, "rollout_rows": rollouts.rows, "rollouts_kept": rollouts.kept}
         start_run(folder, "ppo", config, shared.dtype, rollout_weights=shared.rollout_weights, **sizes)
         if not state.sft:
-            state.sft = evaluate(config, shared, form, eval_prompts)  # as the new policy equals SFT's
+            # The new policy equals SFT's.
+            state.sft = evaluate(config, shared, form, eval_prompts, probe)
             log.evaluation(0, state.sft, eval_prompts, form)
         first = last = state.sft
         baseline, kl_coef = first.scores.mean().item(), state.kl_coef
@@ -244,14 +252,17 @@ def main(config: Config) -> None:
                 kl_coef = adapt_kl_coef(kl_coef, measured.mean_kl(batch), config)
             del measured, old  # their lower states make room for what is sampled next
             if update % config.eval_steps == 0 or update == config.num_updates:
-                last = evaluate(config, shared, form, eval_prompts)
+                is_last = update == config.num_updates
+                last = evaluate(config, shared, form, eval_prompts, probe if is_last else None)
                 log.evaluation(update, last, eval_prompts, form)
             state.done(update, kl_coef)
 
-        metrics = compare(first, last) | {"warnings": warnings(first, last)}
+        metrics = compare(first, last) | chosen
+        metrics["warnings"] = ppo_warnings(metrics)
         console.print(describe(metrics))
         save(config, folder, shared, form, base, runs, metrics, started, log)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
+    show(metrics["warnings"])
     console.print(f"Next: {next_command('compare_outputs.py', config, 'ppo')}")
 
 
@@ -456,8 +467,18 @@ def step(optimizer, scaler, stats: dict[str, float]) -> None:
 
 
 @torch.no_grad()
-def evaluate(config: Config, shared: SharedBase, form: PromptFormat, prompts: list[list[int]]) -> Evaluation:
-    """Sample from the policy on held-out prompts, always with the same seeds."""
+def evaluate(
+    config: Config,
+    shared: SharedBase,
+    form: PromptFormat,
+    prompts: list[list[int]],
+    probe: Probe | None = None,
+) -> Evaluation:
+    """Sample from the policy on held-out prompts, always with the same seeds.
+
+    Args:
+        probe: what else to ask of the policy, with the openings of its answers.
+    """
     responses = rollout(config, shared, form, prompts, [(0, 4, i) for i in range(len(prompts))])
     batch = make_batch(prompts, responses, [list(range(len(prompts)))], form, shared.device)
     judges = ["reward", "gold"] if config.gold_checkpoint else ["reward"]
@@ -482,7 +503,9 @@ def evaluate(config: Config, shared: SharedBase, form: PromptFormat, prompts: li
     numbers[2:, batch.rows] = torch.stack(scores)
     kl, entropy, scores, *gold_scores = total(numbers.to(shared.device)).cpu()
     texts = [form.decode(response.text_ids) for response in responses]
-    return Evaluation(responses, texts, scores, kl, entropy, *gold_scores)
+    odds = refusal_odds(shared, "policy", probe) if probe else {}
+    refusals = {"refusal_odds": odds.get("harmful"), "overrefusal_odds": odds.get("harmless")}
+    return Evaluation(responses, texts, scores, kl, entropy, *gold_scores, **refusals)
 
 
 # ---------------------------------------------------------------- the formulas
@@ -642,12 +665,15 @@ def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tupl
     return shared, base
 
 
-def load_prompts(config: Config, form: PromptFormat) -> list[list[list[int]]]:
-    """Token ids of the training and of the held-out prompts."""
+def load_prompts(config: Config, form: PromptFormat) -> tuple[Prompts, Prompts, dict[str, float]]:
+    """The training and the held-out prompts, and the style of the answers chosen for the latter."""
     pairs, held_out = load_splits(
         config.dataset, "prompt", config.columns, config.max_train_samples, config.max_eval_samples
     )
-    return [tokenize_prompts(rows, form, config.max_prompt_length) for rows in (pairs, held_out)]
+    prompts = [tokenize_prompts(rows, form, config.max_prompt_length) for rows in (pairs, held_out)]
+    answers = [pair.chosen for pair in held_out if pair.chosen]
+    style = style_of(answers) if answers else {}
+    return *prompts, {f"chosen_{name}": share for name, share in style.items()}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ opens as a sequence classification model, and what it gets right in `evaluation.
 3. Train with TRL's RewardTrainer: -log sigmoid(score(chosen) - score(rejected)) (Bradley-Terry).
    On the way, look at the test split.
 4. Score the test split: accuracy, calibration, and how much of it is length (rlhf/reward_eval.py).
+   Score the safety probe: are refusals preferred where they should be (rlhf/probe.py)?
 
 With --extra-data people's votes (`python -m feedback.vote`) are mixed into the training pairs. The votes on one prompt
 in five are held out, the same ones every time, and scored beside the test split.
@@ -43,9 +44,11 @@ from rlhf.plan import (
     show_end,
     show_plan,
 )
+from rlhf.probe import describe_probe, judge_probe, load_probe
 from rlhf.processes import gather, is_main, sharded, share
 from rlhf.reporting import Panel, console
 from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
+from rlhf.run_warnings import reward_warnings, said_before, show
 from rlhf.speed import Work
 from rlhf.training import (
     Restack,
@@ -145,6 +148,7 @@ def main(config: Config) -> None:
     if is_finished(config):
         return
 
+    show(said_before({"sft": sft}))
     started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
@@ -220,11 +224,18 @@ def main(config: Config) -> None:
                 steps=trainer.state.global_step,
                 micro_batch_tokens=trainer.micro_batch.tokens,
                 speed=trainer.speed(),
-                metrics={name: value for name, value in metrics.items() if not isinstance(value, list)},
+                metrics=in_short(metrics),
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
+    show(metrics["warnings"])
     role = "gold" if config.half == "second" else "reward"
     console.print(f"Next: {next_command('ppo_train.py', config, role)}")
+
+
+def in_short(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What of the evaluation goes into run.json."""
+    lists = [name for name, value in metrics.items() if isinstance(value, list)]
+    return {name: metrics[name] for name in metrics if name == "warnings" or name not in lists}
 
 
 def closed(ids: list[int], eos_token_id: int) -> list[int]:
@@ -363,7 +374,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the test pairs, say what the scores are worth, and write it to `folder`; the same for held-out votes.
 
-    Returns the numbers of the test pairs, and of the votes under names that start with `votes_`. Raises UserError if the
+    Returns the numbers of the test pairs, of the votes under names that start with `votes_`, of the
+    safety probe under those that start with `probe_`, and `warnings`. Raises UserError if the
     scores are worth nothing.
     """
     scored = {what: score(shared, pairs, form.eos_token_id) for what, pairs in eval_sets.items()}
@@ -380,11 +392,26 @@ def evaluate(
         )
     if "held-out votes" in judged:
         metrics |= {f"votes_{name.removeprefix('eval_')}": value for name, value in judged["held-out votes"].items()}
+    metrics |= score_probe(config, shared, form)
+    if said := describe_probe(metrics):
+        console.print(said)
+    metrics["warnings"] = reward_warnings(metrics)
     if is_main():
         names = ("dataset", "columns", "max_length", "extra_data")
         settings = {name: getattr(config, name) for name in names}
         write_evaluation(folder, settings | metrics, scored["test pairs"])
     return metrics
+
+
+def score_probe(config: Config, shared: SharedBase, form) -> dict[str, float]:
+    """What the reward model makes of the safety probe, as far as it fits into --max-length."""
+    probe = load_probe(form, config.max_length)
+    scores = {}
+    for kind, pairs in probe.items():
+        if pairs:
+            scored = score(shared, pairs, form.eos_token_id)
+            scores[kind] = scored.chosen, scored.rejected
+    return judge_probe(scores)
 
 
 def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int) -> ScoredPairs:
@@ -422,8 +449,9 @@ def eval_only(config: Config) -> None:
     dtype = choose_dtype(config.dtype, device())
     shared = SharedBase(load_base(base, dtype, form.pad_token_id), config.sft_checkpoint, dtype)
     shared.add_role("reward", **read_stacked(config.output_dir, shared))
-    evaluate(config, shared, form, eval_sets, folder)
+    metrics = evaluate(config, shared, form, eval_sets, folder)
     console.print(f"Saved {folder}/evaluation.json and {folder}/evaluation.png.")
+    show(metrics["warnings"])
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from rlhf.plan import Plan, plan_sft, read_shape, show_data, show_end, show_plan
 from rlhf.portable import save_tokenizer
 from rlhf.processes import sharded, share
 from rlhf.reporting import Panel, console
+from rlhf.run_warnings import sft_warnings, show
 from rlhf.speed import Work
 from rlhf.training import (
     Restack,
@@ -168,6 +169,8 @@ def main(config: Config) -> None:
         before, after = trainer.first_row("eval_loss"), trainer.evaluate()["eval_loss"]
         if not math.isfinite(after):
             raise UserError("the loss is not finite: lower --learning-rate; nothing was saved")
+        metrics = {"eval_loss_before": before, "eval_loss": after, "eval_rows": len(eval_set)}
+        metrics["warnings"] = sft_warnings(metrics)
         weights = trainer.whole_weights()
         if trainer.is_world_process_zero():
             trainer.model.peft_config["default"].base_model_name_or_path = base["model"]
@@ -190,9 +193,10 @@ def main(config: Config) -> None:
                 steps=trainer.state.global_step,
                 micro_batch_tokens=trainer.micro_batch.tokens,
                 speed=trainer.speed(),
-                metrics={"eval_loss_before": before, "eval_loss": after},
+                metrics=metrics,
             )
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
+    show(metrics["warnings"])
     has_pairs = any(pair.rejected is not None for pair in train_pairs)
     if not has_pairs:
         console.print(

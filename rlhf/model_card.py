@@ -6,18 +6,34 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoints import sha256
+from rlhf.run_warnings import said_before
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 SPDX = {"Apache License": "apache-2.0", "MIT License": "mit"}  # how a licence file begins
 METRICS = {
     "sft": {"eval_loss_before": "loss on test responses before", "eval_loss": "and after"},
-    "reward": {"eval_accuracy": "accuracy on test pairs", "longer_wins_accuracy": '"the longer one wins" gets'},
+    "reward": {
+        "eval_accuracy": "accuracy on test pairs",
+        "longer_wins_accuracy": '"the longer one wins" gets',
+        "probe_harmful_accuracy": "safety probe, harmful requests: prefers a refusal in a share of",
+        "probe_harmless_accuracy": "requests that only sound harmful: prefers help in a share of",
+    },
     "ppo": {
         "score_gain": "score gain over SFT on held-out prompts",
         "gold_gain": "the same by a reward model that PPO never trained against",
         "ppo_kl": "KL to SFT, nats a response",
         "sft_response_length": "response length before, tokens",
         "ppo_response_length": "and after",
+        "sft_question_share": "share of answers that end in a question before",
+        "ppo_question_share": "and after",
+        "chosen_question_share": "and of the chosen answers",
+        "sft_opening_share": "share of answers that begin in the commonest three words before",
+        "ppo_opening_share": "and after",
+        "chosen_opening_share": "and of the chosen answers",
+        "sft_refusals": "safety probe, harmful requests: share rather begun with a refusal before",
+        "ppo_refusals": "and after",
+        "sft_overrefusals": "the same of requests that only sound harmful before",
+        "ppo_overrefusals": "and after",
     },
 }
 TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
@@ -89,9 +105,15 @@ def phase_part(phase: str, run: dict[str, Any]) -> str:
     rows = f", {data['train_rows']} rows" if "train_rows" in data else ""
     facts = [f"data: {source_of(data)}{rows}"]
     facts += [f"{text} {figure(metrics, key)}" for key, text in METRICS[phase].items() if key in metrics]
+    facts += map(harmless, said_before({phase: run}))
     names = ("learning_rate", "num_train_epochs", "total_episodes", "lora_rank", "kl_coef", "seed")
     facts.append("settings: " + ", ".join(f"{name} {settings[name]}" for name in names if name in settings))
     return f"{TITLES[phase]}\n" + "\n".join(f"- {fact}" for fact in facts)
+
+
+def harmless(text: str) -> str:
+    """A warning, which someone may have edited, as text that means nothing to Markdown or HTML."""
+    return re.sub(r"[^\w .,:;%()'\"/+-]", "_", text)
 
 
 def source_of(data: dict[str, Any]) -> str:

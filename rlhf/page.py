@@ -53,12 +53,38 @@ CHANGES = (  # phase, what, its metrics in run.json before and after, whose inte
         "eval_accuracy",
         "eval_accuracy",
     ),
+    (
+        "reward",
+        "Reward model: prefers a refusal, harmful requests of the safety probe",
+        "",
+        "probe_harmful_accuracy",
+        "probe_harmful_accuracy",
+    ),
+    (
+        "reward",
+        "Reward model: prefers help, requests that only sound harmful",
+        "",
+        "probe_harmless_accuracy",
+        "probe_harmless_accuracy",
+    ),
     ("ppo", "PPO: mean score of held-out prompts", "sft_scores", "ppo_scores", ""),
     ("ppo", "PPO: its gain", "", "score_gain", "score_gain"),
     ("ppo", "PPO: mean score by the gold reward model", "sft_gold_scores", "ppo_gold_scores", ""),
     ("ppo", "PPO: its gain by the gold reward model", "", "gold_gain", "gold_gain"),
     ("ppo", "PPO: KL to SFT, nats a response", "sft_kl", "ppo_kl", ""),
     ("ppo", "PPO: response length, tokens", "sft_response_length", "ppo_response_length", ""),
+    ("ppo", "PPO: answers that end in a question", "sft_question_share", "ppo_question_share", ""),
+    ("ppo", "the same of the chosen answers", "", "chosen_question_share", ""),
+    (
+        "ppo",
+        "PPO: answers that begin alike, in the commonest three words",
+        "sft_opening_share",
+        "ppo_opening_share",
+        "",
+    ),
+    ("ppo", "the same of the chosen answers", "", "chosen_opening_share", ""),
+    ("ppo", "PPO: rather refuses, harmful requests of the probe", "sft_refusals", "ppo_refusals", ""),
+    ("ppo", "PPO: the same, if only sounding so", "sft_overrefusals", "ppo_overrefusals", ""),
 )
 
 Points = Sequence[Sequence[float]]  # (x, y)
@@ -70,6 +96,8 @@ def render_page(report: dict[str, Any]) -> str:
     return template.render(
         report=report,
         conclusions=conclusions(report),
+        warnings=report.get("warnings") or [],
+        probe=report.get("probe") or {},
         facts=facts(report),
         kl=kl(report),
         changes=changes(report),

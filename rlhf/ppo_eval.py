@@ -1,10 +1,16 @@
-"""Held-out prompts before and after PPO: the gain over SFT, whether a judge sees it too, and how much of it is length."""
+"""Held-out prompts before and after PPO: the gain over SFT, whether a judge sees it too, and how much of it is length.
+
+Beside it how answers begin and end (`rlhf.style`), and whether harmful requests are refused
+(`rlhf.probe`). What is bad about a run, `rlhf.run_warnings` says.
+"""
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from rlhf.generation import Response
 from rlhf.reporting import at_equal_length, distinct_2, mean_interval, read_jsonl, repeated_3grams
+from rlhf.style import commonest_opening, style_of
 
 import torch
 from torch import Tensor
@@ -20,6 +26,9 @@ class Evaluation:
     kl: Tensor  # nats a response
     entropy: Tensor  # nats a token
     gold_scores: Tensor | None = None  # by a judge that trained on other pairs
+    # Log-odds of beginning with a refusal, by the safety probe's requests and not by prompts.
+    refusal_odds: Tensor | None = None  # of harmful requests
+    overrefusal_odds: Tensor | None = None  # of harmless ones
 
     @property
     def response_length(self) -> Tensor:
@@ -42,11 +51,25 @@ class Evaluation:
             "eos_rate": self.eos_rate,
             "repeated_3grams": torch.tensor([repeated_3grams(text) for text in self.texts]),
         }
-        return {name: values.mean().item() for name, values in means.items()} | {"distinct_2": distinct_2(self.texts)}
+        for name, odds in self.odds().items():
+            means[f"{name}s"] = (odds > 0).float()
+        return {
+            **{name: values.mean().item() for name, values in means.items()},
+            "distinct_2": distinct_2(self.texts),
+            **style_of(self.texts),
+        }
+
+    def odds(self) -> dict[str, Tensor]:
+        """What was asked of the safety probe, if anything was."""
+        odds = {"refusal": self.refusal_odds, "overrefusal": self.overrefusal_odds}
+        return {name: values for name, values in odds.items() if values is not None and len(values)}
 
 
-def compare(sft: Evaluation, ppo: Evaluation) -> dict[str, float]:
-    """SFT against PPO on the same prompts and seeds: means of both, and the paired gains with their intervals."""
+def compare(sft: Evaluation, ppo: Evaluation) -> dict[str, Any]:
+    """SFT against PPO on the same prompts and seeds: means of both, and the paired gains with their intervals.
+
+    `ppo_opening` is text of the policy, as `rlhf.style.opening` leaves it.
+    """
     longer = (ppo.response_length - sft.response_length).tolist()
     numbers = {
         "eval_prompts": len(ppo.scores),
@@ -61,38 +84,18 @@ def compare(sft: Evaluation, ppo: Evaluation) -> dict[str, float]:
         numbers |= interval(f"{name}_gain", (sum(gain) / len(gain), *mean_interval(gain)))
         numbers |= interval(f"{name}_gain_at_equal_length", at_equal_length(gain, longer))
         numbers[f"sft_{name}_std"] = before.std().item() if len(before) > 1 else 0.0
-    return numbers
+    asked = ppo.odds()
+    for name, before in sft.odds().items():
+        if name not in asked:
+            continue
+        shift = (asked[name] - before).tolist()
+        numbers |= interval(f"{name}_shift", (sum(shift) / len(shift), *mean_interval(shift)))
+        numbers[f"{name}_requests"] = len(shift)
+    return numbers | {"ppo_opening": commonest_opening(ppo.texts)[0]}
 
 
 def interval(name: str, values: tuple[float, float, float]) -> dict[str, float]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
-
-
-def warnings(sft: Evaluation, ppo: Evaluation) -> list[str]:
-    """What the score alone does not tell, one line each: a gold score that falls, a gain by length, entropy that is gone.
-
-    Gains count where their intervals say so.
-    """
-    m, found = compare(sft, ppo), []
-    rose = m["score_gain_low"] > 0
-    if rose and m.get("gold_gain_high", 0.0) < 0:
-        found.append(
-            f"the score rose by {m['score_gain']:.2f}, but the gold score fell by {-m['gold_gain']:.2f} "
-            f"({-m['gold_gain_high']:.2f} to {-m['gold_gain_low']:.2f}): the policy exploits the reward model; "
-            "raise --kl-coef, or stop earlier"
-        )
-    if rose and m["score_gain_at_equal_length_low"] <= 0 and m["score_gain_at_equal_length"] < m["score_gain"] / 2:
-        found.append(
-            f"length explains most of the gain: of {m['score_gain']:.2f}, {m['score_gain_at_equal_length']:.2f} is left "
-            f"where both responses are equally long; the mean went from {m['sft_response_length']:.0f} to "
-            f"{m['ppo_response_length']:.0f} tokens"
-        )
-    if m["ppo_entropy"] < m["sft_entropy"] / 2:
-        found.append(
-            f"entropy collapses: {m['sft_entropy']:.2f} nats a token before, {m['ppo_entropy']:.2f} now; "
-            "lower --learning-rate, or raise --kl-coef"
-        )
-    return found
 
 
 def penalty_warnings(sft: Evaluation, penalty: float) -> list[str]:
@@ -107,7 +110,7 @@ def penalty_warnings(sft: Evaluation, penalty: float) -> list[str]:
     ]
 
 
-def describe(m: dict[str, float]) -> str:
+def describe(m: dict[str, Any]) -> str:
     lines = []
     for name, word in (("score", "score"), ("gold", "gold score")):
         if f"{name}_gain" in m:
@@ -124,7 +127,23 @@ def describe(m: dict[str, float]) -> str:
         f"repeated 3-grams {m['sft_repeated_3grams']:.1%} -> {m['ppo_repeated_3grams']:.1%}, "
         f"distinct-2 {m['sft_distinct_2']:.2f} -> {m['ppo_distinct_2']:.2f}"
     )
+    lines.append(
+        f"answers that end in a question {shares(m, 'question_share')}, that begin alike {shares(m, 'opening_share')}"
+    )
+    requests = {"refusal": "harmful requests", "overrefusal": "requests that only sound harmful"}
+    asked = [
+        f"{shares(m, f'{name}s')} of {m[f'{name}_requests']} {what}"
+        for name, what in requests.items()
+        if f"{name}_shift" in m
+    ]
+    if asked:
+        lines.append(f"safety probe: rather begins with a refusal in {', in '.join(asked)}")
     return "\n".join(lines)
+
+
+def shares(m: dict[str, Any], name: str) -> str:
+    chosen = f" (chosen answers {m[f'chosen_{name}']:.0%})" if f"chosen_{name}" in m else ""
+    return f"{m[f'sft_{name}']:.0%} -> {m[f'ppo_{name}']:.0%}{chosen}"
 
 
 def plot_frontier(folder: Path, picture: Path) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 from rlhf.data import PromptFormat
 from rlhf.modeling import SharedBase
 from rlhf.ppo_batch import Batch, Measured, count_tokens
-from rlhf.ppo_eval import Evaluation, penalty_warnings, warnings
+from rlhf.ppo_eval import Evaluation, compare, penalty_warnings
 from rlhf.processes import is_main, moments, totals
 from rlhf.reporting import Curves, JsonLines, Panel, Progress, console, plain
+from rlhf.run_warnings import policy_warnings
 from rlhf.speed import Work, memory_gib, mfu
 
 import torch
@@ -56,11 +57,17 @@ FAR_SAMPLER = 0.01  # nats a token
 
 
 class Log:
-    """Writes and shows the rows of a run; a tracker gets the same rows if the config names one."""
+    """Writes and shows the rows of a run; a tracker gets the same rows if the config names one.
 
-    def __init__(self, config: Any, folder: Path, total: int):
+    Args:
+        total: updates of the run.
+        chosen: the style of the answers chosen for the held-out prompts, if there are such.
+    """
+
+    def __init__(self, config: Any, folder: Path, total: int, chosen: dict[str, float] | None = None):
         self.num_printed_samples, self.tracker = config.num_printed_samples, None
         self.total, self.curves = total, Curves(folder, "update", PANELS)
+        self.chosen = chosen or {}
         self.missing_eos_penalty = config.missing_eos_penalty
         self.sampler_is_close = True
         self.sft: Evaluation | None = None  # the first evaluation, which later ones are held against
@@ -123,10 +130,13 @@ class Log:
         self.row({"update": update, **{f"eval/{name}": value for name, value in means.items()}})
         shown = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
         console.print(f"update {update}, held-out: {shown}")
-        found = warnings(self.sft, result) if self.sft else penalty_warnings(result, self.missing_eos_penalty)
+        found = []
         if not self.sft:
             self.sft = result
             self.progress.begin(update)  # what comes now takes another time
+            found = penalty_warnings(result, self.missing_eos_penalty)
+        elif update < self.total:  # after the last look the run itself says it
+            found = policy_warnings(compare(self.sft, result) | self.chosen)
         for warning in found:
             console.print(f"warning: {warning}")
         for i, (prompt, response) in enumerate(zip(prompts, result.responses, strict=True)):

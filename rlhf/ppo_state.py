@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-COLUMNS = ("scores", "kl", "entropy", "gold_scores")
+COLUMNS = ("scores", "kl", "entropy", "gold_scores", "refusal_odds", "overrefusal_odds")
 
 
 class State:
@@ -122,7 +122,8 @@ class State:
             self.shared.rollout_rows = facts["rollout_rows"]
         self.update, self.kl_coef, self.positions = facts["update"], facts["kl_coef"], facts["positions"]
         sft = facts["sft"]
-        columns = {name: None if sft[name] is None else torch.tensor(sft[name]) for name in COLUMNS}
+        # A state of an earlier version has not all of them.
+        columns = {name: torch.tensor(sft[name]) for name in COLUMNS if sft.get(name) is not None}
         self.sft = Evaluation([Response(*response) for response in sft["responses"]], sft["texts"], **columns)
         self.log.rewind(*self.positions, self.sft, self.update)
 

@@ -68,6 +68,19 @@ def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_probe(tmp_path_factory):
+    """A safety probe of eight pairs: the whole one would take the tiny model half a second."""
+    from rlhf import probe
+
+    rows = [json.loads(line) for line in probe.PATH.read_text(encoding="utf-8").splitlines()]
+    kinds = [[row for row in rows if row["kind"] == kind][:4] for kind in probe.KINDS]
+    whole, few = probe.PATH, tmp_path_factory.mktemp("probe") / "probe.jsonl"
+    probe.PATH = write_jsonl(few, sum(kinds, []))
+    yield
+    probe.PATH = whole
+
+
 # ---------------------------------------------------------------- the tiny model and data
 
 

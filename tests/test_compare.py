@@ -26,6 +26,7 @@ def report(turns, **answers):
     titles = {name: TITLES[name] for name in answers}
     lists = {name: [answer] for name, answer in answers.items()}
     numbers = {"summary": compare.summarize(lists), "pairs": compare.compare_pairs(lists), "notes": []}
+    numbers |= {"probe": {}, "warnings": []}
     return {"models": titles, **numbers, "prompts": [{"turns": turns, "answers": answers}]}
 
 
@@ -172,6 +173,8 @@ def test_summary():
             "ended_by_eos": 0,
             "repeated_3grams": 0,
             "distinct_2grams": 0.25,  # a b, four times
+            "question_share": 0,
+            "opening_share": 1,
         },
         "SFT": {
             "mean_score": 2.0,
@@ -179,11 +182,13 @@ def test_summary():
             "ended_by_eos": 0.75,
             "repeated_3grams": 0.0625,
             "distinct_2grams": 3 / 8,  # ab bc ca of ab bc ca ab bc ab ab ab
+            "question_share": 0,
+            "opening_share": 0.75,
         },
     }
     assert compare.summary_rows(summary) == [
-        ("base", "1.50", "4.0", "0 %", "0 %", "25 %"),
-        ("SFT", "2.00", "4.0", "75 %", "6 %", "38 %"),
+        ("base", "1.50", "4.0", "0 %", "0 %", "25 %", "0 %", "100 %"),
+        ("SFT", "2.00", "4.0", "75 %", "6 %", "38 %", "0 %", "75 %"),
     ]
 
 
@@ -243,21 +248,46 @@ def test_every_two_models_are_compared():
 
 def test_no_scores_without_a_reward_model():
     answers = {"base": [given()], "SFT": [given()]}
-    assert compare.summary_rows(compare.summarize(answers))[1] == ("SFT", "-", "2.0", "100 %", "0 %", "100 %")
+    assert compare.summary_rows(compare.summarize(answers))[1] == (
+        *("SFT", "-", "2.0", "100 %", "0 %", "100 %", "0 %", "100 %"),
+    )
     assert compare.compare_pairs(answers) == []
 
 
-@pytest.mark.parametrize("metrics", [{"warnings": ["the score rose\n, but \x1b"]}, {}, None, {"warnings": 3}])
-def test_notes_say_who_judges_and_what_ppo_warned_of(metrics):
-    runs = {"reward": {"adapter_sha256": "a"}, "ppo": {"parents": {"reward": "a"}, "metrics": metrics}}
-    judge, *warned = compare.notes(runs)
+def test_notes_say_who_judges():
+    runs = {"reward": {"adapter_sha256": "a"}, "ppo": {"parents": {"reward": "a"}}}
+    (judge,) = compare.notes(runs)
     assert judge.startswith("The judge is the reward model that PPO trained against")
-    assert warned == (
-        ["PPO's run warned: the score rose , but \ufffd"] if metrics and metrics.get("warnings") != 3 else []
-    )
     runs["reward"]["adapter_sha256"] = "another"
-    assert compare.notes(runs) == [compare.OTHER_JUDGE, *warned]
-    assert compare.notes({"sft": {}}) == []
+    assert compare.notes(runs) == [compare.OTHER_JUDGE]
+    assert compare.notes({"sft": {}}) == compare.notes({"ppo": runs["ppo"]}) == []
+
+
+def test_the_probe_of_each_model_and_what_changed_between_two():
+    odds = {
+        "base": {"harmful": [1.0, 2.0, -1.0, 3.0], "harmless": [1.0, -1.0]},
+        "SFT": {"harmful": [-1.0, 0.5, -2.0, 1.0], "harmless": [1.5, -1.0]},
+        "PPO": {"harmful": [-1.0, 0.5, -2.5, 1.0], "harmless": [4.5, 2.0]},
+    }
+    summary = compare.summarize_probe(odds)
+    assert summary["base"]["harmful"] == {
+        "requests": 4,
+        "refusals": 0.75,
+        "refusals_low": pytest.approx(0.301, abs=1e-3),  # Wilson's
+        "refusals_high": pytest.approx(0.954, abs=1e-3),
+    }
+    assert summary["PPO"]["harmless"]["refusals"] == 1
+    assert compare.probe_rows(summary)[0] == ("base", "75 % (30 to 95 %)", "50 % (9 to 91 %)")
+    assert compare.probe_rows({"PPO": {}}) == [("PPO", "-", "-")]  # nothing fitted
+    fewer, more = compare.compare_refusals(odds)  # by 2, 1.5, 1 and 2 nats; by 3 and 3
+    assert fewer.startswith(
+        "safety: to harmful requests SFT is less likely to begin with a refusal than base: "
+        "its odds are 0.2 times as high (95 % interval "
+    )
+    assert "only sound harmful PPO is likelier to begin with a refusal than SFT" in more
+    assert "20 times as high (95 % interval 20 to 20)" in more
+    empty = {"harmful": [], "harmless": []}
+    assert compare.compare_refusals({"SFT": empty, "PPO": empty}) == []
 
 
 def test_summary_table(capsys):
@@ -267,14 +297,14 @@ def test_summary_table(capsys):
     assert {len(line) for line in lines if line and line[0] in "│┃┏└├"} == {80}
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
     assert cells == [
-        ["base", "-12.35", "2.0", "100 %", "0 %", "100 %"],
-        ["PPO", "1.00", "128.0", "100 %", "0 %", "100 %"],
+        ["base", "-12.35", "2.0", "100 %", "0 %", "100 %", "0 %", "100 %"],
+        ["PPO", "1.00", "128.0", "100 %", "0 %", "100 %", "0 %", "100 %"],
         ["PPO against base", "100 % (20 to 100 %)", "100 % (20 to 100 %)"],
     ]
     heads = [[cell.strip() for cell in line.strip("┃").split("┃")] for line in lines if line.startswith("┃")]
     assert heads == [
-        ["", "Mean", "Mean", "Ended", "Repeated", "Distinct"],
-        ["Model", "score", "tokens", "by EOS", "3-grams", "2-grams"],
+        ["", "Mean", "Mean", "Ended", "Repeated", "Distinct", "End", "Begin"],
+        ["Model", "score", "tokens", "by EOS", "3-grams", "2-grams", "in ?", "alike"],
         ["", "Win rate", "At equal length"],
         ["Who wins", "(95 % interval)", "(95 % interval)"],
     ]
@@ -300,10 +330,10 @@ def test_markdown():
 - 🔵 BASE MODEL (Llama-3.2-3B - No Fine-tuning)
 - 🟢 FINE-TUNED SFT MODEL (After 2 Epochs of Training)
 
-| Model | Mean score | Mean tokens | Ended by EOS | Repeated 3-grams | Distinct 2-grams |
-| --- | ---: | ---: | ---: | ---: | ---: |
-| base | 1.00 | 2.0 | 100 % | 0 % | 100 % |
-| SFT | 2.00 | 2.0 | 100 % | 0 % | 100 % |
+| Model | Mean score | Mean tokens | Ended by EOS | Repeated 3-grams | Distinct 2-grams | End in ? | Begin alike |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| base | 1.00 | 2.0 | 100 % | 0 % | 100 % | 0 % | 100 % |
+| SFT | 2.00 | 2.0 | 100 % | 0 % | 100 % | 0 % | 100 % |
 
 | Who wins | Win rate (95 % interval) | At equal length (95 % interval) |
 | --- | ---: | ---: |
@@ -352,7 +382,9 @@ def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp
 
     result = call_main("compare_outputs", [*argv, "--show", "2"])
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("🔄 Comparing Model Outputs: base vs SFT vs PPO\n\n📝 Prompt 1:\nExplain what")
+    assert result.stdout.startswith("warning: SFT warned: the figures are from only 8 test rows, ")
+    title = "🔄 Comparing Model Outputs: base vs SFT vs PPO"
+    assert f"\n{title}\n\n📝 Prompt 1:\nExplain what" in result.stdout
     assert "🟣 PPO MODEL (After 1 PPO Update):\n" in result.stdout
     assert "📝 Prompt 2:" in result.stdout and "📝 Prompt 3:" not in result.stdout
     assert "... and 6 more prompts, in the files below.\n" in result.stdout
@@ -367,6 +399,17 @@ def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp
     assert list(saved["curves"]) == ["sft", "reward", "ppo"] and saved["curves"]["ppo"] == {}  # it has no metrics.jsonl
     assert [len(saved["curves"]["sft"][name]) for name in ("loss", "eval_loss")] == [4, 2]
     assert (tmp_path / "out" / "compare.html").read_text(encoding="utf-8") == compare.render_page(saved)
+    assert list(saved["probe"]) == ["base", "SFT", "PPO"]
+    for kinds in saved["probe"].values():
+        assert {kind: row["requests"] for kind, row in kinds.items()} == {"harmful": 4, "harmless": 4}
+    few, least = "the figures are from only 8", "too few to rely on: 50 is the least"
+    assert [text for text in saved["warnings"] if few in text] == [
+        f"{few} prompts, {least} (--num-test-prompts)",
+        f"SFT warned: {few} test rows, {least} (--max-eval-samples)",
+        f"the reward model warned: {few} test pairs, {least} (--max-eval-samples)",
+    ]
+    markdown = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
+    assert all(f"- **Warning:** {text}\n" in markdown for text in saved["warnings"])
     assert saved["flags"]["max_new_tokens"] == 12 and saved["runs"]["ppo"]["metrics"] == {"objective/kl": 1.5}
     form = PromptFormat("hh", load_tokenizer(str(trained.sft)))
     reward = AutoPeftModelForSequenceClassification.from_pretrained(str(trained.reward), num_labels=1).eval()
@@ -434,9 +477,9 @@ def test_only_some_phases(call_main, argv, tmp_path):
     argv = [*argv, "--overwrite"]
     result = call_main("compare_outputs", [*argv, "--ppo-checkpoint", "none"])
     assert result.returncode == 0, result.stderr
-    skipped, header = result.stdout.splitlines()[:2]
-    assert skipped.startswith("There is no ppo checkpoint at none: PPO is left out")
-    assert header == "🔄 Comparing Model Outputs: base vs SFT"
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("There is no ppo checkpoint at none: PPO is left out")
+    assert "🔄 Comparing Model Outputs: base vs SFT" in lines
     assert "PPO MODEL" not in result.stdout and "score " in result.stdout
 
     result = call_main("compare_outputs", [*argv, "--reward-checkpoint", "none"])

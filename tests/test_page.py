@@ -27,6 +27,9 @@ HOSTILE = (
 )
 
 
+SHARE = {"requests": 60, "refusals": 0.35, "refusals_low": 0.242, "refusals_high": 0.476}
+
+
 def answer(text="a b", tokens=2, ended_by="eos", score=None):
     return {"text": text, "tokens": tokens, "ended_by": ended_by, "score": score}
 
@@ -42,6 +45,8 @@ def report(names=("base", "SFT", "PPO"), texts=("Hello.",), scored=True, prompt=
         "summary": compare.summarize(answers),
         "pairs": compare.compare_pairs(answers),
         "notes": ["A note."],
+        "probe": {},
+        "warnings": [],
         "prompts": [
             {"turns": prompt, "answers": {name: answers[name][i] for name in names}} for i in range(len(texts))
         ],
@@ -54,6 +59,8 @@ def full(text, **how):
     return made | {
         "models": dict.fromkeys(made["models"], text),
         "notes": [text],
+        "warnings": [text],
+        "probe": {text: {"harmful": SHARE}},
         "base": {"model": text, "revision": text, "load_in_4bit": True},
         "flags": {
             "num_test_prompts": 1,
@@ -156,6 +163,23 @@ def test_numbers_and_words():
     assert (line["x1"], line["x2"]) == ("31.0%", "87.4%")
 
 
+def test_warnings_stand_first_and_the_probe_among_the_results():
+    made = report() | {
+        "warnings": ["SFT warned: the loss <rose>", "safety: x"],
+        "probe": {
+            "SFT": {"harmful": SHARE, "harmless": SHARE | {"refusals": 0.1}},
+            "PPO": {"harmful": SHARE},
+        },
+    }
+    text = read(made).text
+    assert "Results Warning: SFT warned: the loss <rose> Warning: safety: x" in text
+    assert "Safety probe: rather begins with a refusal Harmful requests 95 % interval" in text
+    assert "SFT 35 % of 60 24 to 48 % 10 % of 60 24 to 48 % PPO 35 % of 60 24 to 48 % –" in text
+    assert "End in a question 0 % 0 % 0 % Begin alike in the commonest three words 100 %" in text
+    earlier = {key: value for key, value in report().items() if key not in ("probe", "warnings")}
+    assert "Safety probe" not in read(earlier).text and "Warning" not in read(earlier).text
+
+
 def test_the_best_answer_is_marked_in_words():
     assert read(report()).text.count("★ best score") == 1
     assert "1 Hi best: PPO" in read(report()).text and "PPO ★ best score score 2.25" in read(report()).text
@@ -218,6 +242,12 @@ def test_what_training_changed():
     assert "(before: “the longer one wins”) 0.487 0.975 0.913 to 0.993" in text
     assert "PPO: KL to SFT, nats a response 0 5.71 –" in text
     assert "KL to SFT nats a response, held-out prompts of PPO’s run – 0 5.71" in text
+    style = {"sft_question_share": 0.0375, "ppo_question_share": 0.2, "chosen_question_share": 0.04}
+    shares = {"": 0.37, "_low": 0.25, "_high": 0.5}
+    probe = {f"probe_harmful_accuracy{end}": value for end, value in shares.items()}
+    text = read(report() | {"runs": {"reward": {"metrics": probe}, "ppo": {"metrics": style}}}).text
+    assert "prefers a refusal, harmful requests of the safety probe – 0.37 0.25 to 0.5" in text
+    assert "end in a question 0.0375 0.2 – the same of the chosen answers – 0.04 –" in text
 
 
 @pytest.mark.parametrize("odd", [None, [], "x", 3, math.nan, math.inf, 10**400, True, {"a": 1}, "\ud800<b>"])

@@ -17,6 +17,8 @@ from rlhf.data import PromptFormat, load_pairs, tokenize_pairs
 from rlhf.decoder import lay_out
 from rlhf.modeling import SharedBase, base_facts, load_base, load_format, load_tokenizer, pad_right, read_stacked
 from rlhf.ppo_log import PANELS
+from rlhf.probe import judge_probe, load_probe
+from rlhf.reporting import read_jsonl
 from rlhf.reward_eval import judge
 from rlhf.training import Resumable, steps_between_evaluations
 
@@ -108,6 +110,29 @@ def test_metrics_and_samples_of_ppo(ppo):
     assert {row["update"] for row in map(json.loads, (ppo / "samples.jsonl").read_text().splitlines())} == {0, 2, 3}
     run = json.loads((ppo / "run.json").read_text())
     assert run["updates"] == 3 and run["episodes"] == 24
+
+
+def test_style_and_refusals_of_ppo(ppo, tiny_data):
+    """Style at each look, beside the chosen answers; the safety probe at the first and at the last one."""
+    looks = [row for row in read_jsonl(ppo / "metrics.jsonl") if "eval/scores" in row]
+    assert [("eval/refusals" in row, "eval/overrefusals" in row) for row in looks] == [
+        (True, True),
+        (False, False),
+        (True, True),
+    ]
+    metrics = json.loads((ppo / "run.json").read_text())["metrics"]
+    for name in ("question_share", "opening_share", "refusals", "overrefusals"):
+        for who, look in (("sft", looks[0]), ("ppo", looks[-1])):
+            assert metrics[f"{who}_{name}"] == look[f"eval/{name}"]
+    assert metrics["refusal_requests"] == metrics["overrefusal_requests"] == 4
+    assert metrics["refusal_shift_low"] <= metrics["refusal_shift"] <= metrics["refusal_shift_high"]
+    assert metrics["refusal_shift"] != 0  # the policy has moved
+    chosen = [row["chosen"].strip() for row in read_jsonl(tiny_data / "test.jsonl")]
+    assert metrics["chosen_question_share"] == sum(text.endswith("?") for text in chosen) / 8
+    samples = [row for row in read_jsonl(ppo / "samples.jsonl") if row["update"] == 3]
+    asking = [row["response"].rstrip().endswith("?") for row in samples]
+    assert metrics["ppo_question_share"] == pytest.approx(sum(asking) / 8)
+    assert metrics["warnings"][0].startswith("the figures are from only 8 held-out prompts")
 
 
 def test_a_judge_scores_and_changes_nothing_else(trained, ppo, tiny_data, call_main, tmp_path):
@@ -203,7 +228,12 @@ def test_reward_scores_are_those_of_run_json(trained, tiny_data):
     run = json.loads((trained.reward / "run.json").read_text())
     pairs = tokenize_pairs(load_pairs(str(tiny_data), "test"), form, run["hyperparameters"]["max_length"], "test")
     metrics = judge(reward_train.score(shared, pairs, form.eos_token_id))
+    for kind, asked in load_probe(form, run["hyperparameters"]["max_length"]).items():
+        scored = reward_train.score(shared, asked, form.eos_token_id)
+        metrics |= judge_probe({kind: (scored.chosen, scored.rejected)})
+    warned = run["metrics"].pop("warnings")
     assert {name: metrics[name] for name in run["metrics"]} == pytest.approx(run["metrics"], abs=1e-4)
+    assert warned[0].startswith("the figures are from only 8 test pairs")
 
 
 # ---------------------------------------------------------------- passes through the shared base

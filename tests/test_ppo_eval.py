@@ -4,7 +4,8 @@ import dataclasses
 import json
 
 from rlhf.generation import Response
-from rlhf.ppo_eval import Evaluation, compare, describe, penalty_warnings, plot_frontier, warnings
+from rlhf.ppo_eval import Evaluation, compare, describe, penalty_warnings, plot_frontier
+from rlhf.run_warnings import policy_warnings
 
 import pytest
 import torch
@@ -45,13 +46,45 @@ def test_without_a_judge_nothing_is_said_of_gold():
     assert not any("gold" in name for name in m) and "gold" not in describe(m)
 
 
+def test_style_and_refusals_by_hand():
+    odds = {"refusal_odds": tensor([2.0, 1.0, -1.0]), "overrefusal_odds": tensor([-2.0, 3.0])}
+    texts = ["Is it?", "I do not know.", "I do not care.", "No."]
+    sft = dataclasses.replace(SFT, texts=texts, **odds)
+    odds = {"refusal_odds": tensor([0.5, -1.0, -2.0]), "overrefusal_odds": tensor([-1.0, 3.0])}
+    ppo = dataclasses.replace(SFT, texts=["Why?", "How so?", "Why?", "Well"], **odds)
+    m = compare(sft, ppo) | {"chosen_question_share": 0.1, "chosen_opening_share": 0.2}
+    assert (m["sft_question_share"], m["ppo_question_share"]) == (0.25, 0.75)
+    assert (m["sft_opening_share"], m["ppo_opening_share"], m["ppo_opening"]) == (0.5, 0.5, "why")
+    assert m["sft_refusals"] == pytest.approx(2 / 3) and m["ppo_refusals"] == pytest.approx(1 / 3)
+    assert (m["sft_overrefusals"], m["ppo_overrefusals"]) == (0.5, 0.5)
+    assert m["refusal_shift"] == pytest.approx(-1.5)  # -1.5, -2 and -1
+    assert m["overrefusal_shift"] == 0.5  # 1 and 0
+    assert -2 <= m["refusal_shift_low"] < -1.5 < m["refusal_shift_high"] <= -1
+    *_, style, probe = describe(m).splitlines()
+    assert style == (
+        "answers that end in a question 25% -> 75% (chosen answers 10%), "
+        "that begin alike 50% -> 50% (chosen answers 20%)"
+    )
+    assert probe == (
+        "safety probe: rather begins with a refusal in 67% -> 33% of 3 harmful requests, "
+        "in 50% -> 50% of 2 requests that only sound harmful"
+    )
+    json.dumps(m, allow_nan=False)
+    bare = compare(SFT, SFT)
+    assert not any("refusal" in name for name in bare) and "safety probe" not in describe(bare)
+
+
 @pytest.mark.parametrize(
     ("ppo", "warned"),
     [
         (evaluation([1.0, 2.0, 3.0, 5.0], gold=[0.0, 0.0, 1.0, 1.5]), []),
-        (evaluation([1.0, 2.0, 3.0, 5.0], gold=[-0.5, -0.5, 0.5, 0.5]), ["gold score fell by 0.50 (0.50 to 0.50)"]),
+        (
+            evaluation([1.0, 2.0, 3.0, 5.0], gold=[-0.5, -0.5, 0.5, 0.5]),
+            ["the score rose by 1.25, but the gold score fell by 0.50 (0.50 to 0.50): the policy"],
+        ),
         (evaluation([1.0, 2.0, 3.0, 5.0], gold=[0.0, 0.0, 0.5, 1.0]), []),  # it fell no more than chance would have it
-        (evaluation([-3.0, 2.0, 3.0, 1.0], gold=[-0.5, -0.5, 0.5, 0.5]), []),  # the score did not rise
+        (evaluation([-3.0, 2.0, 3.0, 1.0], gold=[-0.5, -0.5, 0.5, 0.5]), ["the gold score fell by 0.50"]),
+        (evaluation([-1.0, 0.5, 1.0, 2.5], gold=[0.0, 0.0, 1.0, 1.0]), ["the score fell by 0.75 (0.50 to 1.00)"]),
         (evaluation([1.0, 3.0, 3.0, 5.0], [5, 6, 5, 6], [0.0, 0.0, 1.0, 1.5]), ["length explains most of the gain"]),
         (evaluation([1.0, 3.0, 3.0, 5.0], [3, 4, 4, 5], [0.0, 0.0, 1.0, 1.5]), []),  # longer and shorter ones gain
         (evaluation([0.0, 1.0, 2.0, 3.0], gold=[0.0, 0.0, 1.0, 1.0], entropy=0.9), ["entropy collapses: 2.00"]),
@@ -59,10 +92,17 @@ def test_without_a_judge_nothing_is_said_of_gold():
     ],
 )
 def test_warnings(ppo, warned):
-    found = warnings(SFT, ppo)
-    assert len(found) == len(warned)
+    found = policy_warnings(compare(SFT, ppo))
+    assert len(found) == len(warned), found
     for line, words in zip(found, warned, strict=True):
         assert words in line and "\n" not in line
+
+
+def test_a_score_that_rises_by_length_alone_and_falls_without_it():
+    longer = [6, 8, 10, 12] * 5
+    ppo = evaluation([(n - 4) / 2 - 0.5 for n in longer], longer)  # half a point for each token
+    (found,) = policy_warnings(compare(evaluation([0.0] * 20), ppo))
+    assert found.startswith("the score at equal length fell by 0.50 (0.50 to 0.50): the policy got")
 
 
 @pytest.mark.parametrize(("penalty", "ends", "warned"), [(1.3, 2, True), (1.29, 2, False), (1.3, 4, False)])
