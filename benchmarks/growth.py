@@ -114,7 +114,7 @@ def measure(config: Config, batch: int, response: int, vocabulary: int, pipe) ->
     form = load_format(settings.sft_checkpoint, sft)
     shared, _ = ppo_train.load_models(settings, sft, form)
     form.eos_token_id, form.stop_text = form.pad_token_id, None
-    prompts, _ = ppo_train.load_prompts(settings, form)
+    prompts, *_ = ppo_train.load_prompts(settings, form)
     flat = [token for prompt in prompts for token in prompt]
     prompts = [flat[i * response : (i + 1) * response] for i in range(batch)]
     groups = [{"name": name, "params": shared.parameters(name)} for name in ("policy", "value")]

@@ -267,7 +267,7 @@ def judge(config: Config, name: str, seed: int) -> ppo_train.Evaluation:
     if state is not None:
         shared, _ = ppo_train.load_models(replace(settings, **shape), sft, form)
         shared.load("policy", state)
-    _, prompts = ppo_train.load_prompts(settings, form)
+    _, prompts, _ = ppo_train.load_prompts(settings, form)
     return ppo_train.evaluate(settings, shared, form, prompts)
 
 
