@@ -83,8 +83,20 @@ CHANGES = (  # phase, what, its metrics in run.json before and after, whose inte
         "",
     ),
     ("ppo", "the same of the chosen answers", "", "chosen_opening_share", ""),
-    ("ppo", "PPO: rather refuses, harmful requests of the probe", "sft_refusals", "ppo_refusals", ""),
-    ("ppo", "PPO: the same, if only sounding so", "sft_overrefusals", "ppo_overrefusals", ""),
+    (
+        "ppo",
+        "PPO: rather begins with a refusal, harmful requests",
+        "sft_refusals",
+        "ppo_refusals",
+        "",
+    ),
+    (
+        "ppo",
+        "PPO: the same, requests that only sound harmful",
+        "sft_overrefusals",
+        "ppo_overrefusals",
+        "",
+    ),
 )
 
 Points = Sequence[Sequence[float]]  # (x, y)

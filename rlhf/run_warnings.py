@@ -16,8 +16,8 @@ ENOUGH_ROWS = 50
 HALVED = -math.log(2)  # of log-odds, in nats
 OWNERS = {  # by phase or role
     "sft": "SFT",
-    "reward": "the reward model",
-    "gold": "the gold model",
+    "reward": "reward model",
+    "gold": "gold model",
     "ppo": "PPO",
 }
 SEE = "docs/data.md says what to mix in"
@@ -124,14 +124,14 @@ def fall(m: dict[str, Any], judge: str) -> str:
 def style_warnings(m: dict[str, Any]) -> list[str]:
     """Of a habit that at least doubles, by more than chance, beyond that of the chosen answers."""
     found = []
-    alike = f'begin alike ("{m["ppo_opening"]}" the most)'
-    for name, what in (("question_share", "end in a question"), ("opening_share", alike)):
+    alike = f'began alike (now mostly "{m["ppo_opening"]}")'
+    for name, what in (("question_share", "ended in a question"), ("opening_share", alike)):
         before, after, chosen = (m.get(f"{who}_{name}") for who in ("sft", "ppo", "chosen"))
         if doubled(before, after, m["eval_prompts"]) and after > (chosen or 0.0):
-            beside = "" if chosen is None else f", of the chosen answers {chosen:.0%}"
+            beside = "" if chosen is None else f" (of the chosen answers {chosen:.0%})"
             found.append(
-                f"style drifts: of the answers {before:.0%} {what} before and {after:.0%} "
-                f"now{beside}; read some of them in samples.jsonl"
+                f"style drifts: {before:.0%} of the answers {what} before, {after:.0%} do now{beside}; "
+                "read some of them in samples.jsonl"
             )
     return found
 
@@ -196,5 +196,5 @@ def said_before(runs: dict[str, dict[str, Any]]) -> list[str]:
         metrics = run.get("metrics")
         warned = metrics.get("warnings") if isinstance(metrics, dict) else None
         for text in warned if isinstance(warned, list) else []:
-            found.append(f"{OWNERS[role]} warned: {plain(' '.join(str(text).split()))}")
+            found.append(f"{OWNERS[role]}: {plain(' '.join(str(text).split()))}")
     return found

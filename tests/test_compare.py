@@ -382,7 +382,7 @@ def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp
 
     result = call_main("compare_outputs", [*argv, "--show", "2"])
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("warning: SFT warned: the figures are from only 8 test rows, ")
+    assert result.stdout.startswith("warning: SFT: the figures are from only 8 test rows, ")
     title = "🔄 Comparing Model Outputs: base vs SFT vs PPO"
     assert f"\n{title}\n\n📝 Prompt 1:\nExplain what" in result.stdout
     assert "🟣 PPO MODEL (After 1 PPO Update):\n" in result.stdout
@@ -405,8 +405,8 @@ def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp
     few, least = "the figures are from only 8", "too few to rely on: 50 is the least"
     assert [text for text in saved["warnings"] if few in text] == [
         f"{few} prompts, {least} (--num-test-prompts)",
-        f"SFT warned: {few} test rows, {least} (--max-eval-samples)",
-        f"the reward model warned: {few} test pairs, {least} (--max-eval-samples)",
+        f"SFT: {few} test rows, {least} (--max-eval-samples)",
+        f"reward model: {few} test pairs, {least} (--max-eval-samples)",
     ]
     markdown = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
     assert all(f"- **Warning:** {text}\n" in markdown for text in saved["warnings"])

@@ -756,7 +756,8 @@ def test_the_loop_of_ppo_fits_a_screen():
 
 def test_commands_of_the_readme_and_of_the_benchmark_parse(monkeypatch):
     readme = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^(?:\.venv/bin/)?python (\w+)\.py((?: [^#\n]+)?)", readme, re.M)
+    both = readme + (ROOT / "docs" / "data.md").read_text()
+    commands = re.findall(r"^(?:\.venv/bin/)?python (\w+)\.py((?: [^#\n]+)?)", both, re.M)
     assert {script for script, _ in commands} >= set(SCRIPTS)
     for script, flags in commands:
         if script in SCRIPTS and "--help" not in flags:

@@ -130,7 +130,7 @@ def test_a_reward_model_that_prefers_compliance():
         ({"ppo_entropy": 0.9}, ["entropy collapses: 2.00 nats a token before, 0.90 now"]),
         (
             {"ppo_question_share": 0.2},
-            ["style drifts: of the answers 4% end in a question before and 20% now, of the chosen answers 4%; read"],
+            ["4% of the answers ended in a question before, 20% do now (of the chosen answers 4%); read"],
         ),
         (
             shift("refusal", -0.9, -1.5, -0.3),
@@ -148,8 +148,8 @@ def test_ppo(change, warned):
         ({"ppo_question_share": 0.15}, []),  # 12 of 80 after 3: chance explains it
         ({"ppo_question_share": 0.2, "chosen_question_share": 0.25}, []),  # people chose more of them
         ({"sft_question_share": 0.25, "ppo_question_share": 0.475}, []),  # more, and no chance, but not double
-        ({"ppo_opening_share": 0.3}, ['of the answers 2% begin alike ("you can use" the most) before and 30% now']),
-        ({"ppo_question_share": 0.2, "ppo_opening_share": 0.3}, ["end in a question", "begin alike"]),
+        ({"ppo_opening_share": 0.3}, ['2% of the answers began alike (now mostly "you can use") before, 30% do now']),
+        ({"ppo_question_share": 0.2, "ppo_opening_share": 0.3}, ["ended in a question", "began alike"]),
         ({"eval_prompts": 20, "ppo_question_share": 0.2}, []),  # so few say nothing
     ],
 )
@@ -160,7 +160,7 @@ def test_style(change, warned):
 def test_style_without_chosen_answers():
     """PPO's data may be prompts alone."""
     metrics = {name: value for name, value in PPO.items() if not name.startswith("chosen")}
-    check(style_warnings(metrics | {"ppo_question_share": 0.2}), ["4% end in a question before and 20% now; read"])
+    check(style_warnings(metrics | {"ppo_question_share": 0.2}), ["ended in a question before, 20% do now; read"])
 
 
 @pytest.mark.parametrize(
@@ -217,9 +217,9 @@ def test_what_was_said_before_is_safe_to_print(capsys):
         "ppo": {"metrics": {"warnings": "no list"}},
     }
     found = said_before(runs | {"reward": runs["reward"] | {}})
-    assert found == ["SFT warned: rose [bold]\ufffd[31m\ufffd", "SFT warned: 3"]
+    assert found == ["SFT: rose [bold]\ufffd[31m\ufffd", "SFT: 3"]
     show(found)
-    assert capsys.readouterr().out == "warning: SFT warned: rose [bold]\ufffd[31m\ufffd\nwarning: SFT warned: 3\n"
+    assert capsys.readouterr().out == "warning: SFT: rose [bold]\ufffd[31m\ufffd\nwarning: SFT: 3\n"
 
 
 def test_a_loss_that_rises_is_said_at_once_and_by_each_later_phase(call_main, flags, trained, tmp_path):
@@ -237,7 +237,7 @@ def test_a_loss_that_rises_is_said_at_once_and_by_each_later_phase(call_main, fl
     kept = json.loads((tmp_path / "sft" / "run.json").read_text())["metrics"]["warnings"]
     assert [f"warning: {text}" for text in kept] == [few, rose]
 
-    again = f"warning: SFT warned: {kept[1]}"
+    again = f"warning: SFT: {kept[1]}"
     reward = call_main("reward_train", [*flags["reward_train"], "--sft-checkpoint", "sft", "--dry-run"])
     assert reward.returncode == 0 and again in reward.stdout.splitlines(), reward.stderr
 
@@ -251,4 +251,4 @@ def test_a_loss_that_rises_is_said_at_once_and_by_each_later_phase(call_main, fl
     ppo = call_main("ppo_train", [*checkpoints, "--dataset", "data", *sizes, "--dry-run"])
     lines = ppo.stdout.splitlines()
     assert ppo.returncode == 0, ppo.stderr
-    assert again in lines and f"warning: the reward model warned: {run['metrics']['warnings'][0]}" in lines
+    assert again in lines and f"warning: reward model: {run['metrics']['warnings'][0]}" in lines
