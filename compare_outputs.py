@@ -87,9 +87,11 @@ PRESETS = {
         reward_checkpoint="runs/demo/reward",
         ppo_checkpoint="runs/demo/ppo",
         output_dir="runs/demo/reports",
+        num_test_prompts=80,
         dataset="demo/data",
         max_prompt_length=128,
         max_new_tokens=64,
+        batch_size=40,
     ),
 }
 

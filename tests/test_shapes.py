@@ -559,6 +559,10 @@ def test_ppo_and_the_comparison_take_prompts_alone(call_main, trained, folders, 
             call_main("ppo_train", argv)
     result = call_main("ppo_train", [*argv, "--resume"])
     assert result.returncode == 0, result.stderr
+    run = json.loads((tmp_path / "cut" / "run.json").read_text())
+    for name in ("chosen_question_share", "chosen_opening_share"):  # of the answers that there are
+        assert run["metrics"].pop(name) >= 0
+    (tmp_path / "cut" / "run.json").write_text(json.dumps(run))
     check_same_run(tmp_path / "alone", tmp_path / "cut")
     following = result.stdout.splitlines()[-1]
     folder = folders / "talks"
