@@ -78,25 +78,20 @@ def main(config: Config) -> None:
     chat = Chat(config, shared, form, names)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history
-    while (line := ask()) is not None:
-        if line.startswith("/"):
+    while True:
+        try:
+            line = input("> ").strip()
             if line == "/quit":
                 break
-            print(chat.command(line))
-        elif line:
-            chat.answer(line)
-
-
-def ask() -> str | None:
-    """What is typed, stripped; None at the end of input."""
-    try:
-        return input("> ").strip()
-    except EOFError:
-        print()
-        return None
-    except KeyboardInterrupt:
-        print("\nCtrl-C stops an answer; /quit or Ctrl-D ends the chat.")
-        return ""
+            if line.startswith("/"):
+                print(chat.command(line))
+            elif line:
+                chat.answer(line)
+        except EOFError:
+            print()
+            break
+        except KeyboardInterrupt:
+            print("\nCtrl-C stops an answer; /quit or Ctrl-D ends the chat.")
 
 
 # ---------------------------------------------------------------- what answers

@@ -137,13 +137,21 @@ class Terminal:
         os.close(theirs)
         self.end, self.read = ours, ""
 
-    def until(self, text: str) -> str:
-        """Read until `text` has come. Returns what was read."""
-        deadline = time.monotonic() + HANGS
+    def until(self, text: str, interrupted: bool = False) -> str:
+        """Read until `text` has come, pressing Ctrl-C each second if so asked. Returns what was read.
+
+        One Ctrl-C may be lost: Python's input() does not see a signal that comes between its prompt and its wait.
+        """
+        seconds = 0
         while text not in self.read:
-            assert time.monotonic() < deadline, self.read
-            if select.select([self.end], [], [], 0.1)[0]:
-                self.read += os.read(self.end, 4096).decode()
+            assert seconds < HANGS, self.read
+            if interrupted:
+                self.process.send_signal(signal.SIGINT)
+            ends = time.monotonic() + 1
+            while text not in self.read and time.monotonic() < ends:
+                if select.select([self.end], [], [], 0.1)[0]:
+                    self.read += os.read(self.end, 4096).decode()
+            seconds += 1
         before, self.read = self.read.split(text, 1)
         return before
 
@@ -176,8 +184,7 @@ def test_in_a_terminal(ppo):
     chat.process.send_signal(signal.SIGINT)
     chat.until("(stopped)")
     chat.until("> ")
-    chat.process.send_signal(signal.SIGINT)
-    chat.until("Ctrl-C stops an answer; /quit or Ctrl-D ends the chat.")
+    chat.until("Ctrl-C stops an answer; /quit or Ctrl-D ends the chat.", interrupted=True)
     chat.until("> ")
     chat.type("/sft\n")
     chat.until("sft answers from now on.")
