@@ -79,7 +79,7 @@ class Config:
 
 FIRST = (  # flags that --help shows first
     *("sft_checkpoint", "reward_checkpoint", "ppo_checkpoint", "output_dir", "overwrite"),
-    *("prompts", "num_test_prompts", "dataset", "show", "max_new_tokens", "temperature"),
+    *("prompts", "num_test_prompts", "dataset", "columns", "show", "max_new_tokens", "temperature"),
 )
 PRESETS = {
     "demo": Config(
@@ -187,7 +187,9 @@ def main(config: Config) -> None:
         print(f"... and {len(prompts) - config.show} more prompts, in the files below.\n")
     print_summary(report)
     write_reports(Path(config.output_dir), report)
-    print(f"Saved {', '.join(f'{config.output_dir}/{name}' for name in FILES)}.")
+    print(f"Saved {', '.join(f'{config.output_dir}/{name}' for name in FILES)}.\n")
+    for line in closing(report):
+        print(wrap(line))
 
 
 # ---------------------------------------------------------------- what is compared
@@ -376,11 +378,16 @@ def compare_pairs(answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
 def verdict(pair: dict[str, Any], prompts: int) -> str:
     """What a pair's win rate shows, in words; significant is what the 95 % interval keeps away from 50 %."""
     first, second = pair["first"], pair["second"]
-    word, also = (direction(pair[f"{key}_low"], pair[f"{key}_high"]) for key in ("win_rate", "at_equal_length"))
+    word = direction(pair["win_rate_low"], pair["win_rate_high"])
     if not word:
         return f"{first} against {second}: no significant difference on {prompts} prompt{'s' * (prompts != 1)}"
-    end = "also at equal length" if also == word else "but not at equal length"
-    return f"{first} is significantly {word} than {second}, {end}"
+    return f"{first} is significantly {word} than {second}, {compared_at_equal_length(pair)}"
+
+
+def compared_at_equal_length(pair: dict[str, Any]) -> str:
+    """Whether a significant win rate is so at equal length, too."""
+    word, also = (direction(pair[f"{key}_low"], pair[f"{key}_high"]) for key in ("win_rate", "at_equal_length"))
+    return "also at equal length" if also == word else "but not at equal length"
 
 
 def direction(low: float, high: float) -> str | None:
@@ -514,14 +521,44 @@ def print_summary(report: Report) -> None:
         for cells in rows:
             table.add_row(*cells)
         console.print(table, width=len(RULE), soft_wrap=False)
-    for line in conclusions(report):
-        print(wrap(f"- {line}"))
     print_warnings(report["warnings"])
 
 
 def print_warnings(warnings: list[str]) -> None:
     for text in warnings:
         print(wrap(f"warning: {text}"))
+
+
+def closing(report: Report) -> list[str]:
+    """The last lines: what improved, by how much, how sure that is and by whose judgement, and what to do next."""
+    flags, count = report["flags"], len(report["prompts"])
+    model = "ppo" if "PPO" in report["models"] else "sft"
+    read = f"read the answers in {flags['output_dir']}/compare.html"
+    talk = f"talk to the model: python -m rlhf.chat {flags[f'{model}_checkpoint']}"
+    if not report["pairs"]:
+        return [
+            "Result: none, as nothing judged the answers. --reward-checkpoint names a judge.",
+            f"Next: {read}, or {talk}",
+        ]
+    pair = report["pairs"][0]  # the last phase against the one before
+    first, second = pair["first"], pair["second"]
+    word = direction(pair["win_rate_low"], pair["win_rate_high"])
+    if word:
+        result = f"{first}'s answers are {word} than {second}'s, {compared_at_equal_length(pair)}"
+    else:
+        result = f"it cannot be told whether {first}'s answers are better than {second}'s"
+    scores = [report["summary"][name]["mean_score"] for name in (first, second)]
+    prompts = "held-out prompt" if flags["num_test_prompts"] else "prompt"
+    more = "" if word == "better" else "ask more prompts (--num-test-prompts) or train longer; "
+    return [
+        f"Result: {result}.",
+        f"By how much: {first} scores higher than {second} on {100 * pair['win_rate']:.0f} % of {count} "
+        f"{prompts}{'s' * (count != 1)}, at equal length on {100 * pair['at_equal_length']:.0f} %; "
+        f"the mean score is {scores[0]:.2f}, {second}'s {scores[1]:.2f}.",
+        f"How sure: the 95 % interval of the first is {100 * pair['win_rate_low']:.0f} to "
+        f"{100 * pair['win_rate_high']:.0f} %. {' '.join(report['notes']) or 'The judge is the reward model.'}",
+        f"Next: {more}{read}, or {talk}",
+    ]
 
 
 def render_markdown(report: Report) -> str:

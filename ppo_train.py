@@ -142,7 +142,7 @@ class Config:
 
 
 FIRST = (  # flags that --help shows first
-    *("sft_checkpoint", "reward_checkpoint", "dataset", "output_dir"),
+    *("sft_checkpoint", "reward_checkpoint", "dataset", "columns", "output_dir"),
     *("overwrite", "resume", "dry_run"),
     *("response_length", "total_episodes", "episodes_per_update", "learning_rate"),
     *("kl_coef", "kl_target", "missing_eos_penalty", "eval_steps"),

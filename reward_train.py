@@ -116,7 +116,7 @@ class Config:
 
 
 FIRST = (  # flags that --help shows first
-    *("sft_checkpoint", "dataset", "output_dir", "overwrite", "resume", "dry_run"),
+    *("sft_checkpoint", "dataset", "columns", "output_dir", "overwrite", "resume", "dry_run"),
     *("max_length", "max_train_samples", "extra_data"),
     *("learning_rate", "num_train_epochs", "batch_size", "eval_steps"),
 )

@@ -102,7 +102,7 @@ class Config:
 
 
 FIRST = (  # flags that --help shows first
-    *("base_model", "dataset", "output_dir", "overwrite", "resume", "dry_run"),
+    *("base_model", "dataset", "columns", "output_dir", "overwrite", "resume", "dry_run"),
     *("max_length", "max_train_samples", "load_in_4bit"),
     *("learning_rate", "num_train_epochs", "batch_size", "eval_steps"),
 )

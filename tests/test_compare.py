@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import compare_outputs as compare
@@ -308,7 +309,35 @@ def test_summary_table(capsys):
         ["", "Win rate", "At equal length"],
         ["Who wins", "(95 % interval)", "(95 % interval)"],
     ]
-    assert lines[-1] == "- PPO against base: no significant difference on 1 prompt."
+
+
+def test_the_last_lines():
+    answers = wins(*[1] * 70, *[0] * 30)
+    numbers = {"summary": compare.summarize(answers), "pairs": compare.compare_pairs(answers), "notes": ["Judge: J."]}
+    flags = {"sft_checkpoint": "runs/sft", "output_dir": "out", "num_test_prompts": 100}
+    models = {name: TITLES[name] for name in answers}
+    report = {"models": models, **numbers, "flags": flags, "prompts": [None] * 100}
+    look = "read the answers in out/compare.html, or talk to the model: python -m rlhf.chat runs/sft"
+    assert compare.closing(report) == [
+        "Result: SFT's answers are better than base's, also at equal length.",
+        "By how much: SFT scores higher than base on 70 % of 100 held-out prompts, at equal length on 70 %; "
+        "the mean score is 0.20, base's 0.00.",
+        f"How sure: the 95 % interval of the first is {100 * report['pairs'][0]['win_rate_low']:.0f} to "
+        f"{100 * report['pairs'][0]['win_rate_high']:.0f} %. Judge: J.",
+        f"Next: {look}",
+    ]
+    answers = wins(1)
+    report |= {"summary": compare.summarize(answers), "pairs": compare.compare_pairs(answers), "notes": []}
+    report |= {"prompts": [None], "flags": flags | {"num_test_prompts": 0}}
+    result, gain, sure, following = compare.closing(report)
+    assert result == "Result: it cannot be told whether SFT's answers are better than base's."
+    assert gain.startswith("By how much: SFT scores higher than base on 100 % of 1 prompt, at equal")
+    assert sure.endswith(" The judge is the reward model.")
+    assert following == f"Next: ask more prompts (--num-test-prompts) or train longer; {look}"
+    assert compare.closing(report | {"pairs": []}) == [
+        "Result: none, as nothing judged the answers. --reward-checkpoint names a judge.",
+        f"Next: {look}",
+    ]
 
 
 # ---------------------------------------------------------------- Markdown
@@ -392,7 +421,9 @@ def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.html", "compare.json", "compare.md"]
     assert "## Prompt 8\n" in (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
-    assert result.stdout.endswith("\nSaved out/compare.md, out/compare.html, out/compare.json.\n")
+    saved, last = result.stdout.rsplit("\n\n", 1)
+    assert saved.endswith("\nSaved out/compare.md, out/compare.html, out/compare.json.")
+    assert re.findall("^[A-Z][a-z ]+:", last, re.M) == ["Result:", "By how much:", "How sure:", "Next:"]
 
     saved = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
     assert list(saved["models"]) == list(saved["summary"]) == ["base", "SFT", "PPO"]
