@@ -29,7 +29,16 @@ from rlhf.base import check_context
 from rlhf.checkpoints import SCRIPTS, check_child, git_commit, place_of, read_run
 from rlhf.cli import UserError, check_at_least_one, check_between, run
 from rlhf.generation import generate
-from rlhf.modeling import BASE, REFERENCE, SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base
+from rlhf.modeling import (
+    BASE,
+    REFERENCE,
+    SharedBase,
+    choose_dtype,
+    load_base,
+    load_format,
+    read_stacked,
+    same_base,
+)
 from rlhf.page import read_curves, render_page
 from rlhf.probe import KINDS, OPENING_TOKENS, load_probe, refusal_odds
 from rlhf.reporting import (
@@ -55,17 +64,27 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class Config:
-    sft_checkpoint: str = "checkpoints/sft"  # its base model, precision and prompt format are taken over
-    reward_checkpoint: str = "checkpoints/reward"  # scores the answers; without it there is no score and no win rate
+    sft_checkpoint: str = (
+        "checkpoints/sft"  # its base model, precision and prompt format are taken over
+    )
+    reward_checkpoint: str = (
+        "checkpoints/reward"  # scores the answers; without it there is no score and no win rate
+    )
     ppo_checkpoint: str = "checkpoints/ppo"  # without it base and SFT are compared
     base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
     output_dir: str = "reports"  # folder of compare.md, compare.html and compare.json
     overwrite: bool = False  # replace what is there of these three
 
-    prompts: str | None = None  # a text file, a prompt a line, or rows as in the data set (.jsonl, .csv); None: PROMPTS
-    num_test_prompts: int = 0  # the first so many rows of the test split of `dataset`; 0: use `prompts`
+    prompts: str | None = (
+        None  # a text file, a prompt a line, or rows as in the data set (.jsonl, .csv); None: PROMPTS
+    )
+    num_test_prompts: int = (
+        0  # the first so many rows of the test split of `dataset`; 0: use `prompts`
+    )
     dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
-    columns: str | None = None  # other names of columns, there and in `prompts`: prompt=question,chosen=good
+    columns: str | None = (
+        None  # other names of columns, there and in `prompts`: prompt=question,chosen=good
+    )
     show: int = 8  # prompts printed; the files hold all
 
     max_prompt_length: int = 384  # tokens; longer prompts are cut from the left at a turn boundary
@@ -108,7 +127,14 @@ PROMPTS = (
 
 RULE = "─" * 80
 FILES = ("compare.md", "compare.html", "compare.json")
-COLUMNS = ("Model", "Mean\nscore", "Mean\ntokens", "Ended\nby EOS", "Repeated\n3-grams", "Distinct\n2-grams")
+COLUMNS = (
+    "Model",
+    "Mean\nscore",
+    "Mean\ntokens",
+    "Ended\nby EOS",
+    "Repeated\n3-grams",
+    "Distinct\n2-grams",
+)
 COLUMNS += ("End\nin ?", "Begin\nalike")
 SHARES = (  # the last columns
     *("ended_by_eos", "repeated_3grams", "distinct_2grams"),
@@ -129,9 +155,13 @@ OTHER_JUDGE = "The judge is another reward model than the one that PPO trained a
 REPORTED = ("adapter_sha256", "epochs", "updates", "metrics")  # of each phase's run.json
 
 Turns = tuple[tuple[str, str], ...]  # (role, text)
-Answer = dict[str, Any]  # text, tokens, ended_by (a key of ENDINGS), score (None without a reward model)
+Answer = dict[
+    str, Any
+]  # text, tokens, ended_by (a key of ENDINGS), score (None without a reward model)
 Odds = dict[str, list[float]]  # by kind of request, log-odds of beginning with a refusal
-Report = dict[str, Any]  # what compare.json holds; the terminal and the other files show parts of it
+Report = dict[
+    str, Any
+]  # what compare.json holds; the terminal and the other files show parts of it
 
 
 def main(config: Config) -> None:
@@ -155,7 +185,9 @@ def main(config: Config) -> None:
     answers = {}
     for name in titles:
         with console.status(f"{name} answers {len(prompts)} prompts"):
-            answers[name] = answer(config, shared, form, [ids for _, ids in prompts], name, "reward" in runs)
+            answers[name] = answer(
+                config, shared, form, [ids for _, ids in prompts], name, "reward" in runs
+            )
     with console.status("the safety probe"):
         odds = ask_probe(config, shared, form, list(titles))
     pairs = compare_pairs(answers)
@@ -166,7 +198,9 @@ def main(config: Config) -> None:
         "models": titles,
         "base": base,
         "flags": asdict(config),
-        "runs": {phase: {key: run[key] for key in REPORTED if key in run} for phase, run in runs.items()},
+        "runs": {
+            phase: {key: run[key] for key in REPORTED if key in run} for phase, run in runs.items()
+        },
         "commit": git_commit(),
         "summary": summarize(answers),
         "pairs": pairs,
@@ -177,7 +211,9 @@ def main(config: Config) -> None:
             {"turns": turns, "answers": {name: answers[name][i] for name in titles}}
             for i, (turns, _) in enumerate(prompts)
         ],
-        "curves": {phase: read_curves(getattr(config, f"{phase}_checkpoint"), phase) for phase in runs},
+        "curves": {
+            phase: read_curves(getattr(config, f"{phase}_checkpoint"), phase) for phase in runs
+        },
     }
 
     print(f"🔄 Comparing Model Outputs: {' vs '.join(titles)}\n")
@@ -211,7 +247,9 @@ def read_runs(config: Config) -> dict[str, dict[str, Any]]:
     lost = {"reward": "there are no scores and no win rates", "ppo": "PPO is left out"}
     for phase, folder in (("reward", config.reward_checkpoint), ("ppo", config.ppo_checkpoint)):
         if not Path(folder).exists():
-            print(f"There is no {phase} checkpoint at {folder}: {lost[phase]} (`python {SCRIPTS[phase]}` makes one).")
+            print(
+                f"There is no {phase} checkpoint at {folder}: {lost[phase]} (`python {SCRIPTS[phase]}` makes one)."
+            )
             continue
         runs[phase] = read_run(folder, phase)
         check_child(runs[phase], folder, runs["sft"], config.sft_checkpoint)
@@ -231,11 +269,15 @@ def check_reports(config: Config) -> None:
     folder = place_of(config.output_dir)
     there = [str(folder / name) for name in FILES if (folder / name).exists()]
     if there and not config.overwrite:
-        raise UserError(f"{there[0]} exists: add --overwrite to replace it, or choose another --output-dir")
+        raise UserError(
+            f"{there[0]} exists: add --overwrite to replace it, or choose another --output-dir"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output-dir {folder} cannot be made ({error.strerror}): choose another") from None
+        raise UserError(
+            f"--output-dir {folder} cannot be made ({error.strerror}): choose another"
+        ) from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"--output-dir {folder} cannot be written to: choose another")
 
@@ -281,7 +323,9 @@ def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
     if drops:
         data.report_drops("prompts", len(prompts), drops)
     if not prompts:
-        raise UserError("there is no prompt to answer: check --prompts, or raise --max-prompt-length")
+        raise UserError(
+            "there is no prompt to answer: check --prompts, or raise --max-prompt-length"
+        )
     return prompts
 
 
@@ -317,19 +361,30 @@ def role_of(name: str) -> str:
     return {"base": BASE, "PPO": "policy"}.get(name, REFERENCE)
 
 
-def answer(config: Config, shared, form, prompts: list[list[int]], name: str, scored: bool) -> list[Answer]:
+def answer(
+    config: Config, shared, form, prompts: list[list[int]], name: str, scored: bool
+) -> list[Answer]:
     """The answers of the model `name` to `prompts` (token ids), with the reward model's scores if `scored`."""
     seeds = [config.seed + i for i in range(len(prompts))]
     settings = config.max_new_tokens, config.temperature, seeds, config.batch_size
     responses = generate(shared, role_of(name), form, prompts, *settings)
     scores = [None] * len(prompts)
     if scored:
-        texts = [p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
+        texts = [
+            p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, responses, strict=True)
+        ]
         scores = shared.score(texts).tolist()
         if not all(map(math.isfinite, scores)):
-            raise UserError(f"the reward model gives {name} a score that is not finite: try --dtype fp32")
+            raise UserError(
+                f"the reward model gives {name} a score that is not finite: try --dtype fp32"
+            )
     return [
-        {"text": form.decode(r.text_ids), "tokens": len(r.text_ids), "ended_by": r.ended_by, "score": score}
+        {
+            "text": form.decode(r.text_ids),
+            "tokens": len(r.text_ids),
+            "ended_by": r.ended_by,
+            "score": score,
+        }
         for r, score in zip(responses, scores, strict=True)
     ]
 
@@ -368,7 +423,9 @@ def compare_pairs(answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
         pair = {"first": first, "second": second}
         for key, values in {
             "win_rate": (sum(wins) / len(wins), *mean_interval(more_wins)),
-            "at_equal_length": (min(max(value, 0.0), 1.0) for value in (share, *interval)),  # a line may leave 0 to 1
+            "at_equal_length": (
+                min(max(value, 0.0), 1.0) for value in (share, *interval)
+            ),  # a line may leave 0 to 1
         }.items():
             pair |= zip((key, f"{key}_low", f"{key}_high"), values, strict=True)
         pairs.append(pair | {"verdict": verdict(pair, len(wins))})
@@ -386,7 +443,10 @@ def verdict(pair: dict[str, Any], prompts: int) -> str:
 
 def compared_at_equal_length(pair: dict[str, Any]) -> str:
     """Whether a significant win rate is so at equal length, too."""
-    word, also = (direction(pair[f"{key}_low"], pair[f"{key}_high"]) for key in ("win_rate", "at_equal_length"))
+    word, also = (
+        direction(pair[f"{key}_low"], pair[f"{key}_high"])
+        for key in ("win_rate", "at_equal_length")
+    )
     return "also at equal length" if also == word else "but not at equal length"
 
 
@@ -451,7 +511,9 @@ def render_prompt(report: Report, number: int) -> str:
     blocks = [f"📝 Prompt {number}:\n{wrap(prompt_text(entry['turns']))}\n"]
     for name, title in report["models"].items():
         given = entry["answers"][name]
-        blocks.append(f"{RULE}\n{title}:\n{RULE}\n{wrap(given['text']) or '(no text)'}\n{score_line(given)}")
+        blocks.append(
+            f"{RULE}\n{title}:\n{RULE}\n{wrap(given['text']) or '(no text)'}\n{score_line(given)}"
+        )
     return "\n".join(blocks)
 
 
@@ -509,9 +571,13 @@ def pair_rows(pairs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 def print_summary(report: Report) -> None:
     count = len(report["prompts"])
-    tables = [(f"Summary of {count} prompt{'s' * (count != 1)}", COLUMNS, summary_rows(report["summary"]))]
+    tables = [
+        (f"Summary of {count} prompt{'s' * (count != 1)}", COLUMNS, summary_rows(report["summary"]))
+    ]
     if report["pairs"]:
-        tables.append(("Win rates, by the reward model's score", PAIR_COLUMNS, pair_rows(report["pairs"])))
+        tables.append(
+            ("Win rates, by the reward model's score", PAIR_COLUMNS, pair_rows(report["pairs"]))
+        )
     if report["probe"]:
         tables.append((PROBE_TITLE, PROBE_COLUMNS, probe_rows(report["probe"])))
     for title, columns, rows in tables:
@@ -564,7 +630,11 @@ def closing(report: Report) -> list[str]:
 def render_markdown(report: Report) -> str:
     """The whole comparison as Markdown: the summary, then every prompt with every answer."""
     titles = report["models"]
-    lines = [f"# Comparing Model Outputs: {' vs '.join(titles)}", "", *(f"- {title}" for title in titles.values())]
+    lines = [
+        f"# Comparing Model Outputs: {' vs '.join(titles)}",
+        "",
+        *(f"- {title}" for title in titles.values()),
+    ]
     lines += ["", *markdown_table(COLUMNS, summary_rows(report["summary"]))]
     if report["pairs"]:
         lines += ["", *markdown_table(PAIR_COLUMNS, pair_rows(report["pairs"]))]
@@ -584,7 +654,10 @@ def render_markdown(report: Report) -> str:
 
 def markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     head = [column.replace("\n", " ") for column in columns]
-    return [f"| {' | '.join(cells)} |" for cells in (head, ("---",) + ("---:",) * (len(columns) - 1), *rows)]
+    return [
+        f"| {' | '.join(cells)} |"
+        for cells in (head, ("---",) + ("---:",) * (len(columns) - 1), *rows)
+    ]
 
 
 def fenced(text: str) -> str:
@@ -596,7 +669,9 @@ def fenced(text: str) -> str:
 def write_reports(folder: Path, report: Report) -> None:
     """Write FILES, each to a temporary sibling that is then renamed."""
     as_json = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    for name, text in zip(FILES, (render_markdown(report), render_page(report), as_json), strict=True):
+    for name, text in zip(
+        FILES, (render_markdown(report), render_page(report), as_json), strict=True
+    ):
         # Half a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's own escape.
         (folder / f"{name}.partial").write_text(text, encoding="utf-8", errors="backslashreplace")
     for name in FILES:

@@ -29,7 +29,14 @@ from typing import Any, Literal
 
 from rlhf.base import check_context
 from rlhf.card import Rollouts, choose_rollouts, choose_tokens, describe_start
-from rlhf.checkpoints import check_output, is_finished, output_folder, read_parents, recorded, start_run
+from rlhf.checkpoints import (
+    check_output,
+    is_finished,
+    output_folder,
+    read_parents,
+    recorded,
+    start_run,
+)
 from rlhf.cli import next_command, run
 from rlhf.data import PromptFormat, load_splits, tokenize_prompts
 from rlhf.generation import Response, Seed, generate, prepare, step_seconds
@@ -74,9 +81,13 @@ from transformers import set_seed
 
 @dataclass(frozen=True)
 class Config:
-    sft_checkpoint: str = "checkpoints/sft"  # its base model, precision and prompt format are taken over
+    sft_checkpoint: str = (
+        "checkpoints/sft"  # its base model, precision and prompt format are taken over
+    )
     reward_checkpoint: str = "checkpoints/reward"  # trained from that SFT checkpoint
-    gold_checkpoint: str | None = None  # a judge of held-out responses: a reward model of the pairs' other --half
+    gold_checkpoint: str | None = (
+        None  # a judge of held-out responses: a reward model of the pairs' other --half
+    )
     base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
     dataset: str = "Dahoas/rm-static"  # only its prompts are used
     columns: str | None = None  # other names of its columns: prompt=question,chosen=good
@@ -94,7 +105,9 @@ class Config:
     max_eval_samples: int | None = 64  # held-out prompts
     max_steps: int | None = None  # stop after so many updates
 
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in; adapters and heads are fp32
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = (
+        "auto"  # what the base computes in; adapters and heads are fp32
+    )
     gradient_checkpointing: bool = False  # slower, with several times less activation memory
     lora_rank: int = 16  # of the policy; the value adapter has the reward model's
     lora_alpha: int = 32  # LoRA is scaled by alpha / rank
@@ -102,11 +115,19 @@ class Config:
 
     total_episodes: int = 6400  # responses sampled in the whole run
     episodes_per_update: int = 64  # responses sampled for an update, of all processes
-    num_mini_batches: int = 4  # parts of an update's episodes, each of them one optimizer step of an epoch
+    num_mini_batches: int = (
+        4  # parts of an update's episodes, each of them one optimizer step of an epoch
+    )
     num_ppo_epochs: int = 2  # passes over an update's episodes
-    micro_batch_tokens: int | Literal["auto"] = "auto"  # that go through the model at once; auto: what the card holds
-    rollout_batch_size: int | Literal["auto"] = "auto"  # responses sampled at a time; auto: all that the card holds
-    rollout_weights: Literal["auto", "merged", "base"] = "auto"  # to sample from: a 16-bit copy, or base and adapters
+    micro_batch_tokens: int | Literal["auto"] = (
+        "auto"  # that go through the model at once; auto: what the card holds
+    )
+    rollout_batch_size: int | Literal["auto"] = (
+        "auto"  # responses sampled at a time; auto: all that the card holds
+    )
+    rollout_weights: Literal["auto", "merged", "base"] = (
+        "auto"  # to sample from: a 16-bit copy, or base and adapters
+    )
     cuda_graphs: bool = True  # decode with CUDA graphs, on a card
     learning_rate: float = 5e-5  # of the policy; linear to 0
     value_learning_rate: float = 5e-5  # of the value adapter and head; linear to 0
@@ -115,10 +136,14 @@ class Config:
     max_grad_norm: float = 1.0  # of each of the two adapters
 
     kl_coef: float = 0.05  # per token
-    kl_controller: Literal["adaptive", "fixed"] = "adaptive"  # adaptive: Ziegler et al. (1909.08593), section 2.2
+    kl_controller: Literal["adaptive", "fixed"] = (
+        "adaptive"  # adaptive: Ziegler et al. (1909.08593), section 2.2
+    )
     kl_target: float = 6.0  # nats a response
     kl_horizon: int = 1_000  # episodes; if far more than the run has, the coefficient hardly moves
-    kl_stop: float = 0.05  # end an update's epochs when a minibatch's approxkl, nats a token, passes this
+    kl_stop: float = (
+        0.05  # end an update's epochs when a minibatch's approxkl, nats a token, passes this
+    )
     gamma: float = 1.0  # discount a token; 1: the whole response counts alike
     lam: float = 0.95  # of GAE: 0 trusts the value model, 1 the sampled score
     cliprange: float = 0.2  # of the policy's ratio around 1
@@ -132,13 +157,17 @@ class Config:
     save_steps: int | None = None  # the same in updates, instead
     save_total_limit: int = 2  # states kept
     num_printed_samples: int = 2  # held-out responses shown at each look
-    log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
+    log_with: Literal["tensorboard", "trackio", "wandb"] | None = (
+        None  # a tracker beside metrics.jsonl
+    )
     seed: int = 0  # of initialisation, shuffling and sampling
     preset: Literal["demo"] | None = None  # whose values stand where no flag changes them
 
     @property
     def num_updates(self) -> int:
-        return min(self.total_episodes // self.episodes_per_update, self.max_steps or self.total_episodes)
+        return min(
+            self.total_episodes // self.episodes_per_update, self.max_steps or self.total_episodes
+        )
 
 
 FIRST = (  # flags that --help shows first
@@ -182,7 +211,12 @@ def main(config: Config) -> None:
     started = time.monotonic()
     check_ppo_numbers(config)
     runs = foresee(config) if config.dry_run else read_parents(config)
-    inputs = config.sft_checkpoint, config.reward_checkpoint, config.gold_checkpoint, runs["sft"]["base"]["model"]
+    inputs = (
+        config.sft_checkpoint,
+        config.reward_checkpoint,
+        config.gold_checkpoint,
+        runs["sft"]["base"]["model"],
+    )
     inputs += config.base_model, config.dataset
     check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
     if is_finished(config):
@@ -204,10 +238,16 @@ def main(config: Config) -> None:
     rows = config.episodes_per_update // config.num_mini_batches
     console.print(describe_start(shared.device, tokens, rows, shared.dtype, why))
     kept = ", keys and values kept between them" if shared.decoding else ""
-    console.print(f"rollouts of {rollouts.rows} responses at a time, from {shared.rollout_weights} weights{kept}")
+    console.print(
+        f"rollouts of {rollouts.rows} responses at a time, from {shared.rollout_weights} weights{kept}"
+    )
     groups = [
         {"name": "policy", "params": shared.parameters("policy"), "peak_lr": config.learning_rate},
-        {"name": "value", "params": shared.parameters("value"), "peak_lr": config.value_learning_rate},
+        {
+            "name": "value",
+            "params": shared.parameters("value"),
+            "peak_lr": config.value_learning_rate,
+        },
     ]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
     shared.decoder.follow(optimizer)
@@ -216,10 +256,18 @@ def main(config: Config) -> None:
     with (
         output_folder(config.output_dir, config.resume) as folder,
         Log(config, folder, config.num_updates, chosen) as log,
-        State(config, folder, runs, (prompts, eval_prompts), shared, optimizer, scaler, log) as state,
+        State(
+            config, folder, runs, (prompts, eval_prompts), shared, optimizer, scaler, log
+        ) as state,
     ):
-        sizes = {"micro_batch_tokens": tokens, "rollout_rows": rollouts.rows, "rollouts_kept": rollouts.kept}
-        start_run(folder, "ppo", config, shared.dtype, rollout_weights=shared.rollout_weights, **sizes)
+        sizes = {
+            "micro_batch_tokens": tokens,
+            "rollout_rows": rollouts.rows,
+            "rollouts_kept": rollouts.kept,
+        }
+        start_run(
+            folder, "ppo", config, shared.dtype, rollout_weights=shared.rollout_weights, **sizes
+        )
         if not state.sft:
             # The new policy equals SFT's.
             state.sft = evaluate(config, shared, form, eval_prompts, probe)
@@ -235,7 +283,9 @@ def main(config: Config) -> None:
             clock.lap("rollout")
             # 2. Measure
             shared.micro_batch.agree()
-            batch = make_batch(queries, responses, draw_minibatches(update, config), form, shared.device)
+            batch = make_batch(
+                queries, responses, draw_minibatches(update, config), form, shared.device
+            )
             measured = measure(shared, batch, config.temperature, baseline)
             clock.lap("measure")
             # 3. Reward
@@ -248,7 +298,9 @@ def main(config: Config) -> None:
             # 5. Adapt and report
             row = batch_metrics(batch, measured, returns, update, kl_coef, config) | stats
             log.update(row | speed_metrics(shared, batch, stats, clock.seconds, config))
-            if config.kl_controller == "adaptive" and update > config.critic_warmup_updates + 1:  # before it KL is 0
+            if (
+                config.kl_controller == "adaptive" and update > config.critic_warmup_updates + 1
+            ):  # before it KL is 0
                 kl_coef = adapt_kl_coef(kl_coef, measured.mean_kl(batch), config)
             del measured, old  # their lower states make room for what is sampled next
             if update % config.eval_steps == 0 or update == config.num_updates:
@@ -266,7 +318,9 @@ def main(config: Config) -> None:
     console.print(f"Next: {next_command('compare_outputs.py', config, 'ppo')}")
 
 
-def draw_prompts(prompts: list[list[int]], update: int, config: Config) -> tuple[list[list[int]], list[Seed]]:
+def draw_prompts(
+    prompts: list[list[int]], update: int, config: Config
+) -> tuple[list[list[int]], list[Seed]]:
     """The prompts of an update, each once in an epoch over all, and one sampling seed an episode.
 
     Both follow from the seed and the episode's number alone.
@@ -275,7 +329,9 @@ def draw_prompts(prompts: list[list[int]], update: int, config: Config) -> tuple
     count = config.episodes_per_update
     for episode in range((update - 1) * count, update * count):
         epoch, place = divmod(episode, len(prompts))
-        queries.append(prompts[np.random.default_rng((config.seed, 1, epoch)).permutation(len(prompts))[place]])
+        queries.append(
+            prompts[np.random.default_rng((config.seed, 1, epoch)).permutation(len(prompts))[place]]
+        )
         seeds.append((config.seed, 2, episode))
     return queries, seeds
 
@@ -287,7 +343,11 @@ def draw_minibatches(update: int, config: Config) -> list[list[int]]:
 
 
 def rollout(
-    config: Config, shared: SharedBase, form: PromptFormat, prompts: list[list[int]], seeds: list[Seed]
+    config: Config,
+    shared: SharedBase,
+    form: PromptFormat,
+    prompts: list[list[int]],
+    seeds: list[Seed],
 ) -> list[Response]:
     """Sample one response to each prompt from the policy as it is now."""
     if shared.merged:
@@ -303,7 +363,10 @@ def measure(shared: SharedBase, batch: Batch, temperature: float, baseline: floa
 
     def work() -> Measured:
         lower = torch.empty(
-            sum(map(len, batch.texts)), shared.lm_head_weight().shape[1], dtype=shared.dtype, device=shared.device
+            sum(map(len, batch.texts)),
+            shared.lm_head_weight().shape[1],
+            dtype=shared.dtype,
+            device=shared.device,
         )
         columns: dict[str, list[Tensor]] = {}
         for micro in chain(*batch.micro_batches(shared.micro_batch.tokens)):
@@ -312,7 +375,9 @@ def measure(shared: SharedBase, batch: Batch, temperature: float, baseline: floa
             policy = token_logprobs(shared, "policy", micro, below, temperature, statistics=True)
             said = {
                 "logprobs": policy.logprobs,
-                "ref_logprobs": token_logprobs(shared, REFERENCE, micro, below, temperature).logprobs,
+                "ref_logprobs": token_logprobs(
+                    shared, REFERENCE, micro, below, temperature
+                ).logprobs,
                 "entropy": policy.entropy,
                 "values": token_values(shared, micro, below, baseline),
                 "scores": score(shared, "reward", micro, below),
@@ -335,7 +400,12 @@ def score(shared: SharedBase, role: str, micro: MicroBatch, lower: Tensor) -> Te
 
 
 def token_logprobs(
-    shared: SharedBase, role: str, micro: MicroBatch, lower: Tensor, temperature: float, statistics: bool = False
+    shared: SharedBase,
+    role: str,
+    micro: MicroBatch,
+    lower: Tensor,
+    temperature: float,
+    statistics: bool = False,
 ) -> Chosen:
     """Log-probability [n] of each sampled token under `role`, and with `statistics` its entropy.
 
@@ -348,7 +418,12 @@ def token_logprobs(
 
 def token_values(shared: SharedBase, micro: MicroBatch, lower: Tensor, baseline: float) -> Tensor:
     """[n] value before each sampled token. The head, copied from the reward model, speaks in raw scores: centre it."""
-    return shared.heads["value"](shared.upper(lower, micro.texts, "value")[micro.positions]).squeeze(-1) - baseline
+    return (
+        shared.heads["value"](shared.upper(lower, micro.texts, "value")[micro.positions]).squeeze(
+            -1
+        )
+        - baseline
+    )
 
 
 def advantages_and_returns(
@@ -362,12 +437,21 @@ def advantages_and_returns(
     rewards = token_rewards(scores, kl, mask, kl_coef)
     if config.whiten_rewards:
         rewards = batch.by_response(whiten(batch.end_to_end(rewards), shift_mean=False))
-    advantages, returns = gae(rewards, batch.by_response(measured.values), mask, config.gamma, config.lam)
+    advantages, returns = gae(
+        rewards, batch.by_response(measured.values), mask, config.gamma, config.lam
+    )
     return whiten(batch.end_to_end(advantages)), batch.end_to_end(returns)
 
 
 def optimise(
-    config: Config, shared: SharedBase, batch: Batch, old: Old, baseline: float, optimizer, scaler, update: int
+    config: Config,
+    shared: SharedBase,
+    batch: Batch,
+    old: Old,
+    baseline: float,
+    optimizer,
+    scaler,
+    update: int,
 ) -> dict[str, float]:
     """Epochs over the batch; each minibatch is one step. Returns mean statistics.
 
@@ -381,13 +465,17 @@ def optimise(
         sums: Sums = {}
         if update > config.critic_warmup_updates:
             sums |= backward(policy, shared, "policy", batch, minibatch, tokens, scaler)
-            if history or shared.micro_batch.halved:  # in smaller micro-batches rounding alone moves the ratio
+            if (
+                history or shared.micro_batch.halved
+            ):  # in smaller micro-batches rounding alone moves the ratio
                 sums["ratio_off"].zero_()
         sums |= backward(value, shared, "value", batch, minibatch, tokens, scaler)
         norms = clip(optimizer, scaler, config.max_grad_norm)
         stats = read(sums, tokens, norms)
         if stats.pop("ratio_off", 0.0):
-            raise RuntimeError("the ratio is off 1 before the first step: measuring and optimising disagree")
+            raise RuntimeError(
+                "the ratio is off 1 before the first step: measuring and optimising disagree"
+            )
         if stats.get("policy/approxkl_avg", 0.0) > config.kl_stop:
             optimizer.zero_grad()
             scaler.update()
@@ -397,7 +485,9 @@ def optimise(
     return mean_stats(history)
 
 
-def backward(losses, shared: SharedBase, role: str, batch: Batch, minibatch: int, tokens: float, scaler) -> Sums:
+def backward(
+    losses, shared: SharedBase, role: str, batch: Batch, minibatch: int, tokens: float, scaler
+) -> Sums:
     """Add the gradients of `role` over a minibatch, and return sums of statistics over this process's tokens.
 
     Args:
@@ -417,11 +507,15 @@ def backward(losses, shared: SharedBase, role: str, batch: Batch, minibatch: int
     return shared.micro_batch.fit(work, batch.longest, undo=partial(shared.drop_gradients, role))
 
 
-def policy_losses(config: Config, shared: SharedBase, old: Old, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+def policy_losses(
+    config: Config, shared: SharedBase, old: Old, micro: MicroBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss` of a micro-batch as the policy now is."""
     lower = old.lower[micro.text_tokens]
     logprobs = token_logprobs(shared, "policy", micro, lower, config.temperature).logprobs
-    return policy_loss(logprobs, old.logprobs[micro.tokens], old.advantages[micro.tokens], config.cliprange)
+    return policy_loss(
+        logprobs, old.logprobs[micro.tokens], old.advantages[micro.tokens], config.cliprange
+    )
 
 
 def value_losses(
@@ -429,7 +523,9 @@ def value_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`value_loss` of a micro-batch as the value model now is."""
     values = token_values(shared, micro, old.lower[micro.text_tokens], baseline)
-    return value_loss(values, old.values[micro.tokens], old.returns[micro.tokens], config.cliprange_value)
+    return value_loss(
+        values, old.values[micro.tokens], old.returns[micro.tokens], config.cliprange_value
+    )
 
 
 def clip(optimizer, scaler, max_grad_norm: float) -> dict[str, Tensor]:
@@ -488,7 +584,9 @@ def evaluate(
         for micro in chain(*batch.micro_batches(shared.micro_batch.tokens)):
             check_stop()
             lower = shared.lower(micro.texts)
-            policy = token_logprobs(shared, "policy", micro, lower, config.temperature, statistics=True)
+            policy = token_logprobs(
+                shared, "policy", micro, lower, config.temperature, statistics=True
+            )
             reference = token_logprobs(shared, REFERENCE, micro, lower, config.temperature)
             said = [policy.logprobs - reference.logprobs, policy.entropy]
             said += [score(shared, judge, micro, lower) for judge in judges]
@@ -499,7 +597,9 @@ def evaluate(
     kl, entropy, *scores = shared.micro_batch.fit(work, batch.longest)
     numbers = torch.zeros(2 + len(judges), len(prompts))
     numbers[0, batch.rows] = batch.by_response(kl).sum(1)
-    numbers[1, batch.rows] = batch.by_response(entropy).sum(1) / torch.tensor(batch.response_lengths)
+    numbers[1, batch.rows] = batch.by_response(entropy).sum(1) / torch.tensor(
+        batch.response_lengths
+    )
     numbers[2:, batch.rows] = torch.stack(scores)
     kl, entropy, scores, *gold_scores = total(numbers.to(shared.device)).cpu()
     texts = [form.decode(response.text_ids) for response in responses]
@@ -524,7 +624,9 @@ def token_rewards(score: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: flo
     return rewards.scatter_add(1, last, score[:, None])
 
 
-def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (1506.02438), from the last token back; after it the value is 0.
 
     Returns:
@@ -603,7 +705,10 @@ def foresee(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def choose_sizes(
-    config: Config, runs: dict[str, dict[str, Any]], prompts: list[list[int]], eval_prompts: list[list[int]]
+    config: Config,
+    runs: dict[str, dict[str, Any]],
+    prompts: list[list[int]],
+    eval_prompts: list[list[int]],
 ) -> tuple[int, str, Rollouts]:
     """Tokens of a micro-batch and why so many, and how responses are sampled.
 
@@ -628,7 +733,9 @@ def prepare_rollouts(config: Config, shared: SharedBase, rollouts: Rollouts, lon
     if rollouts.merged:
         choose_weights(config, shared, longest)
     if rollouts.kept:
-        shared.decoding = prepare(shared, "policy", rollouts.rows, longest, config.response_length, config.temperature)
+        shared.decoding = prepare(
+            shared, "policy", rollouts.rows, longest, config.response_length, config.temperature
+        )
 
 
 def choose_weights(config: Config, shared: SharedBase, longest: int) -> None:
@@ -639,14 +746,17 @@ def choose_weights(config: Config, shared: SharedBase, longest: int) -> None:
         return
     shape = shared.rollout_rows, longest
     ours, theirs = (
-        step_seconds(shared, "policy", layers, *shape) for layers in (shared.merged.layers, shared.decoder.layers)
+        step_seconds(shared, "policy", layers, *shape)
+        for layers in (shared.merged.layers, shared.decoder.layers)
     )
     if agree(ours >= theirs):
         shared.merged = None
     free_memory()
 
 
-def load_models(config: Config, sft: dict[str, Any], form: PromptFormat) -> tuple[SharedBase, dict[str, Any]]:
+def load_models(
+    config: Config, sft: dict[str, Any], form: PromptFormat
+) -> tuple[SharedBase, dict[str, Any]]:
     """The shared base with its roles, of which policy and value learn, and what identifies the base."""
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)

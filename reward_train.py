@@ -30,10 +30,26 @@ from typing import Any, Literal
 
 from rlhf.base import check_context
 from rlhf.card import choose_tokens, describe_start
-from rlhf.checkpoints import check_child, check_output, is_finished, output_folder, read_run, start_run, write_run
+from rlhf.checkpoints import (
+    check_child,
+    check_output,
+    is_finished,
+    output_folder,
+    read_run,
+    start_run,
+    write_run,
+)
 from rlhf.cli import UserError, check_at_least_one, check_between, next_command, run
 from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, load_splits, tokenize_pairs
-from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, read_stacked, same_base, save_stacked
+from rlhf.modeling import (
+    SharedBase,
+    choose_dtype,
+    load_base,
+    load_format,
+    read_stacked,
+    same_base,
+    save_stacked,
+)
 from rlhf.plan import (
     Plan,
     earlier_runs,
@@ -73,7 +89,9 @@ from trl import RewardConfig, RewardTrainer
 
 @dataclass(frozen=True)
 class Config:
-    sft_checkpoint: str = "checkpoints/sft"  # its base model, precision and prompt format are taken over
+    sft_checkpoint: str = (
+        "checkpoints/sft"  # its base model, precision and prompt format are taken over
+    )
     base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
     dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
     columns: str | None = None  # other names of its columns: prompt=question,chosen=good
@@ -82,18 +100,28 @@ class Config:
     output_dir: str = "checkpoints/reward"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
     resume: bool = False  # go on with a run that was stopped or cut short
-    eval_only: bool = False  # train nothing: score the test split with the reward model in output_dir
+    eval_only: bool = (
+        False  # train nothing: score the test split with the reward model in output_dir
+    )
     dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
     card_gb: float = 12.0  # the card that --dry-run plans for
     measure: bool = False  # with --dry-run: make a few real steps on this machine, and say how long the run would take
 
-    max_length: int = 512  # tokens of prompt and response; prompts are cut from the left at a turn boundary
-    half: Literal["both", "first", "second"] = "both"  # of the training prompts; the other can train a judge for PPO
+    max_length: int = (
+        512  # tokens of prompt and response; prompts are cut from the left at a turn boundary
+    )
+    half: Literal["both", "first", "second"] = (
+        "both"  # of the training prompts; the other can train a judge for PPO
+    )
     max_train_samples: int | None = None  # the first so many rows; None: all
     max_eval_samples: int | None = 2000  # the first so many test rows; None: all
 
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in; adapter and head are fp32
-    gradient_checkpointing: bool = False  # about a third slower, several times less activation memory
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = (
+        "auto"  # what the base computes in; adapter and head are fp32
+    )
+    gradient_checkpointing: bool = (
+        False  # about a third slower, several times less activation memory
+    )
     lora_rank: int = 16  # of the adapter on all linear layers
     lora_alpha: int = 32  # LoRA is scaled by alpha / rank
     role_layers: int = 14  # upper layers that get the adapter; 0: all
@@ -102,15 +130,21 @@ class Config:
     num_train_epochs: float = 1.0  # a second epoch overfits
     max_steps: int | None = None  # stop after so many optimizer steps
     batch_size: int = 16  # pairs of an optimizer step, of all processes
-    micro_batch_tokens: int | Literal["auto"] = "auto"  # that go through the model at once; auto: what the card holds
+    micro_batch_tokens: int | Literal["auto"] = (
+        "auto"  # that go through the model at once; auto: what the card holds
+    )
     warmup_ratio: float = 0.05  # share of the steps; then cosine to 0
     center_rewards_coefficient: float = 0.01  # keeps the scores near mean 0 (2312.09244)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    eval_steps: int | Literal["auto"] | None = "auto"  # steps between looks at test pairs; auto: up to ten; None: last
+    eval_steps: int | Literal["auto"] | None = (
+        "auto"  # steps between looks at test pairs; auto: up to ten; None: last
+    )
     save_minutes: float = 10.0  # between states to resume from; a crash costs at most so long
     save_steps: int | None = None  # the same in optimizer steps, instead
     save_total_limit: int = 2  # states kept
-    log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
+    log_with: Literal["tensorboard", "trackio", "wandb"] | None = (
+        None  # a tracker beside metrics.jsonl
+    )
     seed: int = 0  # of initialisation and shuffling
     preset: Literal["demo"] | None = None  # whose values stand where no flag changes them
 
@@ -143,7 +177,13 @@ def main(config: Config) -> None:
         eval_only(config)
         return
     sft = foresee(config) if config.dry_run else read_run(config.sft_checkpoint, "sft")
-    inputs = config.sft_checkpoint, sft["base"]["model"], config.base_model, config.dataset, config.extra_data
+    inputs = (
+        config.sft_checkpoint,
+        sft["base"]["model"],
+        config.base_model,
+        config.dataset,
+        config.extra_data,
+    )
     check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
     if is_finished(config):
         return
@@ -197,9 +237,20 @@ def main(config: Config) -> None:
             "half": config.half,
             "train_rows": len(train_set),
             "sha256": fingerprint(train_pairs),
-            **({"votes": votes.counts | {"source": config.extra_data, "weight": config.extra_weight}} if votes else {}),
+            **(
+                {
+                    "votes": votes.counts
+                    | {"source": config.extra_data, "weight": config.extra_weight}
+                }
+                if votes
+                else {}
+            ),
         }
-        same = {"sft checkpoint": sft["adapter_sha256"], "dtype": str(dtype), "data": data["sha256"]}
+        same = {
+            "sft checkpoint": sft["adapter_sha256"],
+            "dtype": str(dtype),
+            "data": data["sha256"],
+        }
         trainer.prepare(config, folder, same, "Reward model", tokens, len(trainer.eval_pairs))
         shared.micro_batch = trainer.micro_batch
         start_run(folder, "reward", config, dtype, micro_batch_tokens=tokens)
@@ -250,7 +301,10 @@ def num_tokens(pair: TokenPair) -> int:
 
 def longest_text(pairs: list[TokenPair]) -> int:
     """Tokens of the longest prompt with one response, closed by EOS."""
-    return max(len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) + 1 for pair in pairs)
+    return max(
+        len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) + 1
+        for pair in pairs
+    )
 
 
 def both_responses(pairs: list[TokenPair], eos_token_id: int) -> datasets.Dataset:
@@ -265,10 +319,16 @@ def both_responses(pairs: list[TokenPair], eos_token_id: int) -> datasets.Datase
     return datasets.Dataset.from_list(rows)
 
 
-def tokenize_eval(config: Config, form, pairs: list[Pair], votes: VotePairs | None) -> dict[str, list[TokenPair]]:
+def tokenize_eval(
+    config: Config, form, pairs: list[Pair], votes: VotePairs | None
+) -> dict[str, list[TokenPair]]:
     """What is scored at the end: the test pairs, and the votes that are held out, if there are any."""
-    sets = {"test pairs": pairs} | ({"held-out votes": votes.held_out} if votes and votes.held_out else {})
-    return {what: tokenize_pairs(part, form, config.max_length, what) for what, part in sets.items()}
+    sets = {"test pairs": pairs} | (
+        {"held-out votes": votes.held_out} if votes and votes.held_out else {}
+    )
+    return {
+        what: tokenize_pairs(part, form, config.max_length, what) for what, part in sets.items()
+    }
 
 
 def foresee(config: Config) -> dict[str, Any]:
@@ -283,7 +343,9 @@ def dry_run(config: Config, base, form, pairs, sft) -> None:
     tokenized = tokenize_pairs(pairs, form, config.max_length, "train")
     lengths = list(map(num_tokens, tokenized))
     show_data("training pairs", lengths)
-    console.print(f"optimizer steps: {num_steps(config, len(lengths))} of {config.batch_size} pairs")
+    console.print(
+        f"optimizer steps: {num_steps(config, len(lengths))} of {config.batch_size} pairs"
+    )
     shape = read_shape(base, config.dtype)
     check_between(config, 0, shape.layers, "role_layers")
     longest = max(lengths)
@@ -297,7 +359,9 @@ def dry_run(config: Config, base, form, pairs, sft) -> None:
 def make_plan(config: Config, base, sft, longest: int) -> Plan:
     """The memory plan on a card, by tokens of a micro-batch, for pairs of `longest` tokens at most."""
     shape = read_shape(base, config.dtype)
-    return lambda tokens: plan_reward(shape, config, sft["hyperparameters"]["lora_rank"], longest, tokens)
+    return lambda tokens: plan_reward(
+        shape, config, sft["hyperparameters"]["lora_rank"], longest, tokens
+    )
 
 
 class Trainer(Resumable, RewardTrainer):
@@ -317,7 +381,9 @@ class Trainer(Resumable, RewardTrainer):
         chosen, rejected = row["chosen_ids"], row["rejected_ids"]
         if sharded():  # both are read by themselves, and padded
             return 2 * max(len(chosen), len(rejected))
-        return len(chosen) + len(rejected) - len(commonprefix([chosen, rejected]))  # the prompt is read once
+        return (
+            len(chosen) + len(rejected) - len(commonprefix([chosen, rejected]))
+        )  # the prompt is read once
 
     def items(self, row: Row) -> int:
         return 1
@@ -382,7 +448,9 @@ def evaluate(
     judged = {what: judge(pairs) for what, pairs in scored.items()}
     metrics = judged["test pairs"]
     if not np.isfinite(metrics["score_std"]):
-        raise UserError("the reward model gives scores that are not finite: lower --learning-rate, or try --dtype fp32")
+        raise UserError(
+            "the reward model gives scores that are not finite: lower --learning-rate, or try --dtype fp32"
+        )
     for what, numbers in judged.items():
         console.print(describe(numbers, what))
     if not metrics["score_std"] > 1e-3:
@@ -391,7 +459,10 @@ def evaluate(
             "it has learned nothing; raise --learning-rate or train longer"
         )
     if "held-out votes" in judged:
-        metrics |= {f"votes_{name.removeprefix('eval_')}": value for name, value in judged["held-out votes"].items()}
+        metrics |= {
+            f"votes_{name.removeprefix('eval_')}": value
+            for name, value in judged["held-out votes"].items()
+        }
     metrics |= score_probe(config, shared, form)
     if said := describe_probe(metrics):
         console.print(said)
@@ -437,9 +508,16 @@ def eval_only(config: Config) -> None:
     if config.dry_run:
         raise UserError("--eval-only and --dry-run: give one of them")
     sft = read_run(config.sft_checkpoint, "sft")
-    check_child(read_run(config.output_dir, "reward", "--output-dir"), config.output_dir, sft, config.sft_checkpoint)
+    check_child(
+        read_run(config.output_dir, "reward", "--output-dir"),
+        config.output_dir,
+        sft,
+        config.sft_checkpoint,
+    )
     if (folder / "evaluation.json").exists() and not config.overwrite:
-        raise UserError(f"{folder}/evaluation.json exists: add --overwrite to replace it (nothing else is touched)")
+        raise UserError(
+            f"{folder}/evaluation.json exists: add --overwrite to replace it (nothing else is touched)"
+        )
     base = same_base(sft, config.sft_checkpoint, config.base_model)
     form = load_format(config.sft_checkpoint, sft)
     test_pairs = load_pairs(config.dataset, "test", config.max_eval_samples, columns=config.columns)

@@ -21,7 +21,14 @@ from typing import Literal
 
 from rlhf.base import check_context, identified
 from rlhf.card import choose_tokens, describe_start
-from rlhf.checkpoints import check_output, is_finished, output_folder, start_run, weights_of, write_run
+from rlhf.checkpoints import (
+    check_output,
+    is_finished,
+    output_folder,
+    start_run,
+    weights_of,
+    write_run,
+)
 from rlhf.cli import UserError, next_command, run
 from rlhf.data import PromptFormat, fingerprint, load_splits, tokenize_pairs
 from rlhf.decoder import Decoder, lay_out
@@ -73,15 +80,23 @@ class Config:
     dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
     card_gb: float = 12.0  # the card that --dry-run plans for
     measure: bool = False  # with --dry-run: make a few real steps on this machine, and say how long the run would take
-    prompt_format: Literal["hh", "model"] = "hh"  # hh: "\n\nHuman: ..."; model: an Instruct base's own chat template
+    prompt_format: Literal["hh", "model"] = (
+        "hh"  # hh: "\n\nHuman: ..."; model: an Instruct base's own chat template
+    )
 
-    max_length: int = 512  # tokens of prompt and response; prompts are cut from the left at a turn boundary
+    max_length: int = (
+        512  # tokens of prompt and response; prompts are cut from the left at a turn boundary
+    )
     max_train_samples: int | None = None  # the first so many rows; None: all
     max_eval_samples: int | None = 500  # the first so many test rows; None: all
 
     load_in_4bit: bool = True  # NF4 base with double quantisation (QLoRA, 2305.14314)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in; adapters are fp32
-    gradient_checkpointing: bool = False  # about a third slower, several times less activation memory
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = (
+        "auto"  # what the base computes in; adapters are fp32
+    )
+    gradient_checkpointing: bool = (
+        False  # about a third slower, several times less activation memory
+    )
     lora_rank: int = 16  # of the adapter on all linear layers
     lora_alpha: int = 32  # LoRA is scaled by alpha / rank
 
@@ -89,14 +104,20 @@ class Config:
     num_train_epochs: float = 2.0  # passes over the training rows
     max_steps: int | None = None  # stop after so many optimizer steps
     batch_size: int = 16  # rows of an optimizer step, of all processes
-    micro_batch_tokens: int | Literal["auto"] = "auto"  # that go through the model at once; auto: what the card holds
+    micro_batch_tokens: int | Literal["auto"] = (
+        "auto"  # that go through the model at once; auto: what the card holds
+    )
     warmup_ratio: float = 0.03  # share of the steps; then cosine to 0
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    eval_steps: int | Literal["auto"] | None = "auto"  # steps between test losses; auto: up to ten; None: at both ends
+    eval_steps: int | Literal["auto"] | None = (
+        "auto"  # steps between test losses; auto: up to ten; None: at both ends
+    )
     save_minutes: float = 10.0  # between states to resume from; a crash costs at most so long
     save_steps: int | None = None  # the same in optimizer steps, instead
     save_total_limit: int = 2  # states kept
-    log_with: Literal["tensorboard", "trackio", "wandb"] | None = None  # a tracker beside metrics.jsonl
+    log_with: Literal["tensorboard", "trackio", "wandb"] | None = (
+        None  # a tracker beside metrics.jsonl
+    )
     seed: int = 0  # of initialisation and shuffling
     preset: Literal["demo"] | None = None  # whose values stand where no flag changes them
 
@@ -125,7 +146,9 @@ PRESETS = {
 
 def main(config: Config) -> None:
     check_trainer_numbers(config)
-    check_output(config.output_dir, config.overwrite, config.base_model, config.dataset, resume=config.resume)
+    check_output(
+        config.output_dir, config.overwrite, config.base_model, config.dataset, resume=config.resume
+    )
     if is_finished(config):
         return
 
@@ -162,7 +185,11 @@ def main(config: Config) -> None:
             "train_rows": len(train_set),
             "sha256": fingerprint(train_pairs),
         }
-        same = {"base": [base["config_sha256"], weights_of(base)], "dtype": str(dtype), "data": data["sha256"]}
+        same = {
+            "base": [base["config_sha256"], weights_of(base)],
+            "dtype": str(dtype),
+            "data": data["sha256"],
+        }
         trainer.prepare(config, folder, same, "SFT", tokens, len(eval_set))
         start_run(folder, "sft", config, dtype, micro_batch_tokens=tokens)
         trainer.run()
@@ -209,7 +236,11 @@ def main(config: Config) -> None:
 def response_only(pairs):
     """Token ids and labels of the chosen responses; -100 hides the prompt from the loss."""
     rows = [
-        {"input_ids": p.prompt_ids + p.chosen_ids, "labels": [-100] * len(p.prompt_ids) + p.chosen_ids} for p in pairs
+        {
+            "input_ids": p.prompt_ids + p.chosen_ids,
+            "labels": [-100] * len(p.prompt_ids) + p.chosen_ids,
+        }
+        for p in pairs
     ]
     return datasets.Dataset.from_list(rows)
 
@@ -270,8 +301,12 @@ class Trainer(Resumable, SFTTrainer):
         texts = lay_out([row["input_ids"] for row in rows], self.args.device)
         following = np.array([label for row in rows for label in [*row["labels"][1:], -100]])
         labelled = np.flatnonzero(following != -100)
-        labels, places = torch.from_numpy(np.stack([following[labelled], labelled])).to(self.args.device)
-        states = self.decoder.run(self.decoder.embed(texts), texts, SFT, self.decoder.layers)[places]
+        labels, places = torch.from_numpy(np.stack([following[labelled], labelled])).to(
+            self.args.device
+        )
+        states = self.decoder.run(self.decoder.embed(texts), texts, SFT, self.decoder.layers)[
+            places
+        ]
         lm_head = self.decoder.model.get_output_embeddings().weight
         return chosen_logprobs(self.decoder.norm(states), lm_head, labels, 1.0, statistics=True)
 
@@ -284,7 +319,10 @@ class Trainer(Resumable, SFTTrainer):
 def make_trainer(config: Config, model, form, train_set, eval_set, dtype, folder: Path):
     """The trainer of `model` with a fresh LoRA adapter, which is kept in float32."""
     lora = LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=linear_names(model), task_type="CAUSAL_LM"
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=linear_names(model),
+        task_type="CAUSAL_LM",
     )
     trainer = Trainer(
         model=get_peft_model(model, lora),

@@ -22,8 +22,12 @@ from rlhf.plan import Shape, plan_ppo, plan_reward, plan_sft  # noqa: E402
 
 CARDS = (8, 12, 16, 24, 80)  # GB
 LLAMA = {
-    "3B": Shape(28, 3072, 8192, 24, 8, 128, 128_256, True, in_4bit=True, width=2, fused_attention=True),
-    "1B": Shape(16, 2048, 8192, 32, 8, 64, 128_256, True, in_4bit=True, width=2, fused_attention=True),
+    "3B": Shape(
+        28, 3072, 8192, 24, 8, 128, 128_256, True, in_4bit=True, width=2, fused_attention=True
+    ),
+    "1B": Shape(
+        16, 2048, 8192, 32, 8, 64, 128_256, True, in_4bit=True, width=2, fused_attention=True
+    ),
 }
 
 

@@ -54,17 +54,27 @@ WORK = ROOT / "runs" / "card"
 CAPS = (None, 8, 12, 24)  # GB; None: the whole card
 ROWS = (16, 32, 64, 128, 256)
 PROMPT, RESPONSE = 384, 128  # tokens at most
-TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32, "vocab_size": 49_152}
+TINY = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "vocab_size": 49_152,
+}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @dataclass(frozen=True)
 class Config:
-    base_model: str | None = None  # hub id or folder; None: Llama-3.2-3B's shape with random weights
+    base_model: str | None = (
+        None  # hub id or folder; None: Llama-3.2-3B's shape with random weights
+    )
     tokenizer: str = "models/SmolLM2-135M-Instruct"  # of the random weights: any will do
     tiny: bool = False  # a toy model and short runs, on a CPU too
     parts: tuple[str, ...] = ("phases", "decode", "checks", "trl")  # which to run
-    trl_1_12: str = str(TRL)  # a folder with TRL 1.12.0, the last one that had PPO; installed there if it can be
+    trl_1_12: str = str(
+        TRL
+    )  # a folder with TRL 1.12.0, the last one that had PPO; installed there if it can be
     minutes: float = 20.0  # a part is ended after so long
 
 
@@ -81,7 +91,8 @@ def main(config: Config) -> None:
         "commit": git_commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": {library: importlib.metadata.version(library) for library in libraries},
-        "base": config.base_model or ("a toy shape" if config.tiny else "Llama-3.2-3B's shape, random weights"),
+        "base": config.base_model
+        or ("a toy shape" if config.tiny else "Llama-3.2-3B's shape, random weights"),
     }
     for part, label, function, *arguments in plan_of(config):
         console.print(f"{label} ...")
@@ -96,7 +107,9 @@ def main(config: Config) -> None:
 def plan_of(config: Config) -> list[tuple]:
     """Part, label, function and its arguments, in order."""
     on_card = torch.cuda.is_available()
-    total = torch.cuda.get_device_properties(0).total_memory / 1e9 if on_card else 0  # asked without a context
+    total = (
+        torch.cuda.get_device_properties(0).total_memory / 1e9 if on_card else 0
+    )  # asked without a context
     plan: list[tuple] = []
     for cap in CAPS:
         if cap is None or (cap < total and not config.tiny):
@@ -114,7 +127,9 @@ def in_a_process(function: Callable, config: Config, arguments: list) -> dict[st
     """What `function` returns, or why it did not."""
     path = WORK / "part.json"
     path.unlink(missing_ok=True)
-    process = multiprocessing.get_context("spawn").Process(target=child, args=(function, config, arguments, path))
+    process = multiprocessing.get_context("spawn").Process(
+        target=child, args=(function, config, arguments, path)
+    )
     started = time.monotonic()
     process.start()
     process.join(60 * config.minutes)
@@ -125,7 +140,11 @@ def in_a_process(function: Callable, config: Config, arguments: list) -> dict[st
             process.kill()
         process.join()
         return {"failed": f"ended after {config.minutes:g} minutes"}
-    found = json.loads(path.read_text()) if path.exists() else {"failed": f"exit code {process.exitcode}"}
+    found = (
+        json.loads(path.read_text())
+        if path.exists()
+        else {"failed": f"exit code {process.exitcode}"}
+    )
     return found | {"seconds": round(time.monotonic() - started, 1)}
 
 
@@ -136,15 +155,23 @@ def child(function: Callable, config: Config, arguments: list, path: Path) -> No
     try:
         found = function(config, *arguments)
     except Exception as error:
-        found = {"failed": f"{type(error).__name__}: {str(error)[:500]}", "trace": traceback.format_exc()[-3000:]}
+        found = {
+            "failed": f"{type(error).__name__}: {str(error)[:500]}",
+            "trace": traceback.format_exc()[-3000:],
+        }
     path.write_text(json.dumps(found))
 
 
 def lines_of(found: dict[str, Any], prefix: str = "") -> list[str]:
     """What was found, a line for each group of numbers."""
-    flat = {name: value for name, value in found.items() if not isinstance(value, dict) and name != "trace"}
+    flat = {
+        name: value
+        for name, value in found.items()
+        if not isinstance(value, dict) and name != "trace"
+    }
     said = ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in flat.items()
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in flat.items()
     )
     lines = [f"{prefix}{said}"] if said else []
     for name, value in found.items():
@@ -175,7 +202,20 @@ def prepare(config: Config) -> None:
         shape = LlamaConfig(**LLAMA_3B.to_dict() | TINY) if config.tiny else LLAMA_3B
         write_model(Path(model_of(config)), config.tokenizer, shape)
     choose = random.Random(0)
-    words = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school"]
+    words = [
+        "time",
+        "year",
+        "people",
+        "way",
+        "day",
+        "man",
+        "thing",
+        "woman",
+        "life",
+        "child",
+        "world",
+        "school",
+    ]
 
     def text(count: int) -> str:
         return " ".join(choose.choice(words) for _ in range(count))
@@ -191,26 +231,52 @@ def prepare(config: Config) -> None:
     folder = WORK / "data"
     folder.mkdir(exist_ok=True)
     for split, count in (("train", 48 if config.tiny else 768), ("test", 8)):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row()) + "\n" for _ in range(count)))
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps(row()) + "\n" for _ in range(count))
+        )
 
 
 # ---------------------------------------------------------------- the three phases
 
 
-def settings(config: Config, folder: Path, four_bit: bool = True, dtype: str = "auto") -> dict[str, Any]:
+def settings(
+    config: Config, folder: Path, four_bit: bool = True, dtype: str = "auto"
+) -> dict[str, Any]:
     """The Config of each script, at its defaults but for what makes a run short."""
-    short = {"dataset": str(WORK / "data"), "overwrite": True, "dtype": dtype, "max_eval_samples": 8}
+    short = {
+        "dataset": str(WORK / "data"),
+        "overwrite": True,
+        "dtype": dtype,
+        "max_eval_samples": 8,
+    }
     sft, reward = str(folder / "sft"), str(folder / "reward")
     layers = {"role_layers": 2} if config.tiny else {}
     steps = {"max_steps": 3 if config.tiny else 8}
-    ppo = {"total_episodes": 3 * 64, "critic_warmup_updates": 0, "num_printed_samples": 0, "eval_steps": 1000}
+    ppo = {
+        "total_episodes": 3 * 64,
+        "critic_warmup_updates": 0,
+        "num_printed_samples": 0,
+        "eval_steps": 1000,
+    }
     if config.tiny:
-        ppo |= {"total_episodes": 24, "episodes_per_update": 8, "response_length": 8, "max_prompt_length": 64}
+        ppo |= {
+            "total_episodes": 24,
+            "episodes_per_update": 8,
+            "response_length": 8,
+            "max_prompt_length": 64,
+        }
     return {
         "sft": replace(
-            sft_train.Config(), base_model=model_of(config), load_in_4bit=four_bit, output_dir=sft, **steps, **short
+            sft_train.Config(),
+            base_model=model_of(config),
+            load_in_4bit=four_bit,
+            output_dir=sft,
+            **steps,
+            **short,
         ),
-        "reward": replace(reward_train.Config(), sft_checkpoint=sft, output_dir=reward, **steps, **short, **layers),
+        "reward": replace(
+            reward_train.Config(), sft_checkpoint=sft, output_dir=reward, **steps, **short, **layers
+        ),
         "ppo": replace(
             ppo_train.Config(),
             sft_checkpoint=sft,
@@ -245,9 +311,13 @@ def run_phases(of: dict[str, Any]) -> dict[str, Any]:
 
 def speed_of(folder: Path, config: Any) -> dict[str, Any]:
     """Medians over the steps of a finished run, the first one left out."""
-    rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "speed/tokens_per_second" in row][1:]
+    rows = [
+        row for row in read_jsonl(folder / "metrics.jsonl") if "speed/tokens_per_second" in row
+    ][1:]
     names = [
-        name for name in rows[0] if name.startswith(("time/", "speed/", "memory/", "policy/sampler", "policy/opt"))
+        name
+        for name in rows[0]
+        if name.startswith(("time/", "speed/", "memory/", "policy/sampler", "policy/opt"))
     ]
     middle = {name: max if name.startswith("memory/") else statistics.median for name in names}
     found = {name: middle[name](row[name] for row in rows if name in row) for name in names}
@@ -277,7 +347,9 @@ def open_policy(of: dict[str, Any]):
     return shared, form, config
 
 
-def made_up(shared, layers, rows: int, prompt: int, new: int, graphs: Graphs, lag: int = LAG) -> Decoding:
+def made_up(
+    shared, layers, rows: int, prompt: int, new: int, graphs: Graphs, lag: int = LAG
+) -> Decoding:
     """Rows that have read as many tokens of nothing."""
     decoding = Decoding(shared.decoder, "policy", layers, rows, prompt, new, 1.0, graphs, lag)
     decoding.lengths.fill_(prompt)
@@ -291,7 +363,10 @@ def decode(config: Config) -> dict[str, Any]:
     of = settings(config, WORK / "phases_whole")
     shared, _, _ = open_policy(of)
     bandwidth = measure_bandwidth(shared.device, 1 << (22 if config.tiny else 30))
-    found: dict[str, Any] = {"bandwidth_gb_per_second": bandwidth / 1e9, "launch_us": measure_launch(shared.device)}
+    found: dict[str, Any] = {
+        "bandwidth_gb_per_second": bandwidth / 1e9,
+        "launch_us": measure_launch(shared.device),
+    }
     shared.merge("policy")
     prompt, new = (40, 16) if config.tiny else (PROMPT, RESPONSE)
     head = shared.lm_head_weight().nbytes
@@ -323,10 +398,14 @@ def time_steps(shared, layers, rows: int, prompt: int, new: int) -> dict[str, fl
             decoding.step()
         synchronize()
         result[f"{how}_ms"] = 1000 * (time.perf_counter() - started) / steps
-        result["keys_and_values_gb"] = sum(part.nbytes for part in decoding.keys + decoding.values) / 1e9
+        result["keys_and_values_gb"] = (
+            sum(part.nbytes for part in decoding.keys + decoding.values) / 1e9
+        )
         if how == "eager" and on_card:
             result["kernels"] = count_kernels(decoding)
-        result["graphs"] = len(graphs.captured)  # 0 if a capture failed, and the graph's time is none
+        result["graphs"] = len(
+            graphs.captured
+        )  # 0 if a capture failed, and the graph's time is none
         graphs.clear()
         del decoding
     result["tokens_per_second"] = 1000 * rows / result["graph_ms"]
@@ -389,9 +468,14 @@ def check(config: Config, precision: str, dtype: str) -> dict[str, Any]:
     """
     folder = WORK / f"check_{precision.replace(' ', '')}_{dtype}"
     of = settings(config, folder, precision == "nf4", dtype)
-    of["ppo"] = replace(of["ppo"], critic_warmup_updates=1)  # an update without the policy, and one with it
+    of["ppo"] = replace(
+        of["ppo"], critic_warmup_updates=1
+    )  # an update without the policy, and one with it
     found = run_phases({phase: replace(of_phase, max_steps=2) for phase, of_phase in of.items()})
-    found = {phase: {"seconds_a_step": values["seconds_a_step"]} | policy_of(values) for phase, values in found.items()}
+    found = {
+        phase: {"seconds_a_step": values["seconds_a_step"]} | policy_of(values)
+        for phase, values in found.items()
+    }
     shared, form, _ = open_policy(of)
     shared.merge("policy")
     for weights, layers in (("base", shared.decoder.layers), ("merged", shared.merged.layers)):
@@ -408,7 +492,9 @@ def compare_graph(shared, form, layers, rows: int) -> dict[str, Any]:
     prompts = [form.prompt_ids((("user", "Hi " * (1 + 3 * row)),)) for row in range(rows)]
     written = []
     for graphs in (Graphs(False), Graphs(shared.device.type == "cuda")):
-        draws = torch.rand(rows, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        draws = torch.rand(
+            rows, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+        )
         longest = max(map(len, prompts))
         decoding = Decoding(shared.decoder, "policy", layers, rows, longest, 24, 1.0, graphs, 23)
         decoding.read(prompts, draws, 2048)
@@ -419,7 +505,11 @@ def compare_graph(shared, form, layers, rows: int) -> dict[str, Any]:
         written.append([decoding.receive()[:rows] for _ in range(24)])
         captured = len(graphs.captured)
         graphs.clear()
-    same = sum(a == b for ours, theirs in zip(*written, strict=True) for a, b in zip(ours, theirs, strict=True))
+    same = sum(
+        a == b
+        for ours, theirs in zip(*written, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
     return {"tokens": 24 * rows, "same": same, "graphs": captured}
 
 
@@ -461,7 +551,11 @@ def command(config: Any) -> list[str]:
         if value == field.default:
             continue
         flag = field.name.replace("_", "-")
-        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        flags += (
+            [f"--{flag}" if value else f"--no-{flag}"]
+            if isinstance(value, bool)
+            else [f"--{flag}", str(value)]
+        )
     return [sys.executable, str(ROOT / "ppo_train.py"), *flags]
 
 
@@ -504,8 +598,13 @@ def trl_trainer(config: Config, what: str) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(model_of(config), **options)
         make, peft = (SFTTrainer, SFTConfig), LoraConfig(**lora, task_type="CAUSAL_LM")
     else:
-        data = [{side: f"{row['prompt']} {row[side]}" for side in ("chosen", "rejected")} for row in rows]
-        model = AutoModelForSequenceClassification.from_pretrained(model_of(config), num_labels=1, **options)
+        data = [
+            {side: f"{row['prompt']} {row[side]}" for side in ("chosen", "rejected")}
+            for row in rows
+        ]
+        model = AutoModelForSequenceClassification.from_pretrained(
+            model_of(config), num_labels=1, **options
+        )
         model.config.pad_token_id = tokenizer.pad_token_id
         make, peft = (RewardTrainer, RewardConfig), LoraConfig(**lora, task_type="SEQ_CLS")
     trainer = make[0](
@@ -526,7 +625,9 @@ def trl_trainer(config: Config, what: str) -> dict[str, Any]:
 
     trainer.training_step = timed
     trainer.train()
-    seconds = (times[-1] - times[3]) / (steps - 1)  # from the end of the first step's parts to that of the last one's
+    seconds = (times[-1] - times[3]) / (
+        steps - 1
+    )  # from the end of the first step's parts to that of the last one's
     found = {"seconds_a_step": seconds, "rows_per_second": 16 / seconds}
     if torch.cuda.is_available():
         found["memory_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -546,7 +647,17 @@ def quantised(config: Config) -> dict[str, Any]:
 def trl_ppo(config: Config) -> dict[str, Any]:
     folder = Path(config.trl_1_12)
     if not (folder / "trl").exists():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), "trl==1.12.0"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(folder),
+            "trl==1.12.0",
+        ]
         if subprocess.run(pip, capture_output=True).returncode:
             return {"skipped": f"TRL 1.12.0 is not in {folder}, and pip cannot install it there"}
     sft = read_run(str(WORK / "phases_whole" / "sft"), "sft")
@@ -571,17 +682,35 @@ def trl_ppo(config: Config) -> dict[str, Any]:
         "response_length": 8 if config.tiny else RESPONSE,
         "temperature": 1.0,
     }
-    own = {"policy": model_of(config), "reward": model_of(config), "prompts": str(WORK / "prompts.json"), "seed": 0}
-    own |= {"value": "lora", "learning_rate": 5e-5, "value_learning_rate": 5e-5, "output_dir": str(out)}
+    own = {
+        "policy": model_of(config),
+        "reward": model_of(config),
+        "prompts": str(WORK / "prompts.json"),
+        "seed": 0,
+    }
+    own |= {
+        "value": "lora",
+        "learning_rate": 5e-5,
+        "value_learning_rate": 5e-5,
+        "output_dir": str(out),
+    }
     (WORK / "settings.json").write_text(json.dumps(own | card))
     script = [sys.executable, str(ROOT / "benchmarks" / "trl_ppo.py"), str(WORK / "settings.json")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    }
     done = subprocess.run(script, env=env, capture_output=True, text=True)
     if done.returncode:
         return {"failed": done.stderr[-500:]}
     rows = read_jsonl(out / "metrics.jsonl")[1:]
-    found = {name: statistics.median(row[name] for row in rows) for name in rows[0] if name.startswith("time/")}
-    memory = {name: max(row[name] for row in rows) for name in rows[0] if name.startswith("memory/")}
+    found = {
+        name: statistics.median(row[name] for row in rows)
+        for name in rows[0]
+        if name.startswith("time/")
+    }
+    memory = {
+        name: max(row[name] for row in rows) for name in rows[0] if name.startswith("memory/")
+    }
     return found | memory | {"rows_per_second": episodes / sum(found.values())}
 
 

@@ -36,7 +36,9 @@ class Config:
 
 def main(config: Config) -> None:
     (ROOT / config.output).parent.mkdir(parents=True, exist_ok=True)
-    process = multiprocessing.get_context("spawn").Process(target=make_checkpoint, args=(config.tokenizer,))
+    process = multiprocessing.get_context("spawn").Process(
+        target=make_checkpoint, args=(config.tokenizer,)
+    )
     process.start()
     process.join()
     if process.exitcode:
@@ -71,7 +73,9 @@ def measure(*arguments: str) -> tuple[float, float, float]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(os.waitstatus_to_exitcode(status))
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9  # in bytes there, in KiB on Linux
+    peak = (
+        usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    )  # in bytes there, in KiB on Linux
     return peak, time.monotonic() - started, usage.ru_utime + usage.ru_stime
 
 
@@ -101,8 +105,12 @@ def make_checkpoint(tokenizer: str) -> None:
     for name, module in modules:
         if isinstance(module, nn.Linear) and ".layers." in name:
             rank = RANK * (1 + (int(name.split(".")[2]) in upper))
-            state[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, module.in_features) * 0.02
-            state[f"base_model.model.{name}.lora_B.weight"] = torch.randn(module.out_features, rank) * 0.01
+            state[f"base_model.model.{name}.lora_A.weight"] = (
+                torch.randn(rank, module.in_features) * 0.02
+            )
+            state[f"base_model.model.{name}.lora_B.weight"] = (
+                torch.randn(module.out_features, rank) * 0.01
+            )
             names.add(name.rpartition(".")[2])
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     pattern = {rf"layers\.({'|'.join(map(str, upper))})\..*": 2 * RANK}
@@ -120,7 +128,15 @@ def make_checkpoint(tokenizer: str) -> None:
     form.tokenizer.save_pretrained(folder)
     base = base_facts(str(WORK / "model"), None, load_in_4bit=True)
     settings = PPOConfig(output_dir=str(folder))
-    write_run(folder, "ppo", settings, torch.bfloat16, time.monotonic(), base=base, prompt_format=form.name)
+    write_run(
+        folder,
+        "ppo",
+        settings,
+        torch.bfloat16,
+        time.monotonic(),
+        base=base,
+        prompt_format=form.name,
+    )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 MICRO_BATCH = 8
-BATCHES, RESPONSES = (8, 16, 32, 64), (32, 64, 128, 256)  # rows; tokens of the prompt, and of the response
+BATCHES, RESPONSES = (
+    (8, 16, 32, 64),
+    (32, 64, 128, 256),
+)  # rows; tokens of the prompt, and of the response
 BATCH, RESPONSE = 16, 64  # where the other is varied
 PHASES = ("rollout", "measure", "optimise")
 
@@ -57,19 +60,25 @@ class Config:
 
 def main(config: Config) -> None:
     (ROOT / config.output).parent.mkdir(parents=True, exist_ok=True)
-    sizes = sorted({*((batch, RESPONSE) for batch in BATCHES), *((BATCH, response) for response in RESPONSES)})
+    sizes = sorted(
+        {*((batch, RESPONSE) for batch in BATCHES), *((BATCH, response) for response in RESPONSES)}
+    )
     points = []
     context = multiprocessing.get_context("spawn")
     for batch, response in sizes:
         for vocabulary in config.vocabularies:
             ours, theirs = context.Pipe()
-            process = context.Process(target=measure, args=(config, batch, response, vocabulary, theirs))
+            process = context.Process(
+                target=measure, args=(config, batch, response, vocabulary, theirs)
+            )
             process.start()
             theirs.close()
             try:
                 points.append(ours.recv())
             except EOFError:
-                raise UserError(f"batch {batch}, response {response}, vocabulary {vocabulary} failed") from None
+                raise UserError(
+                    f"batch {batch}, response {response}, vocabulary {vocabulary} failed"
+                ) from None
             process.join()
             console.print(describe(points[-1]))
     results = {"hardware": hardware(), "points": points} | summary(points, config.vocabularies)
@@ -120,7 +129,13 @@ def measure(config: Config, batch: int, response: int, vocabulary: int, pipe) ->
     groups = [{"name": name, "params": shared.parameters(name)} for name in ("policy", "value")]
     optimizer = torch.optim.AdamW(groups, lr=1e-6, fused=True)
     shared.decoder.follow(optimizer)
-    update(replace(settings, response_length=8, episodes_per_update=8), shared, form, optimizer, prompts[:8])
+    update(
+        replace(settings, response_length=8, episodes_per_update=8),
+        shared,
+        form,
+        optimizer,
+        prompts[:8],
+    )
     with PeakMemory() as memory:
         seconds = update(settings, shared, form, optimizer, prompts)
     pipe.send(
@@ -143,10 +158,16 @@ def update(settings, shared, form, optimizer, prompts) -> dict[str, float]:
     responses = ppo_train.rollout(settings, shared, form, prompts, list(range(len(prompts))))
     assert {len(response.ids) for response in responses} == {settings.response_length}
     clock.lap("rollout")
-    batch = make_batch(prompts, responses, ppo_train.draw_minibatches(1, settings), form, shared.device)
+    batch = make_batch(
+        prompts, responses, ppo_train.draw_minibatches(1, settings), form, shared.device
+    )
     measured = ppo_train.measure(shared, batch, settings.temperature, 0.0)
     clock.lap("measure")
-    old = Old.of(measured, *ppo_train.advantages_and_returns(batch, measured, 0.05, 0.0, settings), shared.device)
+    old = Old.of(
+        measured,
+        *ppo_train.advantages_and_returns(batch, measured, 0.05, 0.0, settings),
+        shared.device,
+    )
     scaler = torch.amp.GradScaler(shared.device.type, enabled=False)
     ppo_train.optimise(settings, shared, batch, old, 0.0, optimizer, scaler, 1)
     clock.lap("optimise")
@@ -189,8 +210,12 @@ def series(points: list[dict[str, Any]], vocabulary: int, what: str) -> list[dic
 def exponents(points: list[dict[str, Any]]) -> dict[str, float]:
     """k of seconds ~ tokens^k, by least squares in logarithms, of each phase and of the whole update."""
     tokens = np.log([p["tokens"] for p in points])
-    seconds = {phase: [p["seconds"][phase] for p in points] for phase in PHASES} | {"update": list(map(total, points))}
-    return {name: float(np.polyfit(tokens, np.log(column), 1)[0]) for name, column in seconds.items()}
+    seconds = {phase: [p["seconds"][phase] for p in points] for phase in PHASES} | {
+        "update": list(map(total, points))
+    }
+    return {
+        name: float(np.polyfit(tokens, np.log(column), 1)[0]) for name, column in seconds.items()
+    }
 
 
 def total(point: dict[str, Any]) -> float:
@@ -207,7 +232,8 @@ def summary(points: list[dict[str, Any]], vocabularies: tuple[int, ...]) -> dict
     small, large = min(vocabularies), max(vocabularies)
     return {
         "exponents": {
-            what: {str(v): exponents(series(points, v, what)) for v in vocabularies} for what in ("batch", "response")
+            what: {str(v): exponents(series(points, v, what)) for v in vocabularies}
+            for what in ("batch", "response")
         },
         "peak_of_larger_over_smaller_vocabulary": {
             f"{batch} x {response}": gb / peaks[batch, response, small]
@@ -227,7 +253,11 @@ def describe(p: dict[str, Any]) -> str:
 
 def show(results: dict[str, Any], vocabularies: tuple[int, ...]) -> None:
     table = Table(
-        "batch", "response", "tokens", *(f"s, V {v}" for v in vocabularies), *(f"GB, V {v}" for v in vocabularies)
+        "batch",
+        "response",
+        "tokens",
+        *(f"s, V {v}" for v in vocabularies),
+        *(f"GB, V {v}" for v in vocabularies),
     )
     rows: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for point in results["points"]:
@@ -262,10 +292,17 @@ def plot(points: list[dict[str, Any]], vocabularies: tuple[int, ...], path: Path
         first = series(points, vocabularies[0], what)
         line = [total(first[0]) * p[what] / first[0][what] for p in first]
         time_axis.loglog(x, line, ":", color="gray", label="linear")
-        time_axis.set(xlabel=units[what], ylabel="seconds an update" if column == 0 else "", xticks=x, xticklabels=x)
+        time_axis.set(
+            xlabel=units[what],
+            ylabel="seconds an update" if column == 0 else "",
+            xticks=x,
+            xticklabels=x,
+        )
         time_axis.minorticks_off()
         time_axis.legend()
-        memory_axis.set(xlabel=units[what], ylabel="GB above the loaded models" if column == 0 else "")
+        memory_axis.set(
+            xlabel=units[what], ylabel="GB above the loaded models" if column == 0 else ""
+        )
     axes[0, 0].yaxis.set_major_formatter("{x:g}")
     axes[0, 0].set_yticks([5, 10, 20, 50, 100])
     axes[1, 0].set_ylim(bottom=0)

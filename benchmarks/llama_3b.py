@@ -93,8 +93,18 @@ def main(config: Config) -> None:
     sft, reward, ppo = sft_train.Config(), reward_train.Config(), ppo_train.Config()
     for name, script, longest, plan in (
         ("sft_train.py", sft, 512, lambda tokens: plan_sft(shape, sft, 512, tokens)),
-        ("reward_train.py", reward, 640, lambda tokens: plan_reward(shape, reward, 16, 640, tokens)),
-        ("ppo_train.py", ppo, 512, lambda tokens: plan_ppo(shape, ppo, 16, 16, 14, 384, tokens, Rollouts(32))),
+        (
+            "reward_train.py",
+            reward,
+            640,
+            lambda tokens: plan_reward(shape, reward, 16, 640, tokens),
+        ),
+        (
+            "ppo_train.py",
+            ppo,
+            512,
+            lambda tokens: plan_ppo(shape, ppo, 16, 16, 14, 384, tokens, Rollouts(32)),
+        ),
     ):
         console.print(name)
         show_plan(plan, longest, script)
@@ -109,7 +119,10 @@ def write_model(folder: Path, tokenizer: str, shape: LlamaConfig = LLAMA_3B) -> 
         return
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
-        shapes = {name: tuple(weight.shape) for name, weight in LlamaForCausalLM(shape).state_dict().items()}
+        shapes = {
+            name: tuple(weight.shape)
+            for name, weight in LlamaForCausalLM(shape).state_dict().items()
+        }
     shapes.pop("lm_head.weight")  # tied
     files: dict[str, list[str]] = {}
     for name in shapes:
@@ -124,7 +137,10 @@ def write_model(folder: Path, tokenizer: str, shape: LlamaConfig = LLAMA_3B) -> 
     config = replace_ids(AutoTokenizer.from_pretrained(tokenizer), folder, shape)
     config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
     config.save_pretrained(folder)
-    index = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: file for file, names in files.items() for name in names},
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -142,15 +158,23 @@ def write_data(folder: Path, tokenizer: str) -> None:
 
     def pair(words: int, good: str, bad: str) -> Pair:
         return Pair(
-            (("user", " ".join(["a"] * words)),), " ".join([good] * (RESPONSE - 1)), " ".join([bad] * (RESPONSE - 1))
+            (("user", " ".join(["a"] * words)),),
+            " ".join([good] * (RESPONSE - 1)),
+            " ".join([bad] * (RESPONSE - 1)),
         )
 
     words = PROMPT - len(tokenize_prompt(pair(1, "b", "c").turns, form, PROMPT)) + 1
     pairs = [pair(words, good, bad) for good, bad in zip("bcdefghijk", "BCDEFGHIJK", strict=True)]
     for tokens in tokenize_pairs(pairs, form, PROMPT + RESPONSE + 1, "made pairs"):
-        assert (len(tokens.prompt_ids), len(tokens.chosen_ids)) == (PROMPT, RESPONSE), "a word is not one token"
+        assert (len(tokens.prompt_ids), len(tokens.chosen_ids)) == (PROMPT, RESPONSE), (
+            "a word is not one token"
+        )
     rows = [
-        {"prompt": f"\n\nHuman: {pair.turns[0][1]}\n\nAssistant:", "chosen": pair.chosen, "rejected": pair.rejected}
+        {
+            "prompt": f"\n\nHuman: {pair.turns[0][1]}\n\nAssistant:",
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+        }
         for pair in pairs
     ]
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +189,12 @@ def write_data(folder: Path, tokenizer: str) -> None:
 def measure(phase: str) -> None:
     """Run one script for two steps, or one PPO update, under the count; writes PHASE.json."""
     quiet_libraries()
-    shared = {"dataset": str(WORK / "data"), "output_dir": str(WORK / phase), "overwrite": True, "dtype": "bf16"}
+    shared = {
+        "dataset": str(WORK / "data"),
+        "output_dir": str(WORK / phase),
+        "overwrite": True,
+        "dtype": "bf16",
+    }
     shared["gradient_checkpointing"] = True
     step = {
         "max_steps": 2,
@@ -177,7 +206,10 @@ def measure(phase: str) -> None:
         base = {"base_model": str(WORK / "model"), "batch_size": 1}
         script, config = sft_train, replace(sft_train.Config(), **base, **shared, **step)
     elif phase == "reward":
-        script, config = reward_train, replace(reward_train.Config(), batch_size=2, **sft, **shared, **step)
+        script, config = (
+            reward_train,
+            replace(reward_train.Config(), batch_size=2, **sft, **shared, **step),
+        )
     else:
         script = ppo_train
         rollouts = Rollouts(8, merged=phase == MERGED, kept=phase == MERGED)
@@ -206,7 +238,9 @@ def measure(phase: str) -> None:
     plan = {
         "sft": lambda: plan_sft(shape, config, PROMPT + RESPONSE, CPU_TOKENS),
         "reward": lambda: plan_reward(shape, config, 16, PROMPT + 2 * RESPONSE, CPU_TOKENS),
-        "ppo": lambda: plan_ppo(shape, config, 16, 16, reward_train.Config().role_layers, PROMPT, CPU_TOKENS, rollouts),
+        "ppo": lambda: plan_ppo(
+            shape, config, 16, 16, reward_train.Config().role_layers, PROMPT, CPU_TOKENS, rollouts
+        ),
     }[phase.removesuffix("_merged")]()
     result = {
         "counted_gb": {owner: memory.peak[owner] / 1e9 for owner in OWNERS},
@@ -225,11 +259,18 @@ def watch(script, memory: TensorMemory) -> None:
 
     def outer(*args, **kwargs):
         result = inner(*args, **kwargs)
-        models = [result[0].peft, *result[0].heads.values()] if script is ppo_train else [result.model]
+        models = (
+            [result[0].peft, *result[0].heads.values()] if script is ppo_train else [result.model]
+        )
         for model in models:
             register(model, memory)
         owner = result[0] if script is ppo_train else getattr(result, "shared", result)
-        for stack in (stack for layer in owner.decoder.layers for m in layer.maps for stack in m.stacks.values()):
+        for stack in (
+            stack
+            for layer in owner.decoder.layers
+            for m in layer.maps
+            for stack in m.stacks.values()
+        ):
             for tensor in (stack.a, stack.b) if stack else ():
                 memory.add(tensor, "adapters", again=True)
         memory.loading = sum(memory.peak.values())
@@ -274,7 +315,9 @@ def show(phase: str, result: dict[str, Any]) -> None:
     for column in ("owner", "counted", "planned"):
         table.add_column(column, justify="left" if column == "owner" else "right")
     for owner in OWNERS:
-        table.add_row(owner, f"{result['counted_gb'][owner]:.2f}", f"{result['planned_gb'][owner]:.2f}")
+        table.add_row(
+            owner, f"{result['counted_gb'][owner]:.2f}", f"{result['planned_gb'][owner]:.2f}"
+        )
     counted, planned = (sum(result[what].values()) for what in ("counted_gb", "planned_gb"))
     table.add_row("all", f"{counted:.2f}", f"{planned:.2f}")
     console.print(table)

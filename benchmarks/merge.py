@@ -36,8 +36,12 @@ class Config:
 
 @torch.no_grad()
 def main(config: Config) -> None:
-    form = load_format(config.checkpoint, read_run(config.checkpoint, export.phase_of(config.checkpoint)))
-    turns = list(dict.fromkeys(pair.turns for pair in load_pairs(config.dataset, "test")))[: config.prompts]
+    form = load_format(
+        config.checkpoint, read_run(config.checkpoint, export.phase_of(config.checkpoint))
+    )
+    turns = list(dict.fromkeys(pair.turns for pair in load_pairs(config.dataset, "test")))[
+        : config.prompts
+    ]
     with tempfile.TemporaryDirectory() as folder:
         export.main(export.Config(config.checkpoint, folder, dtype="fp32", overwrite=True))
         merged = AutoModelForCausalLM.from_pretrained(folder)
@@ -47,7 +51,10 @@ def main(config: Config) -> None:
             ids = torch.tensor([form.prompt_ids(turn)])
             answers = [
                 model.generate(
-                    input_ids=ids, do_sample=False, min_new_tokens=config.tokens, max_new_tokens=config.tokens
+                    input_ids=ids,
+                    do_sample=False,
+                    min_new_tokens=config.tokens,
+                    max_new_tokens=config.tokens,
                 )
                 for model in (beside, merged)
             ]

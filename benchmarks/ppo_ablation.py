@@ -51,14 +51,18 @@ def value_from_scratch(stack: ExitStack) -> None:
 
 def unwhitened(stack: ExitStack) -> None:
     """Advantages as they are, neither centred nor scaled."""
-    stack.enter_context(mock.patch.object(ppo_train, "whiten", lambda values, shift_mean=True: values))
+    stack.enter_context(
+        mock.patch.object(ppo_train, "whiten", lambda values, shift_mean=True: values)
+    )
 
 
 def uncentred(stack: ExitStack) -> None:
     """Scores without SFT's mean taken off."""
     advantages, token_values = ppo_train.advantages_and_returns, ppo_train.token_values
     changes: dict[str, Callable] = {
-        "advantages_and_returns": lambda batch, measured, kl, _, config: advantages(batch, measured, kl, 0.0, config),
+        "advantages_and_returns": lambda batch, measured, kl, _, config: advantages(
+            batch, measured, kl, 0.0, config
+        ),
         "token_values": lambda shared, micro, lower, _: token_values(shared, micro, lower, 0.0),
     }
     stack.enter_context(mock.patch.multiple(ppo_train, **changes))
@@ -72,7 +76,12 @@ class Variant:
 
 NEVER = 10**9
 # rm-static's texts are longer than the demo's, and its scores closer together: half a standard deviation for an end.
-PPO = {"max_prompt_length": 160, "response_length": 64, "missing_eos_penalty": 0.3, "num_printed_samples": 0}
+PPO = {
+    "max_prompt_length": 160,
+    "response_length": 64,
+    "missing_eos_penalty": 0.3,
+    "num_printed_samples": 0,
+}
 VARIANTS = {
     "baseline": Variant(),
     "value_from_scratch": Variant(patch=value_from_scratch),
@@ -80,11 +89,16 @@ VARIANTS = {
     "advantages_not_whitened": Variant(patch=unwhitened),
     "scores_not_centred": Variant(patch=uncentred),
     "score_clip_1": Variant({"score_clip": 1.0}),  # the preset's 5 is never reached here
-    "kl_horizon_200": Variant({"kl_horizon": 200}),  # at the preset's 10,000 the coefficient stays within 1 % here
+    "kl_horizon_200": Variant(
+        {"kl_horizon": 200}
+    ),  # at the preset's 10,000 the coefficient stays within 1 % here
     "no_kl_stop": Variant({"kl_stop": 1e9}),
     "missing_eos_penalty_1": Variant({"missing_eos_penalty": 1.0}),  # ppo_train.py's default
 }
-SAME = ("baseline", "scores_not_centred")  # but for rounding: with gamma 1 scores and values move together
+SAME = (
+    "baseline",
+    "scores_not_centred",
+)  # but for rounding: with gamma 1 scores and values move together
 
 
 @dataclass(frozen=True)
@@ -120,20 +134,30 @@ def trained(folder: Path) -> dict[str, Any]:
     """Of a finished run: its metrics, the rows of its looks at the held-out prompts, each prompt's gains, and of each update how
     much of the returns' variance the values explain."""
     samples = read_jsonl(folder / "samples.jsonl")
-    first, last = ([row for row in samples if row["update"] == at] for at in (0, samples[-1]["update"]))
-    gains = {name: [b[name] - a[name] for a, b in zip(first, last, strict=True)] for name in ("score", "gold_score")}
+    first, last = (
+        [row for row in samples if row["update"] == at] for at in (0, samples[-1]["update"])
+    )
+    gains = {
+        name: [b[name] - a[name] for a, b in zip(first, last, strict=True)]
+        for name in ("score", "gold_score")
+    }
     rows = read_jsonl(folder / "metrics.jsonl")
     return {
         "metrics": json.loads((folder / "run.json").read_text())["metrics"],
         "gains": gains,
         "looks": [row for row in rows if "eval/kl" in row],
-        "explained_variance": [row["val/explained_variance"] for row in rows if "val/explained_variance" in row],
+        "explained_variance": [
+            row["val/explained_variance"] for row in rows if "val/explained_variance" in row
+        ],
     }
 
 
 def train(config: Config, folder: Path) -> None:
     variant = VARIANTS[config.variant]
-    parents = {name: getattr(config, name) for name in ("sft_checkpoint", "reward_checkpoint", "gold_checkpoint")}
+    parents = {
+        name: getattr(config, name)
+        for name in ("sft_checkpoint", "reward_checkpoint", "gold_checkpoint")
+    }
     settings = replace(
         ppo_train.PRESETS["demo"],
         **parents,

@@ -45,7 +45,16 @@ BATCH = 16  # episodes of a TRL update
 SAME_ALGORITHM = [
     *["--episodes-per-update", "16", "--num-mini-batches", "1"],
     *["--num-ppo-epochs", "4", "--role-layers", "0", "--rollout-batch-size", "16"],
-    *["--warmup-updates", "0", "--critic-warmup-updates", "0", "--kl-stop", "1e9", "--kl-controller", "fixed"],
+    *[
+        "--warmup-updates",
+        "0",
+        "--critic-warmup-updates",
+        "0",
+        "--kl-stop",
+        "1e9",
+        "--kl-controller",
+        "fixed",
+    ],
 ]
 SHIPPED_DEFAULTS = ["--warmup-updates", "1", "--critic-warmup-updates", "0"]
 
@@ -59,7 +68,9 @@ class Config:
     max_eval_samples: int | None = 80  # held-out prompts
     runs: int = 3  # of each trainer, each with a seed of its own
     episodes: int = 384  # of each run; a multiple of 32
-    learning_rate: float = 3e-4  # of TRL's policy and of same_algorithm's; at the demo's 1e-3 both lose in score
+    learning_rate: float = (
+        3e-4  # of TRL's policy and of same_algorithm's; at the demo's 1e-3 both lose in score
+    )
     value_learning_rate: float = 5e-4  # of their value adapters
     output: str = "benchmarks/results/ppo_vs_trl.json"
 
@@ -94,7 +105,17 @@ def prepare(config: Config) -> None:
     WORK.mkdir(exist_ok=True)
     (WORK / ".gitignore").write_text("*\n")
     if not (TRL / "trl").exists():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL), "trl==1.12.0"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(TRL),
+            "trl==1.12.0",
+        ]
         subprocess.run(pip, check=True)
     tokenizer = load_tokenizer(config.sft_checkpoint)
     form = PromptFormat(read_run(config.sft_checkpoint, "sft")["prompt_format"], tokenizer)
@@ -104,8 +125,16 @@ def prepare(config: Config) -> None:
     # TRL's models are whole ones, so the adapters are merged into copies of the base.
     options = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id, "dtype": torch.float32}
     for name, model in (
-        ("policy", AutoPeftModelForCausalLM.from_pretrained(config.sft_checkpoint, dtype=torch.float32)),
-        ("reward", AutoPeftModelForSequenceClassification.from_pretrained(config.reward_checkpoint, **options)),
+        (
+            "policy",
+            AutoPeftModelForCausalLM.from_pretrained(config.sft_checkpoint, dtype=torch.float32),
+        ),
+        (
+            "reward",
+            AutoPeftModelForSequenceClassification.from_pretrained(
+                config.reward_checkpoint, **options
+            ),
+        ),
     ):
         model.merge_and_unload().to(torch.bfloat16).save_pretrained(WORK / name)
         tokenizer.save_pretrained(WORK / name)
@@ -162,7 +191,11 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
         }
         (out / "metrics.jsonl").unlink(missing_ok=True)
         (WORK / "settings.json").write_text(json.dumps(settings))
-        command = [sys.executable, str(ROOT / "benchmarks" / "trl_ppo.py"), str(WORK / "settings.json")]
+        command = [
+            sys.executable,
+            str(ROOT / "benchmarks" / "trl_ppo.py"),
+            str(WORK / "settings.json"),
+        ]
     else:
         rates = [
             *["--learning-rate", str(config.learning_rate)],
@@ -171,10 +204,26 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
         same = [*SAME_ALGORITHM, *rates, "--reward-checkpoint", str(WORK / "reward_all_layers")]
         command = [
             *[sys.executable, str(ROOT / "ppo_train.py"), "--preset", "demo", "--overwrite"],
-            *["--sft-checkpoint", config.sft_checkpoint, "--reward-checkpoint", config.reward_checkpoint],
+            *[
+                "--sft-checkpoint",
+                config.sft_checkpoint,
+                "--reward-checkpoint",
+                config.reward_checkpoint,
+            ],
             *["--dataset", config.dataset, "--output-dir", str(out), "--seed", str(seed)],
-            *["--total-episodes", str(config.episodes), "--max-eval-samples", "4", "--num-printed-samples", "0"],
-            *(["--max-train-samples", str(config.max_train_samples)] if config.max_train_samples else []),
+            *[
+                "--total-episodes",
+                str(config.episodes),
+                "--max-eval-samples",
+                "4",
+                "--num-printed-samples",
+                "0",
+            ],
+            *(
+                ["--max-train-samples", str(config.max_train_samples)]
+                if config.max_train_samples
+                else []
+            ),
             *(same if name == "same_algorithm" else SHIPPED_DEFAULTS),
         ]
     console.print(f"{name}, seed {seed} ...")
@@ -186,7 +235,10 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
         raise UserError(f"{name} failed; see {log.name}")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "time/rollout" in row]
-    seconds = {phase: sum(row[f"time/{phase}"] for row in rows) for phase in ("rollout", "measure", "optimise")}
+    seconds = {
+        phase: sum(row[f"time/{phase}"] for row in rows)
+        for phase in ("rollout", "measure", "optimise")
+    }
     result = {
         "trainer": name,
         "seed": seed,
@@ -196,7 +248,9 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
         "seconds_per_update": {phase: total / len(rows) for phase, total in seconds.items()},
         "training_score": [row["objective/scores"] for row in rows],
     }
-    console.print(f"  {result['samples_per_second']:.3f} samples/s, {result['peak_rss_gb']:.2f} GB peak")
+    console.print(
+        f"  {result['samples_per_second']:.3f} samples/s, {result['peak_rss_gb']:.2f} GB peak"
+    )
     return result
 
 
@@ -232,12 +286,18 @@ def summary(config: Config, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "config": {name: str(value) for name, value in vars(config).items()},
         "sft_score": sft.scores.mean().item(),
         "sft_score_std": sft.scores.std().item(),
-        "trl": {what: median("trl", what) for what in ("samples_per_second", "peak_rss_gb")} | learning("trl"),
-        "trl_full_value": {what: median("trl_full_value", what) for what in ("samples_per_second", "peak_rss_gb")},
+        "trl": {what: median("trl", what) for what in ("samples_per_second", "peak_rss_gb")}
+        | learning("trl"),
+        "trl_full_value": {
+            what: median("trl_full_value", what) for what in ("samples_per_second", "peak_rss_gb")
+        },
     }
     for name in ("same_algorithm", "shipped_defaults"):
         difference = torch.stack(
-            [learned[name, seed].scores - learned["trl", seed].scores for seed in range(config.runs)]
+            [
+                learned[name, seed].scores - learned["trl", seed].scores
+                for seed in range(config.runs)
+            ]
         )
         results[name] = {
             "speed_ratio": median(name, "samples_per_second") / median("trl", "samples_per_second"),
@@ -253,7 +313,11 @@ def summary(config: Config, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def judge(config: Config, name: str, seed: int) -> ppo_train.Evaluation:
     """Answers to the held-out prompts, scored: of the SFT policy, or of what a run has trained on top of it."""
-    sft, settings, state = read_run(config.sft_checkpoint, "sft"), replace(ours(config), dtype="bf16"), None
+    sft, settings, state = (
+        read_run(config.sft_checkpoint, "sft"),
+        replace(ours(config), dtype="bf16"),
+        None,
+    )
     form = load_format(config.sft_checkpoint, sft)
     shared, _ = ppo_train.load_models(settings, sft, form)
     folder = str(WORK / f"{name}_{seed}")
@@ -263,7 +327,11 @@ def judge(config: Config, name: str, seed: int) -> ppo_train.Evaluation:
     elif name != "sft":
         policy = read_stacked(folder, shared)
         state = policy["state"]
-        shape = {"lora_rank": policy["rank"], "lora_alpha": policy["alpha"], "role_layers": policy["num_layers"]}
+        shape = {
+            "lora_rank": policy["rank"],
+            "lora_alpha": policy["alpha"],
+            "role_layers": policy["num_layers"],
+        }
     if state is not None:
         shared, _ = ppo_train.load_models(replace(settings, **shape), sft, form)
         shared.load("policy", state)
@@ -277,7 +345,9 @@ def hardware() -> str:
 
 def cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown CPU")
+    return next(
+        (line.split(":")[1].strip() for line in lines if "model name" in line), "unknown CPU"
+    )
 
 
 def show(results: dict[str, Any]) -> None:
@@ -288,7 +358,9 @@ def show(results: dict[str, Any]) -> None:
         r = results[name]
         low, high = r["score_gain_interval"]
         kl = statistics.mean(r["kl_by_seed"])
-        ratios = [f" ({r[ratio]:.2f}x)" if ratio in r else "" for ratio in ("speed_ratio", "memory_ratio")]
+        ratios = [
+            f" ({r[ratio]:.2f}x)" if ratio in r else "" for ratio in ("speed_ratio", "memory_ratio")
+        ]
         table.add_row(
             name,
             f"{r['samples_per_second']:.3f}{ratios[0]}",
@@ -298,7 +370,11 @@ def show(results: dict[str, Any]) -> None:
         )
     full = results["trl_full_value"]
     table.add_row(
-        "trl, all of the value model", f"{full['samples_per_second']:.3f}", f"{full['peak_rss_gb']:.2f}", "", ""
+        "trl, all of the value model",
+        f"{full['samples_per_second']:.3f}",
+        f"{full['peak_rss_gb']:.2f}",
+        "",
+        "",
     )
     console.print(table)
 

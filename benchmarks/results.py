@@ -59,7 +59,9 @@ class Config:
     work: str = "runs/results"
     output: str = "docs"
     jobs: int = 1  # steps at a time, each with its share of the cores
-    only: str = ""  # a regular expression: do only the steps whose names begin like it, and what they need
+    only: str = (
+        ""  # a regular expression: do only the steps whose names begin like it, and what they need
+    )
     only_report: bool = False  # write the report of what is finished, and train nothing
 
 
@@ -94,7 +96,9 @@ def steps(config: Config) -> list[Step]:
         judged = f"compare_outputs.py --preset demo --sft-checkpoint {work}/{sft} --reward-checkpoint {work}/{gold} "
         judged += f"--ppo-checkpoint {work}/{ppo} --max-prompt-length 160 --temperature 0.7 --batch-size 16 --show 0 "
         command = f"{judged}--overwrite {data} --num-test-prompts {PROMPTS} --output-dir {work}/compare_{seed}"
-        todo.append(Step(f"compare_{seed}", f"compare_{seed}", 20, command, comparison, (sft, gold, ppo)))
+        todo.append(
+            Step(f"compare_{seed}", f"compare_{seed}", 20, command, comparison, (sft, gold, ppo))
+        )
         if seed == SEEDS[0]:
             command = f"{judged}--overwrite --dataset demo/data --num-test-prompts 80 --output-dir {work}/samples"
             todo.append(Step("samples", "samples", 4, command, samples, (sft, gold, ppo)))
@@ -102,7 +106,9 @@ def steps(config: Config) -> list[Step]:
         sft, reward = f"sft_{seed}", f"reward_{seed}"
         todo.append(ablation("reward", "half", seed, 6, data, work, (sft, reward)))
     for seed in SEEDS:
-        for variant in reward_ablation.VARIANTS if seed in ABLATION_SEEDS else ("recipe", "head_zero"):
+        for variant in (
+            reward_ablation.VARIANTS if seed in ABLATION_SEEDS else ("recipe", "head_zero")
+        ):
             todo.append(ablation("reward", variant, seed, 16, data, work, ("sft_0",)))
     averaged = tuple(f"reward_head_zero_{seed}" for seed in range(reward_ablation.AVERAGED))
     todo.append(ablation("reward", "averaged", 0, 6, data, work, ("sft_0", *averaged)))
@@ -112,11 +118,15 @@ def steps(config: Config) -> list[Step]:
         todo.append(ablation("reward", "stock", seed, 12, data, work, needed))
     for seed in SEEDS:
         for variant in ppo_ablation.VARIANTS:
-            todo.append(ablation("ppo", variant, seed, 17, data, work, ("sft_0", "reward_0", "gold_0")))
+            todo.append(
+                ablation("ppo", variant, seed, 17, data, work, ("sft_0", "reward_0", "gold_0"))
+            )
     return todo
 
 
-def ablation(what: str, variant: str, seed: int, minutes: int, data: str, work: str, needs: tuple[str, ...]) -> Step:
+def ablation(
+    what: str, variant: str, seed: int, minutes: int, data: str, work: str, needs: tuple[str, ...]
+) -> Step:
     """A run of reward_ablation.py or ppo_ablation.py; the checkpoints it starts from are the first of `needs`."""
     name, folder = f"{variant}_{seed}", f"{what}_ablation"
     command = f"benchmarks/{what}_ablation.py --variant {variant} --seed {seed} {data} --work {work}/{folder}"
@@ -144,12 +154,19 @@ def main(config: Config) -> None:
         show_cost(config, todo)
         do_all(config, todo, shown)
     records = {
-        step.name: json.loads(path.read_text()) for step in steps(config) if (path := path_of(config, step)).exists()
+        step.name: json.loads(path.read_text())
+        for step in steps(config)
+        if (path := path_of(config, step)).exists()
     }
     if not records:
         raise UserError(f"there is no record in {config.work}/records to report")
     rows = {"train": 2 * REWARD["max_train_samples"], "test": REWARD["max_eval_samples"]}
-    report = {"dataset": Path(config.dataset).name, "rows": rows, "steps": shown, "records": records}
+    report = {
+        "dataset": Path(config.dataset).name,
+        "rows": rows,
+        "steps": shown,
+        "records": records,
+    }
     report["summary"] = results_page.summary(records)
     output, plots = ROOT / config.output, []
     output.mkdir(parents=True, exist_ok=True)
@@ -166,7 +183,8 @@ def public(config: Config) -> dict[str, str]:
     """The places of the config as they may be shown: of those that are this machine's own, the name."""
     places = {name: getattr(config, name) for name in ("base_model", "dataset", "work")}
     return {
-        name: f"path/to/{Path(place).name}" if Path(place).is_absolute() else place for name, place in places.items()
+        name: f"path/to/{Path(place).name}" if Path(place).is_absolute() else place
+        for name, place in places.items()
     }
 
 
@@ -184,7 +202,9 @@ def to_do(config: Config, shown: dict[str, str]) -> list[Step]:
     """The steps to do, in order: those without a record, and those whose folders these need and that are gone."""
     every = steps(config)
     names = {
-        step.name for step in every if re.match(config.only, step.name) and not is_done(config, step, shown[step.name])
+        step.name
+        for step in every
+        if re.match(config.only, step.name) and not is_done(config, step, shown[step.name])
     }
     folders = {step.name: ROOT / config.work / step.folder for step in every}
     for step in reversed(every):
@@ -198,7 +218,9 @@ def show_cost(config: Config, todo: list[Step]) -> None:
     table = Table("step", "minutes, about", title="On one core of an AMD EPYC with AVX512-BF16")
     for step in todo:
         table.add_row(step.name, str(step.minutes))
-    table.add_row("all, with --jobs on as many cores", str(sum(step.minutes for step in todo) // config.jobs))
+    table.add_row(
+        "all, with --jobs on as many cores", str(sum(step.minutes for step in todo) // config.jobs)
+    )
     console.print(table)
 
 
@@ -226,7 +248,10 @@ def do(config: Config, step: Step, shown: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     console.print(f"{time.strftime('%H:%M')} {step.name}: see {os.path.relpath(log, ROOT)}")
     command = step.command
-    if any((work / f"{step.folder}.partial").glob("step-*/manifest.json")) and "--overwrite" in command:
+    if (
+        any((work / f"{step.folder}.partial").glob("step-*/manifest.json"))
+        and "--overwrite" in command
+    ):
         command = command.replace("--overwrite", "--resume")
     with log.open("w") as file:
         done = subprocess.run(
@@ -237,7 +262,9 @@ def do(config: Config, step: Step, shown: str) -> None:
             stderr=subprocess.STDOUT,
         )
     if done.returncode:
-        raise UserError(f"{step.name} failed (see {log}); mend it and start again: what is finished is kept")
+        raise UserError(
+            f"{step.name} failed (see {log}); mend it and start again: what is finished is kept"
+        )
     if is_done(config, step, shown):
         return  # only its folder was gone; what others made of it rests on what the record tells of
     how = {"command": shown, "commit": git_commit(), "cpu": cpu(), "threads": threads}
@@ -256,7 +283,9 @@ def trained(folder: Path) -> dict[str, Any]:
     evaluation = folder / "evaluation.json"
     if evaluation.exists():
         whole = json.loads(evaluation.read_text())
-        found["evaluation"] = {name: whole[name] for name in ("calibration", "by_length", "by_turns")}
+        found["evaluation"] = {
+            name: whole[name] for name in ("calibration", "by_length", "by_turns")
+        }
     return found
 
 
@@ -272,7 +301,9 @@ def comparison(folder: Path) -> dict[str, Any]:
         name: {
             "score": [entry["answers"][name]["score"] for entry in report["prompts"]],
             "tokens": [entry["answers"][name]["tokens"] for entry in report["prompts"]],
-            "ended": [entry["answers"][name]["ended_by"] != "length" for entry in report["prompts"]],
+            "ended": [
+                entry["answers"][name]["ended_by"] != "length" for entry in report["prompts"]
+            ],
         }
         for name in report["models"]
     }
@@ -282,8 +313,14 @@ def comparison(folder: Path) -> dict[str, Any]:
 def samples(folder: Path) -> dict[str, Any]:
     """The prompts at PERCENTILES of the gold gain over SFT, with all answers."""
     entries = json.loads((folder / "compare.json").read_text())["prompts"]
-    entries.sort(key=lambda entry: entry["answers"]["PPO"]["score"] - entry["answers"]["SFT"]["score"])
-    return {"shown": [{"percentile": p, **entries[round(p / 100 * (len(entries) - 1))]} for p in PERCENTILES]}
+    entries.sort(
+        key=lambda entry: entry["answers"]["PPO"]["score"] - entry["answers"]["SFT"]["score"]
+    )
+    return {
+        "shown": [
+            {"percentile": p, **entries[round(p / 100 * (len(entries) - 1))]} for p in PERCENTILES
+        ]
+    }
 
 
 if __name__ == "__main__":

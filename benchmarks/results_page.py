@@ -13,7 +13,11 @@ import numpy as np
 import ppo_ablation
 import reward_ablation
 
-SEEDS = (0, 1, 2)  # of the chains, PPO's ablation, and of the reward recipe, the adapters that are averaged, and stock
+SEEDS = (
+    0,
+    1,
+    2,
+)  # of the chains, PPO's ablation, and of the reward recipe, the adapters that are averaged, and stock
 ABLATION_SEEDS = (0, 1)  # of the other variants of the reward model
 SAMPLES = 10_000  # of a bootstrap
 PERCENTILES = (100, 90, 50, 10, 0)  # of the gold gain over SFT: the samples that are shown
@@ -32,7 +36,9 @@ def summary(records: Records) -> dict[str, Any]:
     if "reward_recipe_0" in records:
         found["reward"] = reward_summary(records)
     if finished(records, "compare"):
-        found["wins"] = win_summary([records[f"compare_{seed}"]["answers"] for seed in finished(records, "compare")])
+        found["wins"] = win_summary(
+            [records[f"compare_{seed}"]["answers"] for seed in finished(records, "compare")]
+        )
     if "metrics" in records.get("ppo_baseline_0", {}):
         found["ppo_ablation"] = ablation_summary(records)
     return found
@@ -47,25 +53,41 @@ def finished(records: Records, step: str) -> list[int]:
 def reward_summary(records: Records) -> dict[str, Any]:
     """For each variant the means over its seeds, with intervals, beside the recipe's."""
     names = ["half", *reward_ablation.VARIANTS, "averaged", *reward_ablation.STOCK]
-    runs = {name: [records[key] for seed in SEEDS if (key := f"reward_{name}_{seed}") in records] for name in names}
+    runs = {
+        name: [records[key] for seed in SEEDS if (key := f"reward_{name}_{seed}") in records]
+        for name in names
+    }
     runs = {name: found for name, found in runs.items() if found}
     rows: dict[str, dict[str, Any]] = {name: {"seeds": len(found)} for name, found in runs.items()}
     for part, prefix in (("validation", "validation_"), ("test", "")):
-        right = {name: marks([run[part] for run in found], "right") for name, found in runs.items() if part in found[0]}
+        right = {
+            name: marks([run[part] for run in found], "right")
+            for name, found in runs.items()
+            if part in found[0]
+        }
         longer = marks([runs["recipe"][0][part]], "longer")
         for name, values in right.items():
             found = interval("accuracy", values) | interval("above_longer_wins", values, longer)
             if name not in ("recipe", "half"):
                 found |= interval("above_recipe", values, right["recipe"])
-            for key in ("length_balanced_accuracy", "eval_loss", "calibration_error", "score_length_correlation"):
+            for key in (
+                "length_balanced_accuracy",
+                "eval_loss",
+                "calibration_error",
+                "score_length_correlation",
+            ):
                 found[key] = float(np.mean([run[part][key] for run in runs[name]]))
             rows[name] |= {f"{prefix}{key}": value for key, value in found.items()}
     for name, found in runs.items():
-        rows[name] |= {key: float(np.mean([run[key] for run in found])) for key in ("pairs", "seconds")}
+        rows[name] |= {
+            key: float(np.mean([run[key] for run in found])) for key in ("pairs", "seconds")
+        }
     recipe = runs["recipe"][0]
-    return {"longer_wins": float(longer.mean()), "max_length": recipe["config"]["max_length"], "variants": rows} | {
-        f"{part}_pairs": recipe[part]["eval_pairs"] for part in ("validation", "test")
-    }
+    return {
+        "longer_wins": float(longer.mean()),
+        "max_length": recipe["config"]["max_length"],
+        "variants": rows,
+    } | {f"{part}_pairs": recipe[part]["eval_pairs"] for part in ("validation", "test")}
 
 
 def win_summary(compared: list[dict[str, Any]]) -> dict[str, Any]:
@@ -80,8 +102,13 @@ def win_summary(compared: list[dict[str, Any]]) -> dict[str, Any]:
     wins, longer, ended = np.array(wins), np.array(longer), np.array(ended)
     equal = at_equal_length(wins, longer)
     found = {"seeds": len(wins), "prompts": wins.shape[1]} | interval("win_rate", wins)
-    found |= dict(zip(("at_equal_length", "at_equal_length_low", "at_equal_length_high"), equal, strict=True))
-    found |= {"both_ended": int(ended.sum()), "win_rate_where_both_ended": float(wins[ended].mean())}
+    found |= dict(
+        zip(("at_equal_length", "at_equal_length_low", "at_equal_length_high"), equal, strict=True)
+    )
+    found |= {
+        "both_ended": int(ended.sum()),
+        "win_rate_where_both_ended": float(wins[ended].mean()),
+    }
     correlations = [np.corrcoef(gain, more)[0, 1] for gain, more in zip(gains, longer, strict=True)]
     return found | {"length_correlation": float(np.mean(correlations))}
 
@@ -93,7 +120,10 @@ def ablation_summary(records: Records) -> dict[str, Any]:
     for variant in ppo_ablation.VARIANTS:
         found = [records[key] for seed in SEEDS if (key := f"ppo_{variant}_{seed}") in records]
         whole = [run for run in found if "metrics" in run]
-        rows[variant] = {"failed": [run["failed"] for run in found if "failed" in run], "seeds": len(whole)}
+        rows[variant] = {
+            "failed": [run["failed"] for run in found if "failed" in run],
+            "seeds": len(whole),
+        }
         if whole:
             runs[variant] = whole
             for key in ("ppo_kl", "ppo_response_length", "ppo_eos_rate", "ppo_entropy"):
@@ -104,13 +134,24 @@ def ablation_summary(records: Records) -> dict[str, Any]:
             rows[variant]["explained_variance_last_third"] = float(explained[:, -third:].mean())
     settings, metrics = records["ppo_baseline_0"]["config"], records["ppo_baseline_0"]["metrics"]
     sft = {key: metrics[f"sft_{key}"] for key in ("response_length", "eos_rate", "entropy")}
-    summary = {"episodes": settings["total_episodes"], "prompts": settings["max_eval_samples"], "sft": sft}
+    summary = {
+        "episodes": settings["total_episodes"],
+        "prompts": settings["max_eval_samples"],
+        "sft": sft,
+    }
     for name in ("score", "gold_score"):
-        gains = {variant: np.array([run["gains"][name] for run in whole]) for variant, whole in runs.items()}
+        gains = {
+            variant: np.array([run["gains"][name] for run in whole])
+            for variant, whole in runs.items()
+        }
         for variant, found in gains.items():
             rows[variant][f"{name}_gains"] = found.mean(1).tolist()
-        others = {variant: found for variant, found in gains.items() if variant not in ppo_ablation.SAME}
-        baseline = np.concatenate([found for variant, found in gains.items() if variant in ppo_ablation.SAME])
+        others = {
+            variant: found for variant, found in gains.items() if variant not in ppo_ablation.SAME
+        }
+        baseline = np.concatenate(
+            [found for variant, found in gains.items() if variant in ppo_ablation.SAME]
+        )
         spread = deviations([baseline, *others.values()])
         summary[f"{name}_std"] = float(np.sqrt((spread.mean(1) ** 2).mean()))
         for variant, found in others.items():
@@ -132,7 +173,9 @@ def interval(name: str, values: np.ndarray, against: np.ndarray | None = None) -
     return between(name, sum(part.mean() for part in parts), samples)
 
 
-def pooled_interval(name: str, values: np.ndarray, against: np.ndarray, spread: np.ndarray) -> dict[str, float]:
+def pooled_interval(
+    name: str, values: np.ndarray, against: np.ndarray, spread: np.ndarray
+) -> dict[str, float]:
     """Mean of `values` [runs, prompts], less that of `against`; bootstrap over the prompts, and over the runs by `spread`.
 
     Two or three runs of a variant say too little of how far such runs lie apart: what a bootstrap draws in place of each is
@@ -150,7 +193,9 @@ def deviations(gains: list[np.ndarray]) -> np.ndarray:
 
     Of variants of one run nothing is known; if that is all there is, no run deviates.
     """
-    found = [(own - own.mean(0)) * (len(own) / (len(own) - 1)) ** 0.5 for own in gains if len(own) > 1]
+    found = [
+        (own - own.mean(0)) * (len(own) / (len(own) - 1)) ** 0.5 for own in gains if len(own) > 1
+    ]
     return np.concatenate(found or [np.zeros_like(gains[0][:1])])
 
 
@@ -252,8 +297,13 @@ def reward_part(reward: dict[str, Any]) -> list[str]:
         cells = [str(v["seeds"]), f"{v['pairs']:.0f}"]
         for prefix in ("validation_", ""):
             cells.append(share(v, f"{prefix}accuracy") if f"{prefix}accuracy" in v else "")
-            cells.append(signed(v, f"{prefix}above_recipe", ".3f") if f"{prefix}above_recipe" in v else "")
-        cells += [f"{v[key]:.3f}" for key in ("length_balanced_accuracy", "eval_loss", "calibration_error")]
+            cells.append(
+                signed(v, f"{prefix}above_recipe", ".3f") if f"{prefix}above_recipe" in v else ""
+            )
+        cells += [
+            f"{v[key]:.3f}"
+            for key in ("length_balanced_accuracy", "eval_loss", "calibration_error")
+        ]
         rows.append((name, *cells, f"{v['score_length_correlation']:.2f}", f"{v['seconds']:.0f}"))
     return [
         "## What makes a better reward model",
@@ -274,12 +324,22 @@ def reward_part(reward: dict[str, Any]) -> list[str]:
 
 def chains_part(records: Records, plots: list[str]) -> list[str]:
     chains = {seed: records[f"ppo_{seed}"]["metrics"] for seed in finished(records, "ppo")}
-    judges = ("model", "accuracy", "longer wins", "length-balanced", "calibration error", "correlation with length")
+    judges = (
+        "model",
+        "accuracy",
+        "longer wins",
+        "length-balanced",
+        "calibration error",
+        "correlation with length",
+    )
     rows = [
         (
             f"{name} {seed}",
             share(m, "eval_accuracy"),
-            *(f"{m[key]:.3f}" for key in ("longer_wins_accuracy", "length_balanced_accuracy", "calibration_error")),
+            *(
+                f"{m[key]:.3f}"
+                for key in ("longer_wins_accuracy", "length_balanced_accuracy", "calibration_error")
+            ),
             f"{m['score_length_correlation']:.2f}",
         )
         for seed in chains
@@ -316,7 +376,11 @@ def chains_part(records: Records, plots: list[str]) -> list[str]:
         for seed, m in chains.items()
     ]
     warned = [f"seed {seed}: {text}" for seed, m in chains.items() for text in m["warnings"]]
-    settings = ", ".join(f"{name} {value}" for name, value in ppo_ablation.PPO.items() if name != "num_printed_samples")
+    settings = ", ".join(
+        f"{name} {value}"
+        for name, value in ppo_ablation.PPO.items()
+        if name != "num_printed_samples"
+    )
     return [
         "## PPO",
         "Reward models of the first half of all pairs, which PPO trains against, and gold ones of the second half, on the test pairs. The "
@@ -380,9 +444,17 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
             )
             rows.append((variant, *cells, *shown))
     sft = ablation["sft"]
-    cells = ("0", f"{sft['response_length']:.1f}", f"{sft['eos_rate']:.0%}", f"{sft['entropy']:.2f}", "")
+    cells = (
+        "0",
+        f"{sft['response_length']:.1f}",
+        f"{sft['eos_rate']:.0%}",
+        f"{sft['entropy']:.2f}",
+        "",
+    )
     rows.insert(0, ("the SFT model", "", "", "", "", *cells))
-    failed = [f"{name} ({text})" for name, v in ablation["variants"].items() for text in v["failed"]]
+    failed = [
+        f"{name} ({text})" for name, v in ablation["variants"].items() for text in v["failed"]
+    ]
     compared = len(set(ablation["variants"]) - set(ppo_ablation.SAME))
     usual, demo = ppo_train.Config(), ppo_train.PRESETS["demo"]
     head = (
@@ -424,7 +496,11 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
 
 def clear(part: dict[str, Any], key: str, form: str = ".2f") -> str:
     """The variants whose difference `key` has an interval without 0."""
-    found = [(name, v) for name, v in part["variants"].items() if key in v and v[f"{key}_low"] * v[f"{key}_high"] > 0]
+    found = [
+        (name, v)
+        for name, v in part["variants"].items()
+        if key in v and v[f"{key}_low"] * v[f"{key}_high"] > 0
+    ]
     return ", ".join(f"`{name}` ({v[key]:+{form}})" for name, v in found) or "none"
 
 
@@ -439,8 +515,13 @@ def sample_part(shown: list[dict[str, Any]]) -> list[str]:
         gain = answers["PPO"]["score"] - answers["SFT"]["score"]
         lines = [f"{SPEAKERS[role]}: {text}" for role, text in sample["turns"]]
         for name in ("base", "SFT", "PPO"):
-            lines.append(f"[{name}, gold score {answers[name]['score']:.2f}] {answers[name]['text']}")
-        parts += [f"Percentile {sample['percentile']}, gain {gain:+.2f}:", fenced("\n\n".join(lines))]
+            lines.append(
+                f"[{name}, gold score {answers[name]['score']:.2f}] {answers[name]['text']}"
+            )
+        parts += [
+            f"Percentile {sample['percentile']}, gain {gain:+.2f}:",
+            fenced("\n\n".join(lines)),
+        ]
     return parts
 
 

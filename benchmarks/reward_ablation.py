@@ -31,7 +31,15 @@ import reward_train  # noqa: E402
 from rlhf.checkpoints import read_run, sha256  # noqa: E402
 from rlhf.cli import UserError, run  # noqa: E402
 from rlhf.data import PromptFormat, load_pairs, tokenize_pairs  # noqa: E402
-from rlhf.modeling import SharedBase, choose_dtype, load_base, load_format, load_tokenizer, pad_right, read_stacked  # noqa: E402
+from rlhf.modeling import (
+    SharedBase,
+    choose_dtype,
+    load_base,
+    load_format,
+    load_tokenizer,
+    pad_right,
+    read_stacked,
+)  # noqa: E402
 from rlhf.reporting import console  # noqa: E402
 from rlhf.reward_eval import ScoredPairs, judge  # noqa: E402
 from rlhf.training import device  # noqa: E402
@@ -93,8 +101,19 @@ def recipe(config: Config) -> reward_train.Config:
         "half": "first",
         "output_dir": str(folder(config)),
     }
-    sizes = {"max_length": config.max_length, "max_train_samples": config.pairs, "max_eval_samples": config.test_pairs}
-    return replace(reward_train.PRESETS["demo"], **sources, **sizes, overwrite=True, seed=config.seed, **changes)
+    sizes = {
+        "max_length": config.max_length,
+        "max_train_samples": config.pairs,
+        "max_eval_samples": config.test_pairs,
+    }
+    return replace(
+        reward_train.PRESETS["demo"],
+        **sources,
+        **sizes,
+        overwrite=True,
+        seed=config.seed,
+        **changes,
+    )
 
 
 def main(config: Config) -> None:
@@ -110,7 +129,9 @@ def main(config: Config) -> None:
         judge_average(config, parts, sum(map(train_seconds, parts)))
     elif config.variant == "half":
         made = read_run(config.reward_checkpoint, "reward")
-        judge_average(config, [Path(config.reward_checkpoint)], train_seconds(Path(config.reward_checkpoint)))
+        judge_average(
+            config, [Path(config.reward_checkpoint)], train_seconds(Path(config.reward_checkpoint))
+        )
         config = replace(config, pairs=made["data"]["train_rows"])
     else:
         stock(config)
@@ -120,19 +141,30 @@ def main(config: Config) -> None:
 
 
 def folder(config: Config, variant: str | None = None, seed: int | None = None) -> Path:
-    return Path(config.work) / f"{variant or config.variant}_{config.seed if seed is None else seed}"
+    return (
+        Path(config.work) / f"{variant or config.variant}_{config.seed if seed is None else seed}"
+    )
 
 
 def record(config: Config) -> dict[str, Any]:
     """What the run got right, pair by pair (2 right, 1 a tie, 0 wrong), with its other numbers."""
     here = folder(config)
     settings = asdict(config) | {"dataset": Path(config.dataset).name}
-    found: dict[str, Any] = {"config": settings, "pairs": pairs_seen(config), "seconds": train_seconds(here)}
+    found: dict[str, Any] = {
+        "config": settings,
+        "pairs": pairs_seen(config),
+        "seconds": train_seconds(here),
+    }
     for what in ("validation", "scores"):
         if (here / f"{what}.json").exists():
             pairs = read_scores(here / f"{what}.json")
-            numbers = {key: value for key, value in judge(pairs).items() if not isinstance(value, list)}
-            marks = {key: "".join(f"{2 * x:.0f}" for x in getattr(pairs, key)) for key in ("right", "longer")}
+            numbers = {
+                key: value for key, value in judge(pairs).items() if not isinstance(value, list)
+            }
+            marks = {
+                key: "".join(f"{2 * x:.0f}" for x in getattr(pairs, key))
+                for key in ("right", "longer")
+            }
             found["test" if what == "scores" else what] = numbers | marks
     return found
 
@@ -141,7 +173,9 @@ def pairs_seen(config: Config) -> int:
     """The pairs that the run was trained on: all, if it was not cut short."""
     if config.variant != "stock":
         return config.pairs
-    return min(config.pairs, STOCK_BATCH * json.loads((folder(config) / "run.json").read_text())["steps"])
+    return min(
+        config.pairs, STOCK_BATCH * json.loads((folder(config) / "run.json").read_text())["steps"]
+    )
 
 
 # ---------------------------------------------------------------- our runs
@@ -164,7 +198,9 @@ def train(config: Config) -> None:
             losses, margin = super().pair_losses(chosen, rejected), chosen - rejected
             if variant.balance_lengths:
                 losses = losses + (self.weights - 1) * -F.logsigmoid(margin)
-            if variant.label_smoothing:  # -(1 - e) logsigmoid(m) - e logsigmoid(-m) = -logsigmoid(m) + e m
+            if (
+                variant.label_smoothing
+            ):  # -(1 - e) logsigmoid(m) - e logsigmoid(-m) = -logsigmoid(m) + e m
                 losses = losses + variant.label_smoothing * margin
             return losses
 
@@ -187,12 +223,22 @@ def train(config: Config) -> None:
         save_validation(config, shared, form, folder)
         return judge_test(settings, shared, form, eval_sets, folder)
 
-    original, write, judge_test = reward_train.make_trainer, reward_train.write_evaluation, reward_train.evaluate
-    changes = {"Trainer": Trainer, "make_trainer": make_trainer, "write_evaluation": write_evaluation}
+    original, write, judge_test = (
+        reward_train.make_trainer,
+        reward_train.write_evaluation,
+        reward_train.evaluate,
+    )
+    changes = {
+        "Trainer": Trainer,
+        "make_trainer": make_trainer,
+        "write_evaluation": write_evaluation,
+    }
     changes["evaluate"] = evaluate
     with mock.patch.multiple(reward_train, **changes):
         settings = recipe(config)
-        reward_train.main(replace(settings, sft_checkpoint=str(blank)) if variant.without_sft else settings)
+        reward_train.main(
+            replace(settings, sft_checkpoint=str(blank)) if variant.without_sft else settings
+        )
     shutil.rmtree(blank, ignore_errors=True)
 
 
@@ -201,7 +247,11 @@ def blank_sft(folder: str, blank: Path) -> None:
     shutil.rmtree(blank, ignore_errors=True)
     shutil.copytree(folder, blank)
     weights = blank / "adapter_model.safetensors"
-    save_file({name: w * ("lora_B" not in name) for name, w in load_file(weights).items()}, weights, {"format": "pt"})
+    save_file(
+        {name: w * ("lora_B" not in name) for name, w in load_file(weights).items()},
+        weights,
+        {"format": "pt"},
+    )
     facts = json.loads((blank / "run.json").read_text()) | {"adapter_sha256": sha256(weights)}
     (blank / "run.json").write_text(json.dumps(facts))
 
@@ -221,7 +271,9 @@ def judge_average(config: Config, folders: list[Path], seconds: float) -> None:
     here = folder(config)
     here.mkdir(exist_ok=True)
     save_validation(config, shared, form, here)
-    tokens = tokenize_pairs(load_pairs(config.dataset, "test", config.test_pairs), form, config.max_length, "test")
+    tokens = tokenize_pairs(
+        load_pairs(config.dataset, "test", config.test_pairs), form, config.max_length, "test"
+    )
     save_scores(here / "scores.json", reward_train.score(shared, tokens, form.eos_token_id))
     (here / "run.json").write_text(json.dumps({"seconds": seconds}))
 
@@ -230,7 +282,9 @@ def open_base(config: Config) -> tuple[SharedBase, PromptFormat]:
     sft = read_run(config.sft_checkpoint, "sft")
     form = load_format(config.sft_checkpoint, sft)
     dtype = choose_dtype("auto", device())
-    return SharedBase(load_base(sft["base"], dtype, form.pad_token_id), config.sft_checkpoint, dtype), form
+    return SharedBase(
+        load_base(sft["base"], dtype, form.pad_token_id), config.sft_checkpoint, dtype
+    ), form
 
 
 def save_validation(config: Config, shared: SharedBase, form: PromptFormat, folder: Path) -> None:
@@ -244,7 +298,9 @@ def save_scores(path: Path, pairs: ScoredPairs) -> None:
 
 
 def read_scores(path: Path) -> ScoredPairs:
-    return ScoredPairs(**{name: np.array(values) for name, values in json.loads(path.read_text()).items()})
+    return ScoredPairs(
+        **{name: np.array(values) for name, values in json.loads(path.read_text()).items()}
+    )
 
 
 # ---------------------------------------------------------------- TRL's
@@ -264,7 +320,9 @@ def stock(config: Config) -> None:
     steps = math.ceil(pairs / STOCK_BATCH)
     if config.variant == "stock":
         whole = json.loads((folder(config, "stock_epoch", 0) / "run.json").read_text())
-        steps = max(1, round(train_seconds(folder(config, "recipe")) / whole["seconds"] * whole["steps"]))
+        steps = max(
+            1, round(train_seconds(folder(config, "recipe")) / whole["seconds"] * whole["steps"])
+        )
     stock_run(config, form, sources, steps)
     shutil.rmtree(sources)
 
@@ -275,7 +333,10 @@ def write_texts(config: Config, form: PromptFormat, folder: Path) -> int:
     pairs = load_pairs(config.dataset, "train", config.pairs, "first")
     rows = []
     for p in tokenize_pairs(pairs, form, config.max_length, "train"):
-        answers = [ids[:-1] if ids[-1] == form.eos_token_id else ids for ids in (p.chosen_ids, p.rejected_ids)]
+        answers = [
+            ids[:-1] if ids[-1] == form.eos_token_id else ids
+            for ids in (p.chosen_ids, p.rejected_ids)
+        ]
         chosen, rejected = (form.tokenizer.decode(p.prompt_ids + ids) for ids in answers)
         rows.append(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
     (folder / "train.jsonl").write_text("".join(rows))
@@ -286,10 +347,37 @@ def stock_run(config: Config, form: PromptFormat, sources: Path, steps: int) -> 
     here = folder(config)
     log = here.with_suffix(".log")
     command = [
-        *[str(Path(sys.executable).with_name("trl")), "reward", "--model_name_or_path", f"{sources}/merged"],
-        *["--dataset_name", f"{sources}/pairs", "--output_dir", str(here), "--max_steps", str(steps)],
-        *["--use_peft", "--lora_r", "16", "--lora_alpha", "32", "--lora_target_modules", "all-linear"],
-        *["--lora_task_type", "SEQ_CLS", "--save_strategy", "no", "--gradient_checkpointing", "False"],
+        *[
+            str(Path(sys.executable).with_name("trl")),
+            "reward",
+            "--model_name_or_path",
+            f"{sources}/merged",
+        ],
+        *[
+            "--dataset_name",
+            f"{sources}/pairs",
+            "--output_dir",
+            str(here),
+            "--max_steps",
+            str(steps),
+        ],
+        *[
+            "--use_peft",
+            "--lora_r",
+            "16",
+            "--lora_alpha",
+            "32",
+            "--lora_target_modules",
+            "all-linear",
+        ],
+        *[
+            "--lora_task_type",
+            "SEQ_CLS",
+            "--save_strategy",
+            "no",
+            "--gradient_checkpointing",
+            "False",
+        ],
         *["--report_to", "none", "--seed", str(config.seed)],
         *(["--use_cpu", "True"] if device().type == "cpu" else []),
     ]
@@ -307,13 +395,23 @@ def stock_scores(config: Config, form: PromptFormat, folder: Path) -> ScoredPair
     model = AutoPeftModelForSequenceClassification.from_pretrained(
         folder, num_labels=1, pad_token_id=form.pad_token_id, dtype=torch.float32
     ).eval()
-    pairs = tokenize_pairs(load_pairs(config.dataset, "test", config.test_pairs), form, config.max_length, "test")
+    pairs = tokenize_pairs(
+        load_pairs(config.dataset, "test", config.test_pairs), form, config.max_length, "test"
+    )
     eos, scores = form.eos_token_id, []
-    answers = [[reward_train.closed(ids, eos) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs]
+    answers = [
+        [reward_train.closed(ids, eos) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs
+    ]
     for start in range(0, len(pairs), 8):
         part = range(start, min(start + 8, len(pairs)))
-        ids = pad_right([pairs[i].prompt_ids + answer for i in part for answer in answers[i]], form.pad_token_id, "cpu")
-        scores.append(model(ids, attention_mask=(ids != form.pad_token_id).long()).logits.float().view(-1, 2))
+        ids = pad_right(
+            [pairs[i].prompt_ids + answer for i in part for answer in answers[i]],
+            form.pad_token_id,
+            "cpu",
+        )
+        scores.append(
+            model(ids, attention_mask=(ids != form.pad_token_id).long()).logits.float().view(-1, 2)
+        )
     chosen, rejected = torch.cat(scores).double().numpy().T
     tokens = np.array([[len(a), len(b)] for a, b in answers])
     turns = np.array([sum(role == "user" for role, _ in p.pair.turns) for p in pairs])

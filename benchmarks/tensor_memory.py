@@ -44,7 +44,11 @@ class TensorMemory(TorchDispatchMode):
             return "logits"
         if shape in self.lora_shapes and tensor.dtype == torch.float32:
             return "optimizer"
-        if len(shape) == 4 and (shape[1], shape[3]) == self.cache_shape and not torch.is_grad_enabled():
+        if (
+            len(shape) == 4
+            and (shape[1], shape[3]) == self.cache_shape
+            and not torch.is_grad_enabled()
+        ):
             return "KV cache"
         return "activations"
 

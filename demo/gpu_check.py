@@ -45,7 +45,10 @@ def main() -> int:
     elif "--allow-cpu" in sys.argv[1:]:
         card = "no card, on the CPU"
     else:
-        print("error: torch sees no CUDA card on this machine; --allow-cpu runs the check without one", file=sys.stderr)
+        print(
+            "error: torch sees no CUDA card on this machine; --allow-cpu runs the check without one",
+            file=sys.stderr,
+        )
         return 2
 
     lines, failed = [], False
@@ -56,9 +59,13 @@ def main() -> int:
         took = f"{time.monotonic() - started:.0f} s"
         run_json = Path(flags[flags.index("--output-dir") + 1]) / "run.json"
         memory = (
-            f", peak memory {json.loads(run_json.read_text())['peak_memory_gib']:.2f} GiB" if run_json.exists() else ""
+            f", peak memory {json.loads(run_json.read_text())['peak_memory_gib']:.2f} GiB"
+            if run_json.exists()
+            else ""
         )
-        lines.append(f"{'FAILED' if failed else 'passed'}  {script:<19} {took}{'' if failed else memory}")
+        lines.append(
+            f"{'FAILED' if failed else 'passed'}  {script:<19} {took}{'' if failed else memory}"
+        )
         if failed:
             break  # the later scripts need this one
     else:
@@ -80,10 +87,15 @@ def compare_graphs() -> dict[str, dict[str, int]]:
     import card
 
     checkpoints = {"sft_checkpoint": SFT, "reward_checkpoint": REWARD}
-    shared, form, _ = card.open_policy({"ppo": dataclasses.replace(ppo_train.PRESETS["demo"], **checkpoints)})
+    shared, form, _ = card.open_policy(
+        {"ppo": dataclasses.replace(ppo_train.PRESETS["demo"], **checkpoints)}
+    )
     shared.merge("policy")
     through = {"base": shared.decoder.layers, "merged": shared.merged.layers}
-    return {weights: card.compare_graph(shared, form, layers, rows=8) for weights, layers in through.items()}
+    return {
+        weights: card.compare_graph(shared, form, layers, rows=8)
+        for weights, layers in through.items()
+    }
 
 
 if __name__ == "__main__":

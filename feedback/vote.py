@@ -46,9 +46,13 @@ class Config:
     report: str = "reports/compare.json"  # of compare_outputs.py
     votes: str = "feedback/votes.jsonl"  # votes are appended to it
     models: tuple[str, ...] = ()  # two or more of the report's (base, SFT, PPO); none: all of them
-    voter: str = os.environ.get("USER") or "me"  # who votes on this machine; on the network, the log-in's name
+    voter: str = (
+        os.environ.get("USER") or "me"
+    )  # who votes on this machine; on the network, the log-in's name
     port: int = 7860
-    share_on_network: bool = False  # answer other machines too, which need the password that is printed then
+    share_on_network: bool = (
+        False  # answer other machines too, which need the password that is printed then
+    )
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,9 @@ class Ballot:
 
 def main(config: Config) -> None:
     report, digest = read_report(Path(config.report))
-    poll = Poll(report, digest, config.models or tuple(report["models"]), VoteFile(Path(config.votes)))
+    poll = Poll(
+        report, digest, config.models or tuple(report["models"]), VoteFile(Path(config.votes))
+    )
     host, auth = "127.0.0.1", None
     if config.share_on_network:
         host, password = "0.0.0.0", secrets.token_urlsafe(9)
@@ -84,7 +90,9 @@ def main(config: Config) -> None:
         def auth(name: str, given: str) -> bool:
             return bool(name.strip()) and hmac.compare_digest(given.encode(), password.encode())
 
-        print(f"Log in at http://{socket.gethostname()}:{config.port} with any name and the password {password}")
+        print(
+            f"Log in at http://{socket.gethostname()}:{config.port} with any name and the password {password}"
+        )
     check_port(host, config.port)
     make_page(poll, config.voter).launch(
         server_name=host,
@@ -113,7 +121,9 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(f"--port {port} cannot be used ({error.strerror}): choose another") from None
+            raise UserError(
+                f"--port {port} cannot be used ({error.strerror}): choose another"
+            ) from None
 
 
 # ---------------------------------------------------------------- what is asked
@@ -131,7 +141,9 @@ def read_report(path: Path) -> tuple[compare_outputs.Report, str]:
         report = json.loads(content)
         names = list(report["models"])
         for entry in report["prompts"]:
-            entry["turns"] = checked_turns([(str(role), str(text)) for role, text in entry["turns"]])
+            entry["turns"] = checked_turns(
+                [(str(role), str(text)) for role, text in entry["turns"]]
+            )
             for name in names:
                 answer = entry["answers"][name]
                 if not isinstance(answer["text"], str) or not (
@@ -151,7 +163,9 @@ class Poll:
     A ballot's id says by itself what it shows, so a page that was open when the server went down can still vote.
     """
 
-    def __init__(self, report: compare_outputs.Report, digest: str, models: tuple[str, ...], votes: VoteFile):
+    def __init__(
+        self, report: compare_outputs.Report, digest: str, models: tuple[str, ...], votes: VoteFile
+    ):
         names = list(report["models"])
         if len(set(models)) < 2 or set(models) - set(names):
             raise UserError(f"--models are two or more of {', '.join(names)}")
@@ -160,16 +174,24 @@ class Poll:
         self.own: dict[str, Ballot] = {}
         self.live = LiveModels(report)
         self.comparisons = [  # (prompt, first model, second model) of all models, so that ids do not depend on flags
-            (i, *pair) for i in range(len(report["prompts"])) for pair in itertools.combinations(names, 2)
+            (i, *pair)
+            for i in range(len(report["prompts"]))
+            for pair in itertools.combinations(names, 2)
         ]
         self.open = [
-            k for k, (i, *pair) in enumerate(self.comparisons) if set(pair) <= set(models) and self.differ(i, *pair)
+            k
+            for k, (i, *pair) in enumerate(self.comparisons)
+            if set(pair) <= set(models) and self.differ(i, *pair)
         ]
         if not self.open:
-            raise UserError("the report has no prompt with two different answers: make one with --temperature 0.7")
+            raise UserError(
+                "the report has no prompt with two different answers: make one with --temperature 0.7"
+            )
 
     def differ(self, i: int, first: str, second: str) -> bool:
-        a, b = (self.report["prompts"][i]["answers"][name]["text"].strip() for name in (first, second))
+        a, b = (
+            self.report["prompts"][i]["answers"][name]["text"].strip() for name in (first, second)
+        )
         return bool(a and b and a != b)
 
     def ballot(self, id: str) -> Ballot | None:
@@ -178,17 +200,24 @@ class Poll:
         number = rest.partition("-")[0]
         if id in self.own:
             return self.own[id]
-        if digest != self.digest or not (number.isdecimal() and int(number) in range(len(self.comparisons))):
+        if digest != self.digest or not (
+            number.isdecimal() and int(number) in range(len(self.comparisons))
+        ):
             return None
         i, *pair = self.comparisons[int(number)]
         entry = self.report["prompts"][i]
         return self.shuffled(id, entry["turns"], {name: entry["answers"][name] for name in pair})
 
-    def shuffled(self, id: str, turns: compare_outputs.Turns, answers: dict[str, compare_outputs.Answer]) -> Ballot:
+    def shuffled(
+        self, id: str, turns: compare_outputs.Turns, answers: dict[str, compare_outputs.Answer]
+    ) -> Ballot:
         """A ballot whose order the id draws."""
         names = list(answers)[:: -1 if hashlib.sha256(id.encode()).digest()[0] & 1 else 1]
         return Ballot(
-            id, turns, dict(zip("AB", names, strict=True)), {s: answers[n] for s, n in zip("AB", names, strict=True)}
+            id,
+            turns,
+            dict(zip("AB", names, strict=True)),
+            {s: answers[n] for s, n in zip("AB", names, strict=True)},
         )
 
     def deal(self, voter: str) -> Ballot | None:
@@ -208,7 +237,9 @@ class Poll:
     def judged(self) -> list[tuple[int, str]]:
         """(comparison, voter) of the votes on this report."""
         parts = [(vote.ballot.split("-"), vote.voter) for vote in self.votes.standing()]
-        return [(int(id[1]), voter) for id, voter in parts if id[0] == self.digest and id[1].isdecimal()]
+        return [
+            (int(id[1]), voter) for id, voter in parts if id[0] == self.digest and id[1].isdecimal()
+        ]
 
     def ask(self, text: str) -> Ballot:
         """Two models' answers to a prompt that someone typed. Raises UserError or BadRow if they cannot be had."""
@@ -230,11 +261,15 @@ class LiveModels:
 
     def load(self) -> None:
         known = {field.name for field in fields(compare_outputs.Config)}
-        self.config = compare_outputs.Config(**{k: v for k, v in self.report["flags"].items() if k in known})
+        self.config = compare_outputs.Config(
+            **{k: v for k, v in self.report["flags"].items() if k in known}
+        )
         runs = compare_outputs.read_runs(self.config)
         for phase, run_facts in self.report["runs"].items():
             if phase not in runs or runs[phase]["adapter_sha256"] != run_facts["adapter_sha256"]:
-                raise UserError(f"the {phase} checkpoint is not the one of the report: make the report again")
+                raise UserError(
+                    f"the {phase} checkpoint is not the one of the report: make the report again"
+                )
         dtype = choose_dtype(self.config.dtype, device())
         self.base = same_base(runs["sft"], self.config.sft_checkpoint, self.config.base_model)
         self.form = load_format(self.config.sft_checkpoint, runs["sft"])
@@ -249,7 +284,9 @@ class LiveModels:
                 self.load()
             ids = tokenize_prompt(turns, self.form, self.config.max_prompt_length)
             compare_outputs.check_lengths(self.config, self.base, [ids])
-            return compare_outputs.answer(self.config, self.shared, self.form, [ids], name, self.scored)[0]
+            return compare_outputs.answer(
+                self.config, self.shared, self.form, [ids], name, self.scored
+            )[0]
 
 
 # ---------------------------------------------------------------- the page
@@ -301,11 +338,24 @@ def make_page(poll: Poll, local_voter: str) -> gr.Blocks:
         mine = {k for k, name in poll.judged() if name == voter} & set(poll.open)
         total = len(poll.votes.standing())
         progress = f"{len(mine)} of {len(poll.open)} comparisons judged by {voter}; {total} votes in all. {note}"
-        shown = [""] * 3 if ballot is None else [dialogue(ballot.turns), *(card(ballot, side) for side in "AB")]
+        shown = (
+            [""] * 3
+            if ballot is None
+            else [dialogue(ballot.turns), *(card(ballot, side) for side in "AB")]
+        )
         if ballot is None:
-            shown[0] = card_of("Done", "You have judged every comparison. Thank you! Ask something of your own below.")
+            shown[0] = card_of(
+                "Done",
+                "You have judged every comparison. Thank you! Ask something of your own below.",
+            )
         live = [gr.update(interactive=ballot is not None)] * len(CHOICES)
-        return [ballot.id if ballot else "", *shown, text_of(progress), results(poll.votes.standing()), *live]
+        return [
+            ballot.id if ballot else "",
+            *shown,
+            text_of(progress),
+            results(poll.votes.standing()),
+            *live,
+        ]
 
     def start(request: gr.Request):
         return view(poll.deal(who(request)), who(request))
@@ -315,7 +365,11 @@ def make_page(poll: Poll, local_voter: str) -> gr.Blocks:
         if choice not in CHOICES:
             raise gr.Error(f"A vote is one of {', '.join(CHOICES)}.")
         if ballot is None:
-            return view(poll.deal(voter), voter, "The comparison before is no longer known: its vote was not counted.")
+            return view(
+                poll.deal(voter),
+                voter,
+                "The comparison before is no longer known: its vote was not counted.",
+            )
         poll.votes.add(ballot.vote(choice, voter))
         return view(poll.deal(voter), voter)
 
@@ -341,7 +395,12 @@ def make_page(poll: Poll, local_voter: str) -> gr.Blocks:
         with gr.Row(equal_height=True):
             a, b = (gr.HTML(elem_id=f"answer-{side}", min_width=300) for side in "AB")
         with gr.Row():
-            labels = {"A": "A is better (A)", "tie": "Tie (T)", "both bad": "Both bad (X)", "B": "B is better (B)"}
+            labels = {
+                "A": "A is better (A)",
+                "tie": "Tie (T)",
+                "both bad": "Both bad (X)",
+                "B": "B is better (B)",
+            }
             buttons = {
                 choice: gr.Button(
                     label,
@@ -363,7 +422,14 @@ def make_page(poll: Poll, local_voter: str) -> gr.Blocks:
         page.load(start, None, shown, api_name="start", **quick)
         for choice, button in buttons.items():
             name = "vote" if choice == "A" else None  # of the API, which needs only one of the four
-            button.click(vote, [ballot, said], shown, js=f"id => [id, {json.dumps(choice)}]", api_name=name, **quick)
+            button.click(
+                vote,
+                [ballot, said],
+                shown,
+                js=f"id => [id, {json.dumps(choice)}]",
+                api_name=name,
+                **quick,
+            )
         back.click(undo, [ballot], shown, api_name="undo", **quick)
         send.click(ask, [ballot, text], [*shown, text], api_name="ask", concurrency_limit=1)
     return page
@@ -409,7 +475,11 @@ def results(votes: list[Vote]) -> str:
     )
     head = "<tr><th scope='col'></th><th scope='col'>Share</th><th scope='col'>95 % interval</th><th scope='col'>Votes</th></tr>"
     note = "<p>A tie and &ldquo;both bad&rdquo; count half in a win rate.</p>"
-    return f'<div class="results"><table>{head}{rows}</table>{note}</div>' if lines else "<p>No votes yet.</p>"
+    return (
+        f'<div class="results"><table>{head}{rows}</table>{note}</div>'
+        if lines
+        else "<p>No votes yet.</p>"
+    )
 
 
 if __name__ == "__main__":

@@ -11,5 +11,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 # Micro-batches differ in size, which fragments the memory of a card; pieces that grow do not. torch reads it when it starts.
-if "torch" not in sys.modules and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & {*os.environ}:
+if "torch" not in sys.modules and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & {
+    *os.environ
+}:
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

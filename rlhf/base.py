@@ -45,7 +45,9 @@ def read_config(base: dict[str, Any]) -> PreTrainedConfig:
     """
     name = base["model"]
     with hub_errors(name, "model", "--base-model"):
-        config = AutoConfig.from_pretrained(name, revision=base["revision"], trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            name, revision=base["revision"], trust_remote_code=False
+        )
     reason = unsupported(config, name)
     if reason:
         raise UserError(f"--base-model {name}: {reason}")
@@ -54,9 +56,13 @@ def read_config(base: dict[str, Any]) -> PreTrainedConfig:
 
 def unsupported(config: PreTrainedConfig, name: str) -> str | None:
     """Why this pipeline does not run a model with this config; None if it does."""
-    quantised = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    quantised = getattr(config, "quantization_config", None) or getattr(
+        config, "compression_config", None
+    )
     if quantised:
-        method = getattr(quantised, "quant_method", None) or dict(quantised).get("quant_method", "a quantiser")
+        method = getattr(quantised, "quant_method", None) or dict(quantised).get(
+            "quant_method", "a quantiser"
+        )
         origin = re.sub(r"(-unsloth)?-bnb-4bit$", "", name)
         named = f" ({origin}?)" if origin != name else ""
         return (
@@ -74,9 +80,7 @@ def unsupported(config: PreTrainedConfig, name: str) -> str | None:
     if rope.get("rope_type", "default") not in ROPES:
         return f"its position embedding (rope_type {rope['rope_type']}) is not supported, only {', '.join(ROPES)}"
     if rope.get("partial_rotary_factor", 1) != 1:
-        return (
-            f"heads that are rotated in part (partial_rotary_factor {rope['partial_rotary_factor']}) are not supported"
-        )
+        return f"heads that are rotated in part (partial_rotary_factor {rope['partial_rotary_factor']}) are not supported"
     if getattr(config, "transformers_weights", None):
         return f"its config.json names a weight file of its own (transformers_weights): rename that to {WHOLE}"
     return None
@@ -96,10 +100,14 @@ def check_context(base: dict[str, Any], longest: int, *flags: str) -> None:
     }
     if rope.get("rope_type") in ("dynamic", "longrope"):
         limits["original_max_position_embeddings"] = rope.get("original_max_position_embeddings")
-    name, limit = min(((n, x) for n, x in limits.items() if x), key=lambda pair: pair[1], default=("", longest))
+    name, limit = min(
+        ((n, x) for n, x in limits.items() if x), key=lambda pair: pair[1], default=("", longest)
+    )
     if longest > limit:
         todo = f"lower {' or '.join(flags)}" if flags else "use a base with a longer context"
-        raise UserError(f"there are texts of {longest} tokens, and {base['model']} reads {limit} ({name}): {todo}")
+        raise UserError(
+            f"there are texts of {longest} tokens, and {base['model']} reads {limit} ({name}): {todo}"
+        )
 
 
 # ---------------------------------------------------------------- the files
@@ -141,7 +149,9 @@ def fetched(model: str, revision: str | None, patterns: list[str], fetch: bool) 
 def files_in(folder: Path, model: str) -> list[Path]:
     whole, index = folder / WHOLE, folder / INDEX
     if whole.exists() and index.exists():
-        raise UserError(f"{model} holds both {WHOLE} and {INDEX}: remove the one that is not the model")
+        raise UserError(
+            f"{model} holds both {WHOLE} and {INDEX}: remove the one that is not the model"
+        )
     files = [folder / name for name in shards(index, model)] if index.exists() else [whole]
     for file in files:
         if not file.is_file():
@@ -155,7 +165,9 @@ def shards(index: Path, model: str) -> list[str]:
     """The files that an index names."""
     with hub_errors(model, "model", "--base-model"):
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        odd = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+        odd = [
+            name for name in names if Path(name).name != name or not name.endswith(".safetensors")
+        ]
         if odd or not names:
             raise ValueError(f"its {INDEX} names {odd[0] if odd else 'no files'}")
     return names
@@ -172,7 +184,8 @@ class Weights:
         with hub_errors(model, "model", "--base-model"):
             with torch.device("meta"):
                 wanted = {
-                    name: list(x.shape) for name, x in AutoModelForCausalLM.from_config(config).state_dict().items()
+                    name: list(x.shape)
+                    for name, x in AutoModelForCausalLM.from_config(config).state_dict().items()
                 }
             held = [(file, *entry) for file in files for entry in read_header(file)]
         self.files: dict[str, Path] = {}
@@ -194,7 +207,9 @@ class Weights:
         missing = [name for name in wanted if name not in self.files and name not in tied]
         odd = {"missing": missing, "without a place in it": foreign, "of another shape": reshaped}
         odd |= {"held twice": twice, "quantised": quantised}
-        problems = [f"{len(names)} {what} (first {names[0]})" for what, names in odd.items() if names]
+        problems = [
+            f"{len(names)} {what} (first {names[0]})" for what, names in odd.items() if names
+        ]
         if problems:
             raise UserError(
                 f"the weights of {model} are not those that its config.json describes: {', '.join(problems)}. "
@@ -240,7 +255,9 @@ def open_weights(base: dict[str, Any], config: PreTrainedConfig) -> Weights:
             f"{origin}; name the same base for all phases"
         )
     if is_main() and (Path(base["model"]) / "adapter_config.json").exists():
-        console.print(f"{base['model']} holds an adapter, too (adapter_config.json): it is not put on the base.")
+        console.print(
+            f"{base['model']} holds an adapter, too (adapter_config.json): it is not put on the base."
+        )
     return weights
 
 
@@ -283,7 +300,9 @@ def differing(base: dict[str, Any], files: list[Path]) -> str | None:
             return name
         now = size_and_time(found[name])
         untouched = not origin and now["mtime"] == record[name]["mtime"]
-        if now["size"] != record[name]["size"] or not (untouched or sha256(found[name]) == record[name]["sha256"]):
+        if now["size"] != record[name]["size"] or not (
+            untouched or sha256(found[name]) == record[name]["sha256"]
+        ):
             return name
     return None
 

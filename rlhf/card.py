@@ -61,18 +61,26 @@ def deal(plans: Plans, config: Any, episodes: int, longest: int, room: float) ->
     def fits(rollouts: Rollouts, tokens: int) -> bool:
         return sum(plans(rollouts)(tokens).values()) <= room
 
-    rows, weights, tokens = config.rollout_batch_size, config.rollout_weights, first_tokens(config, longest)
+    rows, weights, tokens = (
+        config.rollout_batch_size,
+        config.rollout_weights,
+        first_tokens(config, longest),
+    )
     if rows == "auto":
         sizes = [-(-episodes // parts) for parts in range(1, episodes + 1)]
         rows = next((size for size in sizes if fits(Rollouts(size), longest)), 1)
-    merged = weights == "merged" or (weights == "auto" and fits(Rollouts(rows, merged=True), tokens))
+    merged = weights == "merged" or (
+        weights == "auto" and fits(Rollouts(rows, merged=True), tokens)
+    )
     kept = fits(Rollouts(rows, merged, kept=True), tokens)
     return Rollouts(rows, merged, kept)
 
 
 def first_tokens(config: Any, longest: int) -> int:
     """Tokens of a micro-batch that come before what makes rollouts fast."""
-    return max(FIRST_TOKENS if config.micro_batch_tokens == "auto" else config.micro_batch_tokens, longest)
+    return max(
+        FIRST_TOKENS if config.micro_batch_tokens == "auto" else config.micro_batch_tokens, longest
+    )
 
 
 def room_for_tensors(total: int, free: int, reserved: int, fraction: float) -> float:
@@ -87,13 +95,17 @@ def room_for_tensors(total: int, free: int, reserved: int, fraction: float) -> f
 
 
 def room_on_card(device: torch.device) -> float:
-    index = torch.cuda.current_device() if device.index is None else device.index  # the fraction is asked by number
+    index = (
+        torch.cuda.current_device() if device.index is None else device.index
+    )  # the fraction is asked by number
     free, total = torch.cuda.mem_get_info(index)
     fraction = torch.cuda.get_per_process_memory_fraction(index)
     return room_for_tensors(total, free, torch.cuda.memory_reserved(index), fraction)
 
 
-def choose_rollouts(config: Any, plans: Plans, episodes: int, longest: int, device: torch.device) -> Rollouts:
+def choose_rollouts(
+    config: Any, plans: Plans, episodes: int, longest: int, device: torch.device
+) -> Rollouts:
     """How responses are sampled, the same for all processes. All processes call it.
 
     Raises:
@@ -113,7 +125,12 @@ def choose_rollouts(config: Any, plans: Plans, episodes: int, longest: int, devi
     rows, merged, kept = (least(int(number)) for number in (dealt.rows, dealt.merged, dealt.kept))
     rollouts = Rollouts(rows, bool(merged), bool(kept))
     tokens = first_tokens(config, longest)
-    if least(int(weights != "merged" or sum(plans(replace(rollouts, kept=False))(tokens).values()) <= room)):
+    if least(
+        int(
+            weights != "merged"
+            or sum(plans(replace(rollouts, kept=False))(tokens).values()) <= room
+        )
+    ):
         return rollouts
     raise UserError(
         f"--rollout-weights merged: by the memory plan {room / 1e9:.1f} GB of this card have no room for a merged copy "
@@ -144,13 +161,20 @@ def choose_tokens(config: Any, plan: Plan, longest: int, device: torch.device) -
             f"{room / 1e9:.1f} GB of this card are free for it: {less_memory(config)}"
         )
     if asked == "auto":
-        return fitting, "the most that pays" if fitting == MOST_TOKENS else "what this card holds by the plan"
+        return (
+            fitting,
+            "the most that pays" if fitting == MOST_TOKENS else "what this card holds by the plan",
+        )
     if sum(plan(asked).values()) > room:
-        raise UserError(f"--micro-batch-tokens {asked} is more than this card holds by the memory plan: {fitting} fit")
+        raise UserError(
+            f"--micro-batch-tokens {asked} is more than this card holds by the memory plan: {fitting} fit"
+        )
     return asked, "as asked"
 
 
-def describe_start(device: torch.device, tokens: int, rows: int, dtype: torch.dtype, why: str) -> str:
+def describe_start(
+    device: torch.device, tokens: int, rows: int, dtype: torch.dtype, why: str
+) -> str:
     """The first line of a run."""
     where = "CPU"
     if device.type == "cuda":

@@ -58,8 +58,12 @@ class Config:
         None  # of any phase; None: checkpoints/ppo, or with --base-model the base alone
     )
     base_model: str | None = None  # where the base is now, if not where the checkpoint says
-    sft_checkpoint: str | None = None  # that the checkpoint was trained from; None: where the checkpoint says
-    reward_checkpoint: str | None = None  # for /score; None: the one that the policy was trained against
+    sft_checkpoint: str | None = (
+        None  # that the checkpoint was trained from; None: where the checkpoint says
+    )
+    reward_checkpoint: str | None = (
+        None  # for /score; None: the one that the policy was trained against
+    )
     load_in_4bit: bool = True  # of a base alone; checkpoints say it themselves
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in
 
@@ -109,14 +113,21 @@ def open_checkpoint(config: Config) -> tuple[SharedBase, PromptFormat, list[str]
         runs, folders = read_runs(config)
         base = same_base(runs["sft"], folders["sft"], config.base_model)
         form = load_format(folders["sft"], runs["sft"])
-    check_context(base, config.max_prompt_length + config.max_new_tokens, "--max-prompt-length", "--max-new-tokens")
+    check_context(
+        base,
+        config.max_prompt_length + config.max_new_tokens,
+        "--max-prompt-length",
+        "--max-new-tokens",
+    )
     form.check()
     shared = SharedBase(load_base(base, dtype, form.pad_token_id), folders.get("sft"), dtype)
     for phase, role in (("ppo", "policy"), ("reward", "reward")):
         if phase in runs:
             shared.add_role(role, **read_stacked(folders[phase], shared))
             if (role in shared.heads) != (role == "reward"):
-                raise UserError(f"{folders[phase]} is not what its run.json says: train that phase again")
+                raise UserError(
+                    f"{folders[phase]} is not what its run.json says: train that phase again"
+                )
     return shared, form, ["base", *(name for name in ("sft", "ppo") if name in runs)]
 
 
@@ -159,7 +170,9 @@ class Chat:
         self.name = names[-1]  # who answers
         self.turns: Turns = []
         self.answers = 0
-        self.last: list[int] | None = None  # token ids of the last prompt with its answer, ended by EOS
+        self.last: list[int] | None = (
+            None  # token ids of the last prompt with its answer, ended by EOS
+        )
 
     def command(self, line: str) -> str:
         """Do what a line that begins with a slash says. Returns what to print."""

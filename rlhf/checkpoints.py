@@ -31,7 +31,13 @@ import torch
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 SCRIPTS = {"sft": "sft_train.py", "reward": "reward_train.py", "ppo": "ppo_train.py"}
-RUN_FACTS = {"phase": str, "base": dict, "prompt_format": str, "adapter_sha256": str, "hyperparameters": dict}
+RUN_FACTS = {
+    "phase": str,
+    "base": dict,
+    "prompt_format": str,
+    "adapter_sha256": str,
+    "hyperparameters": dict,
+}
 BASE_FACTS = {
     "model": str,
     "revision": str | None,
@@ -40,17 +46,55 @@ BASE_FACTS = {
 }
 FILE_FACTS = {"size": int, "mtime": int, "sha256": str}  # of each weight file of a local base
 LOGGING = frozenset(  # settings that change nothing of what a run makes
-    ("output_dir", "overwrite", "resume", "eval_only", "dry_run", "card_gb", "measure", "save_minutes", "save_steps")
+    (
+        "output_dir",
+        "overwrite",
+        "resume",
+        "eval_only",
+        "dry_run",
+        "card_gb",
+        "measure",
+        "save_minutes",
+        "save_steps",
+    )
     + ("save_total_limit", "num_printed_samples", "log_with", "eval_steps", "preset")
 )
 LOCK = "lock"  # a file in the partial folder, held by the run that writes there
 # What our output folders hold, as patterns: an adapter, of PPO a second one in value/, what training tells, or an export.
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer*", "vocab.*")
+ADAPTER = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "tokenizer*",
+    "vocab.*",
+)
 ADAPTER += ("merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 OURS = (
-    *(*ADAPTER, "run.json", "metrics.jsonl", "samples.jsonl", "curves.png", "frontier.png", LOCK, "*.partial"),
-    *("evaluation.json", "evaluation.png", "config.json", "generation_config.json", "model*.safetensors"),
-    *("model.safetensors.index.json", "export.json", "README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"),
+    *(
+        *ADAPTER,
+        "run.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "curves.png",
+        "frontier.png",
+        LOCK,
+        "*.partial",
+    ),
+    *(
+        "evaluation.json",
+        "evaluation.png",
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+    ),
+    *(
+        "model.safetensors.index.json",
+        "export.json",
+        "README.md",
+        "LICEN[CS]E*",
+        "NOTICE*",
+        "USE_POLICY*",
+    ),
 )
 TRACKED = ("events.out.tfevents.*", "hparams.yml")  # by TensorBoard, in folders of its own
 MAX_RUN_JSON = 1 << 20  # bytes; ours have a few thousand
@@ -66,7 +110,9 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
         raise UserError(f"--output-dir '{folder}' must name a folder of its own")
     path = place_of(folder)
     if path.is_symlink():
-        raise UserError(f"--output-dir {folder} is a link that leads back to itself: choose another")
+        raise UserError(
+            f"--output-dir {folder} is a link that leads back to itself: choose another"
+        )
     blocked = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
     if blocked:
         raise UserError(f"--output-dir {folder}: {blocked} is a file; name a folder")
@@ -75,7 +121,9 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
         raise UserError(f"--output-dir {folder}: {parent} cannot be written to; choose another")
     for source in filter(None, inputs):
         if Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
-            raise UserError(f"--output-dir {folder} holds {source}, which this run reads: choose another")
+            raise UserError(
+                f"--output-dir {folder} holds {source}, which this run reads: choose another"
+            )
     if resume or overwrite:
         goes_on = partial_of(path).is_dir()  # if not, resuming replaces nothing
         replaced = not_ours(path) if overwrite or goes_on else None
@@ -86,7 +134,9 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
             )
         return
     if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"{folder} is not empty: add --overwrite to replace it, or choose another --output-dir")
+        raise UserError(
+            f"{folder} is not empty: add --overwrite to replace it, or choose another --output-dir"
+        )
     if any(partial_of(path).glob("step-*/manifest.json")):
         raise UserError(
             f"{partial_of(path)} holds a run that was cut short: add --resume to go on, or --overwrite to start anew"
@@ -112,9 +162,17 @@ def not_ours(folder: Path, finished: bool = True) -> Path | None:
         return paths[0] if paths else None
     for path in paths:
         within = path.relative_to(folder).parts[:-1]
-        patterns = {(): OURS, ("value",): ADAPTER, ("additional_chat_templates",): ("*.jinja",)}.get(within, TRACKED)
-        patterns = ("*",) if within and within[0].startswith("step-") else patterns  # a state to resume from
-        if (path.is_symlink() or not path.is_dir()) and not any(fnmatch(path.name, pattern) for pattern in patterns):
+        patterns = {
+            (): OURS,
+            ("value",): ADAPTER,
+            ("additional_chat_templates",): ("*.jinja",),
+        }.get(within, TRACKED)
+        patterns = (
+            ("*",) if within and within[0].startswith("step-") else patterns
+        )  # a state to resume from
+        if (path.is_symlink() or not path.is_dir()) and not any(
+            fnmatch(path.name, pattern) for pattern in patterns
+        ):
             return path
     return None
 
@@ -146,10 +204,14 @@ def output_folder(folder: str, resume: bool = False) -> Iterator[Path]:
     except OSError as error:
         if is_disk_full(error):
             raise
-        raise UserError(f"--output-dir {folder} cannot be made ({one_line(error)}): choose another") from None
+        raise UserError(
+            f"--output-dir {folder} cannot be made ({one_line(error)}): choose another"
+        ) from None
     lock = hold(partial) if is_main() else None
     if agree(is_main() and not lock):
-        raise UserError(f"another run is writing to {partial}: wait for its end, or choose another --output-dir")
+        raise UserError(
+            f"another run is writing to {partial}: wait for its end, or choose another --output-dir"
+        )
     try:
         if is_main() and not resume:
             clear(partial)
@@ -226,13 +288,17 @@ def look_for_run(config: Any) -> bool:
     folder = partial if partial.exists() else final
     if not (folder / "run.json").exists():
         if folder == final and final.is_dir() and any(final.iterdir()):
-            raise UserError(f"--resume: {final} holds no run of this script: choose another --output-dir")
+            raise UserError(
+                f"--resume: {final} holds no run of this script: choose another --output-dir"
+            )
         return False
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         theirs = dict(run["hyperparameters"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder / 'run.json'} is damaged ({error}): train that phase again") from None
+        raise UserError(
+            f"{folder / 'run.json'} is damaged ({error}): train that phase again"
+        ) from None
     if not run.get("finished"):
         return False
     check_same(theirs, dataclasses.asdict(config), LOGGING, f"{final} is finished, and")
@@ -241,7 +307,9 @@ def look_for_run(config: Any) -> bool:
     return True
 
 
-def check_same(theirs: dict[str, Any], ours: dict[str, Any], harmless: Container[str], what: str) -> None:
+def check_same(
+    theirs: dict[str, Any], ours: dict[str, Any], harmless: Container[str], what: str
+) -> None:
     """Raise UserError when a run would go on with other settings or inputs than it began with, `harmless` ones aside."""
     ours = json.loads(json.dumps(ours))  # as JSON has them
     other = [
@@ -256,16 +324,23 @@ def check_same(theirs: dict[str, Any], ours: dict[str, Any], harmless: Container
         )
 
 
-def start_run(folder: Path, phase: str, config: Any, dtype: torch.dtype, **sizes: int | str) -> None:
+def start_run(
+    folder: Path, phase: str, config: Any, dtype: torch.dtype, **sizes: int | str
+) -> None:
     """Write what `run.json` can say before the first step, as what a card made the run choose: `sizes`, by name.
 
     `finished` is null until `write_run`.
     """
     if is_main():
-        write_json(folder / "run.json", {"phase": phase, **sizes, "finished": None} | how_it_runs(config, dtype))
+        write_json(
+            folder / "run.json",
+            {"phase": phase, **sizes, "finished": None} | how_it_runs(config, dtype),
+        )
 
 
-def write_run(folder: Path, phase: str, config: Any, dtype: torch.dtype, started: float, **facts: Any) -> None:
+def write_run(
+    folder: Path, phase: str, config: Any, dtype: torch.dtype, started: float, **facts: Any
+) -> None:
     """Write `run.json`: the resolved hyperparameters of `config` (a dataclass) and what else the next phase checks.
 
     Args:
@@ -305,8 +380,12 @@ def write_json(path: Path, facts: dict[str, Any]) -> None:
 def recorded(output_dir: str) -> dict[str, Any] | None:
     """The sizes that an unfinished run has begun with, by name; None if there is no such run."""
     try:
-        run = json.loads((partial_of(place_of(output_dir)) / "run.json").read_text(encoding="utf-8"))
-        sizes = {name: int(run[name]) for name in ("micro_batch_tokens", "rollout_rows") if name in run}
+        run = json.loads(
+            (partial_of(place_of(output_dir)) / "run.json").read_text(encoding="utf-8")
+        )
+        sizes = {
+            name: int(run[name]) for name in ("micro_batch_tokens", "rollout_rows") if name in run
+        }
         if "rollout_weights" in run:
             sizes["rollout_weights"] = str(run["rollout_weights"])
             sizes["rollouts_kept"] = bool(run.get("rollouts_kept"))
@@ -346,15 +425,24 @@ def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]
             if not isinstance(run["base"][key], kind):
                 raise ValueError(f"base {key} is not as it should be")
         check_record(run["base"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{path} is damaged ({error}): train that phase again") from None
     if run["phase"] != phase:
-        raise UserError(f"{folder} holds a {run['phase']} checkpoint where a {phase} checkpoint is needed: {todo}")
+        raise UserError(
+            f"{folder} holds a {run['phase']} checkpoint where a {phase} checkpoint is needed: {todo}"
+        )
     weights = Path(folder) / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(f"{folder} has no adapter_model.safetensors: train that phase again")
     if sha256(weights) != run["adapter_sha256"]:
-        raise UserError(f"{weights} is not the file that its run.json describes: train that phase again")
+        raise UserError(
+            f"{weights} is not the file that its run.json describes: train that phase again"
+        )
     return run
 
 
@@ -375,7 +463,11 @@ def check_record(base: dict[str, Any]) -> None:
 def weights_of(base: dict[str, Any]) -> Any:
     """What a run.json knows its base's weights by: a hash of each file. None: nothing, as of a hub model."""
     files = base.get("weights")
-    return base.get("weights_sha256") if files is None else {name: facts["sha256"] for name, facts in files.items()}
+    return (
+        base.get("weights_sha256")
+        if files is None
+        else {name: facts["sha256"] for name, facts in files.items()}
+    )
 
 
 def check_same_base(run: dict[str, Any], folder: str, base: dict[str, Any]) -> None:
@@ -384,14 +476,18 @@ def check_same_base(run: dict[str, Any], folder: str, base: dict[str, Any]) -> N
     weights = weights_of(theirs), weights_of(base)
     # What an earlier version knows weights by is no hash of a file.
     comparable = type(weights[0]) is type(weights[1]) and None not in weights
-    if theirs["config_sha256"] != base["config_sha256"] or (comparable and weights[0] != weights[1]):
+    if theirs["config_sha256"] != base["config_sha256"] or (
+        comparable and weights[0] != weights[1]
+    ):
         raise UserError(
             f"{folder} was trained on another base model ({theirs['model']}) than {base['model']}: "
             "name the same base for all phases"
         )
 
 
-def check_child(run: dict[str, Any], folder: str, parent: dict[str, Any], parent_folder: str) -> None:
+def check_child(
+    run: dict[str, Any], folder: str, parent: dict[str, Any], parent_folder: str
+) -> None:
     """Raise UserError unless the checkpoint at `folder` was trained from the SFT checkpoint at `parent_folder`."""
     if run["prompt_format"] != parent["prompt_format"]:
         raise UserError(
@@ -408,16 +504,23 @@ def check_child(run: dict[str, Any], folder: str, parent: dict[str, Any], parent
 
 def read_parents(config: Any) -> dict[str, dict[str, Any]]:
     """The run.json of each checkpoint that PPO starts from, by role, after all were seen to fit together."""
-    runs = {"sft": read_run(config.sft_checkpoint, "sft"), "reward": read_run(config.reward_checkpoint, "reward")}
+    runs = {
+        "sft": read_run(config.sft_checkpoint, "sft"),
+        "reward": read_run(config.reward_checkpoint, "reward"),
+    }
     check_child(runs["reward"], config.reward_checkpoint, runs["sft"], config.sft_checkpoint)
     if config.gold_checkpoint:
         runs["gold"] = read_run(config.gold_checkpoint, "reward", "--gold-checkpoint")
         check_child(runs["gold"], config.gold_checkpoint, runs["sft"], config.sft_checkpoint)
-        check_other_pairs(runs["gold"], config.gold_checkpoint, runs["reward"], config.reward_checkpoint)
+        check_other_pairs(
+            runs["gold"], config.gold_checkpoint, runs["reward"], config.reward_checkpoint
+        )
     return runs
 
 
-def check_other_pairs(gold: dict[str, Any], folder: str, reward: dict[str, Any], reward_folder: str) -> None:
+def check_other_pairs(
+    gold: dict[str, Any], folder: str, reward: dict[str, Any], reward_folder: str
+) -> None:
     """Raise UserError if the judge at `folder` trained on pairs that the reward model at `reward_folder` has seen."""
     theirs, ours = gold.get("data") or {}, reward.get("data") or {}
     same = theirs.get("source") == ours.get("source") or theirs.get("sha256") == ours.get("sha256")
@@ -470,6 +573,8 @@ def git_commit() -> str | None:
     """The commit of this code, or None outside a git checkout."""
     with contextlib.suppress(OSError):
         here = Path(__file__).parent
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True
+        )
         return done.stdout.strip() or None
     return None

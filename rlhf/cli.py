@@ -90,7 +90,11 @@ def parse(
         config = config_class(**vars(groups["common"]), **vars(groups["other"]))
     else:
         config = tyro.cli(config_class, default=default, args=rest, description=description)
-    home = {name: os.path.expanduser(x) for name, x in vars(config).items() if isinstance(x, str) and x[:1] == "~"}
+    home = {
+        name: os.path.expanduser(x)
+        for name, x in vars(config).items()
+        if isinstance(x, str) and x[:1] == "~"
+    }
     return dataclasses.replace(config, **home, **({"preset": chosen.preset} if presets else {}))
 
 
@@ -104,7 +108,9 @@ def in_two_groups(default: Any, first: Sequence[str]) -> type:
         for field in fields:
             kind = Annotated[types[field], tyro.conf.arg(help=comments.get(field))]
             knobs.append((field, kind, dataclasses.field(default=getattr(default, field))))
-        made = dataclasses.make_dataclass(name, knobs, namespace={"__doc__": description}, frozen=True)
+        made = dataclasses.make_dataclass(
+            name, knobs, namespace={"__doc__": description}, frozen=True
+        )
         return name, tyro.conf.OmitArgPrefixes[made], dataclasses.field(default=made())
 
     rest = [name for name in types if name not in first]
@@ -129,18 +135,27 @@ def run(
     except Stopped as stopped:
         number = stopped.args[0]
         print(
-            f"\nStopped by {signal.Signals(number).name}. To go on: add --resume to the same command.", file=sys.stderr
+            f"\nStopped by {signal.Signals(number).name}. To go on: add --resume to the same command.",
+            file=sys.stderr,
         )
         sys.exit(128 + number)
     except Exception as error:
         if is_disk_full(error):
-            later = "then --resume goes on from the last state" if hasattr(config, "resume") else "nothing was replaced"
+            later = (
+                "then --resume goes on from the last state"
+                if hasattr(config, "resume")
+                else "nothing was replaced"
+            )
             fail(f"the disk is full: free some space or choose another --output-dir; {later}")
         if is_out_of_memory(error):
             fail(f"the memory ran out ({one_line(error)}): {less_memory(config)}")
         raise
     except KeyboardInterrupt:
-        later = "; --resume goes on from the last state, if there was one" if hasattr(config, "resume") else ""
+        later = (
+            "; --resume goes on from the last state, if there was one"
+            if hasattr(config, "resume")
+            else ""
+        )
         print(f"\nStopped; nothing was saved{later}.", file=sys.stderr)
         sys.exit(130)
 
@@ -156,7 +171,9 @@ def less_memory(config: Any) -> str:
     if "micro_batch_tokens" in names:
         names.discard("batch_size")  # then it takes no memory
     off = [
-        flag(name) for name in ("gradient_checkpointing", "load_in_4bit") if name in names and not vars(config)[name]
+        flag(name)
+        for name in ("gradient_checkpointing", "load_in_4bit")
+        if name in names and not vars(config)[name]
     ]
     lower = " or ".join(flag(name) for name in SIZES if name in names)
     advice = [f"lower {lower}"] if lower else []
@@ -230,7 +247,9 @@ def check_between(config: Any, low: float, high: float, *names: str) -> None:
 def check_tracker(name: str | None) -> None:
     """Raise UserError when the tracker that --log-with names is not installed."""
     if name and find_spec(name) is None:
-        raise UserError(f"--log-with {name}: it is not installed; run `pip install {name}`, or leave the flag out")
+        raise UserError(
+            f"--log-with {name}: it is not installed; run `pip install {name}`, or leave the flag out"
+        )
 
 
 def fail(message: str) -> None:
@@ -281,4 +300,6 @@ def quiet_libraries() -> None:
     quiet_hub()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of the fonts that it finds
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|peft|trl|accelerate)\..*")
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"(torch|peft|trl|accelerate)\..*"
+    )

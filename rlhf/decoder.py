@@ -58,8 +58,12 @@ class Texts:
     positions: Tensor  # [N] of each token in its text
     padded: Padded
     longest: int  # tokens of the longest text
-    mask: Tensor | None = None  # [B or 1, 1, T, S], True where a token may look; None: at itself and all before it
-    last: Tensor | None = None  # [B] of N, each text's last token; of pairs [2 x B], all chosen ones first
+    mask: Tensor | None = (
+        None  # [B or 1, 1, T, S], True where a token may look; None: at itself and all before it
+    )
+    last: Tensor | None = (
+        None  # [B] of N, each text's last token; of pairs [2 x B], all chosen ones first
+    )
 
 
 def lay_out(sequences: list[list[int]], device: torch.device) -> Texts:
@@ -88,7 +92,8 @@ def lay_out_pairs(pairs: list[tuple[list[int], list[int]]], device: torch.device
     rows, parts, positions, last, start = [], [], [], [], 0
     for first, second in pairs:
         shared = next(
-            (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+            (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+            min(len(first), len(second)),
         )
         shared = min(shared, len(first) - 1, len(second) - 1)  # both keep a last token of their own
         rows.append([*first, *second[shared:]])
@@ -96,7 +101,9 @@ def lay_out_pairs(pairs: list[tuple[list[int], list[int]]], device: torch.device
         positions += [*range(len(first)), *range(shared, len(second))]
         last.append((start + len(first) - 1, start + len(rows[-1]) - 1))
         start += len(rows[-1])
-    part = nn.utils.rnn.pad_sequence(list(map(torch.tensor, parts)), batch_first=True, padding_value=3)  # [B, T]
+    part = nn.utils.rnn.pad_sequence(
+        list(map(torch.tensor, parts)), batch_first=True, padding_value=3
+    )  # [B, T]
     part = part.to(device)
     looks = (part[:, None, :] == 0) | (part[:, :, None] == part[:, None, :])  # [B, T, T]
     return Texts(
@@ -143,7 +150,9 @@ class Decoder:
         self.layers = [LeanLayer(layer) for layer in self.inner.layers]
         # cuDNN's attention makes a plan for every new shape, and may take another for training than for measuring.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        self.gradient_checkpointing = False  # whether a layer that trains is computed twice, and only its input kept
+        self.gradient_checkpointing = (
+            False  # whether a layer that trains is computed twice, and only its input kept
+        )
 
     def stack(self, roles: dict[str, list[str]]) -> None:
         """Name the roles and the adapters of each, in order. From then on, call `restack` after each write to their weights.
@@ -170,7 +179,14 @@ class Decoder:
         """[N, H]"""
         return self.inner.embed_tokens(texts.ids)
 
-    def run(self, x: Tensor, texts: Texts, role: str, layers: list[LeanLayer], cache: Cache | None = None) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        texts: Texts,
+        role: str,
+        layers: list[LeanLayer],
+        cache: Cache | None = None,
+    ) -> Tensor:
         """Hidden states [N, H] of `role` after some layers, from those before them; without the final norm.
 
         Args:
@@ -184,10 +200,21 @@ class Decoder:
             square = (1, 1, texts.padded.width, texts.padded.width)
             mask = torch.ones(square, dtype=torch.bool, device=x.device).tril()
         if mask is not None:
-            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, float("-inf"))
+            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(
+                ~mask, float("-inf")
+            )
         for layer in layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, texts.padded, mask, role, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(
+                    layer,
+                    x,
+                    rope,
+                    texts.padded,
+                    mask,
+                    role,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
             else:
                 x = layer(x, rope, texts.padded, mask, role, cache)
         return x
@@ -210,7 +237,11 @@ class Decoder:
 
         Elsewhere on a GPU, with a mask, the memory-efficient one is taken.
         """
-        return x.is_cuda and x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        return (
+            x.is_cuda
+            and x.dtype != torch.float32
+            and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        )
 
     def norm(self, x: Tensor) -> Tensor:
         """The final norm."""

@@ -99,13 +99,21 @@ class Decoding:
 
     @property
     def looked_at(self) -> int:
-        return self.width if self.on_card else min(round_up(self.longest, self.width_step), self.width)
+        return (
+            self.width if self.on_card else min(round_up(self.longest, self.width_step), self.width)
+        )
 
     # -- prompts
 
-    def serves(self, role: str, layers: list[LeanLayer], lengths: list[int], new: int, temperature: float) -> bool:
+    def serves(
+        self, role: str, layers: list[LeanLayer], lengths: list[int], new: int, temperature: float
+    ) -> bool:
         """Whether texts of these lengths can be written in what is there."""
-        like = self.role == role and self.layers is layers and (self.new, self.temperature) == (new, temperature)
+        like = (
+            self.role == role
+            and self.layers is layers
+            and (self.new, self.temperature) == (new, temperature)
+        )
         return like and len(lengths) <= len(self.tokens) and max(lengths) + new <= self.width
 
     def read(self, prompts: list[list[int]], draws: Tensor, tokens: int) -> None:
@@ -117,7 +125,9 @@ class Decoding:
             tokens: read at a time, or one text.
         """
         self.count = len(prompts)
-        self.longest = len(prompts[-1])  # of the texts, once the token that was sampled last is read
+        self.longest = len(
+            prompts[-1]
+        )  # of the texts, once the token that was sampled last is read
         self.sent = self.received = 0
         idle = len(self.tokens) - self.count
         for of_layer in (*self.keys, *self.values, self.logprobs, self.step_number):
@@ -235,7 +245,9 @@ def pick(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, Ten
     sums = blocks.sum(-1, dtype=torch.float64)  # [B, blocks]
     cdf = sums.cumsum(-1)
     block, before = invert(cdf, draws[:, None] * cdf[:, -1:])
-    within = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)  # [B, BLOCK]
+    within = (
+        blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
+    )  # [B, BLOCK]
     place, _ = invert(within, before)
     tokens = (block * BLOCK + place).squeeze(1).clamp_(max=vocabulary - 1)
     return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()

@@ -70,21 +70,36 @@ class Config:
 def main(config: Config) -> None:
     started = time.monotonic()
     made = read_run(config.checkpoint, phase_of(config.checkpoint), "the first argument")
-    check_output(config.output_dir, config.overwrite, config.checkpoint, config.base_model, made["base"]["model"])
+    check_output(
+        config.output_dir,
+        config.overwrite,
+        config.checkpoint,
+        config.base_model,
+        made["base"]["model"],
+    )
     base = same_base(made, config.checkpoint, config.base_model)
     form = load_format(config.checkpoint, made)
     settings = read_config(base)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
-    weights, adapter, source = open_weights(base, settings), Adapter(config.checkpoint), base_folder(base)
+    weights, adapter, source = (
+        open_weights(base, settings),
+        Adapter(config.checkpoint),
+        base_folder(base),
+    )
     odd = sorted(set(adapter.names()) - set(weights.files))
     if odd:
-        raise UserError(f"the adapter at {config.checkpoint} does not fit its base (there is no {odd[0]})")
+        raise UserError(
+            f"the adapter at {config.checkpoint} does not fit its base (there is no {odd[0]})"
+        )
     dtype = DTYPES[config.dtype]
     texts = [form.prompt_ids((("user", text),)) for text in PROMPTS]
     check_context(base, max(map(len, texts)))
     with output_folder(config.output_dir) as folder, torch.no_grad():
-        writer, check = Writer(folder), Check(model, texts, form.pad_token_id, adapter, dtype, base["load_in_4bit"])
+        writer, check = (
+            Writer(folder),
+            Check(model, texts, form.pad_token_id, adapter, dtype, base["load_in_4bit"]),
+        )
         for part in parts(weights, model):
             writer.add(check.go_through(part))
         writer.finish()
@@ -94,7 +109,9 @@ def main(config: Config) -> None:
         for file in licence_files(source):
             shutil.copyfile(file, folder / file.name)
         (folder / "export.json").write_text(json.dumps(report, indent=2) + "\n")
-        (folder / "README.md").write_text(model_card(config, made, base, source, report), encoding="utf-8")
+        (folder / "README.md").write_text(
+            model_card(config, made, base, source, report), encoding="utf-8"
+        )
     console.print(describe(report))
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
 
@@ -102,7 +119,10 @@ def main(config: Config) -> None:
 def phase_of(checkpoint: str) -> str:
     """ "sft" or "ppo": what the checkpoint says that it is, if it can be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        if json.loads((Path(checkpoint) / "run.json").read_text(encoding="utf-8"))["phase"] == "sft":
+        if (
+            json.loads((Path(checkpoint) / "run.json").read_text(encoding="utf-8"))["phase"]
+            == "sft"
+        ):
             return "sft"
     return "ppo"
 
@@ -118,13 +138,17 @@ def base_folder(base: dict[str, Any]) -> Path:
 
     wanted = ["config.json", "README.md", *LICENCE_FILES]  # the README names the licence
     with hub_errors(base["model"], "model", "--base-model"):
-        return Path(snapshot_download(base["model"], revision=base["revision"], allow_patterns=wanted))
+        return Path(
+            snapshot_download(base["model"], revision=base["revision"], allow_patterns=wanted)
+        )
 
 
 def parts(weights: Weights, model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """The weights in the order in which a text meets them: embedding, one layer after the other, norm and head."""
     number = {
-        name: int(found.group(1)) for name in weights.files if (found := re.match(r"model\.layers\.(\d+)\.", name))
+        name: int(found.group(1))
+        for name in weights.files
+        if (found := re.match(r"model\.layers\.(\d+)\.", name))
     }
     rest = [name for name in weights.files if name not in number and name != EMBEDDING]
     yield {EMBEDDING: weights[EMBEDDING]}
@@ -170,7 +194,10 @@ class Writer:
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            if self.waiting and sum(t.nbytes for t in self.waiting.values()) + tensor.nbytes > SHARD_BYTES:
+            if (
+                self.waiting
+                and sum(t.nbytes for t in self.waiting.values()) + tensor.nbytes > SHARD_BYTES
+            ):
                 self.flush()
             self.waiting[name] = tensor
             if tensor.nbytes > SHARD_BYTES:
@@ -179,7 +206,9 @@ class Writer:
     def flush(self) -> None:
         if not self.waiting:
             return
-        save_file(self.waiting, self.folder / f"{len(self.shards)}.partial", metadata={"format": "pt"})
+        save_file(
+            self.waiting, self.folder / f"{len(self.shards)}.partial", metadata={"format": "pt"}
+        )
         self.total += sum(tensor.nbytes for tensor in self.waiting.values())
         self.shards.append(list(self.waiting))
         self.waiting = {}
@@ -196,7 +225,9 @@ class Writer:
             (self.folder / f"{i}.partial").rename(self.folder / file)
             index |= dict.fromkeys(names, file)
         content = {"metadata": {"total_size": self.total}, "weight_map": index}
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+        (self.folder / "model.safetensors.index.json").write_text(
+            json.dumps(content, indent=2) + "\n"
+        )
 
 
 # ---------------------------------------------------------------- the check
@@ -218,7 +249,9 @@ class Check:
         self.versions = (["trained"] if in_4bit else []) + ["adapter", "merged", "exported"]
         self.ids = pad_right(texts, pad_token_id, torch.device("cpu"))
         self.read = [
-            (i, len(text) - 1 - back) for i, text in enumerate(texts) for back in range(min(CHECKED, len(text)))
+            (i, len(text) - 1 - back)
+            for i, text in enumerate(texts)
+            for back in range(min(CHECKED, len(text)))
         ]
         self.positions = torch.arange(self.ids.shape[1])[None]
         rotary = type(model.get_decoder().rotary_emb)(config=model.config)
@@ -248,8 +281,14 @@ class Check:
             layer = decoder.layers[int(prefix.split(".")[2])]
             if version == "trained":
                 weights = {name: through_nf4(weight) for name, weight in weights.items()}
-            weights = {name.removeprefix(prefix): weight.float() for name, weight in weights.items()}
-            with self.beside(layer, prefix) if version in ("trained", "adapter") else contextlib.nullcontext():
+            weights = {
+                name.removeprefix(prefix): weight.float() for name, weight in weights.items()
+            }
+            with (
+                self.beside(layer, prefix)
+                if version in ("trained", "adapter")
+                else contextlib.nullcontext()
+            ):
                 more = {"position_embeddings": self.rotary, "position_ids": self.positions}
                 hidden = functional_call(layer, weights, (hidden,), more)
         self.hidden[version] = hidden
@@ -262,7 +301,9 @@ class Check:
             low_rank = self.adapter.get(f"{prefix}{name}.weight")
             if low_rank is not None:
                 a, b = low_rank
-                hooks.append(module.register_forward_hook(lambda _, x, y, a=a, b=b: y + x[0] @ a.T @ b.T))
+                hooks.append(
+                    module.register_forward_hook(lambda _, x, y, a=a, b=b: y + x[0] @ a.T @ b.T)
+                )
         yield
         for hook in hooks:
             hook.remove()
@@ -279,9 +320,14 @@ class Check:
             whole = part.float()
             written = whole if part.dtype == self.dtype else part.to(self.dtype).float()
             for version, hidden in self.hidden.items():
-                logits[version].append(hidden[rows, columns] @ (written if version == "exported" else whole).T)
+                logits[version].append(
+                    hidden[rows, columns] @ (written if version == "exported" else whole).T
+                )
         logits = {version: torch.cat(parts, 1) for version, parts in logits.items()}
-        steps = [*zip(self.versions, self.versions[1:], strict=False), (self.versions[0], self.versions[-1])]
+        steps = [
+            *zip(self.versions, self.versions[1:], strict=False),
+            (self.versions[0], self.versions[-1]),
+        ]
         return {f"{one} to {other}": apart(logits[one], logits[other]) for one, other in steps}
 
 
@@ -289,7 +335,9 @@ def through_nf4(weight: Tensor) -> Tensor:
     """A weight as the NF4 base has it; vectors stay as they are."""
     if weight.dim() < 2:
         return weight
-    return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+    return bnb.dequantize_4bit(
+        *bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    )
 
 
 def refuse_wrong_merge(report: dict[str, Any]) -> None:
@@ -339,7 +387,9 @@ def write_settings(folder: Path, settings, form: PromptFormat, dtype: torch.dtyp
     for name, value in ends.items():
         setattr(settings, name, value)
     save_config(settings, folder)
-    GenerationConfig(**ends, do_sample=True, temperature=0.7, max_new_tokens=256).save_pretrained(folder)
+    GenerationConfig(**ends, do_sample=True, temperature=0.7, max_new_tokens=256).save_pretrained(
+        folder
+    )
     save_tokenizer(tokenizer, folder)
 
 
@@ -347,11 +397,17 @@ def response_template(stop_text: str, eos: str) -> dict[str, Any]:
     """How `transformers serve` and its pipelines read an answer: without outer white space, and up to EOS or `stop_text`."""
     end = "|".join(map(re.escape, (stop_text, eos)))
     answer = {"open_pattern": r"\A\s*", "close_pattern": rf"\s*(?:{end}).*", "content": "text"}
-    return {"start_anchor": ASSISTANT, "defaults": {"role": "assistant"}, "fields": {"content": answer}}
+    return {
+        "start_anchor": ASSISTANT,
+        "defaults": {"role": "assistant"},
+        "fields": {"content": answer},
+    }
 
 
 def licence_files(source: Path) -> list[Path]:
-    return [path for pattern in LICENCE_FILES for path in sorted(source.glob(pattern)) if path.is_file()]
+    return [
+        path for pattern in LICENCE_FILES for path in sorted(source.glob(pattern)) if path.is_file()
+    ]
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ class Response:
     ids: list[int]
     text_ids: list[int]
     ended_by: str  # "eos", "stop_text" or "length"
-    logprobs: tuple[float, ...] = ()  # nats, of each of `ids` as they were sampled; none at temperature 0
+    logprobs: tuple[
+        float, ...
+    ] = ()  # nats, of each of `ids` as they were sampled; none at temperature 0
 
 
 @torch.no_grad()
@@ -69,7 +71,9 @@ def generate(
         rows = order[: min(batch_size, shared.rollout_rows or batch_size)]
         ours = [prompts[row] for row in rows], [seeds[row] for row in rows]
         try:
-            for row, response in zip(rows, _sample(shared, role, form, *ours, *settings), strict=True):
+            for row, response in zip(
+                rows, _sample(shared, role, form, *ours, *settings), strict=True
+            ):
                 responses[row] = response
             order = order[len(rows) :]
             continue
@@ -80,7 +84,9 @@ def generate(
         shared.decoding = None
         shared.graphs.clear()
         shared.rollout_rows = (len(rows) + 1) // 2
-        console.print(f"out of memory: {shared.rollout_rows} responses at a time from now on, not {len(rows)}")
+        console.print(
+            f"out of memory: {shared.rollout_rows} responses at a time from now on, not {len(rows)}"
+        )
         free_memory()
     return responses
 
@@ -118,7 +124,9 @@ def start(
     """
     draws = torch.stack([_uniforms(seed, max_new_tokens) for seed in seeds])
     lengths, decoding = list(map(len, prompts)), shared.decoding
-    if not decoding or not decoding.serves(role, shared.layers_of(role), lengths, max_new_tokens, temperature):
+    if not decoding or not decoding.serves(
+        role, shared.layers_of(role), lengths, max_new_tokens, temperature
+    ):
         decoding = prepare(shared, role, len(prompts), max(lengths), max_new_tokens, temperature)
     decoding.read(prompts, draws, shared.micro_batch.tokens)
     return decoding
@@ -130,17 +138,23 @@ def prepare(
     """Room for so many texts, of prompts of at most `longest` tokens."""
     lag = LAG if shared.device.type == "cuda" else 0
     sizes = texts, longest, max_new_tokens
-    return Decoding(shared.decoder, role, shared.layers_of(role), *sizes, temperature, shared.graphs, lag)
+    return Decoding(
+        shared.decoder, role, shared.layers_of(role), *sizes, temperature, shared.graphs, lag
+    )
 
 
 @torch.no_grad()
-def step_seconds(shared: SharedBase, role: str, layers: list[LeanLayer], rows: int, prompt_length: int) -> float:
+def step_seconds(
+    shared: SharedBase, role: str, layers: list[LeanLayer], rows: int, prompt_length: int
+) -> float:
     """How long a step takes on this card, from a graph if it can be captured, of texts that say nothing.
 
     Infinitely long if it does not fit.
     """
     try:
-        decoding = Decoding(shared.decoder, role, layers, rows, prompt_length, 12, 1.0, shared.graphs, LAG)
+        decoding = Decoding(
+            shared.decoder, role, layers, rows, prompt_length, 12, 1.0, shared.graphs, LAG
+        )
         decoding.lengths.fill_(prompt_length)
         for _ in range(2):  # as it is; captured
             decoding.step()

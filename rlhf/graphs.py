@@ -59,7 +59,9 @@ class Graphs:
                 function()
             return graph
         except Exception as error:
-            torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own as the current one
+            torch.cuda.set_stream(
+                stream
+            )  # a capture that fails at its end leaves its own as the current one
             if is_out_of_memory(error):
                 raise torch.OutOfMemoryError(str(error)) from None
             self.enabled = False

@@ -14,7 +14,13 @@ from rlhf.reporting import console
 import huggingface_hub.utils
 from safetensors import SafetensorError
 
-BROKEN = (OSError, ValueError, KeyError, TypeError, SafetensorError)  # what a damaged folder makes the libraries raise
+BROKEN = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    SafetensorError,
+)  # what a damaged folder makes the libraries raise
 
 
 def quiet_hub() -> None:
@@ -61,7 +67,9 @@ def hub_errors(name: str, kind: str, flag: str) -> Iterator[None]:
         raise
     except Exception as error:
         message = explain(error, name, kind, flag)
-        broken = isinstance(error, BROKEN) or kind == "tokenizer"  # that library raises plain Exceptions
+        broken = (
+            isinstance(error, BROKEN) or kind == "tokenizer"
+        )  # that library raises plain Exceptions
         if message is None and broken and not is_disk_full(error):
             message = f"the {kind} of {name} cannot be loaded ({one_line(error)})"
         if message is None:
@@ -74,9 +82,7 @@ def explain(error: Exception, name: str, kind: str, flag: str) -> str | None:
     causes = causes_of(error)
     names = {base.__name__ for cause in causes for base in type(cause).__mro__}
     text = " ".join(map(str, causes))
-    page = (
-        f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{'datasets/' if kind == 'data set' else ''}{name}"
-    )
+    page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{'datasets/' if kind == 'data set' else ''}{name}"
     if "GatedRepoError" in names or "is a gated dataset" in text:
         return f"{kind} {name} is gated: accept its licence at {page}, then run `hf auth login` or set HF_TOKEN to a token of that account"
     if names & {

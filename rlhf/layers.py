@@ -35,7 +35,9 @@ class LeanLayer:
         attention, mlp = layer.self_attn, layer.mlp
         self.layer, self.attention = layer, attention
         self.heads = (attention.config.num_attention_heads, attention.config.num_key_value_heads)
-        self.head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None  # Qwen3
+        self.head_norms = (
+            (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
+        )  # Qwen3
         self.qkv = LinearMap(attention.q_proj, attention.k_proj, attention.v_proj)
         self.o = LinearMap(attention.o_proj)
         self.gate_up = LinearMap(mlp.gate_proj, mlp.up_proj)
@@ -43,7 +45,13 @@ class LeanLayer:
         self.maps = (self.qkv, self.o, self.gate_up, self.down)
 
     def __call__(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], padded, mask: Tensor | None, role: str, cache=None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        padded,
+        mask: Tensor | None,
+        role: str,
+        cache=None,
     ) -> Tensor:
         """Hidden states after the layer.
 
@@ -58,12 +66,16 @@ class LeanLayer:
         qkv = self.qkv(x, role, norm=self.layer.input_layernorm)  # [N, (GK + 2K) D]
         if self.head_norms:
             q_norm, k_norm = self.head_norms
-            qkv = _NormHeads.apply(qkv, q_norm.weight, k_norm.weight, q_norm.variance_epsilon, self.heads)
+            qkv = _NormHeads.apply(
+                qkv, q_norm.weight, k_norm.weight, q_norm.variance_epsilon, self.heads
+            )
         q, k, v = _Rotate.apply(qkv, *rope, self.heads, padded)  # [B, heads, T, D] each
         if cache is not None:
             cache.keep(self.attention.layer_idx, k, v)
         if q.is_cuda:
-            out, _ = sdpa_attention_forward(self.attention, q, k, v, mask, scaling=self.attention.scaling)
+            out, _ = sdpa_attention_forward(
+                self.attention, q, k, v, mask, scaling=self.attention.scaling
+            )
             out = out.transpose(1, 2)
         else:
             out = _Attention.apply(q, k, v, mask, self.attention.scaling)  # [B, GK, T, D]
@@ -79,7 +91,14 @@ class LeanLayer:
         return layer
 
     def next(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, role: str, keys: Tensor, values: Tensor, at
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor,
+        role: str,
+        keys: Tensor,
+        values: Tensor,
+        at,
     ) -> Tensor:
         """Hidden states [B, H] of one token more of each text, without gradients.
 
@@ -102,12 +121,21 @@ class LeanLayer:
             q, k = qk.split([heads, kv_heads], dim=1)
             qk = torch.cat([rms_norm(q, q_norm), rms_norm(k, k_norm)], dim=1)
         first, second = qk.chunk(2, dim=-1)
-        q, k = torch.cat([second, first], dim=-1).mul_(sin).addcmul_(qk, cos).split([heads, kv_heads], dim=1)
+        q, k = (
+            torch.cat([second, first], dim=-1)
+            .mul_(sin)
+            .addcmul_(qk, cos)
+            .split([heads, kv_heads], dim=1)
+        )
         keys[rows, :, places] = k
         values[rows, :, places] = v
-        out = one_query_attention(q, keys[:, :, :width], values[:, :, :width], mask, self.attention.scaling)
+        out = one_query_attention(
+            q, keys[:, :, :width], values[:, :, :width], mask, self.attention.scaling
+        )
         x = self.o.apply(out, role, residual=x)
-        gate, up = self.gate_up.apply(rms_norm(x, self.layer.post_attention_layernorm), role).chunk(2, dim=-1)
+        gate, up = self.gate_up.apply(rms_norm(x, self.layer.post_attention_layernorm), role).chunk(
+            2, dim=-1
+        )
         return self.down.apply(F.silu(gate).mul_(up), role, residual=x)
 
 
@@ -158,7 +186,9 @@ class LinearMap:
 
     def __init__(self, *layers: nn.Module):
         self.layers = layers
-        self.bases = [layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers]
+        self.bases = [
+            layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers
+        ]
         self.out_features = [base.out_features for base in self.bases]
         self.weight: Tensor | None = None  # of all layers, if not quantised
         self.quantised: Quantised | None = None  # or else
@@ -268,10 +298,16 @@ class Quantised:
         from bitsandbytes.functional import QuantState
 
         if any(math.prod(state.shape) % state.blocksize for state in states):
-            raise UserError("in 4 bit a weight must have a multiple of 64 numbers: add --no-load-in-4bit")
+            raise UserError(
+                "in 4 bit a weight must have a multiple of 64 numbers: add --no-load-in-4bit"
+            )
         self.data = torch.cat([base.weight.data for base in bases])
         scales = torch.cat([self.scales(state) for state in states])
-        kept = {"blocksize": self.state.blocksize, "code": self.state.code, "quant_type": self.state.quant_type}
+        kept = {
+            "blocksize": self.state.blocksize,
+            "code": self.state.code,
+            "quant_type": self.state.quant_type,
+        }
         kept["dtype"] = self.state.dtype
         start = first_scale = 0
         for base, state in zip(bases, states, strict=True):
@@ -342,7 +378,14 @@ class _LinearMap(Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, residual: Tensor | None, linear: LinearMap, stack: Stack | None, prepare, constants, *weights
+        ctx,
+        x: Tensor,
+        residual: Tensor | None,
+        linear: LinearMap,
+        stack: Stack | None,
+        prepare,
+        constants,
+        *weights,
     ) -> Tensor:
         y, kept = prepare.forward(x, *constants)
         out = linear.product(y)
@@ -367,13 +410,17 @@ class _LinearMap(Function):
         grads = [None] * len(need_weights)
         if any(need_weights):
             # Adapters that train come last, so their rows of A are one block.
-            first = next(piece.columns.start for i, piece in enumerate(ctx.pieces) if need_weights[2 * i])
+            first = next(
+                piece.columns.start for i, piece in enumerate(ctx.pieces) if need_weights[2 * i]
+            )
             grad_a = (grad_down[:, first : ctx.pieces[-1].columns.stop].T @ y).float()
             for i, piece in enumerate(ctx.pieces):
                 if need_weights[2 * i]:
                     columns = piece.columns
                     grads[2 * i] = grad_a[columns.start - first : columns.stop - first]
-                    grads[2 * i + 1] = (grad[:, piece.rows].T @ down[:, columns]).float().mul_(piece.scaling)
+                    grads[2 * i + 1] = (
+                        (grad[:, piece.rows].T @ down[:, columns]).float().mul_(piece.scaling)
+                    )
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_y = ctx.linear.product_transposed(grad)
@@ -415,9 +462,15 @@ class _RMSNorm:
         return weight * normed.to(x.dtype), normed
 
     @staticmethod
-    def backward(grad: Tensor, x: Tensor, scale: Tensor, normed: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def backward(
+        grad: Tensor, x: Tensor, scale: Tensor, normed: Tensor, weight: Tensor, eps: float
+    ) -> Tensor:
         grad = grad.float() * weight.float()
-        return grad.addcmul_(normed, (grad * normed).mean(-1, keepdim=True), value=-1).mul_(scale).to(x.dtype)
+        return (
+            grad.addcmul_(normed, (grad * normed).mean(-1, keepdim=True), value=-1)
+            .mul_(scale)
+            .to(x.dtype)
+        )
 
 
 class _Gate:
@@ -437,7 +490,9 @@ class _Gate:
     @staticmethod
     def backward(grad: Tensor, x: Tensor, kept: None, activated: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
-        return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad)], dim=-1)
+        return torch.cat(
+            [torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad)], dim=-1
+        )
 
 
 class Norm(Function):
@@ -462,7 +517,9 @@ class _NormHeads(Function):
     """`_RMSNorm` of each head of q and of k by itself, in [N, (GK + 2K) D]; v stays. The frozen weights [D] get no gradient."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, heads: tuple[int, int]) -> Tensor:
+    def forward(
+        ctx, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, heads: tuple[int, int]
+    ) -> Tensor:
         parts = qkv.view(len(qkv), -1, len(q_weight)).split([*heads, heads[1]], dim=1)
         q, q_scale = _RMSNorm.forward(parts[0], q_weight, eps)
         k, k_scale = _RMSNorm.forward(parts[1], k_weight, eps)
@@ -488,13 +545,20 @@ class _Rotate(Function):
     def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int], padded):
         ctx.save_for_backward(cos, sin)
         ctx.split, ctx.padded = [*heads, heads[1]], padded
-        turned = _rotate(qkv.view(len(qkv), -1, cos.shape[-1]), cos, sin, sum(heads), 1)  # [N, GK + 2K, D]
-        return tuple(part.transpose(1, 2).contiguous() for part in padded.spread(turned).split(ctx.split, dim=2))
+        turned = _rotate(
+            qkv.view(len(qkv), -1, cos.shape[-1]), cos, sin, sum(heads), 1
+        )  # [N, GK + 2K, D]
+        return tuple(
+            part.transpose(1, 2).contiguous()
+            for part in padded.spread(turned).split(ctx.split, dim=2)
+        )
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         cos, sin = ctx.saved_tensors
-        grad = ctx.padded.gather(torch.cat([grad.transpose(1, 2) for grad in grads], dim=2))  # [N, GK + 2K, D]
+        grad = ctx.padded.gather(
+            torch.cat([grad.transpose(1, 2) for grad in grads], dim=2)
+        )  # [N, GK + 2K, D]
         return _rotate(grad, cos, sin, sum(ctx.split[:2]), -1).flatten(1), None, None, None, None
 
 
@@ -525,13 +589,17 @@ class _Join(Function):
         return ctx.padded.spread(grad.view(len(grad), ctx.heads, -1)).transpose(1, 2), None
 
 
-def one_query_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+def one_query_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
+) -> Tensor:
     """Attention [B, GK D] of one token of each text [B, GK, D] to keys and values [B, K, S, D], without gradients."""
     attend = _attend_by_products if query.is_cuda else _attend_fused
     return attend(query, key, value, mask, scaling)
 
 
-def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+def _attend_by_products(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
+) -> Tensor:
     """The G heads of a key head are the rows of one product, so keys are not repeated."""
     rows, kv_heads, _, d = key.shape
     # Scaled before the product: in float16 a sum of products may be too large for a number.
@@ -539,9 +607,13 @@ def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
     return (scores.add_(mask).softmax(-1) @ value).view(rows, -1)
 
 
-def _attend_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+def _attend_fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
+) -> Tensor:
     """Torch's own kernel, on a CPU the faster one for a single token: in bfloat16 two to four times."""
-    out = F.scaled_dot_product_attention(query[:, :, None], key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+    out = F.scaled_dot_product_attention(
+        query[:, :, None], key, value, attn_mask=mask, scale=scaling, enable_gqa=True
+    )
     return out.view(len(query), -1)
 
 
@@ -563,7 +635,9 @@ class _Attention(Function):
         return scores.softmax(-1).view(b, key.shape[1], -1, key.shape[2])
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
         ctx.save_for_backward(query, key, value, mask)
         ctx.scaling = scaling
         return (_Attention.weights(query, key, mask, scaling) @ value).view_as(query)
@@ -574,7 +648,9 @@ class _Attention(Function):
         weights = _Attention.weights(query, key, mask, ctx.scaling)
         grad = grad.reshape(*weights.shape[:3], -1)
         grad_scores = grad @ value.transpose(-1, -2)
-        grad_scores = torch.ops.aten._softmax_backward_data(grad_scores, weights, -1, grad_scores.dtype)
+        grad_scores = torch.ops.aten._softmax_backward_data(
+            grad_scores, weights, -1, grad_scores.dtype
+        )
         grad_scores.mul_(ctx.scaling)
         grad_query = (grad_scores @ key).view_as(query)
         grad_key = grad_scores.transpose(-1, -2) @ query.reshape(*weights.shape[:3], -1)

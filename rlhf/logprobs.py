@@ -30,7 +30,13 @@ class _ChosenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, statistics: bool, need_grad: bool
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        tokens: Tensor,
+        temperature: float,
+        statistics: bool,
+        need_grad: bool,
     ):
         rows = max(1, chunk_elements(hidden.is_cuda) // weight.shape[0])
         block = rows if hidden.is_cuda else CPU_BLOCK
@@ -38,7 +44,9 @@ class _ChosenLogprobs(torch.autograd.Function):
         entropy, is_top1 = (torch.empty_like(logprobs) if statistics else None for _ in range(2))
         gradient = torch.empty_like(hidden) if need_grad else None
         for start in range(0, hidden.shape[0], rows):
-            logits = matmul(hidden[start : start + rows], weight.T)  # [rows, V], in float32 on a GPU
+            logits = matmul(
+                hidden[start : start + rows], weight.T
+            )  # [rows, V], in float32 on a GPU
             for row in range(0, logits.shape[0], block):
                 part = slice(start + row, min(start + row + block, start + rows, hidden.shape[0]))
                 here = logits[row : row + block]  # [block, V]
@@ -51,7 +59,9 @@ class _ChosenLogprobs(torch.autograd.Function):
                 logprobs[part] = chosen - logsumexp
                 if statistics:
                     is_top1[part] = chosen == top1
-                    mean = torch.bmm(softmax[:, None], scaled[:, :, None])  # no third tensor of this size
+                    mean = torch.bmm(
+                        softmax[:, None], scaled[:, :, None]
+                    )  # no third tensor of this size
                     entropy[part] = logsumexp - mean.flatten()
                 if need_grad:
                     here.copy_(softmax)
@@ -91,4 +101,6 @@ def chosen_logprobs(
         a `Chosen`, of which only the log-probabilities have a gradient, for `hidden`.
     """
     need_grad = torch.is_grad_enabled() and hidden.requires_grad
-    return Chosen(*_ChosenLogprobs.apply(hidden, weight, tokens, temperature, statistics, need_grad))
+    return Chosen(
+        *_ChosenLogprobs.apply(hidden, weight, tokens, temperature, statistics, need_grad)
+    )

@@ -72,7 +72,9 @@ class MicroBatchSize:
 
     def halve(self) -> None:
         before, self.tokens, self.halved = self.tokens, self.tokens // 2, True
-        console.print(f"out of memory: a micro-batch has {self.tokens:,} tokens from now on, not {before:,}")
+        console.print(
+            f"out of memory: a micro-batch has {self.tokens:,} tokens from now on, not {before:,}"
+        )
         free_memory()
 
     def agree(self) -> None:

@@ -39,7 +39,9 @@ METRICS = {
 TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
 
 
-def model_card(config, made: dict[str, Any], base: dict[str, Any], source: Path, report: dict[str, Any]) -> str:
+def model_card(
+    config, made: dict[str, Any], base: dict[str, Any], source: Path, report: dict[str, Any]
+) -> str:
     """The card, from the run.json of the checkpoint and of the earlier phases, where those still are.
 
     Args:
@@ -50,10 +52,15 @@ def model_card(config, made: dict[str, Any], base: dict[str, Any], source: Path,
     """
     runs = phases(made)
     licence, llama = licence_of(source), is_llama(base["model"], source)
-    name = config.name or f"{'Llama-' if llama else ''}{Path(base['model']).name}-{made['phase'].upper()}"
+    name = (
+        config.name
+        or f"{'Llama-' if llama else ''}{Path(base['model']).name}-{made['phase'].upper()}"
+    )
     if llama and not name.lower().startswith("llama"):
         name = f"Llama-{name}"  # its licence wants that
-    datasets = sorted({run["data"]["source"] for run in runs.values() if run.get("data", {}).get("source")})
+    datasets = sorted(
+        {run["data"]["source"] for run in runs.values() if run.get("data", {}).get("source")}
+    )
     hub = list(filter(is_hub_id, datasets))
     head = {
         "base_model": base["model"] if base["revision"] else None,
@@ -64,14 +71,23 @@ def model_card(config, made: dict[str, Any], base: dict[str, Any], source: Path,
         "tags": ["rlhf", made["phase"]],
     }
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
-    parts = [f"---\n{front}\n---", f"# {plain_name(name)}", *(["Built with Llama."] if llama else [])]
-    parts.append(f"{plain_name(Path(base['model']).name)}, tuned on human preferences with human-feedback-llama.")
+    parts = [
+        f"---\n{front}\n---",
+        f"# {plain_name(name)}",
+        *(["Built with Llama."] if llama else []),
+    ]
+    parts.append(
+        f"{plain_name(Path(base['model']).name)}, tuned on human preferences with human-feedback-llama."
+    )
     parts += ["## How it was made", *(phase_part(phase, run) for phase, run in runs.items())]
     steps = "\n".join(
         f"- {step}: largest logit difference {r['largest_logit_difference']:.1e}, KL {r['kl']:.1e} nats a token"
         for step, r in report.items()
     )
-    parts += ["## What merging changed", f"Seen on a few prompts, in float32 (`export.json`):\n\n{steps}"]
+    parts += [
+        "## What merging changed",
+        f"Seen on a few prompts, in float32 (`export.json`):\n\n{steps}",
+    ]
     parts += ["## How to use it", usage(made["prompt_format"])]
     parts += ["## Limits", LIMITS]
     terms = f"The base's licence ({licence or 'see its own page'}) goes on with this model."
@@ -104,10 +120,14 @@ def phase_part(phase: str, run: dict[str, Any]) -> str:
     data, metrics, settings = run.get("data", {}), run.get("metrics", {}), run["hyperparameters"]
     rows = f", {data['train_rows']} rows" if "train_rows" in data else ""
     facts = [f"data: {source_of(data)}{rows}"]
-    facts += [f"{text} {figure(metrics, key)}" for key, text in METRICS[phase].items() if key in metrics]
+    facts += [
+        f"{text} {figure(metrics, key)}" for key, text in METRICS[phase].items() if key in metrics
+    ]
     facts += map(harmless, said_before({phase: run}))
     names = ("learning_rate", "num_train_epochs", "total_episodes", "lora_rank", "kl_coef", "seed")
-    facts.append("settings: " + ", ".join(f"{name} {settings[name]}" for name in names if name in settings))
+    facts.append(
+        "settings: " + ", ".join(f"{name} {settings[name]}" for name in names if name in settings)
+    )
     return f"{TITLES[phase]}\n" + "\n".join(f"- {fact}" for fact in facts)
 
 
@@ -121,11 +141,19 @@ def source_of(data: dict[str, Any]) -> str:
     source = str(data.get("source", "unknown"))
     if is_hub_id(source):
         return source
-    return f"a local file or folder ({plain_name(Path(source).name)})" if source != "unknown" else source
+    return (
+        f"a local file or folder ({plain_name(Path(source).name)})"
+        if source != "unknown"
+        else source
+    )
 
 
 def is_hub_id(source: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and not source.startswith(".") and not Path(source).exists()
+    return (
+        bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source))
+        and not source.startswith(".")
+        and not Path(source).exists()
+    )
 
 
 def figure(metrics: dict[str, Any], key: str) -> str:
@@ -134,14 +162,20 @@ def figure(metrics: dict[str, Any], key: str) -> str:
     low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
     if low is None or high is None:
         return said
-    count = f", {metrics['eval_prompts']} prompts" if key.endswith("_gain") and "eval_prompts" in metrics else ""
+    count = (
+        f", {metrics['eval_prompts']} prompts"
+        if key.endswith("_gain") and "eval_prompts" in metrics
+        else ""
+    )
     return f"{said} (95 % interval {low:.3g} to {high:.3g}{count})"
 
 
 def usage(prompt_format: str) -> str:
     text = "It answers chats by its chat template"
     if prompt_format == "hh":
-        text += " (`\\n\\nHuman: ...\\n\\nAssistant:`; a system message stands before it as plain text)"
+        text += (
+            " (`\\n\\nHuman: ...\\n\\nAssistant:`; a system message stands before it as plain text)"
+        )
     return f"{text}, and ends an answer with its EOS."
 
 
@@ -149,7 +183,9 @@ def licence_of(source: Path) -> str | None:
     """The base's licence: what its card says, or what its licence file begins with."""
     card = source / "README.md"
     if card.is_file():
-        found = re.search(r"^license:\s*['\"]?([\w.-]+)", card.read_text(encoding="utf-8", errors="replace"), re.M)
+        found = re.search(
+            r"^license:\s*['\"]?([\w.-]+)", card.read_text(encoding="utf-8", errors="replace"), re.M
+        )
         if found:
             return found.group(1)
     for path in sorted(source.glob("LICEN[SC]E*")):

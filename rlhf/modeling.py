@@ -43,7 +43,13 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import cached_file
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|reserved_special_token_0|>")
+PAD_TOKENS = (
+    "<|finetune_right_pad_id|>",
+    "<|pad|>",
+    "<pad>",
+    "[PAD]",
+    "<|reserved_special_token_0|>",
+)
 BASE = "base"  # the role of the bare base, without the SFT adapter
 REFERENCE = "reference"  # the role of the SFT model
 HEAD_KEY = "base_model.model.score.weight"  # where PEFT keeps the head of a sequence classification adapter
@@ -61,7 +67,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         UserError: the device cannot compute in it.
     """
     if device.type == "cuda":
-        card, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        card, capability = (
+            torch.cuda.get_device_name(device),
+            torch.cuda.get_device_capability(device),
+        )
         bf16, fp16 = torch.cuda.is_bf16_supported(including_emulation=False), capability >= (6, 0)
         where = f"{card} (compute capability {capability[0]}.{capability[1]})"
     else:
@@ -117,7 +126,9 @@ def base_facts(model: str, revision: str | None, load_in_4bit: bool) -> dict[str
             config = Path(cached_file(model, "config.json", revision=revision))
         name, revision = model, config.parent.name
     else:
-        raise UserError(f"--base-model {model}: there is no such folder, and it is not a hub id (owner/name)")
+        raise UserError(
+            f"--base-model {model}: there is no such folder, and it is not a hub id (owner/name)"
+        )
     base = {
         "model": name,
         "revision": revision,
@@ -181,7 +192,11 @@ def unused_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
         if token in vocabulary and token != tokenizer.eos_token:
             return token
     templates = json.dumps(tokenizer.chat_template, ensure_ascii=False)
-    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    special = [
+        token.content
+        for _, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special
+    ]
     taken = (tokenizer.bos_token, tokenizer.eos_token)
     free = [token for token in special if token not in taken and token not in templates]
     return next((token for token in free if "pad" in token.lower()), free[0] if free else None)
@@ -205,7 +220,9 @@ def load_format(folder: str, run: dict[str, Any]) -> PromptFormat:
     return PromptFormat(run["prompt_format"], load_tokenizer(folder))
 
 
-def load_base(base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_head: bool = False) -> PreTrainedModel:
+def load_base(
+    base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_head: bool = False
+) -> PreTrainedModel:
     """Load the base named by `base_facts`, frozen, in evaluation mode; in NF4 if it says so.
 
     With `with_head` it is a sequence classification model whose one-number head is a `ScalarHead`. One that will be
@@ -232,7 +249,9 @@ def load_base(base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_
         config.num_labels, config.pad_token_id = 1, pad_token_id
     with hub_errors(name, "model", "--base-model"):
         # Given the weights themselves, transformers looks for no others, and for no adapter beside them.
-        model = classes[type(config)].from_pretrained(None, config=config, state_dict=weights.tensors(), **options)
+        model = classes[type(config)].from_pretrained(
+            None, config=config, state_dict=weights.tensors(), **options
+        )
     model.name_or_path = model.config.name_or_path = name
     if with_head:
         model.score = ScalarHead(config.hidden_size).to(device)
@@ -262,7 +281,13 @@ class ScalarHead(nn.Linear):
 def linear_names(model: PreTrainedModel) -> list[str]:
     """Names of the linear layers inside a decoder layer (q_proj, ..., down_proj): where LoRA goes."""
     layer = model.get_decoder().layers[0]
-    return sorted({name.rsplit(".", 1)[-1] for name, module in layer.named_modules() if isinstance(module, nn.Linear)})
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+    )
 
 
 # ---------------------------------------------------------------- the shared base
@@ -285,7 +310,9 @@ class SharedBase:
         self.adapters: dict[str, list[str]] = {BASE: [], REFERENCE: ["sft"]}  # of each role
         self.micro_batch = MicroBatchSize(CPU_TOKENS)
         self.rollout_rows: int | None = None  # that fit, once more have run out of memory
-        self.merged: MergedLayers | None = None  # what a role samples from, if not the base with its adapters
+        self.merged: MergedLayers | None = (
+            None  # what a role samples from, if not the base with its adapters
+        )
         self.graphs = Graphs(enabled=self.device.type == "cuda")  # of decoding
         self.decoding: Decoding | None = None  # kept from one rollout to the next, with its graphs
         self.trained: tuple[str, ...] = ()  # the roles whose weights get gradients
@@ -294,12 +321,18 @@ class SharedBase:
         else:
             config, state = read_adapter(folder)
         if any(weight.shape[0] != config.r for key, weight in state.items() if "lora_A" in key):
-            raise UserError(f"the adapter at {folder} does not have the rank of its config ({config.r})")
+            raise UserError(
+                f"the adapter at {folder} does not have the rank of its config ({config.r})"
+            )
         try:
             self.peft = PeftModel(model, config, adapter_name="sft")
         except ValueError as error:  # no such layers
-            raise UserError(f"the adapter at {folder} does not fit this base model ({one_line(error)})") from None
-        self.decoder = None if sharded() else Decoder(model)  # it reads weights of which FSDP has a part only
+            raise UserError(
+                f"the adapter at {folder} does not fit this base model ({one_line(error)})"
+            ) from None
+        self.decoder = (
+            None if sharded() else Decoder(model)
+        )  # it reads weights of which FSDP has a part only
         if folder:
             self.load("sft", state)
         self.stack()
@@ -319,7 +352,9 @@ class SharedBase:
         """
         num_layers = num_layers or self.num_layers
         if not 0 < num_layers <= self.num_layers:
-            raise UserError(f"--role-layers {num_layers}: this model has {self.num_layers} layers, give 0 to that")
+            raise UserError(
+                f"--role-layers {num_layers}: this model has {self.num_layers} layers, give 0 to that"
+            )
         first = self.num_layers - num_layers
         config = LoraConfig(
             r=rank,
@@ -349,7 +384,9 @@ class SharedBase:
         missing = [key for key in result.missing_keys if f".{role}." in key and "lora_" in key]
         if missing or result.unexpected_keys:
             odd = (missing + result.unexpected_keys)[0]
-            raise UserError(f"the {role} adapter does not fit this base model (first odd weight: {odd})")
+            raise UserError(
+                f"the {role} adapter does not fit this base model (first odd weight: {odd})"
+            )
         self.restack()
 
     def train(self, *roles: str) -> None:
@@ -406,7 +443,11 @@ class SharedBase:
     def adapter_state(self, role: str) -> dict[str, Tensor]:
         """A copy of `role`'s LoRA weights under PEFT's names, on the CPU. If they are sharded, all processes call it."""
         state = get_peft_model_state_dict(self.peft, adapter_name=role)
-        return {name: whole(weight.detach()).to("cpu", copy=True) for name, weight in state.items() if "lora_" in name}
+        return {
+            name: whole(weight.detach()).to("cpu", copy=True)
+            for name, weight in state.items()
+            if "lora_" in name
+        }
 
     # -- forward
 
@@ -414,12 +455,17 @@ class SharedBase:
     def lower(self, texts: Texts) -> Tensor:
         """Hidden states [N, H] below the first role layer, the same for every role but the bare base."""
         return self.decoder.run(
-            self.decoder.embed(texts), texts, REFERENCE, self.decoder.layers[: self.first_role_layer]
+            self.decoder.embed(texts),
+            texts,
+            REFERENCE,
+            self.decoder.layers[: self.first_role_layer],
         )
 
     def upper(self, lower: Tensor, texts: Texts, role: str) -> Tensor:
         """Final hidden states [N, H] of `role`, from those that `lower` gave."""
-        return self.decoder.norm(self.decoder.run(lower, texts, role, self.decoder.layers[self.first_role_layer :]))
+        return self.decoder.norm(
+            self.decoder.run(lower, texts, role, self.decoder.layers[self.first_role_layer :])
+        )
 
     def read_head(self, texts: Texts, role: str = "reward") -> Tensor:
         """What the reward model `role` says at the last token of each text [B], float32; of pairs [2 x B]."""
@@ -457,7 +503,9 @@ class SharedBase:
             [len(sequences)], float32, on the CPU.
         """
         return self._score(
-            sequences, list(map(len, sequences)), lambda texts: self.read_head(lay_out(texts, self.device))
+            sequences,
+            list(map(len, sequences)),
+            lambda texts: self.read_head(lay_out(texts, self.device)),
         )
 
     def score_pairs(self, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
@@ -501,7 +549,9 @@ def read_adapter(folder: str) -> tuple[LoraConfig, dict[str, Tensor]]:
         config = LoraConfig.from_pretrained(folder)
         state = load_file(Path(folder) / "adapter_model.safetensors")
     except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{folder} holds no LoRA adapter that can be read ({one_line(error)})") from None
+        raise UserError(
+            f"{folder} holds no LoRA adapter that can be read ({one_line(error)})"
+        ) from None
     if not isinstance(config, LoraConfig):
         raise UserError(f"{folder} holds an adapter of another kind than LoRA")
     config.task_type = config.modules_to_save = None
@@ -509,7 +559,9 @@ def read_adapter(folder: str) -> tuple[LoraConfig, dict[str, Tensor]]:
     return config, state
 
 
-def save_stacked(folder: Path, shared: SharedBase, role: str, form: PromptFormat, base: dict[str, Any]) -> None:
+def save_stacked(
+    folder: Path, shared: SharedBase, role: str, form: PromptFormat, base: dict[str, Any]
+) -> None:
     """Save SFT adapter + `role`'s as one ordinary PEFT adapter, with the role's head if it has one, and the tokenizer.
 
     Two LoRA adapters on one layer are one of the summed rank: [A1; A2] and [B1 B2]. The scalings alpha / r go into B,
@@ -584,7 +636,9 @@ def read_stacked(folder: str, shared: SharedBase) -> dict[str, Any]:
                 layers.add(layer_of(key))
     state = {key: own for key, own in state.items() if layer_of(key) in layers}
     if not layers or layers != set(range(min(layers), shared.num_layers)):
-        raise UserError(f"{folder} has no role adapter on the upper layers: train it again with this version")
+        raise UserError(
+            f"{folder} has no role adapter on the upper layers: train it again with this version"
+        )
     return {"rank": rank, "alpha": rank, "num_layers": len(layers), "state": state, "head": head}
 
 

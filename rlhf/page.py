@@ -24,25 +24,57 @@ LEFT, RIGHT, TOP, BOTTOM = 38, 290, 10, 146  # of what is inside its axes
 X = {"sft": "step", "reward": "step", "ppo": "update"}  # what each phase's curves are drawn over
 PANELS = (  # phase, title, unit, and the label of each metric
     ("sft", "SFT: loss", "nats a token", {"loss": "training", "eval_loss": "test"}),
-    ("reward", "Reward model: loss", "nats a pair", {"preference_loss": "training", "eval_loss": "test"}),
-    ("reward", "Reward model: accuracy", "share of pairs", {"accuracy": "training", "eval_accuracy": "test"}),
-    ("reward", "Reward model: margin", "chosen - rejected score", {"margin": "training", "eval_margin": "test"}),
+    (
+        "reward",
+        "Reward model: loss",
+        "nats a pair",
+        {"preference_loss": "training", "eval_loss": "test"},
+    ),
+    (
+        "reward",
+        "Reward model: accuracy",
+        "share of pairs",
+        {"accuracy": "training", "eval_accuracy": "test"},
+    ),
+    (
+        "reward",
+        "Reward model: margin",
+        "chosen - rejected score",
+        {"margin": "training", "eval_margin": "test"},
+    ),
     (
         "ppo",
         "PPO: score",
         "by the reward model",
-        {"objective/scores": "training", "eval/scores": "held-out", "eval/gold_scores": "held-out, by the gold judge"},
+        {
+            "objective/scores": "training",
+            "eval/scores": "held-out",
+            "eval/gold_scores": "held-out, by the gold judge",
+        },
     ),
-    ("ppo", "PPO: KL to SFT", "nats a response", {"objective/kl": "training", "eval/kl": "held-out"}),
+    (
+        "ppo",
+        "PPO: KL to SFT",
+        "nats a response",
+        {"objective/kl": "training", "eval/kl": "held-out"},
+    ),
     (
         "ppo",
         "PPO: length",
         "tokens a response",
         {"val/response_length": "training", "eval/response_length": "held-out"},
     ),
-    ("ppo", "PPO: entropy", "nats a token", {"policy/entropy_avg": "training", "eval/entropy": "held-out"}),
+    (
+        "ppo",
+        "PPO: entropy",
+        "nats a token",
+        {"policy/entropy_avg": "training", "eval/entropy": "held-out"},
+    ),
 )
-STYLES = {"training": "thin", "held-out, by the gold judge": "dashed"}  # of a line, by its label; others are "marked"
+STYLES = {
+    "training": "thin",
+    "held-out, by the gold judge": "dashed",
+}  # of a line, by its label; others are "marked"
 
 CHANGES = (  # phase, what, its metrics in run.json before and after, whose interval there is
     ("sft", "SFT: loss on test responses", "eval_loss_before", "eval_loss", ""),
@@ -135,7 +167,10 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"percent": lambda share: f"{100 * share:.0f} %", "short": lambda value: f"{value:.3g}"}
+    made.filters |= {
+        "percent": lambda share: f"{100 * share:.0f} %",
+        "short": lambda value: f"{value:.3g}",
+    }
     return made
 
 
@@ -159,13 +194,27 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
     found = {}
     if base:
         revision = f" at {str(base['revision'])[:12]}" if base.get("revision") else ""
-        found["Base"] = f"{name_of(base['model'])}{revision}, {'NF4' if base.get('load_in_4bit') else 'not quantised'}"
+        found["Base"] = (
+            f"{name_of(base['model'])}{revision}, {'NF4' if base.get('load_in_4bit') else 'not quantised'}"
+        )
     found["Prompts"] = str(len(report["prompts"]))
     if flags:
-        test_split = f"from the test split of {name_of(flags['dataset'])}" if flags["num_test_prompts"] else ""
-        chosen = f"from {name_of(flags['prompts'])}" if flags["prompts"] else "built into compare_outputs.py"
+        test_split = (
+            f"from the test split of {name_of(flags['dataset'])}"
+            if flags["num_test_prompts"]
+            else ""
+        )
+        chosen = (
+            f"from {name_of(flags['prompts'])}"
+            if flags["prompts"]
+            else "built into compare_outputs.py"
+        )
         found["Prompts"] += f" {test_split or chosen}"
-        sampling = f"temperature {flags['temperature']:g}, seed {flags['seed']}" if flags["temperature"] else "greedy"
+        sampling = (
+            f"temperature {flags['temperature']:g}, seed {flags['seed']}"
+            if flags["temperature"]
+            else "greedy"
+        )
         found["Decoding"] = f"{sampling}, at most {flags['max_new_tokens']} tokens an answer"
     if report.get("commit"):
         found["Commit"] = str(report["commit"])[:12]
@@ -191,7 +240,12 @@ def changes(report: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for phase, what, before, after, interval in CHANGES:
         metrics = metrics_of(report, phase)
-        keys = {"before": before, "after": after, "low": f"{interval}_low", "high": f"{interval}_high"}
+        keys = {
+            "before": before,
+            "after": after,
+            "low": f"{interval}_low",
+            "high": f"{interval}_high",
+        }
         row = {name: number(metrics.get(key)) for name, key in keys.items()}
         if row["after"] is not None:
             rows.append({"what": what} | row)
@@ -202,7 +256,9 @@ def best(answers: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     """`best`: the models whose answer scores highest, several if they tie, none without scores or a second model."""
     scores = {name: given["score"] for name, given in answers.items() if given["score"] is not None}
     top = max(scores.values(), default=None)
-    return {"best": [name for name, score in scores.items() if score == top] if len(scores) > 1 else []}
+    return {
+        "best": [name for name, score in scores.items() if score == top] if len(scores) > 1 else []
+    }
 
 
 # ---------------------------------------------------------------- the training curves
@@ -227,14 +283,21 @@ def thin(points: Points) -> Points:
     """At most MAX_POINTS points, each the mean of as many neighbours."""
     size = math.ceil(len(points) / MAX_POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [[float(f"{sum(axis) / len(group):.6g}") for axis in zip(*group, strict=True)] for group in groups]
+    return [
+        [float(f"{sum(axis) / len(group):.6g}") for axis in zip(*group, strict=True)]
+        for group in groups
+    ]
 
 
 def panels(curves: dict[str, dict[str, Points]]) -> list[dict[str, Any]]:
     """The panels that have a curve, ready to draw: `title`, `unit`, and what `draw` says."""
     drawn = []
     for phase, title, unit, labels in PANELS:
-        found = {label: points for name, label in labels.items() if (points := curves.get(phase, {}).get(name))}
+        found = {
+            label: points
+            for name, label in labels.items()
+            if (points := curves.get(phase, {}).get(name))
+        }
         if found:
             drawn.append({"title": title, "unit": unit} | draw(found, X[phase]))
     return drawn
@@ -274,7 +337,9 @@ def scale(low: float, high: float, start: float, end: float) -> Callable[[float]
 def ticks(low: float, high: float, whole: bool = False) -> list[tuple[float, str]]:
     """Two to five round numbers from `low` to `high`, with their texts; integers if `whole`."""
     power = 10.0 ** math.floor(math.log10((high - low) / 2))
-    step = max((size * power for size in (1, 2, 5) if size * power <= (high - low) / 2), default=power)
+    step = max(
+        (size * power for size in (1, 2, 5) if size * power <= (high - low) / 2), default=power
+    )
     step = max(1.0, step) if whole else step
     values = [count * step for count in range(math.ceil(low / step), math.floor(high / step) + 1)]
     return [(value, f"{round(value, 12):.6g}") for value in values]

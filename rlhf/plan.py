@@ -50,7 +50,12 @@ class Shape:
     @property
     def linears(self) -> list[tuple[int, int]]:
         """Features in and out of a layer's seven linear maps."""
-        h, i, q, kv = self.hidden, self.intermediate, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        h, i, q, kv = (
+            self.hidden,
+            self.intermediate,
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+        )
         return [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
 
     def base(self) -> float:
@@ -60,7 +65,9 @@ class Shape:
             # Half a byte a number, and for 64 of them a scale: in float32 where maps are joined (rlhf/layers.py), else one
             # byte, and the scales' own float32 scale for 256 of them.
             joined, alone = q + k + v + gate + up, o + down
-            stored = self.layers * (joined * (0.5 + 4 / 64) + alone * (0.5 + 1 / 64 + 4 / (64 * 256)))
+            stored = self.layers * (
+                joined * (0.5 + 4 / 64) + alone * (0.5 + 1 / 64 + 4 / (64 * 256))
+            )
         return stored + self.vocabulary * self.hidden * self.width * (1 if self.tied else 2)
 
     def merged(self) -> float:
@@ -80,13 +87,30 @@ class Shape:
         On the upper `role_layers` layers (0: all) each of the roles has a pair of its own, of one rank for all of them; on
         those below they share SFT's.
         """
-        h, i, q, kv = self.hidden, self.intermediate, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        a_and_b = 3 * (h + q + 2 * kv) + (q + h) + 2 * (h + 2 * i) + (i + h)  # numbers of a layer for each rank
+        h, i, q, kv = (
+            self.hidden,
+            self.intermediate,
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+        )
+        a_and_b = (
+            3 * (h + q + 2 * kv) + (q + h) + 2 * (h + 2 * i) + (i + h)
+        )  # numbers of a layer for each rank
         upper = role_layers or self.layers
-        return a_and_b * ((self.layers - upper) * sft_rank + upper * roles * (sft_rank + role_rank)) * self.width
+        return (
+            a_and_b
+            * ((self.layers - upper) * sft_rank + upper * roles * (sft_rank + role_rank))
+            * self.width
+        )
 
     def backward(
-        self, tokens: int, longest: int, layers: int, rank: int, checkpointing: bool, masked: bool = False
+        self,
+        tokens: int,
+        longest: int,
+        layers: int,
+        rank: int,
+        checkpointing: bool,
+        masked: bool = False,
     ) -> float:
         """Most held at once between forward and the end of backward of a micro-batch through `layers` layers (0: all).
 
@@ -96,15 +120,25 @@ class Shape:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         # Both norms' inputs, q, k, v, the attention's output (twice where a fused kernel keeps its own), gate and up.
         k_and_v = 2 * (q if masked and self.fused_attention else kv)
-        numbers = 2 * self.hidden + (3 if self.fused_attention else 2) * q + k_and_v + 2 * self.intermediate + 7 * rank
+        numbers = (
+            2 * self.hidden
+            + (3 if self.fused_attention else 2) * q
+            + k_and_v
+            + 2 * self.intermediate
+            + 7 * rank
+        )
         scales = 2
         if self.head_norms:  # q, k and v as they were before, and a scale of each head
             numbers += q + 2 * kv
             scales += self.heads + self.kv_heads
         kept = tokens * (numbers * self.width + 4 * scales)
         layers = layers or self.layers
-        standing = layers * tokens * self.hidden * self.width + kept if checkpointing else layers * kept
-        mlp = 7 * tokens * self.intermediate * self.width  # its output, its activation, and their gradients
+        standing = (
+            layers * tokens * self.hidden * self.width + kept if checkpointing else layers * kept
+        )
+        mlp = (
+            7 * tokens * self.intermediate * self.width
+        )  # its output, its activation, and their gradients
         return standing + max(mlp, self.attention(tokens, longest, 3)) + self.matrix()
 
     def forward(self, tokens: int, longest: int) -> float:
@@ -122,7 +156,9 @@ class Shape:
 
     def logits(self, tokens: int) -> float:
         """Of `tokens` chosen tokens, in chunks; on a GPU also in float32, with their softmax."""
-        elements = min(tokens * self.vocabulary, max(chunk_elements(self.fused_attention), self.vocabulary))
+        elements = min(
+            tokens * self.vocabulary, max(chunk_elements(self.fused_attention), self.vocabulary)
+        )
         if self.fused_attention:
             return elements * (8 + self.width)
         return elements * self.width + 2 * CPU_BLOCK * self.vocabulary * 4
@@ -153,7 +189,9 @@ def read_shape(base: dict[str, Any], dtype: str, fused_attention: bool = True) -
             head_norms=config.model_type == "qwen3",
         )
     except AttributeError as error:
-        raise UserError(f"{base['model']} is not a Llama-like decoder ({error}): no memory plan for it") from None
+        raise UserError(
+            f"{base['model']} is not a Llama-like decoder ({error}): no memory plan for it"
+        ) from None
 
 
 # ---------------------------------------------------------------- the three phases
@@ -173,8 +211,12 @@ def plan_reward(shape: Shape, config: Any, sft_rank: int, longest: int, tokens: 
     weights = shape.lora(config.lora_rank, config.role_layers)
     tokens = at_most(tokens, config.batch_size // num_processes(), longest)
     rank = sft_rank + config.lora_rank
-    kept = shape.backward(tokens, longest, config.role_layers, rank, config.gradient_checkpointing, masked=True)
-    stacks = shape.stacks(sft_rank, config.lora_rank, config.role_layers, 2)  # SFT's and the reward model's
+    kept = shape.backward(
+        tokens, longest, config.role_layers, rank, config.gradient_checkpointing, masked=True
+    )
+    stacks = shape.stacks(
+        sft_rank, config.lora_rank, config.role_layers, 2
+    )  # SFT's and the reward model's
     return trained(shape, shape.lora(sft_rank, 0) + weights, stacks, weights, kept)
 
 
@@ -195,9 +237,15 @@ def plan_ppo(
     `longest`: tokens of the longest prompt; `tokens`: of a micro-batch; `gold`: rank and layers of the judge's adapter,
     rank 0 if there is none.
     """
-    scorer, policy = shape.lora(reward_rank, reward_layers), shape.lora(config.lora_rank, config.role_layers)
+    scorer, policy = (
+        shape.lora(reward_rank, reward_layers),
+        shape.lora(config.lora_rank, config.role_layers),
+    )
     role_layers = max(config.role_layers or shape.layers, reward_layers or shape.layers)
-    role_rank, length = max(config.lora_rank, reward_rank, gold[0]), longest + config.response_length
+    role_rank, length = (
+        max(config.lora_rank, reward_rank, gold[0]),
+        longest + config.response_length,
+    )
     episodes = config.episodes_per_update // processes
     rows = round_up(min(rollouts.rows, episodes), 8)
     tokens = at_most(tokens, episodes // config.num_mini_batches, length)
@@ -213,17 +261,23 @@ def plan_ppo(
         "logits": rows * shape.vocabulary * ((4 if shape.fused_attention else shape.width) + 4 + 4),
     }
     prefill = {"activations": shape.forward(min(rows * longest, tokens), longest)}
-    lower = episodes * length * shape.hidden * shape.width  # of the layers below the roles, for all epochs
+    lower = (
+        episodes * length * shape.hidden * shape.width
+    )  # of the layers below the roles, for all epochs
     rank = sft_rank + role_rank
     backward = {
-        "activations": lower + shape.backward(tokens, length, role_layers, rank, config.gradient_checkpointing),
+        "activations": lower
+        + shape.backward(tokens, length, role_layers, rank, config.gradient_checkpointing),
         "logits": shape.logits(tokens),
     }
     if rollouts.kept:  # a graph holds what its step needs
         moments = (cache, step, prefill), (cache, step, backward)
     else:
         moments = (cache, step), (cache, prefill), (backward,)
-    plans = [{owner: sum(part.get(owner, 0) for part in (standing, *moment)) for owner in OWNERS} for moment in moments]
+    plans = [
+        {owner: sum(part.get(owner, 0) for part in (standing, *moment)) for owner in OWNERS}
+        for moment in moments
+    ]
     return max(plans, key=lambda plan: sum(plan.values()))
 
 
@@ -232,7 +286,9 @@ def at_most(tokens: int, rows: int, longest: int) -> int:
     return min(max(tokens, longest), max(1, rows) * longest)
 
 
-def trained(shape: Shape, adapters: int, stacks: float, trainable: int, activations: float) -> Bytes:
+def trained(
+    shape: Shape, adapters: int, stacks: float, trainable: int, activations: float
+) -> Bytes:
     """Weights in float32, a gradient and Adam's two moments for each that trains; the active ones stacked."""
     return {
         "base": shape.base(),
@@ -255,8 +311,15 @@ def show_plan(plan: Plan, longest: int, config: Any) -> None:
         longest: tokens of the longest text.
     """
     room = config.card_gb * 1e9 * (1 - CARD_OVERHEAD)
-    tokens = tokens_that_fit(plan, longest, room) if config.micro_batch_tokens == "auto" else config.micro_batch_tokens
-    console.print(f"micro-batches of {tokens:,} tokens" + (", by auto" if config.micro_batch_tokens == "auto" else ""))
+    tokens = (
+        tokens_that_fit(plan, longest, room)
+        if config.micro_batch_tokens == "auto"
+        else config.micro_batch_tokens
+    )
+    console.print(
+        f"micro-batches of {tokens:,} tokens"
+        + (", by auto" if config.micro_batch_tokens == "auto" else "")
+    )
     table = Table(title="Memory plan: worked out, not measured")
     table.add_column("owner")
     table.add_column("GB", justify="right")
@@ -266,7 +329,9 @@ def show_plan(plan: Plan, longest: int, config: Any) -> None:
     table.add_row("all tensors", f"{total / 1e9:.2f}")
     console.print(table)
     fits = "fits" if total <= room else "does not fit"
-    console.print(f"It {fits} a card of {config.card_gb:g} GB: {room / 1e9:.1f} GB of it are for tensors.")
+    console.print(
+        f"It {fits} a card of {config.card_gb:g} GB: {room / 1e9:.1f} GB of it are for tensors."
+    )
     if total > room:
         console.print(f"To make it smaller, {less_memory(config)}.")
 
@@ -297,7 +362,9 @@ def earlier_runs(config: Any, **scripts: ModuleType) -> dict[str, dict[str, Any]
     folders = {role: vars(config).get(f"{role}_checkpoint") for role in ("sft", "reward", "gold")}
     there = {role: Path(folder).exists() for role, folder in folders.items() if folder}
     if config.measure or all(there.values()):
-        return read_parents(config) if "reward" in there else {"sft": read_run(folders["sft"], "sft")}
+        return (
+            read_parents(config) if "reward" in there else {"sft": read_run(folders["sft"], "sft")}
+        )
     runs: dict[str, dict[str, Any]] = {}
     for role, is_there in there.items():
         phase = "sft" if role == "sft" else "reward"
@@ -397,6 +464,8 @@ def ppo_plans(shape: Shape, config: Any, runs: dict[str, dict[str, Any]], longes
     gold = adapters.get("gold", (0, 1))
 
     def plans(rollouts: Rollouts) -> Plan:
-        return lambda tokens: plan_ppo(shape, config, *parents, longest, tokens, rollouts, gold, num_processes())
+        return lambda tokens: plan_ppo(
+            shape, config, *parents, longest, tokens, rollouts, gold, num_processes()
+        )
 
     return plans

@@ -49,7 +49,9 @@ class Batch:
     texts: list[list[int]]
     responses: list[Response]
     device: torch.device
-    laid_out: dict[int, list[list[MicroBatch]]] = field(default_factory=dict)  # by size, so that each is made once
+    laid_out: dict[int, list[list[MicroBatch]]] = field(
+        default_factory=dict
+    )  # by size, so that each is made once
 
     @property
     def longest(self) -> int:
@@ -86,13 +88,19 @@ class Batch:
         return self.laid_out[tokens]
 
     def cut(self, rows: slice, tokens: int) -> list[MicroBatch]:
-        parts = cut_by_tokens([len(text) for text in self.texts[rows]], tokens)  # in order: they are sorted already
-        return [self.lay_out(slice(rows.start + part[0], rows.start + part[-1] + 1)) for part in parts]
+        parts = cut_by_tokens(
+            [len(text) for text in self.texts[rows]], tokens
+        )  # in order: they are sorted already
+        return [
+            self.lay_out(slice(rows.start + part[0], rows.start + part[-1] + 1)) for part in parts
+        ]
 
     def lay_out(self, rows: slice) -> MicroBatch:
         positions: list[int] = []
         start = 0
-        for prompt, text, response in zip(self.prompts[rows], self.texts[rows], self.responses[rows], strict=True):
+        for prompt, text, response in zip(
+            self.prompts[rows], self.texts[rows], self.responses[rows], strict=True
+        ):
             first = start + len(prompt) - 1  # the last token of the prompt
             positions += range(first, first + len(response.ids))
             start += len(text)
@@ -127,7 +135,9 @@ def make_batch(
         ours = share(sorted(minibatch, key=lambda row: len(texts[row])))
         slices.append(slice(len(rows), len(rows) + len(ours)))
         rows += ours
-    prompts, texts, responses = ([column[row] for row in rows] for column in (prompts, texts, responses))
+    prompts, texts, responses = (
+        [column[row] for row in rows] for column in (prompts, texts, responses)
+    )
     return Batch(rows, slices, prompts, texts, responses, device)
 
 
@@ -148,7 +158,11 @@ class Measured:
             fine = getattr(self, name).isfinite()
             fine = fine if name == "scores" else batch.by_response(fine) | ~batch.response_mask
             odd = [
-                str(row) for row, ok in zip(batch.rows, fine.view(len(fine), -1).all(1).tolist(), strict=True) if not ok
+                str(row)
+                for row, ok in zip(
+                    batch.rows, fine.view(len(fine), -1).all(1).tolist(), strict=True
+                )
+                if not ok
             ]
             if odd:
                 raise NotFinite(
@@ -172,12 +186,18 @@ class Old:
     returns: Tensor
 
     @classmethod
-    def of(cls, measured: Measured, advantages: Tensor, returns: Tensor, device: torch.device) -> "Old":
-        numbers = torch.stack([measured.logprobs, measured.values, advantages, returns])  # one transfer
+    def of(
+        cls, measured: Measured, advantages: Tensor, returns: Tensor, device: torch.device
+    ) -> "Old":
+        numbers = torch.stack(
+            [measured.logprobs, measured.values, advantages, returns]
+        )  # one transfer
         return cls(measured.lower, *numbers.to(device))
 
 
 def count_tokens(batch: Batch) -> list[float]:
     """Sampled tokens of each minibatch, of all processes."""
     lengths = batch.response_lengths
-    return list(totals({i: float(sum(lengths[rows])) for i, rows in enumerate(batch.minibatches)}).values())
+    return list(
+        totals({i: float(sum(lengths[rows])) for i, rows in enumerate(batch.minibatches)}).values()
+    )

@@ -153,13 +153,24 @@ def plot_frontier(folder: Path, picture: Path) -> None:
     rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "eval/kl" in row]
     figure = Figure(figsize=(4.6, 3.4), layout="constrained")
     axis = figure.subplots()
-    for name, label in (("eval/scores", "reward model"), ("eval/gold_scores", "gold, trained on other pairs")):
+    for name, label in (
+        ("eval/scores", "reward model"),
+        ("eval/gold_scores", "gold, trained on other pairs"),
+    ):
         if name in rows[0]:
             axis.plot(
-                [r["eval/kl"] for r in rows], [r[name] - rows[0][name] for r in rows], "o-", markersize=3, label=label
+                [r["eval/kl"] for r in rows],
+                [r[name] - rows[0][name] for r in rows],
+                "o-",
+                markersize=3,
+                label=label,
             )
     axis.axhline(0, color="k", linewidth=0.8)
-    axis.set(xlabel="KL to SFT, nats a response", ylabel="gain over SFT", title="Held-out score against KL")
+    axis.set(
+        xlabel="KL to SFT, nats a response",
+        ylabel="gain over SFT",
+        title="Held-out score against KL",
+    )
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(picture, dpi=130, format="png")

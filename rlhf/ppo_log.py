@@ -64,18 +64,28 @@ class Log:
         chosen: the style of the answers chosen for the held-out prompts, if there are such.
     """
 
-    def __init__(self, config: Any, folder: Path, total: int, chosen: dict[str, float] | None = None):
+    def __init__(
+        self, config: Any, folder: Path, total: int, chosen: dict[str, float] | None = None
+    ):
         self.num_printed_samples, self.tracker = config.num_printed_samples, None
         self.total, self.curves = total, Curves(folder, "update", PANELS)
         self.chosen = chosen or {}
         self.missing_eos_penalty = config.missing_eos_penalty
         self.sampler_is_close = True
-        self.sft: Evaluation | None = None  # the first evaluation, which later ones are held against
+        self.sft: Evaluation | None = (
+            None  # the first evaluation, which later ones are held against
+        )
         files = "metrics.jsonl", "samples.jsonl"
-        self.metrics, self.samples = (JsonLines(folder / name if is_main() else Path(os.devnull)) for name in files)
+        self.metrics, self.samples = (
+            JsonLines(folder / name if is_main() else Path(os.devnull)) for name in files
+        )
         if config.log_with and is_main():
             self.tracker = Accelerator(log_with=config.log_with, project_dir=folder)
-            settings = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+            settings = {
+                name: value
+                for name, value in dataclasses.asdict(config).items()
+                if value is not None
+            }
             self.tracker.init_trackers("human-feedback-llama-ppo", settings)
 
     def __enter__(self) -> "Log":
@@ -93,7 +103,9 @@ class Log:
         """Where metrics.jsonl and samples.jsonl end, in bytes."""
         return self.metrics.position(), self.samples.position()
 
-    def rewind(self, metrics: int, samples: int, sft: Evaluation | None = None, update: int = 0) -> None:
+    def rewind(
+        self, metrics: int, samples: int, sft: Evaluation | None = None, update: int = 0
+    ) -> None:
         """Forget what was written after these positions, and show that `update` updates are done."""
         if is_main():
             self.metrics.cut(metrics)
@@ -124,7 +136,9 @@ class Log:
         if is_main():
             self.curves.draw_when_due()
 
-    def evaluation(self, update: int, result: Evaluation, prompts: list[list[int]], form: PromptFormat) -> None:
+    def evaluation(
+        self, update: int, result: Evaluation, prompts: list[list[int]], form: PromptFormat
+    ) -> None:
         """The means over the held-out prompts, every response to samples.jsonl, the first few to the terminal."""
         means = result.means()
         self.row({"update": update, **{f"eval/{name}": value for name, value in means.items()}})
@@ -187,7 +201,11 @@ def sampler_kl(batch: Batch, measured: Measured) -> float:
 
 
 def speed_metrics(
-    shared: SharedBase, batch: Batch, stats: dict[str, float], seconds: dict[str, float], config: Any
+    shared: SharedBase,
+    batch: Batch,
+    stats: dict[str, float],
+    seconds: dict[str, float],
+    config: Any,
 ) -> dict[str, float]:
     """How fast an update was; tokens are those of all processes, memory is this one's.
 
@@ -198,7 +216,9 @@ def speed_metrics(
     counts = totals({"texts": sum(map(len, batch.texts)), "sampled": sum(batch.response_lengths)})
     epochs = stats["policy/optimizer_steps"] / config.num_mini_batches
     work = Work.of(shared.decoder, shared.first_role_layer, shared.lm_head_weight())
-    operations = work.ppo_update(**counts, policy_epochs=epochs * ("policy/approxkl_avg" in stats), value_epochs=epochs)
+    operations = work.ppo_update(
+        **counts, policy_epochs=epochs * ("policy/approxkl_avg" in stats), value_epochs=epochs
+    )
     whole = sum(seconds.values())
     return {
         **{f"time/{part}": spent for part, spent in seconds.items()},
@@ -220,6 +240,9 @@ def whole_speed(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def mean_stats(history: list[dict[str, float]]) -> dict[str, float]:
     """Means over an update's optimizer steps, each over those that have the number, and how many there were."""
-    columns = {name: [stats[name] for stats in history if name in stats] for name in dict.fromkeys(chain(*history))}
+    columns = {
+        name: [stats[name] for stats in history if name in stats]
+        for name in dict.fromkeys(chain(*history))
+    }
     means = {name: sum(column) / len(column) for name, column in columns.items()}
     return means | {"policy/optimizer_steps": len(history)}

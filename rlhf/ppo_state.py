@@ -19,7 +19,16 @@ from rlhf.ppo_eval import Evaluation, plot_frontier
 from rlhf.ppo_log import Log, whole_speed
 from rlhf.processes import agree, is_main, world
 from rlhf.reporting import console, drawing, read_jsonl
-from rlhf.resume import HARMLESS, SaveClock, keep_tokens, new_state, newest_state, read_facts, states, stop_when_asked
+from rlhf.resume import (
+    HARMLESS,
+    SaveClock,
+    keep_tokens,
+    new_state,
+    newest_state,
+    read_facts,
+    states,
+    stop_when_asked,
+)
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,11 +47,24 @@ class State:
     """
 
     def __init__(
-        self, config, folder: Path, runs: dict, prompts: tuple, shared: SharedBase, optimizer, scaler, log: Log
+        self,
+        config,
+        folder: Path,
+        runs: dict,
+        prompts: tuple,
+        shared: SharedBase,
+        optimizer,
+        scaler,
+        log: Log,
     ):
         self.config, self.folder, self.shared = config, folder, shared
-        self.inputs = {"dtype": str(shared.dtype), "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
-        self.inputs |= {f"{role} checkpoint": run["adapter_sha256"] for role, run in runs.items()} | world()
+        self.inputs = {
+            "dtype": str(shared.dtype),
+            "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        }
+        self.inputs |= {
+            f"{role} checkpoint": run["adapter_sha256"] for role, run in runs.items()
+        } | world()
         self.optimizer, self.scaler, self.log = optimizer, scaler, log
         self.update, self.kl_coef = 0, config.kl_coef
         self.sft: Evaluation | None = None  # what the SFT policy says to the held-out prompts
@@ -72,7 +94,9 @@ class State:
             self.save()
         if kind is NotFinite:
             state = next(iter(states(self.folder)), "none")
-            raise NotFinite(f"update {self.update + 1}: {error}; the last good state is {state}") from None
+            raise NotFinite(
+                f"update {self.update + 1}: {error}; the last good state is {state}"
+            ) from None
 
     def done(self, update: int, kl_coef: float) -> None:
         """Note that an update is whole; save it when it is time to."""
@@ -120,11 +144,17 @@ class State:
         before = facts["hyperparameters"]["rollout_batch_size"]
         if self.config.rollout_batch_size in ("auto", before):  # fewer, if memory ran out
             self.shared.rollout_rows = facts["rollout_rows"]
-        self.update, self.kl_coef, self.positions = facts["update"], facts["kl_coef"], facts["positions"]
+        self.update, self.kl_coef, self.positions = (
+            facts["update"],
+            facts["kl_coef"],
+            facts["positions"],
+        )
         sft = facts["sft"]
         # A state of an earlier version has not all of them.
         columns = {name: torch.tensor(sft[name]) for name in COLUMNS if sft.get(name) is not None}
-        self.sft = Evaluation([Response(*response) for response in sft["responses"]], sft["texts"], **columns)
+        self.sft = Evaluation(
+            [Response(*response) for response in sft["responses"]], sft["texts"], **columns
+        )
         self.log.rewind(*self.positions, self.sft, self.update)
 
 

@@ -36,7 +36,9 @@ def sharded() -> bool:
 
 def world() -> dict[str, Any]:
     """What must be the same again where a run goes on: in other processes a step has other rows, FSDP writes other files."""
-    return ({"processes": num_processes()} if num_processes() > 1 else {}) | ({"fsdp": True} if sharded() else {})
+    return ({"processes": num_processes()} if num_processes() > 1 else {}) | (
+        {"fsdp": True} if sharded() else {}
+    )
 
 
 def whole(weight: Tensor) -> Tensor:
@@ -82,7 +84,9 @@ def totals(numbers: dict[str, float]) -> dict[str, float]:
     """Each number summed over all processes."""
     if num_processes() == 1:
         return numbers
-    sums = total(torch.tensor(list(numbers.values()), dtype=torch.float64, device=this_process().device))
+    sums = total(
+        torch.tensor(list(numbers.values()), dtype=torch.float64, device=this_process().device)
+    )
     return dict(zip(numbers, sums.tolist(), strict=True))
 
 
@@ -101,7 +105,9 @@ def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     if num_processes() == 1:
         return values.mean(), values.var(unbiased=False)
     on_device = this_process().device  # where the processes can add up
-    count, sum_ = total(torch.stack([values.new_tensor(len(values)), values.sum()]).double().to(on_device))
+    count, sum_ = total(
+        torch.stack([values.new_tensor(len(values)), values.sum()]).double().to(on_device)
+    )
     mean = (sum_ / count).to(values)
     return mean, (total((values - mean).square().sum().double().to(on_device)) / count).to(values)
 

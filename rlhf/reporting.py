@@ -26,7 +26,11 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
-ENDINGS = {"eos": "ended by EOS", "stop_text": "ended by the next Human: turn", "length": "cut at the length limit"}
+ENDINGS = {
+    "eos": "ended by EOS",
+    "stop_text": "ended by the next Human: turn",
+    "length": "cut at the length limit",
+}
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 
 LINE_SECONDS = 30.0  # between lines that say how far a run is, where there is no terminal
@@ -66,7 +70,11 @@ class JsonLines:
 
     def write(self, row: dict[str, Any]) -> None:
         """Numbers that are not finite are left out: JSON has none, and fp16 skips a step now and then for such a gradient."""
-        row = {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
+        row = {
+            name: value
+            for name, value in row.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         if self.file.write(line) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -149,7 +157,12 @@ class Progress:
 
 def bar() -> rich.progress.Progress:
     """A progress bar with the time gone and the time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     left = TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
     return rich.progress.Progress(*columns, *left, console=console)
 
@@ -186,7 +199,11 @@ class TrainerLog(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
             # Since the last start only, and what the Trainer cannot know of batches that are lists.
-            logs = {name: value for name, value in logs.items() if name not in ("train_loss", "total_flos")}
+            logs = {
+                name: value
+                for name, value in logs.items()
+                if name not in ("train_loss", "total_flos")
+            }
             if "eval_loss" in logs:
                 before = read_jsonl(self.curves.metrics)
                 console.print(describe_evaluation(state.global_step, logs, before))
@@ -280,7 +297,9 @@ def plot_curves(rows: list[dict[str, float]], x: str, panels: Sequence[Panel]):
     from matplotlib.ticker import MaxNLocator
 
     columns = min(3, len(panels))
-    figure = Figure(figsize=(4.2 * columns, 2.9 * math.ceil(len(panels) / columns)), layout="constrained")
+    figure = Figure(
+        figsize=(4.2 * columns, 2.9 * math.ceil(len(panels) / columns)), layout="constrained"
+    )
     axes = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).flatten()
     for axis, panel in zip(axes, panels, strict=False):
         for number, (name, label) in enumerate(panel.lines.items()):
@@ -335,7 +354,9 @@ def bootstrap(values: Iterable[float], seed: int = 0) -> np.ndarray:
     values, random = np.asarray(list(values), dtype=float), np.random.default_rng(seed)
     block = max(1, 1_000_000 // len(values))  # draws in memory at a time
     sizes = [min(block, 10_000 - start) for start in range(0, 10_000, block)]
-    return np.concatenate([values[random.integers(0, len(values), (size, len(values)))].mean(1) for size in sizes])
+    return np.concatenate(
+        [values[random.integers(0, len(values), (size, len(values)))].mean(1) for size in sizes]
+    )
 
 
 def mean_interval(values: Iterable[float]) -> tuple[float, float]:
@@ -344,7 +365,9 @@ def mean_interval(values: Iterable[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def at_equal_length(outcome: Iterable[Any], difference: Iterable[Any]) -> tuple[float, float, float]:
+def at_equal_length(
+    outcome: Iterable[Any], difference: Iterable[Any]
+) -> tuple[float, float, float]:
     """The mean of `outcome`, one number a prompt, if both answers to it were equally long, and its 95 % interval.
 
     A least-squares line of the outcome over the difference in length, read at 0; the interval is a bootstrap over prompts.
@@ -356,11 +379,15 @@ def at_equal_length(outcome: Iterable[Any], difference: Iterable[Any]) -> tuple[
     def at_zero(y: np.ndarray, x: np.ndarray) -> np.ndarray:
         from_mean = x - x.mean(-1, keepdims=True)
         square = (from_mean**2).mean(-1)
-        slope = np.divide((from_mean * y).mean(-1), square, out=np.zeros_like(square), where=square > 0)
+        slope = np.divide(
+            (from_mean * y).mean(-1), square, out=np.zeros_like(square), where=square > 0
+        )
         return y.mean(-1) - slope * x.mean(-1)
 
     random = np.random.default_rng(0)
-    prompts, seeds = (random.integers(0, count, size=(2000, count)) for count in points.shape[:0:-1])
+    prompts, seeds = (
+        random.integers(0, count, size=(2000, count)) for count in points.shape[:0:-1]
+    )
     drawn = np.take_along_axis(points[:, seeds].mean(2), prompts[None], axis=2)
     low, high = np.quantile(at_zero(*drawn), [0.025, 0.975])
     return float(at_zero(*points.mean(1))), float(low), float(high)
@@ -380,9 +407,7 @@ def conclusions(report: dict[str, Any]) -> list[str]:
 
 
 # Scripts that put no space between words: Thai to Tibetan, Burmese, Khmer, kana, and Chinese characters.
-UNSPACED = (
-    r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
+UNSPACED = r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 
 
@@ -401,5 +426,10 @@ def repeated_3grams(text: str) -> float:
 
 def distinct_2(texts: Iterable[str]) -> float:
     """Of all pairs of neighbouring words in `texts`, the share that is different (1510.03055): low if all sound alike."""
-    pairs = [pair for text in texts for words in [words_of(text)] for pair in zip(words, words[1:], strict=False)]
+    pairs = [
+        pair
+        for text in texts
+        for words in [words_of(text)]
+        for pair in zip(words, words[1:], strict=False)
+    ]
     return len(set(pairs)) / len(pairs) if pairs else 0.0

@@ -26,11 +26,28 @@ from rlhf.reporting import console
 from accelerate.utils import gather_object
 
 MANIFEST = "manifest.json"
-HARMLESS = LOGGING | {  # may change on the way: places, as what is there is hashed, how long it goes on, what it keeps
-    *("base_model", "revision", "dataset", "extra_data", "sft_checkpoint", "reward_checkpoint", "gold_checkpoint"),
-    *("max_steps", "num_train_epochs", "total_episodes", "gradient_checkpointing", "micro_batch_tokens"),
-    *("rollout_batch_size", "rollout_weights", "cuda_graphs"),
-}
+HARMLESS = (
+    LOGGING
+    | {  # may change on the way: places, as what is there is hashed, how long it goes on, what it keeps
+        *(
+            "base_model",
+            "revision",
+            "dataset",
+            "extra_data",
+            "sft_checkpoint",
+            "reward_checkpoint",
+            "gold_checkpoint",
+        ),
+        *(
+            "max_steps",
+            "num_train_epochs",
+            "total_episodes",
+            "gradient_checkpointing",
+            "micro_batch_tokens",
+        ),
+        *("rollout_batch_size", "rollout_weights", "cuda_graphs"),
+    }
+)
 MAX_FACTS = 1 << 26  # bytes of facts.json; a thousand held-out responses have about a million
 
 _asked: list[int] = []  # signals that came
@@ -44,7 +61,11 @@ def stop_when_asked() -> Iterator[None]:
         if _asked:
             os._exit(128 + number)
         _asked.append(number)
-        print("\nStopping as soon as it can go on from there; once more to stop at once.", file=sys.stderr, flush=True)
+        print(
+            "\nStopping as soon as it can go on from there; once more to stop at once.",
+            file=sys.stderr,
+            flush=True,
+        )
 
     _asked.clear()
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -98,7 +119,9 @@ def keep_tokens(config: Any, micro_batch: MicroBatchSize, facts: dict[str, Any])
     if config.micro_batch_tokens == "auto":
         micro_batch.tokens = before
     elif micro_batch.tokens != before:
-        console.print(f"A micro-batch has {micro_batch.tokens:,} tokens from now on, not {before:,}.")
+        console.print(
+            f"A micro-batch has {micro_batch.tokens:,} tokens from now on, not {before:,}."
+        )
 
 
 def check_stop(together: bool = False) -> None:
@@ -171,13 +194,19 @@ def look_for_state(folder: Path) -> Path | None:
             odd = sorted(name for name in {*hashes, *found} if hashes.get(name) != found.get(name))
             if not odd and (path / "facts.json").stat().st_size <= MAX_FACTS:
                 return path
-            why = f"{odd[0]} is not the file that its manifest names" if odd else "its facts.json is too large"
+            why = (
+                f"{odd[0]} is not the file that its manifest names"
+                if odd
+                else "its facts.json is too large"
+            )
         except (OSError, ValueError, AttributeError, TypeError) as error:
             why = str(error)
         aside = path.with_suffix(".damaged")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
-        console.print(f"warning: {path} is damaged ({why}); it is skipped, and kept as {aside.name}")
+        console.print(
+            f"warning: {path} is damaged ({why}); it is skipped, and kept as {aside.name}"
+        )
     return None
 
 

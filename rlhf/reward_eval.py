@@ -70,11 +70,14 @@ def judge(pairs: ScoredPairs) -> dict[str, Any]:
         **length_balanced(right, longer),
         "eval_margin": margin.mean(),
         "eval_loss": np.logaddexp(0, -margin).mean(),
-        "calibration_error": sum(b["pairs"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(right),
+        "calibration_error": sum(b["pairs"] * abs(b["accuracy"] - b["confidence"]) for b in bins)
+        / len(right),
         "score_mean": scores.mean(),
         "score_std": scores.std(ddof=1),
         "score_length_correlation": correlation(scores, tokens),
-        "margin_length_correlation": correlation(margin, pairs.chosen_tokens - pairs.rejected_tokens),
+        "margin_length_correlation": correlation(
+            margin, pairs.chosen_tokens - pairs.rejected_tokens
+        ),
     }
     ratio = np.log2(pairs.chosen_tokens / pairs.rejected_tokens)
     return {name: None if value is None else float(value) for name, value in numbers.items()} | {
@@ -92,7 +95,9 @@ def length_balanced(right: np.ndarray, longer: np.ndarray) -> dict[str, float | 
     """
     kinds = right[longer == 1], right[longer == 0]
     if not all(map(len, kinds)):
-        return dict.fromkeys(("length_balanced_accuracy", "length_balanced_low", "length_balanced_high"))
+        return dict.fromkeys(
+            ("length_balanced_accuracy", "length_balanced_low", "length_balanced_high")
+        )
     low, high = np.quantile((bootstrap(kinds[0], 0) + bootstrap(kinds[1], 1)) / 2, [0.025, 0.975])
     return {
         "length_balanced_accuracy": (kinds[0].mean() + kinds[1].mean()) / 2,
@@ -114,16 +119,24 @@ def calibration(margin: np.ndarray) -> list[dict[str, float]]:
     return bins
 
 
-def groups(right: np.ndarray, by: np.ndarray, edges: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
+def groups(
+    right: np.ndarray, by: np.ndarray, edges: dict[str, tuple[float, float]]
+) -> list[dict[str, Any]]:
     """Accuracy of the pairs from the lower to below the upper edge of each group; empty groups are left out."""
     rows = []
     for name, (low, high) in edges.items():
         inside = right[(by >= low) & (by < high)]
         if len(inside):
             interval = dict(
-                zip(("accuracy_low", "accuracy_high"), wilson_interval(inside.sum(), len(inside)), strict=True)
+                zip(
+                    ("accuracy_low", "accuracy_high"),
+                    wilson_interval(inside.sum(), len(inside)),
+                    strict=True,
+                )
             )
-            rows.append({"group": name, "pairs": len(inside), "accuracy": float(inside.mean()), **interval})
+            rows.append(
+                {"group": name, "pairs": len(inside), "accuracy": float(inside.mean()), **interval}
+            )
     return rows
 
 
@@ -175,13 +188,19 @@ def draw(metrics: dict[str, Any], pairs: ScoredPairs):
     (sure, length), (turns, scatter) = figure.subplots(2, 2)
     bars(sure, [b["confidence"] for b in metrics["calibration"]], metrics["calibration"])
     sure.plot([0.5, 1], [0.5, 1], "k--", linewidth=0.8)
-    sure.set(title=f"Calibration, error {metrics['calibration_error']:.3f}", xlabel="confidence", ylabel="accuracy")
+    sure.set(
+        title=f"Calibration, error {metrics['calibration_error']:.3f}",
+        xlabel="confidence",
+        ylabel="accuracy",
+    )
     for axis, by, title in (
         (length, metrics["by_length"], "length of the chosen response, against the rejected one"),
         (turns, metrics["by_turns"], "turns of the human"),
     ):
         bars(axis, range(len(by)), by)
-        axis.set_xticks(range(len(by)), [f"{row['group']}\n{row['pairs']} pairs" for row in by], fontsize=7)
+        axis.set_xticks(
+            range(len(by)), [f"{row['group']}\n{row['pairs']} pairs" for row in by], fontsize=7
+        )
         axis.axhline(metrics["eval_accuracy"], color="k", linestyle="--", linewidth=0.8)
         axis.set(title="Accuracy (dashed: of all pairs)", xlabel=title, ylabel="accuracy")
     scatter.scatter(pairs.chosen_tokens - pairs.rejected_tokens, pairs.margin, s=8, alpha=0.5)

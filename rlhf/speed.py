@@ -61,7 +61,9 @@ class Stopwatch:
         self.last += self.now() - before
 
 
-def mfu(operations: float, seconds: float, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def mfu(
+    operations: float, seconds: float, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
     """What share of their cards' arithmetic all processes together made use of; nothing where a card is not known."""
     peak = peak_flops(device, dtype)
     return {"speed/mfu": operations / seconds / peak / num_processes()} if peak else {}
@@ -97,7 +99,12 @@ class Work:
     def of(cls, decoder: Decoder, first: int, lm_head: torch.Tensor | None) -> "Work":
         """Of a decoder whose layers from `first` on have adapters that train."""
         layers = [
-            2.0 * sum(base.in_features * base.out_features for linear in layer.maps for base in linear.bases)
+            2.0
+            * sum(
+                base.in_features * base.out_features
+                for linear in layer.maps
+                for base in linear.bases
+            )
             for layer in decoder.layers
         ]
         head = 0.0 if lm_head is None else 2.0 * lm_head.numel()
@@ -111,7 +118,9 @@ class Work:
         """
         return texts * (self.lower + 2 * self.upper) + predicted * 2 * self.head
 
-    def ppo_update(self, texts: int, sampled: int, policy_epochs: float, value_epochs: float) -> float:
+    def ppo_update(
+        self, texts: int, sampled: int, policy_epochs: float, value_epochs: float
+    ) -> float:
         """Operations of an update.
 
         Args:

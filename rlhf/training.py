@@ -53,7 +53,11 @@ EVALUATIONS = 10  # of a run, the last one included
 EVAL_SHARE = 0.1  # of a run's time
 
 # What FSDP must be told: the states are whole files, and checkpointing would give the weights other names.
-SHARDED = {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
+SHARDED = {
+    "FSDP_VERSION": "2",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",
+}
 
 
 def device() -> torch.device:
@@ -64,7 +68,9 @@ def device() -> torch.device:
     """
     device = this_process().device
     if device.type not in ("cuda", "cpu"):
-        raise UserError(f"{device.type} is not supported: set ACCELERATE_USE_CPU=1 to compute on the CPU")
+        raise UserError(
+            f"{device.type} is not supported: set ACCELERATE_USE_CPU=1 to compute on the CPU"
+        )
     return device
 
 
@@ -75,9 +81,13 @@ def num_steps(config: Any, rows: int) -> int:
         todo = f"lower --batch-size to {most}"
         if not most:
             todo = f"start fewer processes than {num_processes()}"
-        raise UserError(f"{rows} training rows do not fill one batch of {config.batch_size}: {todo}")
+        raise UserError(
+            f"{rows} training rows do not fill one batch of {config.batch_size}: {todo}"
+        )
     whole_batches = rows // config.batch_size
-    epoch = whole_batches if num_processes() > 1 else math.ceil(rows / config.batch_size)  # as the Trainer counts
+    epoch = (
+        whole_batches if num_processes() > 1 else math.ceil(rows / config.batch_size)
+    )  # as the Trainer counts
     return config.max_steps or math.ceil(epoch * config.num_train_epochs)
 
 
@@ -102,7 +112,8 @@ def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) ->
         "learning_rate": config.learning_rate,
         "num_train_epochs": config.num_train_epochs,
         "max_steps": config.max_steps or -1,
-        "per_device_train_batch_size": config.batch_size // num_processes(),  # `training_step` takes it in parts
+        "per_device_train_batch_size": config.batch_size
+        // num_processes(),  # `training_step` takes it in parts
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": False,  # the decoder's own is used, or `prepare` turns it on
         "lr_scheduler_type": "cosine",
@@ -133,7 +144,9 @@ def check_numbers(config: Any) -> None:
     if config.measure and not config.dry_run:
         raise UserError("--measure belongs to --dry-run: add it, or leave --measure out")
     check_tracker(config.log_with)
-    check_at_least_one(config, "lora_rank", "lora_alpha", "max_steps", "max_train_samples", "max_eval_samples")
+    check_at_least_one(
+        config, "lora_rank", "lora_alpha", "max_steps", "max_train_samples", "max_eval_samples"
+    )
     check_at_least_one(config, "save_steps", "save_total_limit")
     if config.micro_batch_tokens != "auto":
         check_at_least_one(config, "micro_batch_tokens")
@@ -160,17 +173,23 @@ def check_trainer_numbers(config: Any) -> None:
 def check_ppo_numbers(config: Any) -> None:
     """The same for the PPO script."""
     if sharded():
-        raise UserError("FSDP is for sft_train.py and reward_train.py: start ppo_train.py with configs/ddp.yaml")
+        raise UserError(
+            "FSDP is for sft_train.py and reward_train.py: start ppo_train.py with configs/ddp.yaml"
+        )
     check_numbers(config)
     check_at_least_one(config, "episodes_per_update", "num_mini_batches", "num_ppo_epochs")
     check_at_least_one(config, "max_prompt_length", "response_length")
     check_at_least_one(config, "total_episodes", "eval_steps", "kl_horizon")
     if config.rollout_batch_size != "auto":
         check_at_least_one(config, "rollout_batch_size")
-    check_above_zero(config, "temperature", "kl_target", "kl_stop", "cliprange", "cliprange_value", "score_clip")
+    check_above_zero(
+        config, "temperature", "kl_target", "kl_stop", "cliprange", "cliprange_value", "score_clip"
+    )
     check_between(config, 0, 1, "gamma", "lam")
     check_between(config, 0, math.inf, "value_learning_rate", "kl_coef", "missing_eos_penalty")
-    check_between(config, 0, math.inf, "warmup_updates", "critic_warmup_updates", "num_printed_samples")
+    check_between(
+        config, 0, math.inf, "warmup_updates", "critic_warmup_updates", "num_printed_samples"
+    )
     if config.kl_controller == "adaptive" and config.episodes_per_update >= 5 * config.kl_horizon:
         raise UserError(
             f"--kl-horizon {config.kl_horizon} is too short for an update's {config.episodes_per_update} episodes: the "
@@ -332,7 +351,9 @@ class Resumable(Trainer):
             keep_tokens(config, self.micro_batch, facts)
         if is_main():
             self.lines.metrics.cut(position)
-        self.remove_callback(PrinterCallback)  # it prints each log as a dictionary; TrainerLog is ours
+        self.remove_callback(
+            PrinterCallback
+        )  # it prints each log as a dictionary; TrainerLog is ours
         eval_steps = steps_between_evaluations(config, len(self.train_dataset), eval_rows)
         clock = SaveClock(config.save_minutes, config.save_steps)
         self.add_callback(AfterStep(clock, self.micro_batch, eval_steps))
@@ -350,7 +371,11 @@ class Resumable(Trainer):
                 self.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
             except AllStepsMade:  # its weights are loaded by now
                 if is_main():
-                    row = {"step": self.state.global_step, "train_runtime": 0.0, "epoch": self.state.epoch}
+                    row = {
+                        "step": self.state.global_step,
+                        "train_runtime": 0.0,
+                        "epoch": self.state.epoch,
+                    }
                     self.lines.metrics.write(row)
             finally:
                 self.lines.stop()
@@ -370,11 +395,18 @@ class Resumable(Trainer):
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The weights that are trained, by name."""
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The weights that are trained, by name. All processes call it."""
-        return {name: whole(parameter.detach()).contiguous() for name, parameter in self.trained().items()}
+        return {
+            name: whole(parameter.detach()).contiguous()
+            for name, parameter in self.trained().items()
+        }
 
     def not_finite(self, what: str) -> UserError:
         """The error for a number that is not finite: the step, the rows at hand, and from where to go on."""
@@ -406,11 +438,15 @@ class Resumable(Trainer):
         lengths = [self.tokens(row) for row in rows]
         counts = [sum(map(self.items, rows)), sum(map(num_tokens, rows)), sum(lengths)]
         counts = total(torch.tensor(counts, dtype=torch.float64, device=self.args.device))
-        weight = ((num_processes() if sharded() else 1) / counts[0]).float()  # FSDP takes the mean of gradients
+        weight = (
+            (num_processes() if sharded() else 1) / counts[0]
+        ).float()  # FSDP takes the mean of gradients
 
         def work() -> list[dict[str, Tensor]]:
             parts = cut_by_tokens(lengths, self.micro_batch.tokens)
-            missing = most(len(parts)) - len(parts) if sharded() else 0  # agreed on before the first of them
+            missing = (
+                most(len(parts)) - len(parts) if sharded() else 0
+            )  # agreed on before the first of them
             found = [self.differentiate([rows[i] for i in part], weight) for part in parts]
             for _ in range(missing):
                 self.differentiate([self.train_dataset[0]], 0 * weight)
@@ -418,10 +454,14 @@ class Resumable(Trainer):
 
         found = self.micro_batch.fit(work, max(lengths, default=0), self.model.zero_grad)
         sums, peaks = self.add_up(found)
-        numbers = torch.cat([sums / counts[0], peaks, counts]).tolist()  # the one wait for the device
+        numbers = torch.cat(
+            [sums / counts[0], peaks, counts]
+        ).tolist()  # the one wait for the device
         names = self.means + self.extremes
         values = dict(zip(names, numbers, strict=False))
-        return values, dict(zip(("items", "num_tokens", "texts"), map(int, numbers[len(names) :]), strict=True))
+        return values, dict(
+            zip(("items", "num_tokens", "texts"), map(int, numbers[len(names) :]), strict=True)
+        )
 
     def differentiate(self, rows: list[Row], weight: Tensor) -> dict[str, Tensor]:
         """`part_loss`, and backward of `weight` times the loss where gradients are enabled."""
@@ -435,7 +475,9 @@ class Resumable(Trainer):
         like = {"dtype": torch.float64, "device": self.args.device}
         sums = torch.zeros(len(self.means), **like)
         peaks = torch.full((len(self.extremes),), -math.inf, **like)
-        signs = torch.tensor([-1 if name.startswith("min_") else 1 for name in self.extremes], **like)
+        signs = torch.tensor(
+            [-1 if name.startswith("min_") else 1 for name in self.extremes], **like
+        )
         for of_part in found:
             numbers = torch.stack([of_part[name].double() for name in self.means + self.extremes])
             sums += numbers[: len(sums)]
@@ -480,7 +522,9 @@ class Resumable(Trainer):
             sum_gradients(self.trained().values())
         loss = values.pop("loss")
         self._total_train_tokens += counts["num_tokens"]
-        self.clock.lap("time/step")  # since the last one: with its optimizer step and what was written after it
+        self.clock.lap(
+            "time/step"
+        )  # since the last one: with its optimizer step and what was written after it
         seconds = self.clock.seconds["time/step"]
         speed = {"speed/tokens_per_second": counts["texts"] / seconds, "time/step": seconds}
         if self.work:
@@ -492,8 +536,12 @@ class Resumable(Trainer):
         return torch.tensor(loss, device=self.args.device)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))  # read once, for the log too
-        scaler = self.accelerator.scaler  # with fp16 it skips such a step and halves its scale; below 1 no room is left
+        norm = float(
+            super()._get_grad_norm(model, grad_norm=grad_norm)
+        )  # read once, for the log too
+        scaler = (
+            self.accelerator.scaler
+        )  # with fp16 it skips such a step and halves its scale; below 1 no room is left
         if not math.isfinite(norm) and not (scaler and scaler.get_scale() >= 1):
             raise self.not_finite("gradient")
         return norm
@@ -501,13 +549,20 @@ class Resumable(Trainer):
     def _save_checkpoint(self, model, trial):
         step = self.state.global_step
         facts = {"hyperparameters": dataclasses.asdict(self.config), "inputs": self.inputs}
-        facts |= {"position": self.lines.metrics.position(), "micro_batch_tokens": self.micro_batch.tokens}
+        facts |= {
+            "position": self.lines.metrics.position(),
+            "micro_batch_tokens": self.micro_batch.tokens,
+        }
         with new_state(self.folder, step, facts, self.config.save_total_limit) as self.partial:
-            Trainer._save_checkpoint(self, model, trial)  # not TRL's, which writes a model card first
+            Trainer._save_checkpoint(
+                self, model, trial
+            )  # not TRL's, which writes a model card first
             wait()
             checkpoint = self.partial / f"checkpoint-{step}"
             if is_main():
-                (checkpoint / f"{FSDP_MODEL_NAME}.bin").unlink(missing_ok=True)  # the same weights once more
+                (checkpoint / f"{FSDP_MODEL_NAME}.bin").unlink(
+                    missing_ok=True
+                )  # the same weights once more
                 for path in checkpoint.iterdir():
                     path.rename(self.partial / path.name)
                 checkpoint.rmdir()

@@ -14,7 +14,11 @@ from rlhf.reporting import console, read_jsonl
 
 SAMPLE = 2000  # training rows to draw from
 STEPS = 4  # the first is not counted: it also makes room for the others
-LEAST = {"max_eval_samples": 2, "num_printed_samples": 0, "critic_warmup_updates": 0}  # what is not looked at
+LEAST = {
+    "max_eval_samples": 2,
+    "num_printed_samples": 0,
+    "critic_warmup_updates": 0,
+}  # what is not looked at
 
 
 def time_steps(main: Callable[[Any], None], config: Any, total: int) -> None:
@@ -29,7 +33,10 @@ def time_steps(main: Callable[[Any], None], config: Any, total: int) -> None:
     fields = {field.name for field in dataclasses.fields(config)}
     rows = max(SAMPLE, STEPS * getattr(config, "batch_size", 1))
     changes = {name: value for name, value in LEAST.items() if name in fields}
-    changes |= {"max_steps": min(STEPS, total), "max_train_samples": min(rows, config.max_train_samples or rows)}
+    changes |= {
+        "max_steps": min(STEPS, total),
+        "max_train_samples": min(rows, config.max_train_samples or rows),
+    }
     changes |= {"output_dir": str(folder / "run"), "log_with": None}
     changes |= {"dry_run": False, "measure": False, "overwrite": False, "resume": False}
     quiet = console.quiet
@@ -49,14 +56,20 @@ def time_steps(main: Callable[[Any], None], config: Any, total: int) -> None:
 def read(folder: Path) -> tuple[list[dict[str, float]], int]:
     """The metrics of the steps that count, and the tokens that a micro-batch had in the end."""
     rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "speed/tokens_per_second" in row]
-    return rows[1:] or rows, json.loads((folder / "run.json").read_text(encoding="utf-8"))["micro_batch_tokens"]
+    return rows[1:] or rows, json.loads((folder / "run.json").read_text(encoding="utf-8"))[
+        "micro_batch_tokens"
+    ]
 
 
 def describe(rows: list[dict[str, float]], micro_batch_tokens: int, total: int) -> str:
     """What the steps say of a run of `total`: medians."""
     names = [name for name in rows[0] if name.startswith(("time/", "speed/", "memory/"))]
     middle = {name: statistics.median(row[name] for row in rows) for name in names}
-    parts = {name.removeprefix("time/"): value for name, value in middle.items() if name.startswith("time/")}
+    parts = {
+        name.removeprefix("time/"): value
+        for name, value in middle.items()
+        if name.startswith("time/")
+    }
     seconds = sum(parts.values())
     line = f"measured on this machine, {len(rows)} steps: {middle['speed/tokens_per_second']:,.0f} tokens/s, "
     line += f"{seconds:.1f} s a step"

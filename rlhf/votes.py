@@ -39,13 +39,19 @@ class Vote:
 
     def pair(self) -> dict[str, str | None]:
         """rm-static's columns."""
-        chosen, rejected = (self.answers.get(side) for side in (self.choice, {"A": "B", "B": "A"}.get(self.choice)))
+        chosen, rejected = (
+            self.answers.get(side) for side in (self.choice, {"A": "B", "B": "A"}.get(self.choice))
+        )
         return {"prompt": self.prompt, "response": chosen, "chosen": chosen, "rejected": rejected}
 
     def row(self) -> dict[str, Any]:
         """The line of the file, as of now."""
         said = {"vote": self.choice, "ballot": self.ballot, "voter": self.voter, "time": now()}
-        return self.pair() | said | {"answers": self.answers, "models": self.models, "scores": self.scores}
+        return (
+            self.pair()
+            | said
+            | {"answers": self.answers, "models": self.models, "scores": self.scores}
+        )
 
 
 def now() -> str:
@@ -101,7 +107,9 @@ def parse_vote(row: dict[str, Any]) -> Vote:
     for sides in (vote.answers, vote.models, vote.scores or vote.models):
         if set(sides) != {"A", "B"}:
             raise ValueError("sides other than A and B")
-    if vote.scores and not all(isinstance(s, int | float) and math.isfinite(s) for s in vote.scores.values()):
+    if vote.scores and not all(
+        isinstance(s, int | float) and math.isfinite(s) for s in vote.scores.values()
+    ):
         raise ValueError("a score that is not a number")
     if vote.choice in vote.answers and row["chosen"] != vote.answers[vote.choice]:
         raise ValueError("chosen is not the answer that the vote is for")
@@ -126,7 +134,9 @@ class VoteFile:
                 f"votes at {path} are being written by another server: stop it, or name other --votes"
             ) from None
         except OSError as error:
-            raise UserError(f"votes cannot be written to {path} ({error.strerror}): name other --votes") from None
+            raise UserError(
+                f"votes cannot be written to {path} ({error.strerror}): name other --votes"
+            ) from None
         self.mend()
         self.votes, self.undone = read_votes(path)
 
@@ -191,7 +201,9 @@ def win_rates(votes: Iterable[Vote]) -> list[dict[str, Any]]:
         first, second = sorted(vote.models.values())
         if first != second:
             won = vote.models.get(vote.choice)
-            points.setdefault((first, second), []).append(0.5 if won is None else float(won == first))
+            points.setdefault((first, second), []).append(
+                0.5 if won is None else float(won == first)
+            )
     rows = []
     for (first, second), wins in sorted(points.items()):
         low, high = wilson_interval(sum(wins), len(wins))
@@ -203,14 +215,21 @@ def win_rates(votes: Iterable[Vote]) -> list[dict[str, Any]]:
 def agreement(votes: Iterable[Vote]) -> dict[str, float] | None:
     """How often the reward model's score is higher for the answer that a person preferred; None without such votes."""
     right = [
-        0.5 if v.scores["A"] == v.scores["B"] else float((v.scores["A"] > v.scores["B"]) == (v.choice == "A"))
+        0.5
+        if v.scores["A"] == v.scores["B"]
+        else float((v.scores["A"] > v.scores["B"]) == (v.choice == "A"))
         for v in votes
         if v.scores and v.choice in v.scores
     ]
     if not right:
         return None
     low, high = wilson_interval(sum(right), len(right))
-    return {"votes": len(right), "agreement": sum(right) / len(right), "agreement_low": low, "agreement_high": high}
+    return {
+        "votes": len(right),
+        "agreement": sum(right) / len(right),
+        "agreement_low": low,
+        "agreement_high": high,
+    }
 
 
 # ---------------------------------------------------------------- as preference data
@@ -241,7 +260,12 @@ def load_votes(path: str) -> VotePairs:
             continue
         (held_out if first_turn_sha256(pair)[2] % HELD_OUT == 0 else train).append(pair)
     said = Counter(vote.choice for vote in votes.values())
-    counts = {"votes": len(votes), "ties": said["tie"], "both_bad": said["both bad"], "undone": undone}
+    counts = {
+        "votes": len(votes),
+        "ties": said["tie"],
+        "both_bad": said["both bad"],
+        "undone": undone,
+    }
     counts |= {"unusable": drops.total(), "train": len(train), "held_out": len(held_out)}
     reasons = ", ".join(f"{count} {plain(reason)}" for reason, count in drops.most_common())
     console.print(

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before any library is imported: they read these once.
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 os.environ.update(OFFLINE)
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault(
@@ -30,9 +34,19 @@ import pytest  # noqa: E402
 
 DEMO = ROOT / "demo" / "data"
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
-CLOCKS = ("time/", "speed/", "train_", "num_tokens")  # metrics of clocks, and of what is counted since the last start
+CLOCKS = (
+    "time/",
+    "speed/",
+    "train_",
+    "num_tokens",
+)  # metrics of clocks, and of what is counted since the last start
 HANGS = 60  # seconds, after which a script on the tiny model is taken to hang
-LONGEST = ["processes", "vote_page", "toys", "resume"]  # files, which are begun first, so that none ends alone
+LONGEST = [
+    "processes",
+    "vote_page",
+    "toys",
+    "resume",
+]  # files, which are begun first, so that none ends alone
 
 
 class Result(NamedTuple):
@@ -49,11 +63,16 @@ class Checkpoints(NamedTuple):
 
 
 def read_demo(split: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (DEMO / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (DEMO / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -89,7 +108,9 @@ def make_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    texts = [row["prompt"] + row[name] for row in read_demo("train") for name in ("chosen", "rejected")]
+    texts = [
+        row["prompt"] + row[name] for row in read_demo("train") for name in ("chosen", "rejected")
+    ]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -97,13 +118,18 @@ def make_tokenizer():
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=400, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False
+            vocab_size=400,
+            special_tokens=[PAD, BOS, EOS],
+            initial_alphabet=alphabet,
+            show_progress=False,
         ),
     )
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS
+    )
 
 
 def make_model(folder: Path, seed: int = 0, hidden_size: int = 32, layers: int = 4) -> Path:
@@ -186,7 +212,9 @@ def count_host_reads() -> Iterator[list[str]]:
     class CountBelow(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             name = function.overloadpacket.__name__
-            by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+            by_mask = name == "index" and any(
+                i is not None and i.dtype == torch.bool for i in args[1]
+            )
             if name in READS_BELOW or by_mask:
                 reads.append(name)
             return function(*args, **(kwargs or {}))
@@ -204,10 +232,14 @@ def count_host_reads() -> Iterator[list[str]]:
 def run_script() -> Callable[..., subprocess.CompletedProcess]:
     """`run_script("sft_train.py", *flags, cwd=...)`: a process of its own. Slow: torch and TRL are imported anew."""
 
-    def run_script(script: str, *flags: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    def run_script(
+        script: str, *flags: str, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script), *map(str, flags)]
         env = {**os.environ, **OFFLINE, "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+        )
 
     return run_script
 
@@ -254,7 +286,13 @@ def trained(tmp_path_factory, flags) -> Checkpoints:
     folder = tmp_path_factory.mktemp("trained") / "checkpoints"
     sft, reward = folder / "sft", folder / "reward"
     sft_flags = [*flags["sft_train"], "--output-dir", str(sft)]
-    reward_flags = [*flags["reward_train"], "--sft-checkpoint", str(sft), "--output-dir", str(reward)]
+    reward_flags = [
+        *flags["reward_train"],
+        "--sft-checkpoint",
+        str(sft),
+        "--output-dir",
+        str(reward),
+    ]
     for script, argv in (("sft_train", sft_flags), ("reward_train", reward_flags)):
         result = run_main(script, argv)
         assert result.returncode == 0, result.stderr

@@ -25,7 +25,10 @@ from conftest import ROOT, make_model, read_demo, run_main, write_jsonl  # noqa:
 WANTED = ("transformers==4.57.1", "tokenizers==0.22.1", "huggingface_hub==0.35.3")
 ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE |= {"original_max_position_embeddings": 64}  # 8192 in Llama 3.2, whose texts are longer
-TEXT = "\n\nHuman: Why is the sky blue?\n\nAssistant: Light is scattered by the air, and blue light most of all. " * 6
+TEXT = (
+    "\n\nHuman: Why is the sky blue?\n\nAssistant: Light is scattered by the air, and blue light most of all. "
+    * 6
+)
 TOLERANCE = 1e-4
 SMALL = "--dtype fp32 --max-steps 4 --max-length 256 --lora-rank 4 --lora-alpha 8 --batch-size 4 --learning-rate 1e-2"
 PPO = "--dtype fp32 --response-length 8 --max-prompt-length 64 --episodes-per-update 4 --num-mini-batches 2"
@@ -59,13 +62,26 @@ def main() -> None:
     parser.add_argument("--libraries", type=Path, default=ROOT / "work" / "transformers-4.57")
     libraries = parser.parse_args().libraries.resolve()
     if not (libraries / "transformers").is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(libraries)]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(libraries),
+        ]
         subprocess.run([*pip, *WANTED], check=True)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         make_all()
         command = [sys.executable, "-c", ELSEWHERE, str(libraries), TEXT]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": "", "TRANSFORMERS_VERBOSITY": "error"})
+        subprocess.run(
+            command,
+            check=True,
+            env={**os.environ, "PYTHONPATH": "", "TRANSFORMERS_VERBOSITY": "error"},
+        )
         theirs = json.loads(Path("elsewhere.json").read_text())
         print(f"transformers {theirs.pop('version')}")
         differences = compare(theirs)
@@ -78,15 +94,31 @@ def make_all() -> None:
     base = make_model(Path("base"))
     config = json.loads((base / "config.json").read_text())
     del config["rope_parameters"]  # as Llama 3.2's own config.json writes it
-    (base / "config.json").write_text(json.dumps(config | {"rope_theta": 500000.0, "rope_scaling": ROPE}))
+    (base / "config.json").write_text(
+        json.dumps(config | {"rope_theta": 500000.0, "rope_scaling": ROPE})
+    )
     Path("data").mkdir()
     for split, rows in (("train", 24), ("test", 8)):
         write_jsonl(Path("data") / f"{split}.jsonl", read_demo(split)[:rows])
     data, reward = ["--dataset", "data"], ["--reward-checkpoint", "reward"]
     sft = ["--sft-checkpoint", "sft"]
     for script, argv in (
-        ("sft_train", [*SMALL.split(), *data, "--base-model", "base", "--no-load-in-4bit", "--output-dir", "sft"]),
-        ("reward_train", [*SMALL.split(), *data, *sft, "--role-layers", "2", "--output-dir", "reward"]),
+        (
+            "sft_train",
+            [
+                *SMALL.split(),
+                *data,
+                "--base-model",
+                "base",
+                "--no-load-in-4bit",
+                "--output-dir",
+                "sft",
+            ],
+        ),
+        (
+            "reward_train",
+            [*SMALL.split(), *data, *sft, "--role-layers", "2", "--output-dir", "reward"],
+        ),
         ("ppo_train", [*PPO.split(), *data, *sft, *reward, "--output-dir", "ppo"]),
         ("rlhf.export", ["ppo", "exported", "--dtype", "fp32"]),
     ):
@@ -119,7 +151,9 @@ def compare(theirs: dict) -> list[float]:
 
     def report(what: str, numbers: torch.Tensor, name: str) -> None:
         differences.append((numbers - ours[name].flatten()).abs().max().item())
-        print(f"{what}: off by {differences[-1]:.1e} at most, of numbers up to {ours[name].abs().max():.1f}")
+        print(
+            f"{what}: off by {differences[-1]:.1e} at most, of numbers up to {ours[name].abs().max():.1f}"
+        )
 
     for name, found in theirs.items():
         if found["ids"] != ids:
@@ -132,10 +166,16 @@ def compare(theirs: dict) -> list[float]:
         for key, a in weights.items():
             if "lora_A" in key:
                 b = weights[key.replace("lora_A", "lora_B")]
-                merged = model.get_parameter(key.removeprefix("base_model.model.").replace("lora_A.", ""))
+                merged = model.get_parameter(
+                    key.removeprefix("base_model.model.").replace("lora_A.", "")
+                )
                 merged.data += config["lora_alpha"] / len(a) * b @ a
         with torch.no_grad():
-            report(f"{name} by llama.cpp's rule", model(input_ids=torch.tensor([ids])).logits.flatten(), name)
+            report(
+                f"{name} by llama.cpp's rule",
+                model(input_ids=torch.tensor([ids])).logits.flatten(),
+                name,
+            )
     return differences
 
 

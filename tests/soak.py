@@ -40,8 +40,18 @@ def soak(work: Path) -> dict[int, tuple[int, int, int]]:
     write_jsonl(data / "train.jsonl", read_demo("train")[:24])
     write_jsonl(data / "test.jsonl", read_demo("test")[:8])
     finish(start(make_model, base))
-    places = {"data": data, "base": base, "alone": work, "dtype": "fp32", "steps": 4, "episodes": 8 * UPDATES}
-    commands = {phase: (SMALL + flags).format(**places, folder=work / phase) for phase, flags in FLAGS.items()}
+    places = {
+        "data": data,
+        "base": base,
+        "alone": work,
+        "dtype": "fp32",
+        "steps": 4,
+        "episodes": 8 * UPDATES,
+    }
+    commands = {
+        phase: (SMALL + flags).format(**places, folder=work / phase)
+        for phase, flags in FLAGS.items()
+    }
     for phase in ("sft", "reward"):
         finish(start(script, phase, commands[phase].split()))
 

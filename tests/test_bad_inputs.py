@@ -56,12 +56,22 @@ def test_bad_input(call_main, flags, trained, tiny_data, tiny_model, tmp_path, s
     own = flags.get(script, ["--dataset", tiny_data, "--dtype", "fp32"])
     parents = {"--sft-checkpoint": trained.sft, "--reward-checkpoint": trained.reward}
     parents = list(parents.items())[: {"sft_train": 0, "reward_train": 1}.get(script, 2)]
-    argv = [*own, *(PPO.split() if script == "ppo_train" else []), *(part for pair in parents for part in pair)]
+    argv = [
+        *own,
+        *(PPO.split() if script == "ppo_train" else []),
+        *(part for pair in parents for part in pair),
+    ]
     if "spoil" in case:
-        argv += ["--sft-checkpoint", spoiled(Path(shutil.copytree(trained.sft, tmp_path / "sft")), **case["spoil"])]
+        argv += [
+            "--sft-checkpoint",
+            spoiled(Path(shutil.copytree(trained.sft, tmp_path / "sft")), **case["spoil"]),
+        ]
     if "data" in case:
         (tmp_path / "data").mkdir()
-        shutil.copy(HERE / "data" / case["data"], tmp_path / "data" / Path(case["data"]).with_stem("train").name)
+        shutil.copy(
+            HERE / "data" / case["data"],
+            tmp_path / "data" / Path(case["data"]).with_stem("train").name,
+        )
         shutil.copy(DEMO / "test.jsonl", tmp_path / "data")
         argv += ["--dataset", tmp_path / "data"]
     argv += shlex.split(case.get("flags", "").format(**names))
@@ -72,7 +82,9 @@ def test_bad_input(call_main, flags, trained, tiny_data, tiny_model, tmp_path, s
     before = snapshot(tmp_path)
     for output in (["--output-dir", tmp_path / "absent"], ["--output-dir", full, "--overwrite"]):
         result = call_main(script, [*argv, *output])
-        assert_one_line(result.returncode, result.stderr, *(name.format(**names) for name in case["says"]))
+        assert_one_line(
+            result.returncode, result.stderr, *(name.format(**names) for name in case["says"])
+        )
         assert "Saved" not in result.stdout
         assert snapshot(tmp_path) == before
         assert (
@@ -85,4 +97,6 @@ def test_bad_input(call_main, flags, trained, tiny_data, tiny_model, tmp_path, s
 def test_every_file_of_the_corpus_is_used():
     text = (HERE / "cases.toml").read_text(encoding="utf-8")
     assert len(list(each_script())) >= 60
-    assert [path for path in HERE.rglob("*") if path.is_file() and path.name not in text] == [HERE / "cases.toml"]
+    assert [path for path in HERE.rglob("*") if path.is_file() and path.name not in text] == [
+        HERE / "cases.toml"
+    ]

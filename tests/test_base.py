@@ -63,7 +63,9 @@ def in_shards(base: Path, *parts: str) -> None:
         some = {name: weights.pop(name) for name in list(weights) if part in name}
         save_file(some, base / file, metadata={"format": "pt"})
         index |= dict.fromkeys(some, file)
-    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (base / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
 
 
 # ---------------------------------------------------------------- weights
@@ -77,7 +79,11 @@ def test_any_weights_removed_renamed_or_reshaped_are_refused(tiny_model, tmp_pat
     odd = data.draw(st.lists(st.sampled_from(sorted(weights)), min_size=1, unique=True))
     for name in odd:
         weight = weights.pop(name)
-        how = data.draw(st.sampled_from(["removed", "module.", "base_model.model.", ".base_layer", "longer", "flat"]))
+        how = data.draw(
+            st.sampled_from(
+                ["removed", "module.", "base_model.model.", ".base_layer", "longer", "flat"]
+            )
+        )
         if how == ".base_layer":
             weights[name.replace(".weight", ".base_layer.weight")] = weight
         elif how.endswith("."):
@@ -88,7 +94,8 @@ def test_any_weights_removed_renamed_or_reshaped_are_refused(tiny_model, tmp_pat
             weights[name] = weight.flatten()[None]
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        UserError, match=re.escape(f"the weights of {base} are not those that its config.json describes")
+        UserError,
+        match=re.escape(f"the weights of {base} are not those that its config.json describes"),
     ) as e:
         base_facts(str(base), None, False)
     assert any(name in str(e.value) for name in odd)
@@ -96,7 +103,9 @@ def test_any_weights_removed_renamed_or_reshaped_are_refused(tiny_model, tmp_pat
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_missing_weights_are_one_line_before_training(call_main, flags, base, dry):
-    rewrite(base, lambda weights: {name: w for name, w in weights.items() if "layers.3." not in name})
+    rewrite(
+        base, lambda weights: {name: w for name, w in weights.items() if "layers.3." not in name}
+    )
     result = call_main("sft_train", [*flags["sft_train"], "--base-model", base, *dry])
     assert_one_line(result.returncode, result.stderr, base, "9 missing (first model.layers.3.")
 
@@ -104,15 +113,23 @@ def test_missing_weights_are_one_line_before_training(call_main, flags, base, dr
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"model.layers.4.mlp.up_proj.weight": (64, 32)}, "1 without a place in it (first model.layers.4.mlp"),
+        (
+            {"model.layers.4.mlp.up_proj.weight": (64, 32)},
+            "1 without a place in it (first model.layers.4.mlp",
+        ),
         ({"model.layers.4.self_attn.rotary_emb.inv_freq": (4,)}, "1 without a place in it"),
         ({"model.layers.0.self_attn.q_proj.bias": (32,)}, "1 without a place in it"),
         ({"score.weight": (1, 32)}, "1 without a place in it (first score.weight)"),
-        ({"norm.weight": (32,)}, "1 held twice (first "),  # it has its name without the head's prefix, too
+        (
+            {"norm.weight": (32,)},
+            "1 held twice (first ",
+        ),  # it has its name without the head's prefix, too
     ],
 )
 def test_weights_without_a_place_are_refused(base, more, says):
-    rewrite(base, lambda weights: weights | {name: torch.ones(shape) for name, shape in more.items()})
+    rewrite(
+        base, lambda weights: weights | {name: torch.ones(shape) for name, shape in more.items()}
+    )
     with pytest.raises(UserError, match=re.escape(says)):
         base_facts(str(base), None, False)
 
@@ -127,24 +144,45 @@ def test_what_transformers_rightly_passes_over_changes_nothing(base, tiny_model)
     """Frequencies that old versions saved, a tied head that is saved twice, a model that was saved without its head."""
     right = logits(AutoModelForCausalLM.from_pretrained(tiny_model))
     frequencies = {"model.layers.3.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    rewrite(base, lambda w: w | frequencies | {"lm_head.weight": w["model.embed_tokens.weight"].clone()})
+    rewrite(
+        base, lambda w: w | frequencies | {"lm_head.weight": w["model.embed_tokens.weight"].clone()}
+    )
     assert torch.equal(logits(load(base)), right)
-    rewrite(base, lambda w: {k.removeprefix("model."): x for k, x in w.items() if k != "lm_head.weight"})
+    rewrite(
+        base, lambda w: {k.removeprefix("model."): x for k, x in w.items() if k != "lm_head.weight"}
+    )
     assert torch.equal(logits(load(base)), right)
-    assert load(base, with_head=True).get_decoder().norm.weight.equal(load(base).get_decoder().norm.weight)
+    assert (
+        load(base, with_head=True)
+        .get_decoder()
+        .norm.weight.equal(load(base).get_decoder().norm.weight)
+    )
 
 
 def test_shards_are_those_of_the_index_and_no_others(base, tiny_model, call_main, flags, tmp_path):
     right = AutoModelForCausalLM.from_pretrained(tiny_model)
     in_shards(base, "layers.0.", "layers.1.")
     stale = load_file(base / "model-00003-of-00003.safetensors")
-    save_file({name: torch.zeros_like(w) for name, w in stale.items()}, base / "model-00009-of-00009.safetensors")
+    save_file(
+        {name: torch.zeros_like(w) for name, w in stale.items()},
+        base / "model-00009-of-00009.safetensors",
+    )
     assert torch.equal(logits(load(base)), logits(right))
     out = tmp_path / "exported"
-    argv = [*flags["sft_train"], "--base-model", base, "--learning-rate", "1e-12", "--output-dir", tmp_path / "sft"]
+    argv = [
+        *flags["sft_train"],
+        "--base-model",
+        base,
+        "--learning-rate",
+        "1e-12",
+        "--output-dir",
+        tmp_path / "sft",
+    ]
     assert call_main("sft_train", argv).returncode == 0
     assert call_main("rlhf.export", [tmp_path / "sft", out, "--dtype", "fp32"]).returncode == 0
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), logits(right), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(out)), logits(right), rtol=0, atol=1e-4
+    )
 
 
 def test_shards_that_leave_open_what_the_model_is(base):
@@ -180,7 +218,9 @@ def test_shards_that_leave_open_what_the_model_is(base):
 
 def test_an_adapter_in_the_folder_is_left_there(base, tiny_model, capsys):
     right = logits(AutoModelForCausalLM.from_pretrained(tiny_model))
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"])
+    )
     for name, weight in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(weight)
@@ -198,13 +238,25 @@ def test_an_adapter_in_the_folder_is_left_there(base, tiny_model, capsys):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes.*16-bit model"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "bitsandbytes.*16-bit model",
+        ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq.*16-bit model"),
         ({"quantization_config": {"quant_method": "fp8"}}, "fp8.*16-bit model"),
         ({"model_type": "phi3"}, "a phi3 model is not supported"),
         ({"model_type": "gemma2"}, "a gemma2 model is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5, "rope_type": "default"}}, "in part"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.5,
+                    "rope_type": "default",
+                }
+            },
+            "in part",
+        ),
         (
             {
                 "rope_parameters": {
@@ -219,7 +271,9 @@ def test_an_adapter_in_the_folder_is_left_there(base, tiny_model, capsys):
         ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
     ],
 )
-def test_what_is_not_supported_is_said_before_any_weight_is_read(call_main, flags, base, changes, says):
+def test_what_is_not_supported_is_said_before_any_weight_is_read(
+    call_main, flags, base, changes, says
+):
     configure(base, **changes)
     (base / "model.safetensors").write_bytes(b"no weights")
     for dry in ([], ["--dry-run"]):
@@ -229,8 +283,12 @@ def test_what_is_not_supported_is_said_before_any_weight_is_read(call_main, flag
 
 
 def test_the_16_bit_model_is_named_after_a_quantised_one():
-    config = rlhf.base.AutoConfig.for_model("llama", quantization_config={"quant_method": "bitsandbytes"})
-    assert "(unsloth/Llama-3.2-3B?)" in rlhf.base.unsupported(config, "unsloth/Llama-3.2-3B-unsloth-bnb-4bit")
+    config = rlhf.base.AutoConfig.for_model(
+        "llama", quantization_config={"quant_method": "bitsandbytes"}
+    )
+    assert "(unsloth/Llama-3.2-3B?)" in rlhf.base.unsupported(
+        config, "unsloth/Llama-3.2-3B-unsloth-bnb-4bit"
+    )
     assert "?" not in rlhf.base.unsupported(config, "models/quantised")
 
 
@@ -241,7 +299,13 @@ def test_the_16_bit_model_is_named_after_a_quantised_one():
     ("changes", "limit"),
     [
         ({"max_position_embeddings": 64}, 64),
-        ({"max_position_embeddings": 64, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, 64),
+        (
+            {
+                "max_position_embeddings": 64,
+                "rope_parameters": {"rope_type": "dynamic", "factor": 4.0},
+            },
+            64,
+        ),
         (
             {
                 "rope_parameters": {
@@ -263,7 +327,9 @@ def test_how_many_tokens_a_base_reads(base, changes, limit):
     configure(base, **changes)
     facts = base_facts(str(base), None, False)
     check_context(facts, limit)
-    with pytest.raises(UserError, match=f"texts of {limit + 1} tokens, and .* reads {limit} .*lower --some-length"):
+    with pytest.raises(
+        UserError, match=f"texts of {limit + 1} tokens, and .* reads {limit} .*lower --some-length"
+    ):
         check_context(facts, limit + 1, "--some-length")
 
 
@@ -273,15 +339,36 @@ def short(tiny_model, flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("short")
     base = Path(shutil.copytree(tiny_model, folder / "base"))
     configure(
-        base, max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+        base,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
     )
     parents = ["--sft-checkpoint", folder / "sft"]
-    sft = [*flags["sft_train"], "--base-model", base, "--max-length", "60", "--output-dir", folder / "sft"]
-    reward = [*flags["reward_train"], *parents, "--max-length", "60", "--output-dir", folder / "reward"]
+    sft = [
+        *flags["sft_train"],
+        "--base-model",
+        base,
+        "--max-length",
+        "60",
+        "--output-dir",
+        folder / "sft",
+    ]
+    reward = [
+        *flags["reward_train"],
+        *parents,
+        "--max-length",
+        "60",
+        "--output-dir",
+        folder / "reward",
+    ]
     for script, argv in (("sft_train", sft), ("reward_train", reward)):
         result = run_main(script, argv)
         assert result.returncode == 0, result.stderr
-    return {"sft_train": sft, "reward_train": reward, "parents": [*parents, "--reward-checkpoint", folder / "reward"]}
+    return {
+        "sft_train": sft,
+        "reward_train": reward,
+        "parents": [*parents, "--reward-checkpoint", folder / "reward"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -292,7 +379,11 @@ def short(tiny_model, flags, tmp_path_factory):
         ("reward_train", ["--max-length", "128"], ["--max-length"]),
         ("reward_train", ["--max-length", "128", "--dry-run"], ["--max-length"]),
         ("ppo_train", [], ["--max-prompt-length", "--response-length"]),
-        ("ppo_train", ["--role-layers", "2", "--dry-run"], ["--max-prompt-length", "--response-length"]),
+        (
+            "ppo_train",
+            ["--role-layers", "2", "--dry-run"],
+            ["--max-prompt-length", "--response-length"],
+        ),
         ("compare_outputs", ["--max-new-tokens", "64"], ["--max-new-tokens"]),
         ("rlhf.export", [], ["longer context"]),
     ],
@@ -316,7 +407,11 @@ def test_texts_beyond_it_are_refused_in_every_phase(
 def test_run_json_keeps_each_weight_file(trained, tiny_model):
     file = tiny_model / "model.safetensors"
     found = json.loads((trained.sft / "run.json").read_text())["base"]["weights"]
-    facts = {"size": file.stat().st_size, "mtime": file.stat().st_mtime_ns, "sha256": rlhf.base.sha256(file)}
+    facts = {
+        "size": file.stat().st_size,
+        "mtime": file.stat().st_mtime_ns,
+        "sha256": rlhf.base.sha256(file),
+    }
     assert found == {"model.safetensors": facts}
     assert json.loads((trained.reward / "run.json").read_text())["base"]["weights"] == found
 
@@ -351,7 +446,9 @@ def test_a_dry_run_hashes_nothing(call_main, flags, hashed):
     assert hashed == []
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"]
+)
 @pytest.mark.parametrize("place", ["there", "elsewhere"])
 def test_one_changed_number_makes_another_base(known, base, tmp_path, name, place):
     """Elsewhere the time of a file says nothing: an archive may give all its files the same one."""
@@ -382,13 +479,21 @@ def hub_copy(base, tmp_path, monkeypatch):
     return snapshot
 
 
-def test_a_hub_model_is_known_by_its_commit_and_a_copy_by_its_hash(hub_copy, base, tmp_path, hashed):
+def test_a_hub_model_is_known_by_its_commit_and_a_copy_by_its_hash(
+    hub_copy, base, tmp_path, hashed
+):
     facts = identified(base_facts("owner/name", None, False))
-    assert (facts["model"], facts["revision"], facts["weights"]) == ("owner/name", hub_copy.name, None)
+    assert (facts["model"], facts["revision"], facts["weights"]) == (
+        "owner/name",
+        hub_copy.name,
+        None,
+    )
     loaded = load_base(facts, torch.float32, 0)
     assert hashed == []
     run = {"base": facts}
-    assert torch.equal(logits(load_base(same_base(run, "sft", str(base)), torch.float32, 0)), logits(loaded))
+    assert torch.equal(
+        logits(load_base(same_base(run, "sft", str(base)), torch.float32, 0)), logits(loaded)
+    )
     assert len(hashed) == 2
     rewrite(base, lambda w: w | {"model.norm.weight": w["model.norm.weight"] + 1})
     with pytest.raises(UserError, match="another base model.*owner/name"):
@@ -414,7 +519,9 @@ def test_checkpoints_of_an_earlier_version_load(earlier):
     shared.add_role("reward", **read_stacked(str(earlier / "reward"), shared))
     assert shared.first_role_layer == 1
     scores = shared.score([[1, 40, 41, 42, 2], [1, 90, 91, 2]])  # as that version gave them
-    torch.testing.assert_close(scores, torch.tensor([7.003545761108398e-05, -0.15795102715492249]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        scores, torch.tensor([7.003545761108398e-05, -0.15795102715492249]), rtol=0, atol=1e-6
+    )
 
 
 def test_the_base_of_an_earlier_checkpoint_is_known_by_its_rule(earlier, call_main, tmp_path):
@@ -424,7 +531,9 @@ def test_the_base_of_an_earlier_checkpoint_is_known_by_its_rule(earlier, call_ma
     assert call_main("rlhf.export", [*argv, "--dtype", "fp32"]).returncode == 0
     rewrite(earlier / "base", lambda w: w | {"model.norm.weight": w["model.norm.weight"] + 1})
     result = call_main("rlhf.export", [*argv, "--overwrite"])
-    assert_one_line(result.returncode, result.stderr, "trained on another base model (/models/base)")
+    assert_one_line(
+        result.returncode, result.stderr, "trained on another base model (/models/base)"
+    )
 
 
 def test_what_is_fetched_from_the_hub_is_said(tiny_model, monkeypatch, capsys):

@@ -6,7 +6,15 @@ import sys
 from types import SimpleNamespace
 
 import rlhf.card
-from rlhf.card import CPU_ROWS, Rollouts, choose_rollouts, choose_tokens, deal, room_for_tensors, tokens_that_fit
+from rlhf.card import (
+    CPU_ROWS,
+    Rollouts,
+    choose_rollouts,
+    choose_tokens,
+    deal,
+    room_for_tensors,
+    tokens_that_fit,
+)
 from rlhf.cli import UserError
 
 import pytest
@@ -30,7 +38,9 @@ def test_tokens_that_fit_by_hand():
 
 def test_room_is_what_others_and_the_fraction_leave():
     assert room_for_tensors(total=1000, free=1000, reserved=0, fraction=1.0) == 920
-    assert room_for_tensors(total=1000, free=600, reserved=100, fraction=1.0) == 620  # others hold 300
+    assert (
+        room_for_tensors(total=1000, free=600, reserved=100, fraction=1.0) == 620
+    )  # others hold 300
     assert room_for_tensors(total=1000, free=600, reserved=100, fraction=0.5) == 460
 
 
@@ -46,7 +56,11 @@ def test_a_card_without_a_number_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", by_number)
-    assert rlhf.card.room_on_card(torch.device("cuda")) == rlhf.card.room_on_card(torch.device("cuda:1")) == 460
+    assert (
+        rlhf.card.room_on_card(torch.device("cuda"))
+        == rlhf.card.room_on_card(torch.device("cuda:1"))
+        == 460
+    )
     assert asked == [3, 1]
 
 
@@ -72,7 +86,9 @@ def test_the_least_of_all_processes_is_chosen(card, monkeypatch):
 
 
 def test_what_does_not_fit_is_refused_with_what_would(card):
-    with pytest.raises(UserError, match="--micro-batch-tokens 1100 is more than this card holds.*: 1024 fit"):
+    with pytest.raises(
+        UserError, match="--micro-batch-tokens 1100 is more than this card holds.*: 1024 fit"
+    ):
         card(1100)
 
 
@@ -94,9 +110,13 @@ def test_the_first_line_of_a_run():
     ],
 )
 def test_memory_grows_in_pieces_unless_it_was_set_otherwise(set_before, then):
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTORCH_")} | set_before
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTORCH_")
+    } | set_before
     code = "import os, rlhf; print(*map(os.environ.get, ('PYTORCH_CUDA_ALLOC_CONF', 'PYTORCH_ALLOC_CONF')))"
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stdout.strip() == then
 
 
@@ -106,7 +126,9 @@ def test_memory_grows_in_pieces_unless_it_was_set_otherwise(set_before, then):
 def rollout_plans(rollouts):
     """100 bytes stand; a row takes 10, a merged copy 2000, a token of a micro-batch one."""
     cache, copy = 10.0 * rollouts.rows, 2000.0 * rollouts.merged
-    of_moment = (lambda tokens: cache + tokens) if rollouts.kept else (lambda tokens: max(cache, tokens))
+    of_moment = (
+        (lambda tokens: cache + tokens) if rollouts.kept else (lambda tokens: max(cache, tokens))
+    )
     return lambda tokens: {"base": 100.0, "merged": copy, "of the moment": float(of_moment(tokens))}
 
 
@@ -138,7 +160,9 @@ def test_memory_is_dealt_in_order(room, dealt):
 def test_tokens_that_were_asked_for_come_before_what_makes_rollouts_fast():
     assert deal(rollout_plans, wanting(tokens=3585), 64, 10, ALL) == Rollouts(64, merged=True)
     assert deal(rollout_plans, wanting(tokens=5000), 64, 10, ALL) == Rollouts(64, kept=True)
-    assert deal(rollout_plans, wanting(tokens=5000, weights="merged"), 64, 10, ALL) == Rollouts(64, merged=True)
+    assert deal(rollout_plans, wanting(tokens=5000, weights="merged"), 64, 10, ALL) == Rollouts(
+        64, merged=True
+    )
 
 
 def test_rollouts_on_a_cpu_go_by_a_fixed_rule():
@@ -149,8 +173,12 @@ def test_rollouts_on_a_cpu_go_by_a_fixed_rule():
 
 def test_rollouts_on_a_card(monkeypatch):
     monkeypatch.setattr(rlhf.card, "room_on_card", lambda _: ALL)
-    assert choose_rollouts(wanting(), rollout_plans, 64, 10, CARD) == Rollouts(64, merged=True, kept=True)
-    assert choose_rollouts(wanting(weights="base"), rollout_plans, 64, 10, CARD) == Rollouts(64, kept=True)
+    assert choose_rollouts(wanting(), rollout_plans, 64, 10, CARD) == Rollouts(
+        64, merged=True, kept=True
+    )
+    assert choose_rollouts(wanting(weights="base"), rollout_plans, 64, 10, CARD) == Rollouts(
+        64, kept=True
+    )
     monkeypatch.setattr(rlhf.card, "room_on_card", lambda _: 100.0 + 640)
     with pytest.raises(UserError, match="--rollout-weights merged: .* no room for a merged copy"):
         choose_rollouts(wanting(weights="merged"), rollout_plans, 64, 10, CARD)
@@ -158,10 +186,19 @@ def test_rollouts_on_a_card(monkeypatch):
 
 def test_a_resumed_run_keeps_its_rollouts_unless_flags_say_otherwise(monkeypatch):
     monkeypatch.setattr(rlhf.card, "room_on_card", lambda _: 100.0 + 640)
-    before = {"micro_batch_tokens": 512, "rollout_rows": 16, "rollout_weights": "merged", "rollouts_kept": True}
+    before = {
+        "micro_batch_tokens": 512,
+        "rollout_rows": 16,
+        "rollout_weights": "merged",
+        "rollouts_kept": True,
+    }
     monkeypatch.setattr(rlhf.card, "recorded", lambda _: before)
     resumed = choose_rollouts(wanting(resume=True), rollout_plans, 64, 10, CARD)
     assert resumed == Rollouts(16, merged=True, kept=True)
-    assert choose_rollouts(wanting(8, "base", resume=True), rollout_plans, 64, 10, CARD) == Rollouts(8, kept=True)
-    monkeypatch.setattr(rlhf.card, "recorded", lambda _: {"micro_batch_tokens": 512})  # of an earlier version
+    assert choose_rollouts(
+        wanting(8, "base", resume=True), rollout_plans, 64, 10, CARD
+    ) == Rollouts(8, kept=True)
+    monkeypatch.setattr(
+        rlhf.card, "recorded", lambda _: {"micro_batch_tokens": 512}
+    )  # of an earlier version
     assert choose_rollouts(wanting(resume=True), rollout_plans, 64, 10, CARD) == Rollouts(64)

@@ -27,7 +27,14 @@ PPO += "--num-printed-samples 0 --dtype fp32 --learning-rate 1e-1"
 @pytest.fixture(scope="module")
 def ppo(trained, tiny_data, call_main, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat") / "ppo"
-    parents = ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--dataset", tiny_data]
+    parents = [
+        "--sft-checkpoint",
+        trained.sft,
+        "--reward-checkpoint",
+        trained.reward,
+        "--dataset",
+        tiny_data,
+    ]
     result = call_main("ppo_train", [*PPO.split(), *map(str, parents), "--output-dir", str(folder)])
     assert result.returncode == 0, result.stderr
     return folder
@@ -43,7 +50,9 @@ def chat(opened):
     return Chat(Config(max_prompt_length=64, max_new_tokens=8, temperature=0.0), *opened)
 
 
-def test_the_answer_is_what_generate_samples_and_the_turns_are_those_of_training(opened, chat, capsys):
+def test_the_answer_is_what_generate_samples_and_the_turns_are_those_of_training(
+    opened, chat, capsys
+):
     shared, form, names = opened
     assert names == ["base", "sft", "ppo"]
     turns = ()
@@ -59,7 +68,9 @@ def test_the_answer_is_what_generate_samples_and_the_turns_are_those_of_training
         turns = (*turns, ("assistant", text))
     assert tuple(chat.turns) == turns
     saved = form.tokenizer.apply_chat_template(
-        [{"role": role, "content": text} for role, text in turns[:-1]], add_generation_prompt=True, return_dict=False
+        [{"role": role, "content": text} for role, text in turns[:-1]],
+        add_generation_prompt=True,
+        return_dict=False,
     )
     assert list(saved) == prompt  # what a server reads of the same dialogue
     assert chat.command("/score") == f"{shared.score([chat.last]).item():.2f}"
@@ -113,10 +124,16 @@ def test_other_checkpoints_and_the_base_alone(trained, tiny_model, tmp_path):
     assert open_checkpoint(Config(checkpoint=str(trained.sft)))[2] == ["base", "sft"]
     with_score, _, names = open_checkpoint(Config(checkpoint=str(trained.reward)))
     assert names == ["base", "sft"] and "reward" in with_score.heads
-    alone = Config(base_model=str(tiny_model), load_in_4bit=False, max_new_tokens=4, temperature=0.0)
+    alone = Config(
+        base_model=str(tiny_model), load_in_4bit=False, max_new_tokens=4, temperature=0.0
+    )
     shared, form, names = open_checkpoint(alone)
     assert names == ["base"]
-    assert Chat(alone, shared, form, names).command("/score").startswith("There is no reward model here")
+    assert (
+        Chat(alone, shared, form, names)
+        .command("/score")
+        .startswith("There is no reward model here")
+    )
     with pytest.raises(UserError, match="there is no ppo checkpoint at checkpoints/ppo: "):
         open_checkpoint(Config())
 
@@ -175,7 +192,9 @@ runpy.run_module("rlhf.chat", run_name="__main__", alter_sys=True)
 
 
 def test_in_a_terminal(ppo):
-    chat = Terminal(ppo, "--max-new-tokens", "200", "--max-prompt-length", "300", "--temperature", "1.0")
+    chat = Terminal(
+        ppo, "--max-new-tokens", "200", "--max-prompt-length", "300", "--temperature", "1.0"
+    )
     chat.until("ppo can answer; it is ppo now.")
     chat.until("> ")
     chat.type("Tell me a long story.\n")
@@ -203,7 +222,12 @@ def test_a_wrong_use_is_one_line(call_main, trained, tmp_path):
         ([], "there is no ppo checkpoint at checkpoints/ppo"),
         ([str(broken)], "is damaged"),
         ([str(trained.sft), "--temperature", "-1"], "--temperature must be at least 0"),
-        ([str(trained.sft), "--reward-checkpoint", "nowhere"], "there is no reward checkpoint at nowhere"),
+        (
+            [str(trained.sft), "--reward-checkpoint", "nowhere"],
+            "there is no reward checkpoint at nowhere",
+        ),
     ):
         result = call_main("rlhf.chat", argv)
-        assert result.returncode == 2 and says in result.stderr and result.stderr.count("\n") == 1, result.stderr
+        assert (
+            result.returncode == 2 and says in result.stderr and result.stderr.count("\n") == 1
+        ), result.stderr

@@ -26,7 +26,11 @@ def given(text="a b", tokens=2, ended_by="eos", score=None):
 def report(turns, **answers):
     titles = {name: TITLES[name] for name in answers}
     lists = {name: [answer] for name, answer in answers.items()}
-    numbers = {"summary": compare.summarize(lists), "pairs": compare.compare_pairs(lists), "notes": []}
+    numbers = {
+        "summary": compare.summarize(lists),
+        "pairs": compare.compare_pairs(lists),
+        "notes": [],
+    }
     numbers |= {"probe": {}, "warnings": []}
     return {"models": titles, **numbers, "prompts": [{"turns": turns, "answers": answers}]}
 
@@ -47,7 +51,9 @@ def ppo(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ppo") / "ppo"
     sft, reward = read_run(str(trained.sft), "sft"), read_run(str(trained.reward), "reward")
     form = PromptFormat("hh", load_tokenizer(str(trained.sft)))
-    shared = SharedBase(load_base(sft["base"], torch.float32, form.pad_token_id), str(trained.sft), torch.float32)
+    shared = SharedBase(
+        load_base(sft["base"], torch.float32, form.pad_token_id), str(trained.sft), torch.float32
+    )
     shared.add_role("policy", 4, 8, 3)
     torch.manual_seed(1)
     for parameter in shared.parameters("policy"):
@@ -70,7 +76,14 @@ def ppo(trained, tmp_path_factory):
 
 @pytest.fixture
 def argv(trained, ppo):
-    checkpoints = ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--ppo-checkpoint", ppo]
+    checkpoints = [
+        "--sft-checkpoint",
+        trained.sft,
+        "--reward-checkpoint",
+        trained.reward,
+        "--ppo-checkpoint",
+        ppo,
+    ]
     return [*checkpoints, "--output-dir", "out", "--max-new-tokens", "12", "--dtype", "fp32"]
 
 
@@ -83,7 +96,9 @@ def test_layout():
         "SFT": given("One line.\n\n    indented", 1, "eos", 1.0),
         "PPO": given("", 0, "length", 2.345),
     }
-    printed = compare.render_prompt(report((("user", "Explain what attention mechanism is."),), **answers), 1)
+    printed = compare.render_prompt(
+        report((("user", "Explain what attention mechanism is."),), **answers), 1
+    )
     assert (
         printed
         == f"""📝 Prompt 1:
@@ -113,7 +128,9 @@ score 2.35, 0 tokens, cut at the length limit"""
 def test_dialogue_is_shown_as_turns():
     turns = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))
     printed = compare.render_prompt(report(turns, base=given()), 1)
-    assert printed.startswith("📝 Prompt 1:\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\n───")
+    assert printed.startswith(
+        "📝 Prompt 1:\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\n───"
+    )
     assert printed.endswith("\na b\n2 tokens, ended by EOS")
 
 
@@ -137,7 +154,9 @@ def test_wide_characters_are_wrapped_by_columns():
     ],
 )
 def test_titles(epochs, updates, sft, ppo):
-    titles = compare.model_titles("meta-llama/Llama-3.2-3B", {"sft": {"epochs": epochs}, "ppo": {"updates": updates}})
+    titles = compare.model_titles(
+        "meta-llama/Llama-3.2-3B", {"sft": {"epochs": epochs}, "ppo": {"updates": updates}}
+    )
     assert titles == {
         "base": "🔵 BASE MODEL (Llama-3.2-3B - No Fine-tuning)",
         "SFT": f"🟢 FINE-TUNED SFT MODEL ({sft})",
@@ -202,7 +221,12 @@ def wins(*outcomes, longer=None):
 
 def test_win_rate_and_its_words():
     (pair,) = compare.compare_pairs(wins(1, 0.5, 0, 1))  # wins, tie, loses, wins
-    assert (pair["first"], pair["second"], pair["win_rate"], pair["at_equal_length"]) == ("SFT", "base", 0.625, 0.625)
+    assert (pair["first"], pair["second"], pair["win_rate"], pair["at_equal_length"]) == (
+        "SFT",
+        "base",
+        0.625,
+        0.625,
+    )
     assert 0.1 < pair["win_rate_low"] < 0.4 < 0.7 < pair["win_rate_high"] < 1
     assert pair["verdict"] == "SFT against base: no significant difference on 4 prompts"
     (pair,) = compare.compare_pairs(wins(*[1] * 70, *[0] * 30))
@@ -217,7 +241,11 @@ def test_win_rate_and_its_words():
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_a_few_wins_are_not_certain(count):
     (pair,) = compare.compare_pairs(wins(*[1] * count))
-    assert pair["win_rate"] == 1 and pair["win_rate_low"] <= 0.5 and "no significant difference" in pair["verdict"]
+    assert (
+        pair["win_rate"] == 1
+        and pair["win_rate_low"] <= 0.5
+        and "no significant difference" in pair["verdict"]
+    )
 
 
 def test_longer_answers_that_win_at_any_length_win_at_equal_length():
@@ -230,8 +258,13 @@ def test_longer_answers_that_win_at_any_length_win_at_equal_length():
 
 
 def test_a_share_stays_between_0_and_1():
-    (pair,) = compare.compare_pairs(wins(1, 1, 1, 1, 0, 0, 0, 0, longer=[10, 11, 9, 10, 50, 51, 49, 50]))
-    assert pair["at_equal_length"] == 1 and 0 <= pair["at_equal_length_low"] <= pair["at_equal_length_high"] <= 1
+    (pair,) = compare.compare_pairs(
+        wins(1, 1, 1, 1, 0, 0, 0, 0, longer=[10, 11, 9, 10, 50, 51, 49, 50])
+    )
+    assert (
+        pair["at_equal_length"] == 1
+        and 0 <= pair["at_equal_length_low"] <= pair["at_equal_length_high"] <= 1
+    )
 
 
 def test_wins_by_length_are_no_wins_at_equal_length():
@@ -292,17 +325,27 @@ def test_the_probe_of_each_model_and_what_changed_between_two():
 
 
 def test_summary_table(capsys):
-    compare.print_summary(report((("user", "Hi"),), base=given(score=-12.345), PPO=given(tokens=128, score=1.0)))
+    compare.print_summary(
+        report((("user", "Hi"),), base=given(score=-12.345), PPO=given(tokens=128, score=1.0))
+    )
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert {len(line) for line in lines if line and line[0] in "│┃┏└├"} == {80}
-    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    cells = [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for line in lines
+        if line.startswith("│")
+    ]
     assert cells == [
         ["base", "-12.35", "2.0", "100 %", "0 %", "100 %", "0 %", "100 %"],
         ["PPO", "1.00", "128.0", "100 %", "0 %", "100 %", "0 %", "100 %"],
         ["PPO against base", "100 % (20 to 100 %)", "100 % (20 to 100 %)"],
     ]
-    heads = [[cell.strip() for cell in line.strip("┃").split("┃")] for line in lines if line.startswith("┃")]
+    heads = [
+        [cell.strip() for cell in line.strip("┃").split("┃")]
+        for line in lines
+        if line.startswith("┃")
+    ]
     assert heads == [
         ["", "Mean", "Mean", "Ended", "Repeated", "Distinct", "End", "Begin"],
         ["Model", "score", "tokens", "by EOS", "3-grams", "2-grams", "in ?", "alike"],
@@ -313,11 +356,17 @@ def test_summary_table(capsys):
 
 def test_the_last_lines():
     answers = wins(*[1] * 70, *[0] * 30)
-    numbers = {"summary": compare.summarize(answers), "pairs": compare.compare_pairs(answers), "notes": ["Judge: J."]}
+    numbers = {
+        "summary": compare.summarize(answers),
+        "pairs": compare.compare_pairs(answers),
+        "notes": ["Judge: J."],
+    }
     flags = {"sft_checkpoint": "runs/sft", "output_dir": "out", "num_test_prompts": 100}
     models = {name: TITLES[name] for name in answers}
     report = {"models": models, **numbers, "flags": flags, "prompts": [None] * 100}
-    look = "read the answers in out/compare.html, or talk to the model: python -m rlhf.chat runs/sft"
+    look = (
+        "read the answers in out/compare.html, or talk to the model: python -m rlhf.chat runs/sft"
+    )
     assert compare.closing(report) == [
         "Result: SFT's answers are better than base's, also at equal length.",
         "By how much: SFT scores higher than base on 70 % of 100 held-out prompts, at equal length on 70 %; "
@@ -327,11 +376,17 @@ def test_the_last_lines():
         f"Next: {look}",
     ]
     answers = wins(1)
-    report |= {"summary": compare.summarize(answers), "pairs": compare.compare_pairs(answers), "notes": []}
+    report |= {
+        "summary": compare.summarize(answers),
+        "pairs": compare.compare_pairs(answers),
+        "notes": [],
+    }
     report |= {"prompts": [None], "flags": flags | {"num_test_prompts": 0}}
     result, gain, sure, following = compare.closing(report)
     assert result == "Result: it cannot be told whether SFT's answers are better than base's."
-    assert gain.startswith("By how much: SFT scores higher than base on 100 % of 1 prompt, at equal")
+    assert gain.startswith(
+        "By how much: SFT scores higher than base on 100 % of 1 prompt, at equal"
+    )
     assert sure.endswith(" The judge is the reward model.")
     assert following == f"Next: ask more prompts (--num-test-prompts) or train longer; {look}"
     assert compare.closing(report | {"pairs": []}) == [
@@ -345,13 +400,18 @@ def test_the_last_lines():
 
 def test_nothing_breaks_out_of_a_fence():
     assert compare.fenced("plain") == "```text\nplain\n```"
-    assert compare.fenced("``` x\n# no heading\n`````\n") == "``````text\n``` x\n# no heading\n`````\n\n``````"
+    assert (
+        compare.fenced("``` x\n# no heading\n`````\n")
+        == "``````text\n``` x\n# no heading\n`````\n\n``````"
+    )
     assert "\x1b" not in compare.fenced("\x1b[31m")
 
 
 def test_markdown():
     text = "```\n<script>alert(1)</script>\n| a |"
-    markdown = compare.render_markdown(report((("user", "Hi"),), base=given(score=1.0), SFT=given(text, score=2.0)))
+    markdown = compare.render_markdown(
+        report((("user", "Hi"),), base=given(score=1.0), SFT=given(text, score=2.0))
+    )
     assert (
         markdown
         == """# Comparing Model Outputs: base vs SFT
@@ -419,20 +479,36 @@ def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp
     assert "... and 6 more prompts, in the files below.\n" in result.stdout
     assert "Summary of 8 prompts" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.html", "compare.json", "compare.md"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "compare.html",
+        "compare.json",
+        "compare.md",
+    ]
     assert "## Prompt 8\n" in (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
     saved, last = result.stdout.rsplit("\n\n", 1)
     assert saved.endswith("\nSaved out/compare.md, out/compare.html, out/compare.json.")
-    assert re.findall("^[A-Z][a-z ]+:", last, re.M) == ["Result:", "By how much:", "How sure:", "Next:"]
+    assert re.findall("^[A-Z][a-z ]+:", last, re.M) == [
+        "Result:",
+        "By how much:",
+        "How sure:",
+        "Next:",
+    ]
 
     saved = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
     assert list(saved["models"]) == list(saved["summary"]) == ["base", "SFT", "PPO"]
-    assert list(saved["curves"]) == ["sft", "reward", "ppo"] and saved["curves"]["ppo"] == {}  # it has no metrics.jsonl
+    assert (
+        list(saved["curves"]) == ["sft", "reward", "ppo"] and saved["curves"]["ppo"] == {}
+    )  # it has no metrics.jsonl
     assert [len(saved["curves"]["sft"][name]) for name in ("loss", "eval_loss")] == [4, 2]
-    assert (tmp_path / "out" / "compare.html").read_text(encoding="utf-8") == compare.render_page(saved)
+    assert (tmp_path / "out" / "compare.html").read_text(encoding="utf-8") == compare.render_page(
+        saved
+    )
     assert list(saved["probe"]) == ["base", "SFT", "PPO"]
     for kinds in saved["probe"].values():
-        assert {kind: row["requests"] for kind, row in kinds.items()} == {"harmful": 4, "harmless": 4}
+        assert {kind: row["requests"] for kind, row in kinds.items()} == {
+            "harmful": 4,
+            "harmless": 4,
+        }
     few, least = "the figures are from only 8", "too few to rely on: 50 is the least"
     assert [text for text in saved["warnings"] if few in text] == [
         f"{few} prompts, {least} (--num-test-prompts)",
@@ -441,9 +517,13 @@ def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp
     ]
     markdown = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
     assert all(f"- **Warning:** {text}\n" in markdown for text in saved["warnings"])
-    assert saved["flags"]["max_new_tokens"] == 12 and saved["runs"]["ppo"]["metrics"] == {"objective/kl": 1.5}
+    assert saved["flags"]["max_new_tokens"] == 12 and saved["runs"]["ppo"]["metrics"] == {
+        "objective/kl": 1.5
+    }
     form = PromptFormat("hh", load_tokenizer(str(trained.sft)))
-    reward = AutoPeftModelForSequenceClassification.from_pretrained(str(trained.reward), num_labels=1).eval()
+    reward = AutoPeftModelForSequenceClassification.from_pretrained(
+        str(trained.reward), num_labels=1
+    ).eval()
     openers = {
         "base": lambda: AutoModelForCausalLM.from_pretrained(tiny_model),
         "SFT": lambda: AutoPeftModelForCausalLM.from_pretrained(str(trained.sft)),
@@ -469,36 +549,63 @@ def test_test_rows_and_sampling(call_main, argv, tiny_data, tmp_path):
     """The same seed draws the same answers; another seed, or the same prompt again, others."""
     reports = []
     for seed in (0, 0, 1):
-        flags = ["--num-test-prompts", "3", "--dataset", tiny_data, "--temperature", "1", "--seed", seed, "--overwrite"]
+        flags = [
+            "--num-test-prompts",
+            "3",
+            "--dataset",
+            tiny_data,
+            "--temperature",
+            "1",
+            "--seed",
+            seed,
+            "--overwrite",
+        ]
         assert call_main("compare_outputs", [*argv, *flags]).returncode == 0
         reports.append(json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8")))
     assert len(reports[0]["prompts"]) == 3
-    texts = [[p["answers"][name]["text"] for p in r["prompts"] for name in ("base", "SFT", "PPO")] for r in reports]
+    texts = [
+        [p["answers"][name]["text"] for p in r["prompts"] for name in ("base", "SFT", "PPO")]
+        for r in reports
+    ]
     assert texts[0] == texts[1] != texts[2]
 
     (tmp_path / "twice.txt").write_text("Hi\nHi\n")
     flags = ["--prompts", "twice.txt", "--temperature", "1", "--overwrite"]
     assert call_main("compare_outputs", [*argv, *flags]).returncode == 0
-    first, second = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))["prompts"]
+    first, second = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))[
+        "prompts"
+    ]
     assert first["answers"]["SFT"]["text"] != second["answers"]["SFT"]["text"]
 
 
 def test_prompt_files(form, tmp_path):
-    (tmp_path / "p.txt").write_text("\ufeffFirst?\n\n  Second? \n" + "long " * 50 + "\n", encoding="utf-8")
+    (tmp_path / "p.txt").write_text(
+        "\ufeffFirst?\n\n  Second? \n" + "long " * 50 + "\n", encoding="utf-8"
+    )
     rows = [
-        {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:", "chosen": "a", "rejected": "b"},
+        {
+            "prompt": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:",
+            "chosen": "a",
+            "rejected": "b",
+        },
         {"prompt": "Lone question", "chosen": "same", "rejected": "same"},
         {"prompt": " ", "chosen": "a", "rejected": "b"},
     ]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
 
     def turns(path):
         config = compare.Config(prompts=str(tmp_path / path), max_prompt_length=60)
         return [turns for turns, _ in compare.read_prompts(config, form)]
 
     config = compare.Config(dataset=str(tmp_path), num_test_prompts=9)
-    write_jsonl(tmp_path / "test.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": x} for x in "bc"])
-    assert [turns for turns, _ in compare.read_prompts(config, form)] == [(("user", "Hi"),)]  # of two pairs
+    write_jsonl(
+        tmp_path / "test.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": x} for x in "bc"]
+    )
+    assert [turns for turns, _ in compare.read_prompts(config, form)] == [
+        (("user", "Hi"),)
+    ]  # of two pairs
     assert turns("p.txt") == [(("user", "First?"),), (("user", "Second?"),)]
     dialogue = (("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))
     assert turns("p.jsonl") == [dialogue, (("user", "Lone question"),)]
@@ -514,7 +621,10 @@ def test_only_some_phases(call_main, argv, tmp_path):
     assert "PPO MODEL" not in result.stdout and "score " in result.stdout
 
     result = call_main("compare_outputs", [*argv, "--reward-checkpoint", "none"])
-    assert "There is no reward checkpoint at none: there are no scores and no win rates" in result.stdout
+    assert (
+        "There is no reward checkpoint at none: there are no scores and no win rates"
+        in result.stdout
+    )
     assert "base vs SFT vs PPO" in result.stdout and "score -" not in result.stdout
     saved = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
     assert saved["prompts"][0]["answers"]["PPO"]["score"] is None and saved["pairs"] == []
@@ -531,7 +641,10 @@ def test_refuses_before_the_model_is_loaded(call_main, argv, tmp_path, monkeypat
     for flags, error in [
         ([], "out/compare.md exists: add --overwrite"),
         (["--output-dir", "file"], "--output-dir file cannot be made"),
-        (["--output-dir", "new", "--prompts", "none.txt"], "--prompts none.txt: there is no such file"),
+        (
+            ["--output-dir", "new", "--prompts", "none.txt"],
+            "--prompts none.txt: there is no such file",
+        ),
         (["--output-dir", "new", "--prompts", "file"], "there is no prompt to answer"),
         (["--prompts", "file", "--num-test-prompts", "1"], "give one of them"),
         (["--max-new-tokens", "0"], "must be at least 1"),

@@ -56,8 +56,18 @@ SYSTEM = Pair((("system", "Be kind."), ("user", "Hi")), "Hello!", "Go away.")
 @pytest.mark.parametrize(
     ("row", "pair"),
     [
-        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello!", "rejected": " Go away."}, ONE),
-        ({"prompt": "\n\nHuman: Hi\n\nAssistant: ", "chosen": "Hello! \n", "rejected": "\nGo away."}, ONE),
+        (
+            {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello!", "rejected": " Go away."},
+            ONE,
+        ),
+        (
+            {
+                "prompt": "\n\nHuman: Hi\n\nAssistant: ",
+                "chosen": "Hello! \n",
+                "rejected": "\nGo away.",
+            },
+            ONE,
+        ),
         ({"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}, ONE),
         (
             {
@@ -69,7 +79,11 @@ SYSTEM = Pair((("system", "Be kind."), ("user", "Hi")), "Hello!", "Go away.")
             THREE,
         ),
         (
-            {"prompt": "Be kind.\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello!", "rejected": " Go away."},
+            {
+                "prompt": "Be kind.\n\nHuman: Hi\n\nAssistant:",
+                "chosen": " Hello!",
+                "rejected": " Go away.",
+            },
             SYSTEM,
         ),
         (
@@ -87,9 +101,25 @@ SYSTEM = Pair((("system", "Be kind."), ("user", "Hi")), "Hello!", "Go away.")
             },
             ONE,
         ),
-        ({"chosen": [user("Hi"), assistant("Hello!")], "rejected": [user("Hi"), assistant("Go away.")]}, ONE),
-        ({"prompt": [user("Hi")], "chosen": [assistant("Hello!")], "rejected": [assistant("Go away.")]}, ONE),
-        ({"prompt": "Hi", "chosen": [assistant("Hello!")], "rejected": [assistant("Go away.")]}, ONE),
+        (
+            {
+                "chosen": [user("Hi"), assistant("Hello!")],
+                "rejected": [user("Hi"), assistant("Go away.")],
+            },
+            ONE,
+        ),
+        (
+            {
+                "prompt": [user("Hi")],
+                "chosen": [assistant("Hello!")],
+                "rejected": [assistant("Go away.")],
+            },
+            ONE,
+        ),
+        (
+            {"prompt": "Hi", "chosen": [assistant("Hello!")], "rejected": [assistant("Go away.")]},
+            ONE,
+        ),
         # The question beside whole dialogues stands once.
         (
             {
@@ -140,7 +170,11 @@ SYSTEM = Pair((("system", "Be kind."), ("user", "Hi")), "Hello!", "Go away.")
             ONE,
         ),
         (
-            {"prompt": "", "chosen": "Human: Hi\n\nAssistant: Hello!", "rejected": "Human: Hi\n\nAssistant: Go away."},
+            {
+                "prompt": "",
+                "chosen": "Human: Hi\n\nAssistant: Hello!",
+                "rejected": "Human: Hi\n\nAssistant: Go away.",
+            },
             ONE,
         ),
         (
@@ -162,7 +196,10 @@ SYSTEM = Pair((("system", "Be kind."), ("user", "Hi")), "Hello!", "Go away.")
             },
             THREE,
         ),
-        ({"prompt": "\r\rHuman: Hi\r\rAssistant:", "chosen": "Hello!", "rejected": "Go away."}, ONE),
+        (
+            {"prompt": "\r\rHuman: Hi\r\rAssistant:", "chosen": "Hello!", "rejected": "Go away."},
+            ONE,
+        ),
         ({"prompt": "Human: Hi\n\nAssistant:", "chosen": "Hello!", "rejected": "Go away."}, ONE),
         (
             {
@@ -172,7 +209,10 @@ SYSTEM = Pair((("system", "Be kind."), ("user", "Hi")), "Hello!", "Go away.")
             THREE,
         ),
         # What other tools write.
-        ({"system": "Be kind.", "prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}, SYSTEM),
+        (
+            {"system": "Be kind.", "prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."},
+            SYSTEM,
+        ),
         (
             {
                 "system": " Be kind.",
@@ -193,7 +233,9 @@ SYSTEM = Pair((("system", "Be kind."), ("user", "Hi")), "Hello!", "Go away.")
         (
             {
                 "prompt": "Hi",
-                "chosen": [assistant([{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo!"}])],
+                "chosen": [
+                    assistant([{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo!"}])
+                ],
                 "rejected": [assistant([{"type": "text", "text": "Go away.", "image": None}])],
             },
             ONE,
@@ -225,28 +267,52 @@ NO_BLANK_LINE = "'Human:' or 'Assistant:' without a blank line before it"
 
 def test_an_answer_that_starts_with_a_name_is_one_unless_on_a_new_line():
     """rm-static has such answers, a slip of the pen; they follow "Assistant:" on its line."""
-    assert parse_row({"prompt": HI, "chosen": " Human: Yes.", "rejected": " No."}).chosen == "Human: Yes."
+    assert (
+        parse_row({"prompt": HI, "chosen": " Human: Yes.", "rejected": " No."}).chosen
+        == "Human: Yes."
+    )
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": HI, "chosen": " a", "rejected": [assistant("b")]}, "chosen and rejected have different types"),
+        (
+            {"prompt": HI, "chosen": " a", "rejected": [assistant("b")]},
+            "chosen and rejected have different types",
+        ),
         ({"prompt": HI, "chosen": " a", "rejected": None}, "no rejected answer"),
         ({"prompt": 5, "chosen": " a", "rejected": " b"}, "messages are not a list"),
         ({"prompt": HI, "chosen": "  ", "rejected": " b"}, "blank answer"),
         ({"prompt": HI, "chosen": " a", "rejected": ""}, "blank answer"),
         ({"prompt": HI, "chosen": " a", "rejected": "a "}, "chosen and rejected are identical"),
-        ({"prompt": HI, "chosen": " a\n\nHuman: b", "rejected": " b"}, "chosen runs on into another turn"),
-        ({"prompt": HI, "chosen": " a\n\nAssistant: b", "rejected": " b"}, "chosen runs on into another turn"),
-        ({"prompt": "\n\nHuman: Hi", "chosen": " a", "rejected": " b"}, "prompt does not end with 'Assistant:'"),
-        ({"prompt": HI + " Well", "chosen": " a", "rejected": " b"}, "prompt does not end with 'Assistant:'"),
-        ({"chosen": "\n\nHuman: Hi", "rejected": "\n\nHuman: Hi"}, "transcript without 'Assistant:'"),
+        (
+            {"prompt": HI, "chosen": " a\n\nHuman: b", "rejected": " b"},
+            "chosen runs on into another turn",
+        ),
+        (
+            {"prompt": HI, "chosen": " a\n\nAssistant: b", "rejected": " b"},
+            "chosen runs on into another turn",
+        ),
+        (
+            {"prompt": "\n\nHuman: Hi", "chosen": " a", "rejected": " b"},
+            "prompt does not end with 'Assistant:'",
+        ),
+        (
+            {"prompt": HI + " Well", "chosen": " a", "rejected": " b"},
+            "prompt does not end with 'Assistant:'",
+        ),
+        (
+            {"chosen": "\n\nHuman: Hi", "rejected": "\n\nHuman: Hi"},
+            "transcript without 'Assistant:'",
+        ),
         (
             {"chosen": HI + " a", "rejected": "\n\nHuman: Ho\n\nAssistant: b"},
             "transcripts differ before the last answer",
         ),
-        ({"chosen": [user("Hi")], "rejected": [user("Hi")]}, "answer does not end with an assistant message"),
+        (
+            {"chosen": [user("Hi")], "rejected": [user("Hi")]},
+            "answer does not end with an assistant message",
+        ),
         ({"chosen": [], "rejected": []}, "answer does not end with an assistant message"),
         (
             {"chosen": [user("Hi"), assistant("a")], "rejected": [user("Ho"), assistant("b")]},
@@ -269,18 +335,38 @@ def test_an_answer_that_starts_with_a_name_is_one_unless_on_a_new_line():
         ({"prompt": "\n\nAssistant:", "chosen": "a", "rejected": "b"}, "no user turn"),
         ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "no user turn"),
         (
-            {"prompt": [user("Hi\n\nAssistant: x")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+            {
+                "prompt": [user("Hi\n\nAssistant: x")],
+                "chosen": [assistant("a")],
+                "rejected": [assistant("b")],
+            },
             "turn that holds another turn",
         ),
         ({"prompt": "Human: Hi\nAssistant:", "chosen": "a", "rejected": "b"}, NO_BLANK_LINE),
-        ({"prompt": "Go on:\nHuman: Hi\nAssistant:", "chosen": "a", "rejected": "b"}, NO_BLANK_LINE),
         (
-            {"prompt": "\n\nHuman: Hi\nAssistant: Ho\n\nHuman: x\n\nAssistant:", "chosen": "a", "rejected": "b"},
+            {"prompt": "Go on:\nHuman: Hi\nAssistant:", "chosen": "a", "rejected": "b"},
             NO_BLANK_LINE,
         ),
-        ({"prompt": HI, "chosen": "\n\nHuman: a", "rejected": " b"}, "transcript without 'Assistant:'"),
-        ({"prompt": HI, "chosen": " a\nHuman: b", "rejected": " b"}, "chosen runs on into another turn"),
-        ({"prompt": HI, "chosen": "a", "rejected": "\r\n\r\nHuman: b"}, "rejected starts with another turn"),
+        (
+            {
+                "prompt": "\n\nHuman: Hi\nAssistant: Ho\n\nHuman: x\n\nAssistant:",
+                "chosen": "a",
+                "rejected": "b",
+            },
+            NO_BLANK_LINE,
+        ),
+        (
+            {"prompt": HI, "chosen": "\n\nHuman: a", "rejected": " b"},
+            "transcript without 'Assistant:'",
+        ),
+        (
+            {"prompt": HI, "chosen": " a\nHuman: b", "rejected": " b"},
+            "chosen runs on into another turn",
+        ),
+        (
+            {"prompt": HI, "chosen": "a", "rejected": "\r\n\r\nHuman: b"},
+            "rejected starts with another turn",
+        ),
         (
             {
                 "prompt": "Ho",
@@ -290,25 +376,49 @@ def test_an_answer_that_starts_with_a_name_is_one_unless_on_a_new_line():
             "prompt is not how the dialogues start",
         ),
         (
-            {"system": "Be kind.", "prompt": [system("Be rude."), user("Hi")], "chosen": "a", "rejected": "b"},
+            {
+                "system": "Be kind.",
+                "prompt": [system("Be rude."), user("Hi")],
+                "chosen": "a",
+                "rejected": "b",
+            },
             "two different system texts",
         ),
         ({"system": 5, "prompt": HI, "chosen": "a", "rejected": "b"}, "system is not text"),
-        ({"prompt": HI, "chosen": "a", "rejected": "b", None: ["c"]}, "more cells than the header has columns"),
         (
-            {"prompt": "[{'role': 'user', 'content': 'Hi'}\n {'role'", "chosen": "a", "rejected": "b"},
+            {"prompt": HI, "chosen": "a", "rejected": "b", None: ["c"]},
+            "more cells than the header has columns",
+        ),
+        (
+            {
+                "prompt": "[{'role': 'user', 'content': 'Hi'}\n {'role'",
+                "chosen": "a",
+                "rejected": "b",
+            },
             "a message list that became text and cannot be read back",
         ),
         (
-            {"prompt": "Hi", "chosen": [assistant([{"type": "image", "url": "x"}])], "rejected": [assistant("b")]},
+            {
+                "prompt": "Hi",
+                "chosen": [assistant([{"type": "image", "url": "x"}])],
+                "rejected": [assistant("b")],
+            },
             "content with a part that is not text",
         ),
         (
-            {"prompt": "Hi", "chosen": [assistant("a") | {"tool_calls": [{}]}], "rejected": [assistant("b")]},
+            {
+                "prompt": "Hi",
+                "chosen": [assistant("a") | {"tool_calls": [{}]}],
+                "rejected": [assistant("b")],
+            },
             "message of a tool, or that calls one",
         ),
         (
-            {"prompt": [user("Human: x")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+            {
+                "prompt": [user("Human: x")],
+                "chosen": [assistant("a")],
+                "rejected": [assistant("b")],
+            },
             "turn that holds another turn",
         ),
     ],
@@ -319,16 +429,25 @@ def test_every_bad_row_says_why(row, reason):
 
 
 json_like = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.sampled_from([HI, " ", "\n\nHuman: x"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=8)
+    | st.sampled_from([HI, " ", "\n\nHuman: x"]),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner, max_size=2)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content"]), inner, max_size=2)
     ),
     max_leaves=8,
 )
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(row=st.fixed_dictionaries({"chosen": json_like, "rejected": json_like}, optional={"prompt": json_like}))
+@given(
+    row=st.fixed_dictionaries(
+        {"chosen": json_like, "rejected": json_like}, optional={"prompt": json_like}
+    )
+)
 def test_any_row_is_a_pair_or_bad(row):
     try:
         pair = parse_row(row)
@@ -339,19 +458,25 @@ def test_any_row_is_a_pair_or_bad(row):
 
 
 words = st.text("ab é字.:\n", min_size=1, max_size=12).map(str.strip).filter(bool)
-dialogues = st.lists(words, min_size=3, max_size=7).filter(lambda texts: len(texts) % 2 and texts[-1] != texts[-2])
+dialogues = st.lists(words, min_size=3, max_size=7).filter(
+    lambda texts: len(texts) % 2 and texts[-1] != texts[-2]
+)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     texts=dialogues,
     has_system=st.booleans(),
-    shape=st.sampled_from(["rm-static", "transcripts", "both", "messages", "split messages", "spelled", "parts"]),
+    shape=st.sampled_from(
+        ["rm-static", "transcripts", "both", "messages", "split messages", "spelled", "parts"]
+    ),
     line_end=st.sampled_from(["\n", "\r\n", "\r\r\n", "\r"]),
     stripped=st.booleans(),
     space=st.sampled_from([" ", "  ", ""]),
 )
-def test_a_dialogue_in_any_shape_is_the_same_turns_or_says_why_not(texts, has_system, shape, line_end, stripped, space):
+def test_a_dialogue_in_any_shape_is_the_same_turns_or_says_why_not(
+    texts, has_system, shape, line_end, stripped, space
+):
     *said, chosen, rejected = texts
     turns = [(("user", "assistant")[i % 2], text) for i, text in enumerate(said)]
     turns = [("system", "Be kind.")] * has_system + turns
@@ -371,14 +496,20 @@ def test_a_dialogue_in_any_shape_is_the_same_turns_or_says_why_not(texts, has_sy
     start = start.lstrip() if stripped else start
     answers = {"chosen": chosen, "rejected": rejected}
     if shape == "rm-static":
-        row = {name: typed(space + text) for name, text in answers.items()} | {"prompt": typed(start)}
+        row = {name: typed(space + text) for name, text in answers.items()} | {
+            "prompt": typed(start)
+        }
     elif shape in ("transcripts", "both"):
         row = {name: typed(start + space + text) for name, text in answers.items()}
         row |= {"prompt": typed(said[0])} if shape == "both" else {}
     elif shape == "messages":
-        row = {name: listed(*turns, ("assistant", text)) for name, text in answers.items()} | {"prompt": typed(said[0])}
+        row = {name: listed(*turns, ("assistant", text)) for name, text in answers.items()} | {
+            "prompt": typed(said[0])
+        }
     else:
-        row = {name: listed(("assistant", text)) for name, text in answers.items()} | {"prompt": listed(*turns)}
+        row = {name: listed(("assistant", text)) for name, text in answers.items()} | {
+            "prompt": listed(*turns)
+        }
     if shape == "spelled":
         row = {name: str(cell) for name, cell in row.items()}
     try:
@@ -390,7 +521,11 @@ def test_a_dialogue_in_any_shape_is_the_same_turns_or_says_why_not(texts, has_sy
 # ---------------------------------------------------------------- sources
 
 ROWS = [
-    {"prompt": f"\n\nHuman: Question {n}, “é”?\n\nAssistant:", "chosen": f" Yes,\n{n}.", "rejected": " No."}
+    {
+        "prompt": f"\n\nHuman: Question {n}, “é”?\n\nAssistant:",
+        "chosen": f" Yes,\n{n}.",
+        "rejected": " No.",
+    }
     for n in range(3)
 ]
 PAIRS = [Pair((("user", f"Question {n}, “é”?"),), f"Yes,\n{n}.", "No.") for n in range(3)]
@@ -441,7 +576,10 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_one_file_is_split_by_its_prompts(tmp_path, suffix):
     file = tmp_path / f"all{suffix}"
-    rows = [{"prompt": f"\n\nHuman: {n // 2}\n\nAssistant:", "chosen": f"{n}", "rejected": "-1"} for n in range(800)]
+    rows = [
+        {"prompt": f"\n\nHuman: {n // 2}\n\nAssistant:", "chosen": f"{n}", "rejected": "-1"}
+        for n in range(800)
+    ]
     write(file, rows)
     train, test = load_pairs(str(file), "train"), load_pairs(str(file), "test")
     assert len(train) + len(test) == 800
@@ -459,7 +597,10 @@ def test_dialogues_with_one_opening_are_in_one_split(tmp_path):
         for tail in ("", " x\n\nHuman: y\n\nAssistant:")
     ]
     file = write_jsonl(tmp_path / "all.jsonl", rows)
-    first = {split: {pair.turns[0] for pair in load_pairs(str(file), split)} for split in ("train", "test")}
+    first = {
+        split: {pair.turns[0] for pair in load_pairs(str(file), split)}
+        for split in ("train", "test")
+    }
     assert first["test"]
     assert not first["train"] & first["test"]
 
@@ -475,7 +616,12 @@ def test_halves_are_all_of_it_and_share_no_dialogue(tmp_path, capsys):
     assert "train, first half: " in capsys.readouterr().out
     assert sorted(map(len, halves.values()))[0] >= 240  # of 600
     assert {half_of(pair) for pair in halves["first"]} == {"first"}
-    assert [half_of(Pair((("user", text),), "a", "b")) for text in "0123"] == ["second", "second", "first", "first"]
+    assert [half_of(Pair((("user", text),), "a", "b")) for text in "0123"] == [
+        "second",
+        "second",
+        "first",
+        "first",
+    ]
     both = load_pairs(str(tmp_path), "train")
     assert len(halves["first"]) + len(halves["second"]) == len(both) == 600
     assert set(halves["first"]) | set(halves["second"]) == set(both)
@@ -487,7 +633,12 @@ def test_halves_are_all_of_it_and_share_no_dialogue(tmp_path, capsys):
 def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
     write_jsonl(
         tmp_path / "train.jsonl",
-        [*ROWS, {**ROWS[0], "chosen": ""}, {**ROWS[0], "rejected": " "}, {**ROWS[0], "chosen": "No."}],
+        [
+            *ROWS,
+            {**ROWS[0], "chosen": ""},
+            {**ROWS[0], "rejected": " "},
+            {**ROWS[0], "chosen": "No."},
+        ],
     )
     assert load_pairs(str(tmp_path), "train") == PAIRS
     line = capsys.readouterr().out.strip()
@@ -499,7 +650,13 @@ def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
 
 def test_the_line_says_what_was_read_and_what_was_not(tmp_path, capsys):
     chosen = [user("Hi"), assistant("Hello! <|im_end|>") | {"name": "bot", "weight": None}]
-    row = {"prompt": "Hi", "chosen": chosen, "rejected": [user("Hi"), assistant("No.")], "score": 8, "empty": None}
+    row = {
+        "prompt": "Hi",
+        "chosen": chosen,
+        "rejected": [user("Hi"), assistant("No.")],
+        "score": 8,
+        "empty": None,
+    }
     write_jsonl(tmp_path / "train.jsonl", [row, row | {"tags": ["a"]}, *ROWS])
     write_jsonl(tmp_path / "train_old.jsonl", ROWS)
     load_pairs(str(tmp_path), "train")
@@ -512,14 +669,22 @@ def test_the_line_says_what_was_read_and_what_was_not(tmp_path, capsys):
 
 
 def test_answers_that_repeat_the_question_are_pointed_out(tmp_path, capsys):
-    row = {"prompt": "How are you today?", "chosen": "How are you today? Well.", "rejected": "How are you today? Bad."}
+    row = {
+        "prompt": "How are you today?",
+        "chosen": "How are you today? Well.",
+        "rejected": "How are you today? Bad.",
+    }
     load_pairs(str(write_jsonl(tmp_path / "train.jsonl", [row]).parent), "train")
-    assert "looks like markup: answers that repeat the question in 1 rows" in capsys.readouterr().out
+    assert (
+        "looks like markup: answers that repeat the question in 1 rows" in capsys.readouterr().out
+    )
 
 
 def test_prompts_in_both_splits_are_counted_and_named(tmp_path, capsys):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
-    write_jsonl(tmp_path / "test.jsonl", [*ROWS[:2], *ROWS[:1], {**ROWS[0], "prompt": "Something else?"}])
+    write_jsonl(
+        tmp_path / "test.jsonl", [*ROWS[:2], *ROWS[:1], {**ROWS[0], "prompt": "Something else?"}]
+    )
     assert load_splits(str(tmp_path), "pair") == (PAIRS, load_pairs(str(tmp_path), "test"))
     said = capsys.readouterr().out
     assert "warning: 2 of 3 test prompts are also in the train split" in said
@@ -553,7 +718,9 @@ def test_a_bad_row_of_one_file_is_counted_in_one_split(tmp_path, capsys):
 
 def test_a_file_too_small_to_split_says_so(tmp_path):
     question = next(
-        f"Question {n}?" for n in range(99) if not in_test_split(Pair((("user", f"Question {n}?"),), "", ""))
+        f"Question {n}?"
+        for n in range(99)
+        if not in_test_split(Pair((("user", f"Question {n}?"),), "", ""))
     )
     rows = [{"prompt": question, "chosen": f"{n}", "rejected": "no"} for n in range(30)]
     file = str(write_jsonl(tmp_path / "one.jsonl", rows))
@@ -566,7 +733,9 @@ def test_a_file_too_small_to_split_says_so(tmp_path):
 
 
 def test_of_twenty_rows_and_more_some_are_held_out(tmp_path):
-    questions = [f"Q{n}?" for n in range(99) if not in_test_split(Pair((("user", f"Q{n}?"),), "", ""))][:3]
+    questions = [
+        f"Q{n}?" for n in range(99) if not in_test_split(Pair((("user", f"Q{n}?"),), "", ""))
+    ][:3]
     rows = [{"prompt": questions[n % 3], "chosen": f"{n}", "rejected": "no"} for n in range(21)]
     file = str(write_jsonl(tmp_path / "few.jsonl", rows))
     train, test = load_splits(file, "pair")
@@ -580,9 +749,18 @@ def test_of_twenty_rows_and_more_some_are_held_out(tmp_path):
         (["train.jsonl", "train.csv"], ["train.jsonl", "train.csv", "keep one"]),
         (["train.jsonl", "data/train.jsonl"], ["train.jsonl, data/train.jsonl", "keep one"]),
         (["train.jsonl", "train-more.jsonl"], ["train.jsonl", "train-more.jsonl", "keep one"]),
-        (["train_prefs-00000-of-00001.jsonl", "train_sft.jsonl"], ["no train file", "train_prefs-", "train_sft.jsonl"]),
-        (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], ["2 of 3 shards", "download it again"]),
-        (["train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl"], ["train-00000-of-00001", "keep one"]),
+        (
+            ["train_prefs-00000-of-00001.jsonl", "train_sft.jsonl"],
+            ["no train file", "train_prefs-", "train_sft.jsonl"],
+        ),
+        (
+            ["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"],
+            ["2 of 3 shards", "download it again"],
+        ),
+        (
+            ["train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl"],
+            ["train-00000-of-00001", "keep one"],
+        ),
         (["train.txt"], ["no train file"]),
     ],
 )
@@ -635,7 +813,10 @@ def test_a_csv_with_two_columns_of_a_name(tmp_path):
 
 def test_fingerprint_tells_data_apart():
     assert fingerprint(PAIRS) == fingerprint(list(PAIRS))
-    assert len({fingerprint(PAIRS), fingerprint(PAIRS[::-1]), fingerprint(PAIRS[:2]), fingerprint([])}) == 4
+    assert (
+        len({fingerprint(PAIRS), fingerprint(PAIRS[::-1]), fingerprint(PAIRS[:2]), fingerprint([])})
+        == 4
+    )
 
 
 # ---------------------------------------------------------------- text
@@ -665,7 +846,10 @@ def test_a_response_starts_with_a_space_and_ends_with_eos(form):
     assert form.eos_token_id == form.tokenizer.convert_tokens_to_ids(EOS) == pair.chosen_ids[-1]
     assert form.decode(pair.chosen_ids) == "Hello!"
     # Prompt and response tokenised apart are what the whole text gives: no token spans the two.
-    assert form.encode("\n\nHuman: Hi\n\nAssistant: Hello!") == pair.prompt_ids[1:] + pair.chosen_ids[:-1]
+    assert (
+        form.encode("\n\nHuman: Hi\n\nAssistant: Hello!")
+        == pair.prompt_ids[1:] + pair.chosen_ids[:-1]
+    )
 
 
 def without_bos(tokenizer):
@@ -719,7 +903,9 @@ def test_the_models_own_template_is_used_and_kept(tokenizer):
     tokenizer.chat_template = CHATML
     form = PromptFormat("model", tokenizer)
     ids = form.prompt_ids(THREE.turns)
-    assert tokenizer.decode(ids) == "<bos>[user]Hi<eos>[assistant]Hello!<eos>[user]Bye<eos>[assistant]"
+    assert (
+        tokenizer.decode(ids) == "<bos>[user]Hi<eos>[assistant]Hello!<eos>[user]Bye<eos>[assistant]"
+    )
     assert ids.count(tokenizer.bos_token_id) == 1  # the template's; the tokenizer adds none on top
     assert ids.count(tokenizer.eos_token_id) == 3
     assert tokenizer.decode(form.response_ids("Hello!")) == "Hello!"
@@ -729,7 +915,8 @@ def test_the_models_own_template_is_used_and_kept(tokenizer):
 
 def test_a_dialogue_that_the_models_template_refuses_is_dropped(tokenizer, capsys):
     tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        + CHATML
     )
     form = PromptFormat("model", tokenizer)
     pair = Pair((("system", "Be brief."), ("user", "Hi")), "b", "c")
@@ -787,13 +974,22 @@ def test_a_template_that_writes_the_date_writes_the_same_one_every_day(tokenizer
     form = PromptFormat("model", tokenizer)
     assert form.prompt_text(ONE.turns).startswith("26 Jul 2024\n")
     assert template_ids(tokenizer, ONE.turns) == form.prompt_ids(ONE.turns)
-    again = PromptFormat("model", tokenizer)  # the template goes out with the model, and has the day of training
+    again = PromptFormat(
+        "model", tokenizer
+    )  # the template goes out with the model, and has the day of training
     assert again.prompt_text(ONE.turns) == form.prompt_text(ONE.turns)
     assert tokenizer.chat_template.count("26 Jul 2024") == 1
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40).map(str.strip).filter(bool))
+@settings(
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40).map(str.strip).filter(bool)
+)
 def test_any_text_survives_the_tokens(form, text):
     prompt = form.prompt_ids((("user", text),))
     assert form.tokenizer.decode(prompt[1:]) == f"\n\nHuman: {text}\n\nAssistant:"
@@ -812,11 +1008,20 @@ def test_half_a_surrogate_pair_in_a_row_stops_nothing(form, tmp_path):
 
 
 def test_a_long_prompt_loses_its_oldest_turns_whole(form):
-    turns = (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"), ("user", "five"))
+    turns = (
+        ("user", "one"),
+        ("assistant", "two"),
+        ("user", "three"),
+        ("assistant", "four"),
+        ("user", "five"),
+    )
     whole, later, last = (form.prompt_ids(turns[start:]) for start in (0, 2, 4))
     assert tokenize_prompt(turns, form, len(whole)) == whole
     assert tokenize_prompt(turns, form, len(whole) - 1) == later
-    assert form.tokenizer.decode(later) == BOS + "\n\nHuman: three\n\nAssistant: four\n\nHuman: five\n\nAssistant:"
+    assert (
+        form.tokenizer.decode(later)
+        == BOS + "\n\nHuman: three\n\nAssistant: four\n\nHuman: five\n\nAssistant:"
+    )
     assert tokenize_prompt(turns, form, len(later) - 1) == last
     assert tokenize_prompt(turns, form, len(last)) == last
     with pytest.raises(BadRow, match="prompt too long"):
@@ -866,16 +1071,23 @@ def test_pairs_that_cutting_makes_identical_are_dropped(form, capsys):
     pair = Pair(ONE.turns, same * 3 + "good", same * 3 + "bad")
     assert [tokens.pair for tokens in tokenize_pairs([pair, ONE], form, 64, "train")] == [ONE]
     said = capsys.readouterr().out
-    assert "1 identical after cutting" in said and "train: 2 of 4 responses cut to 31 tokens" in said
+    assert (
+        "1 identical after cutting" in said and "train: 2 of 4 responses cut to 31 tokens" in said
+    )
 
 
 @pytest.mark.parametrize("max_length", [48, 63, 64, 65, 200])
 def test_nothing_that_a_trainer_gets_is_longer_than_max_length(form, tiny_data, max_length):
     pairs = tokenize_pairs(load_pairs(str(tiny_data), "train"), form, max_length, "train")
-    assert max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs) <= max_length
+    assert (
+        max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
+        <= max_length
+    )
     assert max(map(len, response_only(pairs)["input_ids"])) <= max_length
     rows = both_responses(pairs, form.eos_token_id)
-    assert max(len(ids) for name in ("chosen_ids", "rejected_ids") for ids in rows[name]) <= max_length
+    assert (
+        max(len(ids) for name in ("chosen_ids", "rejected_ids") for ids in rows[name]) <= max_length
+    )
 
 
 # ---------------------------------------------------------------- what the trainers get
@@ -895,7 +1107,9 @@ def test_the_sft_trainer_keeps_these_labels(form, tiny_data):
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     assert SFTConfig(output_dir="x", use_cpu=True, bf16=False).packing is False
-    rows = response_only(tokenize_pairs(load_pairs(str(tiny_data), "train"), form, 256, "train")).to_list()[:3]
+    rows = response_only(
+        tokenize_pairs(load_pairs(str(tiny_data), "train"), form, 256, "train")
+    ).to_list()[:3]
     batch = DataCollatorForLanguageModeling(pad_token_id=form.pad_token_id)(rows)
     for row, labels in zip(rows, batch["labels"].tolist(), strict=True):
         assert labels == row["labels"] + [-100] * (len(labels) - len(row["labels"]))
@@ -922,7 +1136,9 @@ def test_the_demo_data_are_whole_and_length_says_nothing(split, least, capsys):
     assert len(rows) >= least
     assert {tuple(row) for row in rows} == {("prompt", "response", "chosen", "rejected")}
     assert all(row["response"] == row["chosen"] for row in rows)
-    assert 0.45 <= sum(len(row["chosen"]) > len(row["rejected"]) for row in rows) / len(rows) <= 0.55
+    assert (
+        0.45 <= sum(len(row["chosen"]) > len(row["rejected"]) for row in rows) / len(rows) <= 0.55
+    )
     assert len(load_pairs(str(DEMO), split)) == len(rows)
     assert "dropped" not in capsys.readouterr().out
 

@@ -24,9 +24,13 @@ def with_adapters(model):
     """An `sft` adapter on all layers, a `policy` on the upper half."""
     torch.manual_seed(0)
     layers = model.config.num_hidden_layers
-    peft = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS), adapter_name="sft")
+    peft = get_peft_model(
+        model, LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS), adapter_name="sft"
+    )
     upper = list(range(layers // 2, layers))
-    peft.add_adapter("policy", LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS, layers_to_transform=upper))
+    peft.add_adapter(
+        "policy", LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS, layers_to_transform=upper)
+    )
     for name, weight in peft.named_parameters():
         if "lora_" in name and not weight.is_meta:
             torch.nn.init.normal_(weight, std=0.05)
@@ -46,11 +50,15 @@ def random_prompts(count: int, vocabulary: int, longest: int = 40) -> list[list[
     return [torch.randint(3, vocabulary, (n,), generator=random).tolist() for n in lengths]
 
 
-def begin(decoder, prompts, new, temperature=0.7, lag=0, role="policy", layers=None, graphs=None) -> Decoding:
+def begin(
+    decoder, prompts, new, temperature=0.7, lag=0, role="policy", layers=None, graphs=None
+) -> Decoding:
     draws = torch.stack([_uniforms((7, i), new) for i in range(len(prompts))])
     longest = max(map(len, prompts))
     layers = decoder.layers if layers is None else layers
-    decoding = Decoding(decoder, role, layers, len(prompts), longest, new, temperature, graphs or Graphs(False), lag)
+    decoding = Decoding(
+        decoder, role, layers, len(prompts), longest, new, temperature, graphs or Graphs(False), lag
+    )
     with torch.no_grad():
         decoding.read(prompts, draws, 100)
     return decoding
@@ -64,7 +72,10 @@ def peft(request, tiny_model):
     if request.param == "tied":
         return with_adapters(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
     torch.manual_seed(3)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 1 if request.param == "one key head" else 4}
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1 if request.param == "one key head" else 4,
+    }
     config = LlamaConfig(
         vocab_size=300,  # no multiple of the blocks that are summed
         hidden_size=32,
@@ -109,11 +120,19 @@ def check_against_reference(peft, monkeypatch, prompts, new, temperature, merged
         assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
         if temperature == 0:
             best = expected.topk(2).values
-            odd += ((expected.argmax(-1) != torch.tensor(ids)) & (best[:, 0] - best[:, 1] > 1e-5)).sum().item()
+            odd += (
+                ((expected.argmax(-1) != torch.tensor(ids)) & (best[:, 0] - best[:, 1] > 1e-5))
+                .sum()
+                .item()
+            )
             continue
         cdf = torch.softmax(expected.double() / temperature, -1).cumsum(-1)
         draws = _uniforms((7, i), new)[: len(ids)]
-        low = torch.cat([torch.zeros(len(ids), 1), cdf], 1).gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+        low = (
+            torch.cat([torch.zeros(len(ids), 1), cdf], 1)
+            .gather(1, torch.tensor(ids)[:, None])
+            .squeeze(1)
+        )
         high = cdf.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
         assert ((low - 1e-6 <= draws) & (draws <= high + 1e-6)).all()
         odd += ((draws < low) | (draws >= high)).sum().item()
@@ -124,7 +143,10 @@ def check_against_reference(peft, monkeypatch, prompts, new, temperature, merged
 @pytest.mark.parametrize("merged", [False, True], ids=["adapters", "merged"])
 @pytest.mark.parametrize("temperature", [0, 0.7])
 def test_the_step_against_transformers(peft, monkeypatch, form, temperature, merged):
-    form.eos_token_id, form.stop_text = 5, None  # rare: rows end late and apart, so the shape shrinks
+    form.eos_token_id, form.stop_text = (
+        5,
+        None,
+    )  # rare: rows end late and apart, so the shape shrinks
     prompts = random_prompts(13, 290, 40)  # across the border of the first width
     assert check_against_reference(peft, monkeypatch, prompts, 24, temperature, merged, form) > 100
 
@@ -154,9 +176,13 @@ def test_both_ways_to_attend_are_the_same():
 @pytest.mark.parametrize("lag", [1, 3, 30])
 def test_looking_late_changes_nothing(tiny_model, form, lag):
     """A response may end, by EOS or by a stop text over several tokens, long before the CPU sees it."""
-    decoder = decoder_of(with_adapters(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)))
+    decoder = decoder_of(
+        with_adapters(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
+    )
     prompts = random_prompts(11, 290)
-    whole = {row: response for row, _, response in stream(begin(decoder, prompts, 20), form) if response}
+    whole = {
+        row: response for row, _, response in stream(begin(decoder, prompts, 20), form) if response
+    }
     common = max(whole[0].ids, key=whole[0].ids.count)
     form.eos_token_id = common
     form.stop_text = form.tokenizer.decode(whole[1].ids[3:5])
@@ -180,21 +206,32 @@ def test_a_stream_gives_each_token_and_at_the_end_the_response(shared_base, form
 @pytest.fixture
 def shared_base(trained, tiny_model):
     base = base_facts(str(tiny_model), None, load_in_4bit=False)
-    return SharedBase(load_base(base, torch.float32, pad_token_id=0), str(trained.sft), torch.float32)
+    return SharedBase(
+        load_base(base, torch.float32, pad_token_id=0), str(trained.sft), torch.float32
+    )
 
 
 def test_the_log_probability_of_each_sampled_token(shared_base, form):
     prompts = [form.prompt_ids((("user", text),)) for text in ("Hi", "What is it, and why?", "x")]
     for temperature in (0.7, 1.0):
         for prompt, response in zip(
-            prompts, generate(shared_base, "reference", form, prompts, 9, temperature, [1, 2, 3], 2), strict=True
+            prompts,
+            generate(shared_base, "reference", form, prompts, 9, temperature, [1, 2, 3], 2),
+            strict=True,
         ):
             texts = lay_out([prompt + response.ids], CPU)
-            hidden = shared_base.upper(shared_base.lower(texts), texts, "reference")[len(prompt) - 1 : -1]
+            hidden = shared_base.upper(shared_base.lower(texts), texts, "reference")[
+                len(prompt) - 1 : -1
+            ]
             logits = hidden @ shared_base.lm_head_weight().T / temperature
-            expected = logits.log_softmax(-1).gather(1, torch.tensor(response.ids)[:, None]).squeeze(1)
+            expected = (
+                logits.log_softmax(-1).gather(1, torch.tensor(response.ids)[:, None]).squeeze(1)
+            )
             torch.testing.assert_close(torch.tensor(response.logprobs), expected, rtol=0, atol=1e-4)
-    assert all(r.logprobs == () for r in generate(shared_base, "reference", form, prompts, 4, 0, [0] * 3, 3))
+    assert all(
+        r.logprobs == ()
+        for r in generate(shared_base, "reference", form, prompts, 4, 0, [0] * 3, 3)
+    )
 
 
 # ---------------------------------------------------------------- merged weights
@@ -268,7 +305,9 @@ class Operations(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not any(out.alias_info and not out.alias_info.is_write for out in function._schema.returns)
+        self.count += not any(
+            out.alias_info and not out.alias_info.is_write for out in function._schema.returns
+        )
         return function(*args, **(kwargs or {}))
 
 
@@ -277,10 +316,14 @@ def test_operations_of_a_layer_and_step(tmp_path, weights, most):
     counts = []
     for layers in (2, 4):
         model = make_model(tmp_path / f"{layers}", hidden_size=64, layers=layers)
-        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        nf4 = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
         options = {"quantization_config": nf4} if weights == "nf4" else {}
         decoder = decoder_of(
-            with_adapters(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, **options))
+            with_adapters(
+                AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, **options)
+            )
         )
         through = MergedLayers(decoder, "policy", 1).layers if weights == "merged" else None
         decoding = begin(decoder, random_prompts(8, 290), 8, layers=through)
@@ -292,7 +335,9 @@ def test_operations_of_a_layer_and_step(tmp_path, weights, most):
 
 @pytest.mark.parametrize("temperature", [0, 0.7])
 def test_a_step_reads_nothing_on_the_cpu(tiny_model, temperature):
-    decoder = decoder_of(with_adapters(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)))
+    decoder = decoder_of(
+        with_adapters(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
+    )
     decoding = begin(decoder, random_prompts(5, 290), 8, temperature)
     with torch.no_grad(), count_host_reads() as reads:
         decoding.step()
@@ -363,11 +408,17 @@ class Addresses(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         flat = torch.utils._pytree.tree_leaves((args, kwargs))
         for tensor in flat:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.made:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.untyped_storage().data_ptr() not in self.made
+            ):
                 self.read.append(tensor.data_ptr())
         out = function(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.read:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.untyped_storage().data_ptr() not in self.read
+            ):
                 self.made.add(tensor.untyped_storage().data_ptr())
                 self.held.append(tensor)  # so that no address comes twice
         return out
@@ -386,9 +437,17 @@ def test_what_a_graph_reads_stays_where_it_is(shared_base, form):
     state = {name: weight.clone() for name, weight in shared.trained_weights().items()}
 
     def weights():
-        stacks = [s for layer in shared.decoder.layers for m in layer.maps for s in m.stacks.values() if s]
-        merged = [m.weight for layer in shared.merged.layers for m in layer.maps] if shared.merged else []
-        return [(s.a.data_ptr(), s.b.data_ptr()) for s in stacks] + [weight.data_ptr() for weight in merged]
+        stacks = [
+            s for layer in shared.decoder.layers for m in layer.maps for s in m.stacks.values() if s
+        ]
+        merged = (
+            [m.weight for layer in shared.merged.layers for m in layer.maps]
+            if shared.merged
+            else []
+        )
+        return [(s.a.data_ptr(), s.b.data_ptr()) for s in stacks] + [
+            weight.data_ptr() for weight in merged
+        ]
 
     for merge in (False, True):
         if merge:
@@ -415,11 +474,18 @@ def test_what_is_kept_serves_the_next_rollouts(shared_base, form, monkeypatch):
     optimizer = torch.optim.AdamW(shared.parameters("policy"), lr=1e-2, fused=True)
     shared.decoder.follow(optimizer)
     form.eos_token_id, form.stop_text = -1, None
-    prompts = [form.prompt_ids((("user", text),)) for text in ("Hi", "Why?", "x", "How come that it is so?", "No.")]
+    prompts = [
+        form.prompt_ids((("user", text),))
+        for text in ("Hi", "Why?", "x", "How come that it is so?", "No.")
+    ]
     plain, replayed = Graphs(False), ReplayedGraphs()
-    monkeypatch.setattr(Decoding, "looked_at", property(lambda decoding: decoding.width))  # as on a card
+    monkeypatch.setattr(
+        Decoding, "looked_at", property(lambda decoding: decoding.width)
+    )  # as on a card
     longest = max(map(len, prompts))
-    kept = Decoding(shared.decoder, "policy", shared.merged.layers, 5, longest, 8, 1.0, replayed, lag=2)
+    kept = Decoding(
+        shared.decoder, "policy", shared.merged.layers, 5, longest, 8, 1.0, replayed, lag=2
+    )
 
     def both(count, temperature=1.0):
         said = []
@@ -438,7 +504,9 @@ def test_what_is_kept_serves_the_next_rollouts(shared_base, form, monkeypatch):
         assert [r.ids for r in with_graph] == [r.ids for r in without]
         for ours, theirs in zip(with_graph, without, strict=True):
             assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
-    assert len(replayed.captured) == 1 and replayed.replays == 4 * 7 - 2  # one ran, one was captured
+    assert (
+        len(replayed.captured) == 1 and replayed.replays == 4 * 7 - 2
+    )  # one ran, one was captured
     both(5, temperature=0.5)
     assert not replayed.captured  # of another temperature: all graphs go at once
     assert kept.keys[0].isfinite().all() and shared.decoding is None
@@ -460,7 +528,9 @@ def test_what_is_kept_goes_when_memory_runs_out(shared_base, form, monkeypatch):
     assert asked == [3, 2, 1] and shared.decoding is None
 
 
-def test_a_shape_runs_then_is_captured_then_is_replayed_and_a_failure_is_the_last(monkeypatch, capsys):
+def test_a_shape_runs_then_is_captured_then_is_replayed_and_a_failure_is_the_last(
+    monkeypatch, capsys
+):
     calls, graph = [], type("Graph", (), {"replay": lambda self: calls.append("replay")})()
     graphs = Graphs(True)
     monkeypatch.setattr(graphs, "capture", lambda function: calls.append("capture") or graph)
@@ -507,12 +577,26 @@ def test_a_policy_that_is_not_finite_ends_in_numbers_that_say_so():
 
 
 def test_shapes_come_from_a_short_list():
-    assert [row_bucket(n, on_card=False) for n in (1, 2, 3, 4, 5, 13, 40)] == [1, 2, 4, 4, 8, 16, 40]
+    assert [row_bucket(n, on_card=False) for n in (1, 2, 3, 4, 5, 13, 40)] == [
+        1,
+        2,
+        4,
+        4,
+        8,
+        16,
+        40,
+    ]
     assert [row_bucket(n, on_card=True) for n in (1, 8, 9, 64)] == [8, 8, 16, 64]
 
 
 def test_a_draw_never_meets_a_part_that_adds_nothing():
     cdf = torch.tensor([[0.0, 0.25, 0.25, 0.75, 0.75]], dtype=torch.float64)
-    for draw, place, rest in ((0.0, 1, 0.0), (0.25, 3, 0.0), (0.5, 3, 0.25), (0.75, 3, 0.5), (2.0, 3, 0.5)):
+    for draw, place, rest in (
+        (0.0, 1, 0.0),
+        (0.25, 3, 0.0),
+        (0.5, 3, 0.25),
+        (0.75, 3, 0.5),
+        (2.0, 3, 0.5),
+    ):
         found, into = invert(cdf, torch.tensor([[draw]], dtype=torch.float64))
         assert found.item() == place and into.item() == pytest.approx(rest)

@@ -13,7 +13,13 @@ from conftest import make_model
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from test_mistakes import assert_one_line, snapshot
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 
 @pytest.fixture
@@ -36,8 +42,17 @@ def ppo(trained, tiny_data, call_main, tmp_path_factory):
     flags = "--response-length 8 --max-prompt-length 64 --episodes-per-update 4"
     flags += " --num-mini-batches 2 --total-episodes 12 --rollout-batch-size 4 --max-eval-samples 3 --lora-rank 4"
     flags += " --lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --warmup-updates 0 --critic-warmup-updates 0"
-    parents = ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--dataset", tiny_data]
-    result = call_main("ppo_train", [*flags.split(), *parents, "--dtype", "fp32", "--output-dir", folder])
+    parents = [
+        "--sft-checkpoint",
+        trained.sft,
+        "--reward-checkpoint",
+        trained.reward,
+        "--dataset",
+        tiny_data,
+    ]
+    result = call_main(
+        "ppo_train", [*flags.split(), *parents, "--dtype", "fp32", "--output-dir", folder]
+    )
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -45,7 +60,9 @@ def ppo(trained, tiny_data, call_main, tmp_path_factory):
 def move_base(checkpoint, base, folder):
     """A copy of a checkpoint that says that it was trained on another base."""
     shutil.copytree(checkpoint, folder)
-    made = json.loads((folder / "run.json").read_text()) | {"base": base_facts(str(base), None, False)}
+    made = json.loads((folder / "run.json").read_text()) | {
+        "base": base_facts(str(base), None, False)
+    }
     (folder / "run.json").write_text(json.dumps(made))
     return folder
 
@@ -72,16 +89,30 @@ def test_a_float32_merge_is_base_and_adapter(export, trained, ppo, phase):
 
 def test_qwen3_is_trained_and_exported(export, call_main, flags, tokenizer, tmp_path):
     """It has norms of each head of q and k, and a head size of its own."""
-    sizes = {"vocab_size": 448, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 12}
+    sizes = {
+        "vocab_size": 448,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "head_dim": 12,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=True, initializer_range=0.2))
+    model = Qwen3ForCausalLM(
+        Qwen3Config(**sizes, **heads, tie_word_embeddings=True, initializer_range=0.2)
+    )
     for name, weight in model.named_parameters():
         if "_norm" in name:
             torch.nn.init.normal_(weight, mean=1.0, std=0.3)
     model.save_pretrained(tmp_path / "qwen3")
     tokenizer.save_pretrained(tmp_path / "qwen3")
-    argv = [*flags["sft_train"], "--base-model", str(tmp_path / "qwen3"), "--output-dir", str(tmp_path / "sft")]
+    argv = [
+        *flags["sft_train"],
+        "--base-model",
+        str(tmp_path / "qwen3"),
+        "--output-dir",
+        str(tmp_path / "sft"),
+    ]
     assert call_main("sft_train", argv).returncode == 0
     merged = AutoModelForCausalLM.from_pretrained(export(tmp_path / "sft", "--dtype", "fp32"))
     peft = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "sft", dtype=torch.float32)
@@ -93,7 +124,9 @@ def test_a_wrong_merge_is_not_written(call_main, ppo, tmp_path, monkeypatch):
     merge = rlhf.export.Adapter.merge
 
     def forgetful(self, name, weight):
-        return weight if name.endswith("layers.3.mlp.down_proj.weight") else merge(self, name, weight)
+        return (
+            weight if name.endswith("layers.3.mlp.down_proj.weight") else merge(self, name, weight)
+        )
 
     monkeypatch.setattr(rlhf.export.Adapter, "merge", forgetful)
     for output in (tmp_path / "exported", tmp_path / "kept"):
@@ -114,13 +147,18 @@ def test_the_report_is_what_the_models_say(export, ppo):
     largest, kl = 0.0, []
     for prompt in rlhf.export.PROMPTS:
         chat = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        one, other = (logits(model, ids["input_ids"])[0, -rlhf.export.CHECKED :] for model in (merged, exported))
+        ids = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        one, other = (
+            logits(model, ids["input_ids"])[0, -rlhf.export.CHECKED :]
+            for model in (merged, exported)
+        )
         largest = max(largest, (one - other).abs().max().item())
         kl.append(
-            torch.nn.functional.kl_div(other.log_softmax(1), one.log_softmax(1), log_target=True, reduction="none").sum(
-                1
-            )
+            torch.nn.functional.kl_div(
+                other.log_softmax(1), one.log_softmax(1), log_target=True, reduction="none"
+            ).sum(1)
         )
     step = report["merged to exported"]
     assert step["largest_logit_difference"] == pytest.approx(largest, rel=1e-3)
@@ -136,9 +174,16 @@ def test_leaving_nf4_is_told_apart(export, ppo, tmp_path):
     made["base"]["load_in_4bit"] = True
     (quantised / "run.json").write_text(json.dumps(made))
     report = json.loads((export(quantised) / "export.json").read_text())
-    assert list(report) == ["trained to adapter", "adapter to merged", "merged to exported", "trained to exported"]
+    assert list(report) == [
+        "trained to adapter",
+        "adapter to merged",
+        "merged to exported",
+        "trained to exported",
+    ]
     assert report["trained to adapter"]["kl"] > 10 * report["merged to exported"]["kl"]
-    assert report["trained to exported"]["kl"] == pytest.approx(report["trained to adapter"]["kl"], rel=0.5)
+    assert report["trained to exported"]["kl"] == pytest.approx(
+        report["trained to adapter"]["kl"], rel=0.5
+    )
 
 
 def test_large_weights_come_in_several_files(export, ppo, monkeypatch):
@@ -148,7 +193,10 @@ def test_large_weights_come_in_several_files(export, ppo, monkeypatch):
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
-    assert all(sum(t.nbytes for t in load_file(f).values()) <= 20_000 or len(load_file(f)) == 1 for f in files)
+    assert all(
+        sum(t.nbytes for t in load_file(f).values()) <= 20_000 or len(load_file(f)) == 1
+        for f in files
+    )
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in one.values())
     found = {name: load_file(folder / file)[name] for name, file in index["weight_map"].items()}
     assert found.keys() == one.keys() and all(torch.equal(found[name], one[name]) for name in one)
@@ -157,14 +205,19 @@ def test_large_weights_come_in_several_files(export, ppo, monkeypatch):
 
 def test_what_is_no_weight_of_the_model_is_left_out(export, trained, tiny_model, tmp_path):
     """Some repositories have all weights a second time under other names; old ones have buffers beside them."""
-    base, before = shutil.copytree(tiny_model, tmp_path / "base"), load_file(export(trained.sft) / "model.safetensors")
+    base, before = (
+        shutil.copytree(tiny_model, tmp_path / "base"),
+        load_file(export(trained.sft) / "model.safetensors"),
+    )
     weights = load_file(base / "model.safetensors")
     save_file({"layers.0.wq.weight": torch.ones(2, 2)}, base / "consolidated.safetensors")
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     moved = move_base(trained.sft, base, tmp_path / "moved")
     after = load_file(export(moved) / "model.safetensors")
-    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
+    assert after.keys() == before.keys() and all(
+        torch.equal(after[name], before[name]) for name in after
+    )
 
 
 def test_a_base_that_is_not_whole(call_main, trained, tiny_model, tmp_path):
@@ -174,7 +227,12 @@ def test_a_base_that_is_not_whole(call_main, trained, tiny_model, tmp_path):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     result = call_main("rlhf.export", [moved, tmp_path / "exported"])
-    assert_one_line(result.returncode, result.stderr, base, "1 missing (first model.layers.1.mlp.up_proj.weight)")
+    assert_one_line(
+        result.returncode,
+        result.stderr,
+        base,
+        "1 missing (first model.layers.1.mlp.up_proj.weight)",
+    )
 
 
 def test_an_untied_head_is_kept(call_main, flags, tiny_data, tmp_path, export):
@@ -187,18 +245,28 @@ def test_an_untied_head_is_kept(call_main, flags, tiny_data, tmp_path, export):
     argv = [*flags["sft_train"], "--base-model", base, "--output-dir", tmp_path / "sft"]
     assert call_main("sft_train", argv).returncode == 0
     folder = export(tmp_path / "sft", "--dtype", "fp32")
-    assert torch.equal(load_file(folder / "model.safetensors")["lm_head.weight"], weights["lm_head.weight"])
+    assert torch.equal(
+        load_file(folder / "model.safetensors")["lm_head.weight"], weights["lm_head.weight"]
+    )
     ids = torch.arange(3, 20)[None]
     peft = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "sft", dtype=torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(logits(merged, ids), logits(peft, ids), rtol=0, atol=1e-4)
-    assert json.loads((folder / "export.json").read_text())["adapter to merged"]["largest_logit_difference"] < 1e-4
+    assert (
+        json.loads((folder / "export.json").read_text())["adapter to merged"][
+            "largest_logit_difference"
+        ]
+        < 1e-4
+    )
 
 
 def test_it_stops_and_pads_as_it_was_trained(export, ppo, tokenizer):
     folder = export(ppo)
     generation = GenerationConfig.from_pretrained(folder)
-    assert (generation.eos_token_id, generation.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert (generation.eos_token_id, generation.pad_token_id) == (
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
     chat = [{"role": "user", "content": "Hi"}]
     ours, theirs = (AutoTokenizer.from_pretrained(path) for path in (folder, ppo))
     rendered = ours.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -234,8 +302,14 @@ def test_a_llama_carries_its_terms(export, trained, tiny_model, tmp_path):
     (base / "USE_POLICY.md").write_text("Use it well.\n")
     folder = export(trained.sft, "--base-model", base, "--name", "Friendly <b>bot</b>")
     card = (folder / "README.md").read_text()
-    assert 'license: "llama3.2"' in card and "# Llama-Friendly _b_bot__b_" in card and "Built with Llama" in card
-    assert (folder / "USE_POLICY.md").read_text() == "Use it well.\n" and (folder / "LICENSE.txt").exists()
+    assert (
+        'license: "llama3.2"' in card
+        and "# Llama-Friendly _b_bot__b_" in card
+        and "Built with Llama" in card
+    )
+    assert (folder / "USE_POLICY.md").read_text() == "Use it well.\n" and (
+        folder / "LICENSE.txt"
+    ).exists()
 
 
 def test_what_cannot_be_exported(call_main, trained, ppo, tmp_path):

@@ -13,7 +13,15 @@ import trl
 from conftest import BOS, EOS, PAD, make_model, make_tokenizer, read_demo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer
 
 TEMPLATES = sorted(
@@ -42,13 +50,22 @@ def sentencepiece_like():
     )
     texts = [row["prompt"] + row["chosen"] for row in read_demo("train")]
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False))
+    pieces.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
+    )
     model = json.loads(pieces.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
-    built = Tokenizer(models.BPE(model["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    built = Tokenizer(
+        models.BPE(model["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     built.add_special_tokens(special[:3])
     built.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     built.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", built.token_to_id("<s>"))]
@@ -57,7 +74,12 @@ def sentencepiece_like():
 
 
 def save(built, folder, tokenizer_class="PreTrainedTokenizerFast", **config):
-    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": tokenizer_class}
+    named = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "tokenizer_class": tokenizer_class,
+    }
     built.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(named | config))
 
@@ -84,7 +106,9 @@ def llama_2(folder):
 
 def prepended(folder):
     built = sentencepiece_like()
-    built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    built.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     save(built, folder)
 
 
@@ -133,10 +157,17 @@ def test_hh_is_the_tokens_of_the_whole_text(kinds, kind, tmp_path):
         text = form.prompt_text(turns) + " " + ANSWER
         assert prompt + answer == plain(text)["input_ids"]
         assert prompt.count(bos) == (kind is not byte_level_without_bos)
-        assert saved.apply_chat_template(messages(turns), add_generation_prompt=True, return_dict=False) == prompt
+        assert (
+            saved.apply_chat_template(
+                messages(turns), add_generation_prompt=True, return_dict=False
+            )
+            == prompt
+        )
         assert form.decode(answer) == ANSWER
     again = PromptFormat("hh", load_tokenizer(str(tmp_path / "saved")))
-    assert again.prompt_ids(THREE) + again.response_ids(ANSWER) == form.prompt_ids(THREE) + form.response_ids(ANSWER)
+    assert again.prompt_ids(THREE) + again.response_ids(ANSWER) == form.prompt_ids(
+        THREE
+    ) + form.response_ids(ANSWER)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,11 +175,18 @@ def test_text_that_goes_on_gets_no_space(kinds, kind):
     form = PromptFormat("hh", load_tokenizer(str(kinds[kind])))
     start = form.whole_ids("So it")
     decode = form.tokenizer.decode
-    assert decode(start + form.encode("self is."), skip_special_tokens=True).lstrip() == "So itself is."
+    assert (
+        decode(start + form.encode("self is."), skip_special_tokens=True).lstrip()
+        == "So itself is."
+    )
     assert decode(start + form.encode(" is."), skip_special_tokens=True).lstrip() == "So it is."
 
 
-texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).map(str.strip).filter(bool)
+texts = (
+    st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
+    .map(str.strip)
+    .filter(bool)
+)
 
 
 @pytest.mark.parametrize("name", ["hh", "model"])
@@ -164,7 +202,11 @@ def test_any_pair_is_the_tokens_of_its_whole_text_or_dropped(kinds, kind, name, 
     form = PromptFormat(name, tokenizer)
     form.checked = True  # that is another test's
     pairs = [Pair((("user", question),), answer, answer + "!"), Pair(ONE, "Because.", "No.")]
-    bos = AutoTokenizer.from_pretrained(kinds[kind]).bos_token if name == "hh" and form.bos_ids else ""
+    bos = (
+        AutoTokenizer.from_pretrained(kinds[kind]).bos_token
+        if name == "hh" and form.bos_ids
+        else ""
+    )
     for tokens in tokenize_pairs(pairs, form, 400, "pairs"):
         text = bos + form.prompt_text(tokens.pair.turns) + form.response_text(tokens.pair.chosen)
         if name == "model" or not form.bos_ids:
@@ -186,7 +228,10 @@ def test_a_tokenizer_that_joins_prompt_and_answer_loses_the_row_and_says_so(toke
     pairs = [Pair(ONE, "(a) It is.", "No."), Pair(ONE, "It is.", "No.")]
     kept = tokenize_pairs(pairs, PromptFormat("model", tokenizer), 200, "train")
     assert [tokens.pair for tokens in kept] == pairs[1:]
-    assert "1 a token would span the end of the prompt and the start of the answer" in capsys.readouterr().out
+    assert (
+        "1 a token would span the end of the prompt and the start of the answer"
+        in capsys.readouterr().out
+    )
 
 
 # ---------------------------------------------------------------- the base's template
@@ -195,7 +240,9 @@ def test_a_tokenizer_that_joins_prompt_and_answer_loses_the_row_and_says_so(toke
 def with_template(folder, template):
     """A tokenizer that has every special token that a template writes."""
     tokenizer = load_tokenizer(str(folder))
-    written = re.findall(r"<[a-z_]+\|>|<\|[a-z_]+>|<\|[^|>'\"]+\|>|<｜[^｜]+｜>|<(?:start|end)_of_turn>", template)
+    written = re.findall(
+        r"<[a-z_]+\|>|<\|[a-z_]+>|<\|[^|>'\"]+\|>|<｜[^｜]+｜>|<(?:start|end)_of_turn>", template
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(written))})
     tokenizer.chat_template = template
     return tokenizer
@@ -220,7 +267,12 @@ def assert_right_or_refused(folder, template, scratch):
         prompt, ids = tokens.prompt_ids, tokens.prompt_ids + tokens.chosen_ids
         rendered = form.prompt_text(turns)
         assert all(text in rendered for _, text in turns)
-        assert saved.apply_chat_template(messages(turns), add_generation_prompt=True, return_dict=False) == prompt
+        assert (
+            saved.apply_chat_template(
+                messages(turns), add_generation_prompt=True, return_dict=False
+            )
+            == prompt
+        )
         assert prompt[:2] != [plain.bos_token_id] * 2
         whole = [*messages(turns), {"role": "assistant", "content": ANSWER}]
         text = saved.apply_chat_template(whole, tokenize=False)
@@ -246,8 +298,20 @@ def test_a_known_template_is_right_or_refused_with_any_tokenizer(kinds, kind, pa
 
 @pytest.mark.parametrize(
     ("name", "accepted"),
-    [("llama3_2", True), ("qwen2_5", True), ("qwen3", True), ("gemma", True), ("phi3", True), ("glm4moe", False)]
-    + [("smolvlm", False), ("llava_next", False), ("deepseek_r1_distill", False), ("gptoss", False)],
+    [
+        ("llama3_2", True),
+        ("qwen2_5", True),
+        ("qwen3", True),
+        ("gemma", True),
+        ("phi3", True),
+        ("glm4moe", False),
+    ]
+    + [
+        ("smolvlm", False),
+        ("llava_next", False),
+        ("deepseek_r1_distill", False),
+        ("gptoss", False),
+    ],
 )
 def test_which_templates_are_accepted(kinds, name, accepted, tmp_path):
     template = next(path for path in TEMPLATES if path.stem == name).read_text(encoding="utf-8")
@@ -266,11 +330,19 @@ def test_every_kind_of_tokenizer_takes_a_plain_template(kinds, kind, tmp_path):
 def templates(draw):
     """A chat template of features that bases' templates have."""
     often = st.booleans() | st.just(True)  # the feature that most templates have
-    bos = "{{ bos_token }}" if draw(often) else draw(st.sampled_from(["", "{{ bos_token + bos_token }}"]))
-    date = draw(st.sampled_from(["", "{{ strftime_now('%d %b %Y') }}\n", "{{ date_string or 'today' }}\n"]))
+    bos = (
+        "{{ bos_token }}"
+        if draw(often)
+        else draw(st.sampled_from(["", "{{ bos_token + bos_token }}"]))
+    )
+    date = draw(
+        st.sampled_from(["", "{{ strftime_now('%d %b %Y') }}\n", "{{ date_string or 'today' }}\n"])
+    )
     system = draw(st.sampled_from(["keep", "drop", "raise"]))
     plain = draw(st.sampled_from(["m.content", "m.content | trim", "m['content']"]))
-    content = plain if draw(often) else draw(st.sampled_from(["m.content[0].text", "m.content | upper"]))
+    content = (
+        plain if draw(often) else draw(st.sampled_from(["m.content[0].text", "m.content | upper"]))
+    )
     start = draw(st.sampled_from(["[{{ m.role }}]", "<|h|>{{ m.role }}\n", "<|{{ m.role }}|>"]))
     space = draw(st.sampled_from(["", " ", "\n\n"]))
     token = draw(st.sampled_from(["{{ eos_token }}", " {{ eos_token }}", "<|e|>\n", "<|e|>"]))
@@ -285,7 +357,12 @@ def templates(draw):
         )
     refuse = "{{ raise_exception('no system') }}"
     if system != "keep":
-        written = "{% if m.role == 'system' %}" + (refuse if system == "raise" else "") + "{% else %}" + written
+        written = (
+            "{% if m.role == 'system' %}"
+            + (refuse if system == "raise" else "")
+            + "{% else %}"
+            + written
+        )
         written += "{% endif %}"
     return (
         bos + date + "{% for m in messages %}" + written + "{% endfor %}"
@@ -307,11 +384,20 @@ CUE = "{% if add_generation_prompt %}[assistant]{% endif %}"
     ("template", "reason"),
     [
         (PLAIN, "puts '[assistant]' before an answer but not at the end of a prompt"),
-        (PLAIN.replace("m.content", "m.content[0].text") + CUE, "it wants content as a list of parts"),
-        (PLAIN.replace("{{ eos_token }}", "</e>") + CUE, "ends an answer with '</e>', which is no special token"),
+        (
+            PLAIN.replace("m.content", "m.content[0].text") + CUE,
+            "it wants content as a list of parts",
+        ),
+        (
+            PLAIN.replace("{{ eos_token }}", "</e>") + CUE,
+            "ends an answer with '</e>', which is no special token",
+        ),
         (PLAIN.replace("{{ eos_token }}", "") + CUE, "ends an answer with nothing"),
         (PLAIN.replace("{{ eos_token }}", PAD) + CUE, "is also the token to pad with"),
-        (PLAIN + CUE.replace("]{", "]<think>{"), "starts an answer with '[assistant]<think>' only where"),
+        (
+            PLAIN + CUE.replace("]{", "]<think>{"),
+            "starts an answer with '[assistant]<think>' only where",
+        ),
         ("{{ bos_token }}" * 2 + PLAIN + CUE, "BOS twice"),
         ("{{ bos_token }}", "leaves out what the user says"),
         ("{% for m in messages %}", "refuses it"),
@@ -352,10 +438,18 @@ def test_a_row_whose_text_the_template_loses_is_dropped_and_counted(tokenizer, c
 
 
 def test_an_answer_that_spells_its_end_is_dropped_and_counted(form, capsys):
-    pairs = [Pair(ONE, f"It is.{EOS}", "No."), Pair(ONE, "It is.", f"No.{EOS} x"), Pair(ONE, "It is.", "No.")]
+    pairs = [
+        Pair(ONE, f"It is.{EOS}", "No."),
+        Pair(ONE, "It is.", f"No.{EOS} x"),
+        Pair(ONE, "It is.", "No."),
+    ]
     assert [tokens.pair for tokens in tokenize_pairs(pairs, form, 200, "train")] == pairs[2:]
-    assert "dropped 2 (2 answer that spells a special token, such as <eos>)" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"no row of train can be used: dropped 2 \(2 answer that spells .*<eos>\)"):
+    assert (
+        "dropped 2 (2 answer that spells a special token, such as <eos>)" in capsys.readouterr().out
+    )
+    with pytest.raises(
+        UserError, match=r"no row of train can be used: dropped 2 \(2 answer that spells .*<eos>\)"
+    ):
         tokenize_pairs(pairs[:2], form, 200, "train")
 
 
@@ -370,7 +464,12 @@ def spare(folder, pad=None, template=None, **special):
     for old, new in zip((PAD, BOS, EOS), special.pop("tokens"), strict=True):
         text = text.replace(json.dumps(old), json.dumps(new))
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, "pad_token": pad, **special}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": template,
+        "pad_token": pad,
+        **special,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return str(folder)
 
@@ -380,11 +479,17 @@ def test_any_special_token_that_nothing_writes_pads(tmp_path):
     tokens = ("<|a_pad|>", "<|other|>", end)
     folder = spare(tmp_path, tokens=tokens, eos_token=end, bos_token=end, unk_token=end)
     assert load_tokenizer(folder).pad_token == "<|a_pad|>"
-    folder = spare(tmp_path, pad=end, tokens=("<|b|>", "<|a|>", end), eos_token=end, bos_token="<|b|>")
+    folder = spare(
+        tmp_path, pad=end, tokens=("<|b|>", "<|a|>", end), eos_token=end, bos_token="<|b|>"
+    )
     assert load_tokenizer(folder).pad_token == "<|a|>"
-    folder = spare(tmp_path, tokens=("<|b|>", "<|a|>", end), eos_token=end, template="<|b|>{{ messages }}")
+    folder = spare(
+        tmp_path, tokens=("<|b|>", "<|a|>", end), eos_token=end, template="<|b|>{{ messages }}"
+    )
     assert load_tokenizer(folder).pad_token == "<|a|>"
-    folder = spare(tmp_path, tokens=("<|b|>", "<|a|>", end), eos_token=end, template="<|b|><|a|>{{ messages }}")
+    folder = spare(
+        tmp_path, tokens=("<|b|>", "<|a|>", end), eos_token=end, template="<|b|><|a|>{{ messages }}"
+    )
     with pytest.raises(UserError, match="has no token to pad with but EOS"):
         load_tokenizer(folder)
 
@@ -396,7 +501,10 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path):
     tokenizer.add_tokens([f"<filler_{n}>" for n in range(448 - len(tokenizer))])
     check_vocabulary(tokenizer, base)
     tokenizer.add_tokens(["<beyond>"])
-    with pytest.raises(UserError, match=r"1 tokens more than .* embeddings \(448; the first is '<beyond>', id 448\)"):
+    with pytest.raises(
+        UserError,
+        match=r"1 tokens more than .* embeddings \(448; the first is '<beyond>', id 448\)",
+    ):
         check_vocabulary(tokenizer, base)
 
 
@@ -418,10 +526,18 @@ def test_cutting_a_long_dialogue_takes_time_linear_in_its_length(form, monkeypat
     """Counted in characters that are tokenised, as a clock would depend on the machine."""
     seen = []
     whole_ids = PromptFormat.whole_ids
-    monkeypatch.setattr(PromptFormat, "whole_ids", lambda self, text: seen.append(len(text)) or whole_ids(self, text))
+    monkeypatch.setattr(
+        PromptFormat,
+        "whole_ids",
+        lambda self, text: seen.append(len(text)) or whole_ids(self, text),
+    )
     form.check()
     for count in (10, 1000):
-        turns = (("system", "Be kind."), *(("user", f"Question {n}?") for n in range(count)), ("user", "Well?"))
+        turns = (
+            ("system", "Be kind."),
+            *(("user", f"Question {n}?") for n in range(count)),
+            ("user", "Well?"),
+        )
         seen.clear()
         ids = tokenize_prompt(turns, form, 60)
         assert form.tokenizer.decode(ids).endswith("\n\nHuman: Well?\n\nAssistant:")
@@ -433,7 +549,9 @@ def test_cutting_a_long_dialogue_takes_time_linear_in_its_length(form, monkeypat
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8), limit=st.integers(10, 150))
 def test_a_cut_keeps_as_many_turns_as_fit(form, lengths, limit):
     turns = tuple(("user", "a" * length) for length in lengths)
-    fitting = [turns[start:] for start in range(len(turns)) if len(form.prompt_ids(turns[start:])) <= limit]
+    fitting = [
+        turns[start:] for start in range(len(turns)) if len(form.prompt_ids(turns[start:])) <= limit
+    ]
     if fitting:
         assert tokenize_prompt(turns, form, limit) == form.prompt_ids(fitting[0])
     else:

@@ -27,7 +27,9 @@ RAGGED = [
 @pytest.fixture(scope="module")
 def shared(trained, tiny_model):
     base = base_facts(str(tiny_model), None, load_in_4bit=False)
-    return SharedBase(load_base(base, torch.float32, pad_token_id=0), str(trained.sft), torch.float32)
+    return SharedBase(
+        load_base(base, torch.float32, pad_token_id=0), str(trained.sft), torch.float32
+    )
 
 
 @pytest.fixture
@@ -43,7 +45,9 @@ def silent(form):
 
 
 def sample(shared, form, prompts, temperature, seeds, batch_size, new=NEW, role="reference"):
-    return [r.ids for r in generate(shared, role, form, prompts, new, temperature, seeds, batch_size)]
+    return [
+        r.ids for r in generate(shared, role, form, prompts, new, temperature, seeds, batch_size)
+    ]
 
 
 def pick(logits, temperature, draws):
@@ -71,9 +75,14 @@ def test_a_size_that_ran_out_of_memory_is_not_tried_again(shared, silent, prompt
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
-def test_a_prompt_gets_the_same_response_alone_and_in_a_ragged_batch(shared, silent, prompts, temperature):
+def test_a_prompt_gets_the_same_response_alone_and_in_a_ragged_batch(
+    shared, silent, prompts, temperature
+):
     seeds = [7, 8, 9, 10, 11, 7]
-    alone = [sample(shared, silent, [p], temperature, [s], 1)[0] for p, s in zip(prompts, seeds, strict=True)]
+    alone = [
+        sample(shared, silent, [p], temperature, [s], 1)[0]
+        for p, s in zip(prompts, seeds, strict=True)
+    ]
     assert all(len(ids) == NEW for ids in alone)
     assert len(set(map(tuple, alone))) == len(alone)  # responses do depend on the prompt
     for batch_size in (6, 4, 1):
@@ -96,10 +105,16 @@ def test_a_row_that_ends_leaves_the_others_as_they_were(shared, silent, prompts,
     expected = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in whole]
     assert min(map(len, expected)) < NEW == max(map(len, expected))
     for batch_size in (6, 2):
-        responses = generate(shared, "reference", silent, prompts, NEW, temperature, range(6), batch_size)
+        responses = generate(
+            shared, "reference", silent, prompts, NEW, temperature, range(6), batch_size
+        )
         assert [r.ids for r in responses] == expected
-        assert [r.ended_by for r in responses] == ["eos" if ids[-1] == eos else "length" for ids in expected]
-        assert [r.text_ids for r in responses] == [ids[:-1] if ids[-1] == eos else ids for ids in expected]
+        assert [r.ended_by for r in responses] == [
+            "eos" if ids[-1] == eos else "length" for ids in expected
+        ]
+        assert [r.text_ids for r in responses] == [
+            ids[:-1] if ids[-1] == eos else ids for ids in expected
+        ]
 
 
 def test_the_seed_decides_the_draws(shared, silent, prompts):
@@ -113,7 +128,9 @@ def test_the_seed_decides_the_draws(shared, silent, prompts):
 
 def test_greedy_is_what_transformers_generates(trained, tiny_model, shared, silent, prompts):
     """Against a model that PEFT opened, and a loop that is not ours."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(trained.sft)).eval()
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model), str(trained.sft)
+    ).eval()
     model.generation_config.eos_token_id = None
     expected = []
     for ids in prompts:
@@ -130,7 +147,9 @@ def test_greedy_is_what_transformers_generates(trained, tiny_model, shared, sile
 
 def test_the_role_that_is_named_is_the_one_that_speaks(trained, tiny_model, silent, prompts):
     base = base_facts(str(tiny_model), None, load_in_4bit=False)
-    shared = SharedBase(load_base(base, torch.float32, pad_token_id=0), str(trained.sft), torch.float32)
+    shared = SharedBase(
+        load_base(base, torch.float32, pad_token_id=0), str(trained.sft), torch.float32
+    )
     reference = sample(shared, silent, prompts, 0, [0] * 6, 6)
     shared.add_role("policy", rank=4, alpha=8, num_layers=2)
     assert sample(shared, silent, prompts, 0, [0] * 6, 6, role="policy") == reference  # B = 0
@@ -175,7 +194,9 @@ def test_pick_divides_by_the_temperature():
     # At temperature 1/2 the odds are squared: 1/5 and 4/5. At 2 they are 1 : sqrt 2, 0.4142 and 0.5858.
     for temperature, edge in ((1.0, 1 / 3), (0.5, 0.2), (2.0, 0.41421)):
         for draw, token in ((edge - 1e-3, 0), (edge + 1e-3, 1)):
-            assert pick(logits, temperature, torch.tensor([draw], dtype=torch.float64)).tolist() == [token]
+            assert pick(
+                logits, temperature, torch.tensor([draw], dtype=torch.float64)
+            ).tolist() == [token]
 
 
 def test_pick_gives_each_row_its_own_draw():
@@ -187,7 +208,15 @@ def test_pick_gives_each_row_its_own_draw():
 def test_pick_never_takes_what_has_no_probability():
     no = -math.inf
     logits = torch.tensor([[no, 0.0, no, 0.0, no]])
-    draws = [0.0, 0.25, math.nextafter(0.5, 0), 0.5, math.nextafter(0.5, 1), 0.75, math.nextafter(1, 0)]
+    draws = [
+        0.0,
+        0.25,
+        math.nextafter(0.5, 0),
+        0.5,
+        math.nextafter(0.5, 1),
+        0.75,
+        math.nextafter(1, 0),
+    ]
     tokens = [pick(logits, 1.0, torch.tensor([draw], dtype=torch.float64)).item() for draw in draws]
     assert tokens == [1, 1, 1, 3, 3, 3, 3]
     # In float32 n times 1/n may stay below 1: the largest draw must not fall into the gap behind the last.
@@ -236,7 +265,10 @@ def test_eos_ends_a_response_and_is_not_its_text(form):
 
 
 def test_a_response_that_goes_on_is_not_ended(form):
-    assert end(form.encode(" Hello! Human: no\nHuman: neither\n\nAssistant: nor\n\nHumans"), form) is None
+    assert (
+        end(form.encode(" Hello! Human: no\nHuman: neither\n\nAssistant: nor\n\nHumans"), form)
+        is None
+    )
 
 
 def test_the_length_ends_a_response_that_keeps_all_its_tokens(form):

@@ -33,8 +33,12 @@ def two_adapters(model):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     torch.manual_seed(0)
-    peft = get_peft_model(model, LoraConfig(r=3, lora_alpha=12, target_modules=TARGETS), adapter_name="sft")
-    peft.add_adapter("policy", LoraConfig(r=2, lora_alpha=1, target_modules=TARGETS, layers_to_transform=[2, 3]))
+    peft = get_peft_model(
+        model, LoraConfig(r=3, lora_alpha=12, target_modules=TARGETS), adapter_name="sft"
+    )
+    peft.add_adapter(
+        "policy", LoraConfig(r=2, lora_alpha=1, target_modules=TARGETS, layers_to_transform=[2, 3])
+    )
     for name, weight in peft.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(weight, std=0.1)
@@ -45,7 +49,9 @@ def two_adapters(model):
 
 
 def tiny(tiny_model, **load):
-    return two_adapters(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, **load))
+    return two_adapters(
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, **load)
+    )
 
 
 def own_logits(peft, texts=TEXTS):
@@ -87,10 +93,14 @@ def wide_model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("wide"), hidden_size=64)
 
 
-@pytest.mark.parametrize("texts", [TEXTS, [[5, 9, 17], [7, 7, 30]]], ids=["ragged", "of one length"])
+@pytest.mark.parametrize(
+    "texts", [TEXTS, [[5, 9, 17], [7, 7, 30]]], ids=["ragged", "of one length"]
+)
 @pytest.mark.parametrize("base", ["fp32", "nf4", "checkpointed"])
 def test_logits_and_gradients_equal_pefts(tiny_model, wide_model, base, texts):
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
     peft = tiny(wide_model, quantization_config=nf4) if base == "nf4" else tiny(tiny_model)
     decoder = make_decoder(peft)
     decoder.gradient_checkpointing = base == "checkpointed"
@@ -112,14 +122,20 @@ def test_other_families(tiny_model, make, config):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     extra = {"head_dim": 6} if make in (MistralForCausalLM, Qwen3ForCausalLM) else {}
     torch.manual_seed(0)
-    model = make(config(**sizes, **heads, **extra)) if config else AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = (
+        make(config(**sizes, **heads, **extra))
+        if config
+        else AutoModelForCausalLM.from_pretrained(tiny_model)
+    )
     for name, weight in model.named_parameters():
         if name.endswith("bias") or "_norm.weight" in name:  # which are 0 and 1 in a fresh model
             torch.nn.init.normal_(weight)
     peft = two_adapters(model)
     own = own_logits(peft).detach()
     assert_same(peft, our_logits(peft), own_logits(peft))
-    torch.testing.assert_close(own_logits(peft).detach(), own)  # their weights moved into joined ones, and are the same
+    torch.testing.assert_close(
+        own_logits(peft).detach(), own
+    )  # their weights moved into joined ones, and are the same
 
 
 def test_another_architecture_and_a_text_beyond_the_attention_window_are_refused():
@@ -130,7 +146,11 @@ def test_another_architecture_and_a_text_beyond_the_attention_window_are_refused
     with pytest.raises(UserError, match="GraniteDecoderLayer is not supported"):
         Decoder(GraniteForCausalLM(GraniteConfig(**sizes, **heads)))
     model = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=4))
-    decoder, short, long = Decoder(model), lay_out([[1, 2, 3, 4]], CPU), lay_out([[1, 2, 3, 4, 5]], CPU)
+    decoder, short, long = (
+        Decoder(model),
+        lay_out([[1, 2, 3, 4]], CPU),
+        lay_out([[1, 2, 3, 4, 5]], CPU),
+    )
     decoder.stack({"base": []})
     decoder.run(decoder.embed(short), short, "base", decoder.layers)
     with pytest.raises(UserError, match="attention window of 4 tokens"):
@@ -144,7 +164,9 @@ def test_roles_are_pefts_active_adapters(tiny_model):
     with torch.no_grad():
         for role, names in (("reference", ["sft"]), ("policy", ["sft", "policy"])):
             own.base_model.set_adapter(names)
-            torch.testing.assert_close(our_logits(ours, decoder=decoder, role=role), own_logits(own), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                our_logits(ours, decoder=decoder, role=role), own_logits(own), atol=1e-4, rtol=0
+            )
         with own.disable_adapter():
             bare = our_logits(ours, decoder=decoder, role="base")
             torch.testing.assert_close(bare, own_logits(own), atol=1e-4, rtol=0)
@@ -155,10 +177,20 @@ def test_an_optimizer_step_is_seen_by_the_next_pass(tiny_model):
     own = tiny(tiny_model)
     ours = copy.deepcopy(own)
     decoder = make_decoder(ours)
-    stacks = [(stack.a, stack.b) for linear in decoder.layers[3].maps for stack in linear.stacks.values() if stack]
+    stacks = [
+        (stack.a, stack.b)
+        for linear in decoder.layers[3].maps
+        for stack in linear.stacks.values()
+        if stack
+    ]
     before = our_logits(ours, decoder=decoder).detach()
-    for peft, logits in ((own, lambda: own_logits(own)), (ours, lambda: our_logits(ours, decoder=decoder))):
-        optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=0.01, fused=True)
+    for peft, logits in (
+        (own, lambda: own_logits(own)),
+        (ours, lambda: our_logits(ours, decoder=decoder)),
+    ):
+        optimizer = torch.optim.AdamW(
+            [p for p in peft.parameters() if p.requires_grad], lr=0.01, fused=True
+        )
         if peft is ours:
             decoder.follow(optimizer)
         for _ in range(2):
@@ -170,14 +202,23 @@ def test_an_optimizer_step_is_seen_by_the_next_pass(tiny_model):
         after = our_logits(ours, decoder=decoder)
         assert (after - before).abs().max() > 0.01
         torch.testing.assert_close(after, own_logits(own), atol=1e-4, rtol=0)
-    now = [(stack.a, stack.b) for linear in decoder.layers[3].maps for stack in linear.stacks.values() if stack]
-    assert [(id(a), id(b)) for a, b in stacks] == [(id(a), id(b)) for a, b in now]  # always the same tensors
+    now = [
+        (stack.a, stack.b)
+        for linear in decoder.layers[3].maps
+        for stack in linear.stacks.values()
+        if stack
+    ]
+    assert [(id(a), id(b)) for a, b in stacks] == [
+        (id(a), id(b)) for a, b in now
+    ]  # always the same tensors
 
 
 def test_roles_share_the_stacks_of_layers_without_adapters_of_their_own(tiny_model):
     decoder = make_decoder(tiny(tiny_model))
     for linear in decoder.layers[0].maps:
-        assert linear.stacks["policy"] is linear.stacks["reference"] and linear.stacks["base"] is None
+        assert (
+            linear.stacks["policy"] is linear.stacks["reference"] and linear.stacks["base"] is None
+        )
     for linear in decoder.layers[3].maps:
         reference, policy = linear.stacks["reference"], linear.stacks["policy"]
         assert reference.a.shape == policy.a.shape and reference is not policy
@@ -194,7 +235,10 @@ def test_laying_out_by_hand():
     assert texts.padded.gather(torch.tensor([[5, 6, 7], [8, 9, 9]])).tolist() == [5, 6, 7, 8]
     even = Padded([2, 2], CPU)
     assert even.place is None and even.spread(torch.arange(4)).tolist() == [[0, 1], [2, 3]]
-    assert unpad(torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])) == [[5, 6, 7], [8]]
+    assert unpad(torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])) == [
+        [5, 6, 7],
+        [8],
+    ]
 
 
 def test_laying_out_pairs_by_hand():
@@ -243,4 +287,6 @@ def test_what_is_kept_for_backward(tiny_model):
     shapes = [tuple(tensor.shape) for tensor in kept.values()]
     assert shapes.count((tokens, 2 * 64)) == 2  # the two layers above the first weight that trains
     assert not [shape for shape in shapes if shape[-1] == 64 and shape[0] >= tokens]
-    assert not [shape for shape in shapes if shape[-2:] == (48, 48) and shape != (1, 1, 48, 48)]  # the mask
+    assert not [
+        shape for shape in shapes if shape[-2:] == (48, 48) and shape != (1, 1, 48, 48)
+    ]  # the mask

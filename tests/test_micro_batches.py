@@ -7,7 +7,11 @@ import torch
 
 
 def test_cutting_by_hand():
-    assert cut_by_tokens([3, 9, 2, 3, 4], 8) == [[2, 0], [3, 4], [1]]  # 2 x 3; 2 x 4; 9 is more than 8, and alone
+    assert cut_by_tokens([3, 9, 2, 3, 4], 8) == [
+        [2, 0],
+        [3, 4],
+        [1],
+    ]  # 2 x 3; 2 x 4; 9 is more than 8, and alone
     assert cut_by_tokens([5, 5, 5], 15) == [[0, 1, 2]]
     assert cut_by_tokens([5, 5, 5], 14) == [[0, 1], [2]]
     assert cut_by_tokens([], 8) == []

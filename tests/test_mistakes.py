@@ -29,7 +29,11 @@ GOOD_ROW = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello!", "rejec
 def snapshot(folder: Path) -> dict[str, bytes] | None:
     if not folder.exists():
         return None
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def assert_one_line(code, stderr, *names):
@@ -99,10 +103,21 @@ def test_a_tracker_that_is_not_installed(call_main, tmp_path, monkeypatch, scrip
 def test_a_batch_that_the_processes_cannot_share(refused, trained, monkeypatch, script):
     monkeypatch.setattr("rlhf.training.num_processes", lambda: 3)
     more = ["--sft-checkpoint", trained.sft] if script == "reward_train" else []
-    refused(script, ["--batch-size", "8"], "--batch-size 8 is not a multiple of 3 processes: the nearest is 9")
+    refused(
+        script,
+        ["--batch-size", "8"],
+        "--batch-size 8 is not a multiple of 3 processes: the nearest is 9",
+    )
     shutil.rmtree("full")
-    few = ["--batch-size", "9", "--max-train-samples", "8"]  # and 6 is the most that three can share
-    refused(script, [*few, *more], "8 training rows do not fill one batch of 9: lower --batch-size to 6")
+    few = [
+        "--batch-size",
+        "9",
+        "--max-train-samples",
+        "8",
+    ]  # and 6 is the most that three can share
+    refused(
+        script, [*few, *more], "8 training rows do not fill one batch of 9: lower --batch-size to 6"
+    )
     shutil.rmtree("full")
     few = ["--batch-size", "9", "--max-train-samples", "2"]
     refused(script, [*few, *more], "2 training rows", "start fewer processes than 3")
@@ -219,12 +234,15 @@ def test_a_link_that_leads_to_itself(call_main, flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script", ["sft_train", "reward_train", "ppo_train", "compare_outputs", "rlhf.export", "feedback.vote"]
+    "script",
+    ["sft_train", "reward_train", "ppo_train", "compare_outputs", "rlhf.export", "feedback.vote"],
 )
 def test_a_tilde_is_the_home_folder_in_every_flag(monkeypatch, script):
     monkeypatch.setenv("HOME", "/home/me")
     module = importlib.import_module(script)
-    texts = {field.name for field in dataclasses.fields(module.Config) if field.type in (str, str | None)}
+    texts = {
+        field.name for field in dataclasses.fields(module.Config) if field.type in (str, str | None)
+    }
     argv = [part for name in texts for part in (flag_of(name), "~/x")]
     if script == "rlhf.export":
         texts, argv = texts | {"checkpoint", "output_dir"}, ["~/x", "~/x", *argv]
@@ -261,7 +279,9 @@ def test_only_our_own_results_are_replaced(call_main, trained, tmp_path, place, 
     assert snapshot(tmp_path) == before
 
 
-def test_a_model_of_other_origin_is_not_replaced_by_an_export(call_main, trained, tiny_model, tmp_path):
+def test_a_model_of_other_origin_is_not_replaced_by_an_export(
+    call_main, trained, tiny_model, tmp_path
+):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     before = snapshot(model)
     result = call_main("rlhf.export", [trained.sft, model, "--overwrite"])
@@ -270,7 +290,9 @@ def test_a_model_of_other_origin_is_not_replaced_by_an_export(call_main, trained
 
 
 @pytest.mark.parametrize("script", ["reward_train", "ppo_train", "rlhf.export"])
-def test_an_output_folder_that_is_the_base(call_main, trained, tiny_model, tiny_data, flags, tmp_path, script):
+def test_an_output_folder_that_is_the_base(
+    call_main, trained, tiny_model, tiny_data, flags, tmp_path, script
+):
     """The base that a checkpoint names is an input too."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
     for phase in ("sft", "reward"):
@@ -279,7 +301,10 @@ def test_an_output_folder_that_is_the_base(call_main, trained, tiny_model, tiny_
         run["base"]["model"] = str(model)
         (tmp_path / phase / "run.json").write_text(json.dumps(run))
     before = snapshot(tmp_path)
-    sft, reward = ["--sft-checkpoint", tmp_path / "sft"], ["--reward-checkpoint", tmp_path / "reward"]
+    sft, reward = (
+        ["--sft-checkpoint", tmp_path / "sft"],
+        ["--reward-checkpoint", tmp_path / "reward"],
+    )
     argv = {
         "reward_train": [*flags["reward_train"], *sft, "--output-dir", model],
         "ppo_train": [*sft, *reward, "--dataset", tiny_data, "--output-dir", model],
@@ -290,7 +315,9 @@ def test_an_output_folder_that_is_the_base(call_main, trained, tiny_model, tiny_
     assert snapshot(tmp_path) == before
 
 
-def test_an_output_folder_that_cannot_be_written_to(call_main, trained, flags, tmp_path, monkeypatch):
+def test_an_output_folder_that_cannot_be_written_to(
+    call_main, trained, flags, tmp_path, monkeypatch
+):
     """Asked before any work; of a read-only disk only making the folder tells."""
     folder = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -298,7 +325,9 @@ def test_an_output_folder_that_cannot_be_written_to(call_main, trained, flags, t
         result = call_main("sft_train", [*flags["sft_train"], "--output-dir", folder])
         assert_one_line(result.returncode, result.stderr, "--output-dir", tmp_path)
         patch.setattr(os, "access", lambda path, mode: Path(path) != folder)
-        result = call_main("compare_outputs", ["--sft-checkpoint", trained.sft, "--output-dir", folder])
+        result = call_main(
+            "compare_outputs", ["--sft-checkpoint", trained.sft, "--output-dir", folder]
+        )
         assert_one_line(result.returncode, result.stderr, "--output-dir", folder)
 
     def read_only(*args, **kwargs):
@@ -313,7 +342,9 @@ def test_an_output_folder_that_cannot_be_written_to(call_main, trained, flags, t
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
     ],
 )
 def test_a_full_disk(refused, trained, monkeypatch, error):
@@ -374,7 +405,9 @@ def break_model(folder: Path, how: str) -> None:
     elif how in ("no EOS", "no pad"):
         name = "eos_token" if how == "no EOS" else "pad_token"
         file = folder / "tokenizer_config.json"
-        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != name}))
+        file.write_text(
+            json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != name})
+        )
         if how == "no pad":  # nor any that could stand in
             tokens = folder / "tokenizer.json"
             text = tokens.read_text().replace("<pad>", "<nap>")
@@ -408,7 +441,13 @@ def test_4bit_where_it_cannot_run(refused, monkeypatch):
         raise RuntimeError("no kernel image is available\nfor this card")
 
     monkeypatch.setattr("bitsandbytes.nn.Linear4bit", broken)
-    refused("sft_train", ["--load-in-4bit"], "4-bit", "no kernel image is available", "--no-load-in-4bit")
+    refused(
+        "sft_train",
+        ["--load-in-4bit"],
+        "4-bit",
+        "no kernel image is available",
+        "--no-load-in-4bit",
+    )
 
 
 HUB_DRIVER = """
@@ -439,7 +478,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return
         self.send_response(403 if gated else 404)
         self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.send_header("X-Error-Message", "Access to this repository is restricted" if gated else "Not found")
+        self.send_header(
+            "X-Error-Message", "Access to this repository is restricted" if gated else "Not found"
+        )
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -456,8 +497,16 @@ def hub_results(tmp_path_factory, flags):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    env = {k: v for k, v in os.environ.items() if k not in OFFLINE and not k.startswith(("HF_", "HUGGING"))}
-    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in OFFLINE and not k.startswith(("HF_", "HUGGING"))
+    }
+    env |= {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     env |= {"PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     cases = {
         "gated model": ["--base-model", "gated/thing"],
@@ -466,7 +515,9 @@ def hub_results(tmp_path_factory, flags):
         "missing data set": ["--dataset", "nobody/thing"],
         "dropped line": ["--base-model", "busy/thing"],
     }
-    argv = [[*flags["sft_train"], "--output-dir", str(folder / "out"), *more] for more in cases.values()]
+    argv = [
+        [*flags["sft_train"], "--output-dir", str(folder / "out"), *more] for more in cases.values()
+    ]
     done = subprocess.run(
         [sys.executable, "-c", HUB_DRIVER, json.dumps(argv)],
         cwd=folder,
@@ -485,11 +536,20 @@ def hub_results(tmp_path_factory, flags):
 @pytest.mark.parametrize(
     ("case", "names"),
     [
-        ("gated model", ["model gated/thing is gated", "{endpoint}/gated/thing", "hf auth login", "HF_TOKEN"]),
+        (
+            "gated model",
+            ["model gated/thing is gated", "{endpoint}/gated/thing", "hf auth login", "HF_TOKEN"],
+        ),
         ("missing model", ["no model nobody/thing", "--base-model"]),
-        ("gated data set", ["data set gated/thing is gated", "{endpoint}/datasets/gated/thing", "HF_TOKEN"]),
+        (
+            "gated data set",
+            ["data set gated/thing is gated", "{endpoint}/datasets/gated/thing", "HF_TOKEN"],
+        ),
         ("missing data set", ["no data set nobody/thing", "--dataset"]),
-        ("dropped line", ["model busy/thing is not on this machine", "check the network", "--base-model"]),
+        (
+            "dropped line",
+            ["model busy/thing is not on this machine", "check the network", "--base-model"],
+        ),
     ],
 )
 def test_a_hub_that_says_no(hub_results, case, names):
@@ -504,11 +564,15 @@ def test_a_hub_that_is_not_there_is_one_line(capsys, caplog):
     quiet_libraries()
     log = logging.getLogger("huggingface_hub.utils._http")
     for attempt in range(1, 6):
-        log.warning("'[Errno 111] Connection refused' thrown while requesting HEAD http://127.0.0.1:1/x")
+        log.warning(
+            "'[Errno 111] Connection refused' thrown while requesting HEAD http://127.0.0.1:1/x"
+        )
         log.warning(f"Retrying in 1s [Retry {attempt}/5].")
     logging.getLogger("huggingface_hub.file_download").warning("a warning")
     assert capsys.readouterr().out == "The hub does not answer; trying again for a while.\n"
-    assert not caplog.records and not logging.getLogger("datasets.load").isEnabledFor(logging.WARNING)
+    assert not caplog.records and not logging.getLogger("datasets.load").isEnabledFor(
+        logging.WARNING
+    )
     for place in (log, logging.getLogger("huggingface_hub.file_download")):
         place.error("an error")
     assert [record.message for record in caplog.records] == ["an error"] * 2
@@ -534,12 +598,18 @@ def sft(trained, tmp_path) -> Path:
 def test_no_earlier_stage(refused, tmp_path):
     refused("reward_train", [], "checkpoints/sft", "python sft_train.py", "--sft-checkpoint")
     shutil.rmtree("full")
-    refused("reward_train", ["--sft-checkpoint", tmp_path / "x"], tmp_path / "x", "python sft_train.py")
+    refused(
+        "reward_train", ["--sft-checkpoint", tmp_path / "x"], tmp_path / "x", "python sft_train.py"
+    )
 
 
 def test_eval_only_of_what_is_not_there(trained, call_main, tmp_path):
-    result = call_main("reward_train", [*trained.reward_flags, "--output-dir", tmp_path / "none", "--eval-only"])
-    assert_one_line(result.returncode, result.stderr, "there is no reward checkpoint", "--output-dir")
+    result = call_main(
+        "reward_train", [*trained.reward_flags, "--output-dir", tmp_path / "none", "--eval-only"]
+    )
+    assert_one_line(
+        result.returncode, result.stderr, "there is no reward checkpoint", "--output-dir"
+    )
 
 
 def test_an_adapter_that_changed_after_its_run_json(refused, sft):
@@ -582,10 +652,18 @@ def test_overwrite_replaces_the_earlier_result(call_main, trained, tmp_path):
     assert result.returncode == 0, result.stderr
     assert set(os.listdir(out)) == set(os.listdir(trained.sft))
     assert os.listdir(tmp_path) == ["sft"]
-    assert snapshot(out)["adapter_model.safetensors"] == snapshot(trained.sft)["adapter_model.safetensors"]
+    assert (
+        snapshot(out)["adapter_model.safetensors"]
+        == snapshot(trained.sft)["adapter_model.safetensors"]
+    )
 
 
-CHAIN = {"sft": "reward_train", "reward": "ppo_train", "gold": "ppo_train", "ppo": "compare_outputs"}
+CHAIN = {
+    "sft": "reward_train",
+    "reward": "ppo_train",
+    "gold": "ppo_train",
+    "ppo": "compare_outputs",
+}
 
 
 def following(script, flags, made):
@@ -609,14 +687,21 @@ def test_the_next_command_is_short_where_nothing_was_changed(preset):
 @pytest.mark.parametrize("preset", ["", "--preset demo "])
 def test_what_the_next_command_leaves_out_is_what_the_scripts_begin_with(preset):
     name = "demo" if preset else None
-    for script, made in ("sft_train", "sft"), ("reward_train", "reward"), ("ppo_train", "ppo"), ("compare_outputs", ""):
+    for script, made in (
+        ("sft_train", "sft"),
+        ("reward_train", "reward"),
+        ("ppo_train", "ppo"),
+        ("compare_outputs", ""),
+    ):
         module = importlib.import_module(script)
         config = module.PRESETS[name] if name else module.Config()
         usual = USUAL[name] | {"output_dir": USUAL[name][made or "reports"]}
         usual |= {f"{phase}_checkpoint": USUAL[name][phase] for phase in ("sft", "reward", "ppo")}
         fields = vars(config).keys() & usual.keys()
         assert len(fields) >= 3
-        assert {field: vars(config)[field] for field in fields} == {field: usual[field] for field in fields}
+        assert {field: vars(config)[field] for field in fields} == {
+            field: usual[field] for field in fields
+        }
 
 
 @pytest.mark.parametrize("preset", ["", "--preset demo "])
@@ -629,15 +714,28 @@ def test_the_next_commands_keep_folders_data_and_base_to_the_end(preset):
     flags = f"{command.partition('.py')[2]} --base-model 'moved here' --role-layers 2"
     command, config = following("reward_train", flags, "reward")
     steps.append(config)
-    command, config = following("ppo_train", f"{command.partition('.py')[2]} --max-eval-samples 9", "ppo")
+    command, config = following(
+        "ppo_train", f"{command.partition('.py')[2]} --max-eval-samples 9", "ppo"
+    )
     steps.append(config)
-    shared = {"dataset": "my rows.jsonl", "columns": "prompt=the question,chosen=good", "dtype": "fp32"}
+    shared = {
+        "dataset": "my rows.jsonl",
+        "columns": "prompt=the question,chosen=good",
+        "dtype": "fp32",
+    }
     shared |= {"sft_checkpoint": "my runs/sft-1", "preset": "demo" if preset else None}
     assert all(shared.items() <= vars(step).items() for step in steps)
-    assert [step.output_dir for step in steps] == ["my runs/reward-1", "my runs/ppo-1", "my runs/reports-1"]
+    assert [step.output_dir for step in steps] == [
+        "my runs/reward-1",
+        "my runs/ppo-1",
+        "my runs/reports-1",
+    ]
     assert [step.base_model for step in steps] == [None, "moved here", "moved here"]
     assert steps[1].role_layers == 2
-    assert steps[2].reward_checkpoint == "my runs/reward-1" and steps[2].ppo_checkpoint == "my runs/ppo-1"
+    assert (
+        steps[2].reward_checkpoint == "my runs/reward-1"
+        and steps[2].ppo_checkpoint == "my runs/ppo-1"
+    )
     assert steps[2].num_test_prompts == 9
 
 
@@ -677,8 +775,12 @@ def test_the_next_command_leads_to_what_was_just_made(script, flags, made, comma
 
 
 def test_after_an_sft_without_pairs_the_next_command_is_for_other_data():
-    config = dataclasses.replace(importlib.import_module("sft_train").Config(), dataset="mine.csv", columns="a=b")
-    assert next_command("reward_train.py", config, "sft", same_data=False) == "python reward_train.py"
+    config = dataclasses.replace(
+        importlib.import_module("sft_train").Config(), dataset="mine.csv", columns="a=b"
+    )
+    assert (
+        next_command("reward_train.py", config, "sft", same_data=False) == "python reward_train.py"
+    )
 
 
 # ---------------------------------------------------------------- PPO
@@ -689,7 +791,12 @@ def test_after_an_sft_without_pairs_the_next_command_is_for_other_data():
     [
         (
             ["--max-steps", 5],
-            ["--critic-warmup-updates 5", "would not be trained", "at most 4 ", "raise --max-steps"],
+            [
+                "--critic-warmup-updates 5",
+                "would not be trained",
+                "at most 4 ",
+                "raise --max-steps",
+            ],
         ),
         (
             ["--total-episodes", 128],
@@ -705,14 +812,35 @@ def test_ppo_refuses_what_trains_no_policy_or_turns_the_kl_around(call_main, tmp
 
 def test_ppo_refuses_a_reward_model_of_another_sft_model(call_main, trained, flags, tmp_path):
     sft = tmp_path / "sft"
-    assert call_main("sft_train", [*flags["sft_train"], "--seed", "1", "--output-dir", sft]).returncode == 0
-    argv = ["--sft-checkpoint", sft, "--reward-checkpoint", trained.reward, "--output-dir", tmp_path / "out"]
+    assert (
+        call_main("sft_train", [*flags["sft_train"], "--seed", "1", "--output-dir", sft]).returncode
+        == 0
+    )
+    argv = [
+        "--sft-checkpoint",
+        sft,
+        "--reward-checkpoint",
+        trained.reward,
+        "--output-dir",
+        tmp_path / "out",
+    ]
     result = call_main("ppo_train", argv)
     assert_one_line(
-        result.returncode, result.stderr, trained.reward, "not trained from the SFT checkpoint", "reward_train.py"
+        result.returncode,
+        result.stderr,
+        trained.reward,
+        "not trained from the SFT checkpoint",
+        "reward_train.py",
     )
     result = call_main("ppo_train", [*argv, "--reward-checkpoint", sft])
-    assert_one_line(result.returncode, result.stderr, sft, "holds a sft checkpoint where a reward checkpoint is needed")
+    assert_one_line(
+        result.returncode,
+        result.stderr,
+        sft,
+        "holds a sft checkpoint where a reward checkpoint is needed",
+    )
     result = call_main("ppo_train", [*argv, "--reward-checkpoint", tmp_path / "none"])
-    assert_one_line(result.returncode, result.stderr, "python reward_train.py", "--reward-checkpoint")
+    assert_one_line(
+        result.returncode, result.stderr, "python reward_train.py", "--reward-checkpoint"
+    )
     assert not (tmp_path / "out").exists()

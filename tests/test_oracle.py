@@ -29,9 +29,18 @@ TRL = Path(__file__).parent.parent / "benchmarks" / "work" / "trl-1.12.0" / "trl
 SOURCE = TRL / "experimental" / "ppo" / "ppo_trainer.py"
 EOS, PAD, PENALTY = 2, 0, 1.0
 CASES = {  # lengths of the rows that end by EOS; settings
-    "full": ([6, 6], {"gamma": 0.97, "lam": 0.9, "kl_coef": 0.1, "kl_estimator": "k1", "whiten_rewards": False}),
-    "whitened": ([6, 6], {"gamma": 0.97, "lam": 0.9, "kl_coef": 0.1, "kl_estimator": "k1", "whiten_rewards": True}),
-    "k3": ([6, 6], {"gamma": 1.0, "lam": 0.95, "kl_coef": 0.1, "kl_estimator": "k3", "whiten_rewards": False}),
+    "full": (
+        [6, 6],
+        {"gamma": 0.97, "lam": 0.9, "kl_coef": 0.1, "kl_estimator": "k1", "whiten_rewards": False},
+    ),
+    "whitened": (
+        [6, 6],
+        {"gamma": 0.97, "lam": 0.9, "kl_coef": 0.1, "kl_estimator": "k1", "whiten_rewards": True},
+    ),
+    "k3": (
+        [6, 6],
+        {"gamma": 1.0, "lam": 0.95, "kl_coef": 0.1, "kl_estimator": "k3", "whiten_rewards": False},
+    ),
     "ragged": (
         [6, 4, 1, 3],
         {"gamma": 1.0, "lam": 0.95, "kl_coef": 0.1, "kl_estimator": "k1", "whiten_rewards": False},
@@ -62,8 +71,12 @@ def make_inputs(name: str) -> dict[str, Tensor]:
     new_values = values + 0.3 * normal(rows, 6)
     for row, length in enumerate(lengths):
         responses[row, length - 1], responses[row, length:] = EOS, PAD
-        if length < 6:  # TRL's own extra place, one past EOS: where its value is the score, it changes nothing
-            values[row, length] = new_values[row, length] = scores[row] + (1.0 if name == "past_eos" else 0.0)
+        if (
+            length < 6
+        ):  # TRL's own extra place, one past EOS: where its value is the score, it changes nothing
+            values[row, length] = new_values[row, length] = scores[row] + (
+                1.0 if name == "past_eos" else 0.0
+            )
     return {
         "responses": responses,
         "scores": scores,
@@ -81,7 +94,8 @@ def published(name: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     functions = [
         node
         for node in ast.parse(text).body
-        if isinstance(node, ast.FunctionDef) and node.name in ("masked_mean", "masked_var", "masked_whiten")
+        if isinstance(node, ast.FunctionDef)
+        and node.name in ("masked_mean", "masked_var", "masked_whiten")
     ]
     args = SimpleNamespace(
         **CASES[name][1],
@@ -102,7 +116,12 @@ def published(name: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         **{key: tensor.clone() for key, tensor in inputs.items()},
     }
     exec(compile(ast.Module(functions, []), str(SOURCE), "exec"), scope)
-    run_lines(text, "# Response Processing 3. Filter completion", "# Do multiple epochs of PPO training", scope)
+    run_lines(
+        text,
+        "# Response Processing 3. Filter completion",
+        "# Do multiple epochs of PPO training",
+        scope,
+    )
     scope |= {
         "micro_batch_inds": slice(None),
         "context_length": 1,
@@ -134,7 +153,10 @@ def record() -> dict[str, dict[str, dict[str, Tensor]]]:
             for name, value in values.items()
         }
 
-    return {name: {part: tensors(case[part]) for part in case} for name, case in json.loads(RECORD.read_text()).items()}
+    return {
+        name: {part: tensors(case[part]) for part in case}
+        for name, case in json.loads(RECORD.read_text()).items()
+    }
 
 
 def recorded() -> dict:
@@ -143,7 +165,9 @@ def recorded() -> dict:
     for name in CASES:
         inputs = make_inputs(name)
         parts = {"inputs": inputs, "outputs": published(name, inputs)}
-        cases[name] = {part: {key: value.tolist() for key, value in parts[part].items()} for part in parts}
+        cases[name] = {
+            part: {key: value.tolist() for key, value in parts[part].items()} for part in parts
+        }
     return cases
 
 
@@ -152,7 +176,11 @@ def recorded() -> dict:
 
 def ours(name: str, inputs: dict[str, Tensor]) -> SimpleNamespace:
     """The same rows with our advantages and returns, all [b, R]; only real tokens hold anything."""
-    settings = {key: value for key, value in CASES[name][1].items() if key not in ("kl_coef", "kl_estimator")}
+    settings = {
+        key: value
+        for key, value in CASES[name][1].items()
+        if key not in ("kl_coef", "kl_estimator")
+    }
     mask = inputs["responses"] != PAD
     padded = Padded(mask.sum(1).tolist(), mask.device)
     rows = SimpleNamespace(
@@ -161,14 +189,24 @@ def ours(name: str, inputs: dict[str, Tensor]) -> SimpleNamespace:
         ended=(inputs["responses"] == EOS).any(1),
         by_response=padded.spread,
         end_to_end=padded.gather,
-        **{key: inputs[key] * mask for key in ("logprobs", "ref_logprobs", "values", "new_logprobs", "new_values")},
+        **{
+            key: inputs[key] * mask
+            for key in ("logprobs", "ref_logprobs", "values", "new_logprobs", "new_values")
+        },
     )
-    config = dataclasses.replace(ppo_train.Config(), score_clip=math.inf, missing_eos_penalty=PENALTY, **settings)
+    config = dataclasses.replace(
+        ppo_train.Config(), score_clip=math.inf, missing_eos_penalty=PENALTY, **settings
+    )
     measured = SimpleNamespace(
         scores=rows.scores,
-        **{name: rows.end_to_end(getattr(rows, name)) for name in ("logprobs", "ref_logprobs", "values")},
+        **{
+            name: rows.end_to_end(getattr(rows, name))
+            for name in ("logprobs", "ref_logprobs", "values")
+        },
     )
-    found = ppo_train.advantages_and_returns(rows, measured, CASES[name][1]["kl_coef"], baseline=0.0, config=config)
+    found = ppo_train.advantages_and_returns(
+        rows, measured, CASES[name][1]["kl_coef"], baseline=0.0, config=config
+    )
     rows.advantages, rows.returns = map(padded.spread, found)
     return rows
 
@@ -199,7 +237,9 @@ def close(actual, expected) -> None:
 # ---------------------------------------------------------------- tests
 
 
-@pytest.mark.skipif(not SOURCE.exists(), reason="TRL 1.12.0 is not in benchmarks/work: make bench puts it there")
+@pytest.mark.skipif(
+    not SOURCE.exists(), reason="TRL 1.12.0 is not in benchmarks/work: make bench puts it there"
+)
 @pytest.mark.parametrize("name", CASES)
 def test_the_record_is_what_trl_computes(name, record):
     for key, tensor in make_inputs(name).items():
@@ -243,7 +283,9 @@ def test_k3_agrees(record):
     """Ours is the approximate KL of an update, with the same terms: exp(d) - 1 - d, for d of any two models."""
     inputs, trl = record["k3"]["inputs"], record["k3"]["outputs"]
     mask = inputs["responses"] != PAD
-    _, parts = policy_loss(inputs["ref_logprobs"], inputs["logprobs"], torch.ones(mask.shape), CLIPRANGE)
+    _, parts = policy_loss(
+        inputs["ref_logprobs"], inputs["logprobs"], torch.ones(mask.shape), CLIPRANGE
+    )
     close(-0.1 * parts["policy/approxkl_avg"] * mask, trl["non_score_reward"])
 
 
@@ -265,7 +307,9 @@ def test_trl_pays_the_score_and_trains_the_value_one_place_past_eos(record):
     micro = ours("ragged", inputs)
     row, eos = 1, 3  # the row of four tokens
     close(trl["rewards"][row, eos + 1], inputs["scores"][row])
-    rewards = token_rewards(inputs["scores"], micro.logprobs - micro.ref_logprobs, micro.response_mask, 0.1)
+    rewards = token_rewards(
+        inputs["scores"], micro.logprobs - micro.ref_logprobs, micro.response_mask, 0.1
+    )
     close(rewards[row, eos], inputs["scores"][row] + trl["rewards"][row, eos])
     # TRL's value loss is a mean over three more places, each with loss 0 here.
     tokens = micro.response_mask.sum()

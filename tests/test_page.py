@@ -37,7 +37,10 @@ def answer(text="a b", tokens=2, ended_by="eos", score=None):
 def report(names=("base", "SFT", "PPO"), texts=("Hello.",), scored=True, prompt=(("user", "Hi"),)):
     """A comparison in which the prompts are alike, the texts are the answers to them, and a later model scores higher."""
     answers = {
-        name: [answer(text, 5 + i, "eos" if i else "length", i + 0.25 if scored else None) for text in texts]
+        name: [
+            answer(text, 5 + i, "eos" if i else "length", i + 0.25 if scored else None)
+            for text in texts
+        ]
         for i, name in enumerate(names)
     }
     return {
@@ -48,7 +51,8 @@ def report(names=("base", "SFT", "PPO"), texts=("Hello.",), scored=True, prompt=
         "probe": {},
         "warnings": [],
         "prompts": [
-            {"turns": prompt, "answers": {name: answers[name][i] for name in names}} for i in range(len(texts))
+            {"turns": prompt, "answers": {name: answers[name][i] for name in names}}
+            for i in range(len(texts))
         ],
     }
 
@@ -71,7 +75,10 @@ def full(text, **how):
             "max_new_tokens": 8,
         },
         "commit": text,
-        "runs": {"sft": {"metrics": {"eval_loss": text}}, "ppo": {"metrics": {"ppo_kl": 1.5, "warnings": [text]}}},
+        "runs": {
+            "sft": {"metrics": {"eval_loss": text}},
+            "ppo": {"metrics": {"ppo_kl": 1.5, "warnings": [text]}},
+        },
         "curves": {"sft": {"loss": [[0, 3.0], [1, 2.0]]}},
     }
 
@@ -112,16 +119,28 @@ def test_it_loads_and_runs_nothing():
     )
     for tag, attributes in elements:
         assert attributes.get("href", "#").startswith("#"), (tag, attributes)
-        assert not any(name in ("src", "srcset", "style", "xlink:href") or name.startswith("on") for name in attributes)
-    assert not re.search(r"url\(|@import|expression", re.search("<style>(.*)</style>", html, re.S).group(1))
-    (policy,) = [a["content"] for _, a in elements if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+        assert not any(
+            name in ("src", "srcset", "style", "xlink:href") or name.startswith("on")
+            for name in attributes
+        )
+    assert not re.search(
+        r"url\(|@import|expression", re.search("<style>(.*)</style>", html, re.S).group(1)
+    )
+    (policy,) = [
+        a["content"] for _, a in elements if a.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert (
+        policy
+        == "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    )
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_what_models_write_is_only_text(text):
     tame, hostile = read(full("tame")), read(full(text))
-    assert [(tag, list(a)) for tag, a in hostile.elements] == [(tag, list(a)) for tag, a in tame.elements]
+    assert [(tag, list(a)) for tag, a in hostile.elements] == [
+        (tag, list(a)) for tag, a in tame.elements
+    ]
     shown = compare.plain(text)
     # two turns and one of them in the index, three answers, three titles, one note
     assert "".join(hostile.texts).count(shown) >= 10
@@ -138,7 +157,9 @@ def test_its_outline():
     ]
     assert all(a.get("scope") in ("col", "row", "rowgroup") for tag, a in elements if tag == "th")
     pictures = [a for tag, a in elements if tag == "svg" and "aria-hidden" not in a]
-    assert pictures and all(a["role"] == "img" and (a.get("aria-label") or a.get("aria-labelledby")) for a in pictures)
+    assert pictures and all(
+        a["role"] == "img" and (a.get("aria-label") or a.get("aria-labelledby")) for a in pictures
+    )
     ids = [a["id"] for _, a in elements if "id" in a]
     assert len(ids) == len(set(ids))
     assert {a["href"][1:] for tag, a in elements if tag == "a"} <= set(ids)
@@ -150,14 +171,29 @@ def test_its_outline():
 def test_numbers_and_words():
     made = report(texts=("a", "b", "c", "d"))
     made["pairs"] = made["pairs"][:1]
-    made["pairs"][0] |= {"win_rate": 0.625, "win_rate_low": 0.31, "win_rate_high": 0.874, "verdict": "The verdict"}
+    made["pairs"][0] |= {
+        "win_rate": 0.625,
+        "win_rate_low": 0.31,
+        "win_rate_high": 0.874,
+        "verdict": "The verdict",
+    }
     text = read(made).text
     assert "Comparing model outputs: base vs SFT vs PPO" in text
     assert "The verdict. A note." in text
-    assert "Score by the reward model 0.25 1.25 2.25 Length tokens 5.0 6.0 7.0 Ended by EOS 0 % 100 % 100 %" in text
+    assert (
+        "Score by the reward model 0.25 1.25 2.25 Length tokens 5.0 6.0 7.0 Ended by EOS 0 % 100 % 100 %"
+        in text
+    )
     assert "PPO against SFT as they are 62 % 31 to 87 %" in text
-    assert "base score 0.25 a 5 tokens, cut at the length limit SFT score 1.25 a 6 tokens, ended by EOS" in text
-    svg = next(a for tag, a in read(made).elements if tag == "svg" and "interval" in a.get("aria-label", ""))
+    assert (
+        "base score 0.25 a 5 tokens, cut at the length limit SFT score 1.25 a 6 tokens, ended by EOS"
+        in text
+    )
+    svg = next(
+        a
+        for tag, a in read(made).elements
+        if tag == "svg" and "interval" in a.get("aria-label", "")
+    )
     assert svg["aria-label"] == "62 %, 95 % interval 31 % to 87 %"
     line = next(a for tag, a in read(made).elements if a.get("class") == "interval")
     assert (line["x1"], line["x2"]) == ("31.0%", "87.4%")
@@ -173,7 +209,10 @@ def test_warnings_stand_first_and_the_probe_among_the_results():
     }
     text = read(made).text
     assert "Results Warning: SFT warned: the loss <rose> Warning: safety: x" in text
-    assert "Safety probe: rather begins with a refusal Harmful requests Harmless but sounding so" in text
+    assert (
+        "Safety probe: rather begins with a refusal Harmful requests Harmless but sounding so"
+        in text
+    )
     assert "SFT 35 % of 60 24 to 48 % 10 % of 60 24 to 48 % PPO 35 % of 60 24 to 48 % –" in text
     assert "End in a question 0 % 0 % 0 % Begin alike in the commonest three words 100 %" in text
     earlier = {key: value for key, value in report().items() if key not in ("probe", "warnings")}
@@ -182,10 +221,15 @@ def test_warnings_stand_first_and_the_probe_among_the_results():
 
 def test_the_best_answer_is_marked_in_words():
     assert read(report()).text.count("★ best score") == 1
-    assert "1 Hi best: PPO" in read(report()).text and "PPO ★ best score score 2.25" in read(report()).text
+    assert (
+        "1 Hi best: PPO" in read(report()).text
+        and "PPO ★ best score score 2.25" in read(report()).text
+    )
     tied = report()
     tied["prompts"][0]["answers"]["SFT"] = answer(score=2.25)
-    assert read(tied).text.count("★ best score, tied") == 2 and "1 Hi tie: SFT, PPO" in read(tied).text
+    assert (
+        read(tied).text.count("★ best score, tied") == 2 and "1 Hi tie: SFT, PPO" in read(tied).text
+    )
 
 
 def test_without_scores_or_without_ppo():
@@ -224,10 +268,21 @@ def test_what_was_compared():
 
 def test_no_local_path_is_shown(tmp_path):
     (tmp_path / "mine.txt").touch()
-    flags = {"num_test_prompts": 0, "prompts": str(tmp_path / "mine.txt"), "dataset": "d", "temperature": 0.0}
-    made = report() | {"base": {"model": str(tmp_path), "revision": None}, "flags": flags | {"max_new_tokens": 8}}
+    flags = {
+        "num_test_prompts": 0,
+        "prompts": str(tmp_path / "mine.txt"),
+        "dataset": "d",
+        "temperature": 0.0,
+    }
+    made = report() | {
+        "base": {"model": str(tmp_path), "revision": None},
+        "flags": flags | {"max_new_tokens": 8},
+    }
     found = page.facts(made)
-    assert (found["Base"], found["Prompts"]) == (f"{tmp_path.name}, not quantised", "1 from mine.txt")
+    assert (found["Base"], found["Prompts"]) == (
+        f"{tmp_path.name}, not quantised",
+        "1 from mine.txt",
+    )
 
 
 def test_what_training_changed():
@@ -237,7 +292,12 @@ def test_what_training_changed():
         "eval_accuracy_high": 0.993,
         "longer_wins_accuracy": 0.4875,
     }
-    made = report() | {"runs": {"reward": {"metrics": reward}, "ppo": {"metrics": {"sft_kl": 0.0, "ppo_kl": 5.712}}}}
+    made = report() | {
+        "runs": {
+            "reward": {"metrics": reward},
+            "ppo": {"metrics": {"sft_kl": 0.0, "ppo_kl": 5.712}},
+        }
+    }
     text = read(made).text
     assert "(before: “the longer one wins”) 0.487 0.975 0.913 to 0.993" in text
     assert "PPO: KL to SFT, nats a response 0 5.71 –" in text
@@ -250,12 +310,27 @@ def test_what_training_changed():
     assert "end in a question 0.0375 0.2 – the same of the chosen answers – 0.04 –" in text
 
 
-@pytest.mark.parametrize("odd", [None, [], "x", 3, math.nan, math.inf, 10**400, True, {"a": 1}, "\ud800<b>"])
+@pytest.mark.parametrize(
+    "odd", [None, [], "x", 3, math.nan, math.inf, 10**400, True, {"a": 1}, "\ud800<b>"]
+)
 def test_a_run_json_that_was_edited(odd):
     metrics = dict.fromkeys(
-        ["eval_loss", "eval_loss_before", "eval_accuracy", "ppo_kl", "score_gain_low", "ppo_scores"], odd
+        [
+            "eval_loss",
+            "eval_loss_before",
+            "eval_accuracy",
+            "ppo_kl",
+            "score_gain_low",
+            "ppo_scores",
+        ],
+        odd,
     )
-    for runs in (odd, {"sft": odd, "ppo": odd}, {"ppo": {"metrics": odd}}, dict.fromkeys(page.X, {"metrics": metrics})):
+    for runs in (
+        odd,
+        {"sft": odd, "ppo": odd},
+        {"ppo": {"metrics": odd}},
+        dict.fromkeys(page.X, {"metrics": metrics}),
+    ):
         made = report() | {"runs": runs, "commit": odd, "base": {"model": odd, "revision": odd}}
         text = read(made).text
         if odd != 3:
@@ -273,9 +348,14 @@ def test_curves_are_what_the_scripts_write(trained):
         *("accuracy", "eval_accuracy"),
         *("margin", "eval_margin"),
     ]
-    assert [x for x, _ in sft["loss"]] == [1, 2, 3, 4] and [x for x, _ in sft["eval_loss"]] == [0, 4]
+    assert [x for x, _ in sft["loss"]] == [1, 2, 3, 4] and [x for x, _ in sft["eval_loss"]] == [
+        0,
+        4,
+    ]
     written = {name for panel in ppo_log.PANELS for name in panel.lines}
-    assert {name for phase, *_, labels in page.PANELS if phase == "ppo" for name in labels} <= written
+    assert {
+        name for phase, *_, labels in page.PANELS if phase == "ppo" for name in labels
+    } <= written
 
 
 def test_numbers_that_are_none_are_left_out(tmp_path):
@@ -294,17 +374,32 @@ def test_numbers_that_are_none_are_left_out(tmp_path):
         "x",
         None,
     ]
-    rows += [{"step": 6, "loss": 1e300}, {"step": 7, "loss": -(10**400)}, {"step": 8, "eval_loss": 2.25}, {"step": 9}]
+    rows += [
+        {"step": 6, "loss": 1e300},
+        {"step": 7, "loss": -(10**400)},
+        {"step": 8, "eval_loss": 2.25},
+        {"step": 9},
+    ]
     write_jsonl(tmp_path / "metrics.jsonl", rows)
-    assert page.read_curves(tmp_path, "sft") == {"loss": [[1, 2.5], [4, 2]], "eval_loss": [[8, 2.25]]}
+    assert page.read_curves(tmp_path, "sft") == {
+        "loss": [[1, 2.5], [4, 2]],
+        "eval_loss": [[8, 2.25]],
+    }
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\n", b"[" * 100_000, b"3\n{}\n", b'{"step": 1'])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{", b"\xff\n", b"[" * 100_000, b"3\n{}\n", b'{"step": 1']
+)
 def test_no_curves_from_a_file_that_is_damaged(tmp_path, content):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_bytes(content)
     assert page.read_curves(tmp_path, "sft") == {}
-    tags = [tag for tag, _ in read(report() | {"curves": {"sft": page.read_curves(tmp_path, "sft")}}).elements]
+    tags = [
+        tag
+        for tag, _ in read(
+            report() | {"curves": {"sft": page.read_curves(tmp_path, "sft")}}
+        ).elements
+    ]
     assert "figure" not in tags and tags.count("h2") == 2  # no part on training
 
 
@@ -316,14 +411,19 @@ def test_long_curves_are_thinned():
 
 
 def test_where_a_curve_is_drawn():
-    (panel,) = page.panels({"sft": {"loss": [[0, 1.0], [5, 2.0], [10, 3.0]], "eval_loss": [[10, 2.0]]}})
+    (panel,) = page.panels(
+        {"sft": {"loss": [[0, 1.0], [5, 2.0], [10, 3.0]], "eval_loss": [[10, 2.0]]}}
+    )
     loss, test = panel["lines"]
     assert loss["path"] == "38.0,146.0 164.0,78.0 290.0,10.0" and loss["dots"] == []
     assert test["dots"] == [(290.0, 78.0)]  # of one point, a dot
     assert panel["x_ticks"] == [(38.0, "0"), (164.0, "5"), (290.0, "10")]
     assert panel["y_ticks"] == [(146.0, "1"), (78.0, "2"), (10.0, "3")]
     text = read(report() | {"curves": {"sft": {"loss": [[0, 1.0], [10, 3.0]]}}}).text
-    assert "SFT: loss nats a token SFT: loss, nats a token, over steps: training from 1 to 3. 1 2 3 0 5 10 step" in text
+    assert (
+        "SFT: loss nats a token SFT: loss, nats a token, over steps: training from 1 to 3. 1 2 3 0 5 10 step"
+        in text
+    )
 
 
 def test_curves_of_no_and_of_one_point():
@@ -333,7 +433,11 @@ def test_curves_of_no_and_of_one_point():
 
 
 @given(
-    strategies.lists(strategies.tuples(*[strategies.floats(-page.LARGEST, page.LARGEST)] * 2), min_size=1, max_size=9)
+    strategies.lists(
+        strategies.tuples(*[strategies.floats(-page.LARGEST, page.LARGEST)] * 2),
+        min_size=1,
+        max_size=9,
+    )
 )
 def test_any_numbers_are_drawn_inside_the_axes(points):
     (panel,) = page.panels({"ppo": {"objective/kl": points}})
@@ -351,10 +455,14 @@ def chromium():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as started:
         on_path = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-        found = filter(None, (os.environ.get("CHROMIUM"), *on_path, started.chromium.executable_path))
+        found = filter(
+            None, (os.environ.get("CHROMIUM"), *on_path, started.chromium.executable_path)
+        )
         path = next(filter(os.path.exists, found), None)
         if path is None:
-            pytest.skip("there is no Chromium: `playwright install chromium`, or name one with CHROMIUM=...")
+            pytest.skip(
+                "there is no Chromium: `playwright install chromium`, or name one with CHROMIUM=..."
+            )
         browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -403,7 +511,9 @@ def test_in_chromium(chromium, tmp_path):
     window.goto(url)
 
     assert window.locator("h1").all_inner_texts() == ["Comparing model outputs: base vs SFT vs PPO"]
-    assert window.locator("article").count() == 30 and window.locator("figure polyline").count() == 17
+    assert (
+        window.locator("article").count() == 30 and window.locator("figure polyline").count() == 17
+    )
     assert window.locator("script, img, iframe, [onload], [onerror], [onfocus]").count() == 0
     assert window.evaluate("window.hacked") is None
 
@@ -441,7 +551,9 @@ def test_in_chromium(chromium, tmp_path):
     # On paper: white, and nothing cut off.
     window.set_viewport_size({"width": 700, "height": 1000})
     window.emulate_media(media="print")
-    assert window.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert (
+        window.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    )
     assert window.evaluate("document.documentElement.scrollWidth") == 700
 
     assert events == [] and requests == [url]
@@ -449,9 +561,21 @@ def test_in_chromium(chromium, tmp_path):
 
 
 def test_a_gain_and_its_interval_have_a_row_of_their_own():
-    metrics = {"sft_scores": 0.5, "ppo_scores": 1.5, "score_gain": 1.0, "score_gain_low": 0.7, "score_gain_high": 1.3}
+    metrics = {
+        "sft_scores": 0.5,
+        "ppo_scores": 1.5,
+        "score_gain": 1.0,
+        "score_gain_low": 0.7,
+        "score_gain_high": 1.3,
+    }
     rows = changes({"runs": {"ppo": {"metrics": metrics}}})
     assert rows == [
-        {"what": "PPO: mean score of held-out prompts", "before": 0.5, "after": 1.5, "low": None, "high": None},
+        {
+            "what": "PPO: mean score of held-out prompts",
+            "before": 0.5,
+            "after": 1.5,
+            "low": None,
+            "high": None,
+        },
         {"what": "PPO: its gain", "before": None, "after": 1.0, "low": 0.7, "high": 1.3},
     ]

@@ -15,7 +15,15 @@ import sft_train
 from rlhf.cli import parse
 from rlhf.data import PromptFormat, load_pairs, tokenize_pairs
 from rlhf.decoder import lay_out
-from rlhf.modeling import SharedBase, base_facts, load_base, load_format, load_tokenizer, pad_right, read_stacked
+from rlhf.modeling import (
+    SharedBase,
+    base_facts,
+    load_base,
+    load_format,
+    load_tokenizer,
+    pad_right,
+    read_stacked,
+)
 from rlhf.ppo_log import PANELS
 from rlhf.probe import judge_probe, load_probe
 from rlhf.reporting import read_jsonl
@@ -48,7 +56,14 @@ PPO_SIZES = {
 
 
 def ppo_flags(trained, data, output, **more):
-    flags = ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--dataset", data]
+    flags = [
+        "--sft-checkpoint",
+        trained.sft,
+        "--reward-checkpoint",
+        trained.reward,
+        "--dataset",
+        data,
+    ]
     flags += ["--output-dir", output, "--no-gradient-checkpointing"]
     for name, value in (PPO_SIZES | {k.replace("_", "-"): v for k, v in more.items()}).items():
         flags += [f"--{name}", value]
@@ -59,14 +74,25 @@ def ppo_flags(trained, data, output, **more):
 def ppo(trained, tiny_data, call_main, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ppo") / "ppo"
     before = {
-        phase: (getattr(trained, phase) / "adapter_model.safetensors").read_bytes() for phase in ("sft", "reward")
+        phase: (getattr(trained, phase) / "adapter_model.safetensors").read_bytes()
+        for phase in ("sft", "reward")
     }
     result = call_main("ppo_train", ppo_flags(trained, tiny_data, folder))
     assert result.returncode == 0, result.stderr
-    assert "CPU: micro-batches of 1,024 tokens (as on any CPU), 4 rows a step, float32" in result.stdout
-    assert re.search(r"^PPO: update 1 of 3, score -?[\d.]+, KL 0.00, [\d,]+ tokens/s, .* left$", result.stdout, re.M)
+    assert (
+        "CPU: micro-batches of 1,024 tokens (as on any CPU), 4 rows a step, float32"
+        in result.stdout
+    )
+    assert re.search(
+        r"^PPO: update 1 of 3, score -?[\d.]+, KL 0.00, [\d,]+ tokens/s, .* left$",
+        result.stdout,
+        re.M,
+    )
     assert "\nPPO: update 3 of 3, score " in result.stdout and "PPO: update 2 " not in result.stdout
-    after = {phase: (getattr(trained, phase) / "adapter_model.safetensors").read_bytes() for phase in ("sft", "reward")}
+    after = {
+        phase: (getattr(trained, phase) / "adapter_model.safetensors").read_bytes()
+        for phase in ("sft", "reward")
+    }
     assert before == after
     return folder
 
@@ -74,7 +100,9 @@ def ppo(trained, tiny_data, call_main, tmp_path_factory):
 def open_shared(trained, dtype=torch.float32):
     run = json.loads((trained.sft / "run.json").read_text())
     tokenizer = load_tokenizer(str(trained.sft))
-    shared = SharedBase(load_base(run["base"], dtype, tokenizer.pad_token_id), str(trained.sft), dtype)
+    shared = SharedBase(
+        load_base(run["base"], dtype, tokenizer.pad_token_id), str(trained.sft), dtype
+    )
     return shared, PromptFormat("hh", tokenizer)
 
 
@@ -86,15 +114,27 @@ def test_exactly_these_files(trained, ppo):
     adapter = {"adapter_config.json", "adapter_model.safetensors"} | tokenizer
     run = {"run.json", "metrics.jsonl", "curves.png"}
     assert {p.name for p in trained.sft.iterdir()} == adapter | run
-    assert {p.name for p in trained.reward.iterdir()} == adapter | run | {"evaluation.json", "evaluation.png"}
-    assert {p.name for p in ppo.iterdir()} == adapter | run | {"samples.jsonl", "frontier.png", "value"}
+    assert {p.name for p in trained.reward.iterdir()} == adapter | run | {
+        "evaluation.json",
+        "evaluation.png",
+    }
+    assert {p.name for p in ppo.iterdir()} == adapter | run | {
+        "samples.jsonl",
+        "frontier.png",
+        "value",
+    }
     assert {p.name for p in (ppo / "value").iterdir()} == adapter
     assert not list(ppo.parent.glob("*.partial")) and not list(ppo.parent.glob(".*.replaced"))
 
 
 def test_another_user_may_read_them(trained, ppo, tmp_path):
     (tmp_path / "file").touch()
-    files = [path for folder in (trained.sft, trained.reward, ppo) for path in folder.rglob("*") if path.is_file()]
+    files = [
+        path
+        for folder in (trained.sft, trained.reward, ppo)
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
     assert {path.stat().st_mode for path in files} == {(tmp_path / "file").stat().st_mode}
 
 
@@ -107,7 +147,9 @@ def test_metrics_and_samples_of_ppo(ppo):
     assert updates[2]["objective/kl"] != 0.0
     assert "loss/policy_avg" not in updates[0] and "loss/value_avg" in updates[0]
     assert [row["update"] for row in rows if "eval/scores" in row] == [0, 2, 3]
-    assert {row["update"] for row in map(json.loads, (ppo / "samples.jsonl").read_text().splitlines())} == {0, 2, 3}
+    assert {
+        row["update"] for row in map(json.loads, (ppo / "samples.jsonl").read_text().splitlines())
+    } == {0, 2, 3}
     run = json.loads((ppo / "run.json").read_text())
     assert run["updates"] == 3 and run["episodes"] == 24
 
@@ -137,11 +179,19 @@ def test_style_and_refusals_of_ppo(ppo, tiny_data):
 
 def test_a_judge_scores_and_changes_nothing_else(trained, ppo, tiny_data, call_main, tmp_path):
     """--gold-checkpoint: its scores are those of its own checkpoint; policy and metrics stay what they were."""
-    gold, folder, argv = tmp_path / "gold", tmp_path / "ppo", ppo_flags(trained, tiny_data, tmp_path / "ppo")
+    gold, folder, argv = (
+        tmp_path / "gold",
+        tmp_path / "ppo",
+        ppo_flags(trained, tiny_data, tmp_path / "ppo"),
+    )
     flags = [*trained.reward_flags, "--output-dir", gold, "--seed", "5"]
     assert call_main("reward_train", flags).returncode == 0
     refused = call_main("ppo_train", [*argv, "--gold-checkpoint", gold])
-    assert refused.returncode == 2 and "is no judge of its own" in refused.stderr and "--half second" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "is no judge of its own" in refused.stderr
+        and "--half second" in refused.stderr
+    )
 
     edited = json.loads((gold / "run.json").read_text())
     edited["data"] |= {"source": "other pairs", "sha256": "another"}
@@ -162,13 +212,18 @@ def test_a_judge_scores_and_changes_nothing_else(trained, ppo, tiny_data, call_m
     result = ppo_train.evaluate(config, shared, form, prompts)
     judge_alone, _ = open_shared(trained)
     judge_alone.add_role("reward", **read_stacked(str(gold), judge_alone))
-    texts = [p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, result.responses, strict=True)]
+    texts = [
+        p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, result.responses, strict=True)
+    ]
     torch.testing.assert_close(result.gold_scores, judge_alone.score(texts), rtol=0, atol=1e-4)
     assert (result.gold_scores - result.scores).abs().max() > 1e-2
 
 
 def test_only_the_policy_moved(trained, ppo):
-    sft, policy = load_file(trained.sft / "adapter_model.safetensors"), load_file(ppo / "adapter_model.safetensors")
+    sft, policy = (
+        load_file(trained.sft / "adapter_model.safetensors"),
+        load_file(ppo / "adapter_model.safetensors"),
+    )
     assert sft.keys() == policy.keys()
     moved = set()
     for key, weight in sft.items():
@@ -176,7 +231,9 @@ def test_only_the_policy_moved(trained, ppo):
         axis = 1 if "lora_B" in key else 0
         ours = policy[key].narrow(axis, 0, weight.shape[axis])
         assert torch.equal(ours, weight * scale), key
-        extra = policy[key].narrow(axis, weight.shape[axis], policy[key].shape[axis] - weight.shape[axis])
+        extra = policy[key].narrow(
+            axis, weight.shape[axis], policy[key].shape[axis] - weight.shape[axis]
+        )
         assert extra.shape[axis] == 4  # one rank for all layers
         layer = int(re.search(r"layers\.(\d+)", key).group(1))
         assert extra.any() == (layer >= 2), key
@@ -198,7 +255,9 @@ def test_value_starts_from_the_reward_model_and_moves(trained, ppo):
 # ---------------------------------------------------------------- PEFT alone opens them
 
 
-def test_auto_classes_give_the_same_logits_and_scores(trained, ppo, tiny_data, tmp_path, monkeypatch):
+def test_auto_classes_give_the_same_logits_and_scores(
+    trained, ppo, tiny_data, tmp_path, monkeypatch
+):
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 
     shared, form = open_shared(trained)
@@ -212,13 +271,18 @@ def test_auto_classes_give_the_same_logits_and_scores(trained, ppo, tiny_data, t
     with torch.no_grad():
         for role, folder in (("reference", trained.sft), ("policy", ppo)):
             ours = shared.upper(shared.lower(laid_out), laid_out, role) @ shared.lm_head_weight().T
-            theirs = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+            theirs = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
+                ids
+            ).logits
             torch.testing.assert_close(theirs[ids != pad], ours, rtol=0, atol=1e-4)
         model = AutoPeftModelForSequenceClassification.from_pretrained(
             trained.reward, num_labels=1, pad_token_id=pad, dtype=torch.float32
         )
         torch.testing.assert_close(
-            model(ids, attention_mask=ids != pad).logits[:, 0], shared.score(texts), rtol=0, atol=1e-4
+            model(ids, attention_mask=ids != pad).logits[:, 0],
+            shared.score(texts),
+            rtol=0,
+            atol=1e-4,
         )
 
 
@@ -226,13 +290,17 @@ def test_reward_scores_are_those_of_run_json(trained, tiny_data):
     shared, form = open_shared(trained)
     shared.add_role("reward", **read_stacked(str(trained.reward), shared))
     run = json.loads((trained.reward / "run.json").read_text())
-    pairs = tokenize_pairs(load_pairs(str(tiny_data), "test"), form, run["hyperparameters"]["max_length"], "test")
+    pairs = tokenize_pairs(
+        load_pairs(str(tiny_data), "test"), form, run["hyperparameters"]["max_length"], "test"
+    )
     metrics = judge(reward_train.score(shared, pairs, form.eos_token_id))
     for kind, asked in load_probe(form, run["hyperparameters"]["max_length"]).items():
         scored = reward_train.score(shared, asked, form.eos_token_id)
         metrics |= judge_probe({kind: (scored.chosen, scored.rejected)})
     warned = run["metrics"].pop("warnings")
-    assert {name: metrics[name] for name in run["metrics"]} == pytest.approx(run["metrics"], abs=1e-4)
+    assert {name: metrics[name] for name in run["metrics"]} == pytest.approx(
+        run["metrics"], abs=1e-4
+    )
     assert warned[0].startswith("the figures are from only 8 test pairs")
 
 
@@ -255,7 +323,10 @@ def test_batch_mates_roles_and_gradients(trained, in_4bit):
     from rlhf.ppo_batch import make_batch
 
     ppo_train = importlib.import_module("ppo_train")
-    prompts = [form.prompt_ids([("user", text)]) for text in ("Hi", "Why is the sky blue at noon?", "Name two rivers.")]
+    prompts = [
+        form.prompt_ids([("user", text)])
+        for text in ("Hi", "Why is the sky blue at noon?", "Name two rivers.")
+    ]
     responses = generate(shared, "policy", form, prompts, 8, 1.0, [1, 2, 3], 3)
     batch = make_batch(prompts, responses, [[0, 1, 2]], form, shared.device)
     ((together,),) = batch.micro_batches(10_000)
@@ -265,13 +336,21 @@ def test_batch_mates_roles_and_gradients(trained, in_4bit):
             lower = shared.lower(micro.texts)
             logprobs = ppo_train.token_logprobs(shared, "policy", micro, lower, 1.0).logprobs
             if micro is together:
-                assert torch.equal(logprobs, ppo_train.token_logprobs(shared, "reference", micro, lower, 1.0).logprobs)
-            said.append(torch.stack([logprobs, ppo_train.token_values(shared, micro, lower, baseline=0.5)]))
+                assert torch.equal(
+                    logprobs,
+                    ppo_train.token_logprobs(shared, "reference", micro, lower, 1.0).logprobs,
+                )
+            said.append(
+                torch.stack([logprobs, ppo_train.token_values(shared, micro, lower, baseline=0.5)])
+            )
     assert len(said) == 4
     torch.testing.assert_close(said[0], torch.cat(said[1:], 1), rtol=0, atol=1e-4)
 
     lower = shared.lower(together.texts)
-    for role in ("policy", "value"):  # after a generate(), which on some CPUs used to break NF4's backward
+    for role in (
+        "policy",
+        "value",
+    ):  # after a generate(), which on some CPUs used to break NF4's backward
         shared.peft.zero_grad()
         if role == "policy":
             ppo_train.token_logprobs(shared, role, together, lower, 1.0).logprobs.sum().backward()
@@ -279,7 +358,9 @@ def test_batch_mates_roles_and_gradients(trained, in_4bit):
             ppo_train.token_values(shared, together, lower, 0.0).sum().backward()
         lora = {name: p.grad for name, p in shared.peft.named_parameters()}
         got = {name for name, grad in lora.items() if grad is not None and grad.abs().sum() > 0}
-        assert got == {name for name in lora if f".{role}." in name and "lora_B" in name}  # B = 0 hides A's
+        assert got == {
+            name for name in lora if f".{role}." in name and "lora_B" in name
+        }  # B = 0 hides A's
     assert shared.heads["value"].weight.grad.abs().sum() > 0
 
 
@@ -302,14 +383,23 @@ def test_logprobs_are_those_of_a_plain_forward(trained):
     for i, response in enumerate(responses):
         batch = make_batch([prompt], [response], [[0]], form, shared.device)
         ((micro,),) = batch.micro_batches(100)
-        assert micro.texts.ids.tolist() == [*prompt, *word, eos]  # what the reward model reads ends with EOS
+        assert micro.texts.ids.tolist() == [
+            *prompt,
+            *word,
+            eos,
+        ]  # what the reward model reads ends with EOS
         assert micro.texts.last.item() == len(prompt) + len(word)
         assert batch.ended.tolist() == [i == 0]
         with torch.no_grad():
             lower = shared.lower(micro.texts)
-            logprobs = ppo_train.token_logprobs(shared, "policy", micro, lower, temperature=0.5).logprobs
+            logprobs = ppo_train.token_logprobs(
+                shared, "policy", micro, lower, temperature=0.5
+            ).logprobs
             logits = shared.peft(input_ids=torch.tensor([prompt + response.ids])).logits[0] / 0.5
-        expected = [torch.log_softmax(logits[len(prompt) - 1 + t], -1)[token] for t, token in enumerate(response.ids)]
+        expected = [
+            torch.log_softmax(logits[len(prompt) - 1 + t], -1)[token]
+            for t, token in enumerate(response.ids)
+        ]
         torch.testing.assert_close(logprobs, torch.stack(expected), rtol=0, atol=1e-4)
 
 
@@ -318,7 +408,10 @@ def test_weights_that_are_copied_in_are_seen_by_the_next_pass(trained):
     shared.add_role("policy", 4, 8, 2)
     shared.train("policy")
     texts = lay_out([[5, 6, 7, 8]], torch.device("cpu"))
-    state = {name: torch.full_like(weight, 0.1) for name, weight in shared.adapter_state("policy").items()}
+    state = {
+        name: torch.full_like(weight, 0.1)
+        for name, weight in shared.adapter_state("policy").items()
+    }
 
     def said():
         with torch.no_grad():
@@ -335,22 +428,36 @@ def test_weights_that_are_copied_in_are_seen_by_the_next_pass(trained):
     torch.testing.assert_close(said(), peft.hidden_states[-1][0], atol=1e-4, rtol=0)
 
 
-def test_a_constant_scorer_is_not_called_trained(trained, tiny_data, call_main, tmp_path, monkeypatch):
+def test_a_constant_scorer_is_not_called_trained(
+    trained, tiny_data, call_main, tmp_path, monkeypatch
+):
     monkeypatch.setattr(
-        "rlhf.modeling.ScalarHead.forward", lambda self, hidden: hidden.float()[..., :1] * 0 + self.weight.sum() * 0
+        "rlhf.modeling.ScalarHead.forward",
+        lambda self, hidden: hidden.float()[..., :1] * 0 + self.weight.sum() * 0,
     )
-    result = call_main("reward_train", [*trained.reward_flags, "--output-dir", str(tmp_path / "r"), "--max-steps", "1"])
-    assert result.returncode == 2 and "about the same score" in result.stderr and not (tmp_path / "r").exists()
+    result = call_main(
+        "reward_train",
+        [*trained.reward_flags, "--output-dir", str(tmp_path / "r"), "--max-steps", "1"],
+    )
+    assert (
+        result.returncode == 2
+        and "about the same score" in result.stderr
+        and not (tmp_path / "r").exists()
+    )
 
 
 def test_bf16_starts_at_ratio_one_and_kl_zero(trained, tiny_data, call_main, tmp_path):
-    flags = ppo_flags(trained, tiny_data, tmp_path / "p", dtype="bf16", critic_warmup_updates=0, total_episodes=8)
+    flags = ppo_flags(
+        trained, tiny_data, tmp_path / "p", dtype="bf16", critic_warmup_updates=0, total_episodes=8
+    )
     assert call_main("ppo_train", flags).returncode == 0  # check_ratio raises if not
     rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["eval/kl"] == 0.0 and rows[1]["objective/kl"] == 0.0
 
 
-def test_backward_of_the_reward_model_stops_at_its_lowest_layer(trained, call_main, tmp_path, monkeypatch):
+def test_backward_of_the_reward_model_stops_at_its_lowest_layer(
+    trained, call_main, tmp_path, monkeypatch
+):
     from rlhf.layers import LeanLayer
 
     passes = dict.fromkeys(range(4), 0)
@@ -366,9 +473,21 @@ def test_backward_of_the_reward_model_stops_at_its_lowest_layer(trained, call_ma
 
     monkeypatch.setattr(LeanLayer, "__call__", counted)
     monkeypatch.setattr(reward_train, "score", uncounted)
-    argv = [*trained.reward_flags, "--output-dir", tmp_path / "r", "--max-steps", "3", "--gradient-checkpointing"]
+    argv = [
+        *trained.reward_flags,
+        "--output-dir",
+        tmp_path / "r",
+        "--max-steps",
+        "3",
+        "--gradient-checkpointing",
+    ]
     assert call_main("reward_train", argv).returncode == 0
-    assert passes == {0: 3, 1: 3, 2: 6, 3: 6}  # checkpointed layers run again in backward; two have the adapter
+    assert passes == {
+        0: 3,
+        1: 3,
+        2: 6,
+        3: 6,
+    }  # checkpointed layers run again in backward; two have the adapter
 
 
 def gradients(model):
@@ -383,7 +502,9 @@ def assert_close(ours: dict, own: dict):
         torch.testing.assert_close(ours[name], gradient, atol=1e-4, rtol=1e-4)
 
 
-def test_the_sft_loss_and_its_gradients_are_those_of_transformers(tiny_model, tiny_data, form, tmp_path):
+def test_the_sft_loss_and_its_gradients_are_those_of_transformers(
+    tiny_model, tiny_data, form, tmp_path
+):
     config = dataclasses.replace(
         sft_train.Config(),
         batch_size=5,
@@ -391,9 +512,15 @@ def test_the_sft_loss_and_its_gradients_are_those_of_transformers(tiny_model, ti
         load_in_4bit=False,
     )
     base = load_base(base_facts(str(tiny_model), None, False), torch.float32, form.pad_token_id)
-    rows = sft_train.response_only(tokenize_pairs(load_pairs(str(tiny_data), "test"), form, 192, "test"))
+    rows = sft_train.response_only(
+        tokenize_pairs(load_pairs(str(tiny_data), "test"), form, 192, "test")
+    )
     # The last two have a label at their first token, which nothing predicts: not the text before them either.
-    rows = [*rows.to_list()[:3], {"input_ids": [1, 9], "labels": [1, 9]}, {"input_ids": [4, 8], "labels": [4, 8]}]
+    rows = [
+        *rows.to_list()[:3],
+        {"input_ids": [1, 9], "labels": [1, 9]},
+        {"input_ids": [4, 8], "labels": [4, 8]},
+    ]
     rows = datasets.Dataset.from_list(rows)
     trainer = sft_train.make_trainer(config, base, form, rows, rows, torch.float32, tmp_path)
     torch.manual_seed(0)
@@ -446,8 +573,14 @@ def test_the_reward_loss_and_its_gradients_are_those_of_pairs_apart(trained, tin
 
 
 AT_1E17A1F = {  # with --per-device-train-batch-size 4 --gradient-accumulation-steps 1
-    "sft": {"loss": [6.64067, 6.68887, 6.57834, 6.79074], "grad_norm": [0.9415, 0.73161, 0.86492, 0.98306]},
-    "reward": {"loss": [1.09985, 0.85263, 1.24463, 1.72687], "grad_norm": [3.25431, 2.18634, 2.95423, 3.5195]},
+    "sft": {
+        "loss": [6.64067, 6.68887, 6.57834, 6.79074],
+        "grad_norm": [0.9415, 0.73161, 0.86492, 0.98306],
+    },
+    "reward": {
+        "loss": [1.09985, 0.85263, 1.24463, 1.72687],
+        "grad_norm": [3.25431, 2.18634, 2.95423, 3.5195],
+    },
 }
 
 
@@ -457,12 +590,18 @@ def test_the_parts_of_a_step_change_nothing(phase, trained, call_main, tmp_path)
     flags, metrics, weights = getattr(trained, f"{phase}_flags"), [], []
     for tokens in (40, 400, 100_000):  # each row by itself; two or three together; all together
         folder = tmp_path / str(tokens)
-        result = call_main(f"{phase}_train", [*flags, "--micro-batch-tokens", tokens, "--output-dir", folder])
+        result = call_main(
+            f"{phase}_train", [*flags, "--micro-batch-tokens", tokens, "--output-dir", folder]
+        )
         assert result.returncode == 0, result.stderr
-        metrics.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+        metrics.append(
+            [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        )
         weights.append(load_file(folder / "adapter_model.safetensors"))
     for name, before in AT_1E17A1F[phase].items():
-        assert [row[name] for row in metrics[0] if name in row] == pytest.approx(before, rel=1e-3), name
+        assert [row[name] for row in metrics[0] if name in row] == pytest.approx(
+            before, rel=1e-3
+        ), name
     for other, weight in zip(metrics[1:], weights[1:], strict=True):
         for mine, theirs in zip(metrics[0], other, strict=True):
             assert mine.keys() == theirs.keys()
@@ -486,7 +625,13 @@ def test_a_step_waits_for_the_device_once(phase, trained, call_main, tmp_path, m
         return loss
 
     monkeypatch.setattr(Resumable, "training_step", counted)
-    flags = [*getattr(trained, f"{phase}_flags"), "--micro-batch-tokens", "40", "--output-dir", tmp_path / "out"]
+    flags = [
+        *getattr(trained, f"{phase}_flags"),
+        "--micro-batch-tokens",
+        "40",
+        "--output-dir",
+        tmp_path / "out",
+    ]
     assert call_main(f"{phase}_train", flags).returncode == 0
     assert reads == [["tolist"]] * 4  # of four parts each
 
@@ -494,20 +639,29 @@ def test_a_step_waits_for_the_device_once(phase, trained, call_main, tmp_path, m
 def test_gradient_checkpointing_changes_nothing(trained, tiny_data, call_main, tmp_path):
     adapters = []
     for flag in ("--gradient-checkpointing", "--no-gradient-checkpointing"):
-        flags = ppo_flags(trained, tiny_data, tmp_path / flag, critic_warmup_updates=0, total_episodes=16)
+        flags = ppo_flags(
+            trained, tiny_data, tmp_path / flag, critic_warmup_updates=0, total_episodes=16
+        )
         assert call_main("ppo_train", [*flags, flag]).returncode == 0
         adapters.append(load_file(tmp_path / flag / "adapter_model.safetensors"))
     for key, weight in adapters[0].items():
         torch.testing.assert_close(weight, adapters[1][key], rtol=0, atol=1e-5)
 
 
-def test_the_kl_coefficient_rests_until_the_policy_has_moved(trained, tiny_data, call_main, tmp_path):
+def test_the_kl_coefficient_rests_until_the_policy_has_moved(
+    trained, tiny_data, call_main, tmp_path
+):
     more = {"critic_warmup_updates": 2, "kl_horizon": 100, "kl_target": 1e9, "total_episodes": 40}
-    assert call_main("ppo_train", ppo_flags(trained, tiny_data, tmp_path / "p", **more)).returncode == 0
+    assert (
+        call_main("ppo_train", ppo_flags(trained, tiny_data, tmp_path / "p", **more)).returncode
+        == 0
+    )
     rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "episode" in row]
     assert [row["objective/kl"] for row in rows[:3]] == [0, 0, 0] and rows[3]["objective/kl"] != 0
-    assert [row["objective/kl_coef"] for row in rows] == pytest.approx([0.05] * 4 + [0.05 * (1 - 0.2 * 8 / 100)])
+    assert [row["objective/kl_coef"] for row in rows] == pytest.approx(
+        [0.05] * 4 + [0.05 * (1 - 0.2 * 8 / 100)]
+    )
 
 
 def test_held_out_prompts_are_measured_a_micro_batch_at_a_time(trained, monkeypatch):
@@ -547,7 +701,9 @@ def test_the_loop_waits_for_the_device_once_when_measured_and_once_a_minibatch(t
     shared.add_role("reward", **scorer)
     shared.add_role("value", **scorer)
     shared.train("policy", "value")
-    config = dataclasses.replace(ppo_train.Config(), num_ppo_epochs=1, num_mini_batches=2, critic_warmup_updates=0)
+    config = dataclasses.replace(
+        ppo_train.Config(), num_ppo_epochs=1, num_mini_batches=2, critic_warmup_updates=0
+    )
     groups = [{"name": role, "params": shared.parameters(role)} for role in ("policy", "value")]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
     shared.decoder.follow(optimizer)
@@ -560,7 +716,11 @@ def test_the_loop_waits_for_the_device_once_when_measured_and_once_a_minibatch(t
         measured = ppo_train.measure(shared, batch, 1.0, 0.0)
     before_checks = reads.index("cpu")
     assert before_checks == 0, reads[:before_checks]
-    old = Old.of(measured, *ppo_train.advantages_and_returns(batch, measured, 0.05, 0.0, config), shared.device)
+    old = Old.of(
+        measured,
+        *ppo_train.advantages_and_returns(batch, measured, 0.05, 0.0, config),
+        shared.device,
+    )
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with count_host_reads() as reads:
         ppo_train.optimise(config, shared, batch, old, 0.0, optimizer, scaler, 1)
@@ -577,7 +737,9 @@ def rows_of(folder):
 def looks(folder):
     """What each look at the test rows saw, by step."""
     rows = [row for row in rows_of(folder) if "eval_loss" in row]
-    return {row["step"]: {name: row[name] for name in row if name.startswith("eval_")} for row in rows}
+    return {
+        row["step"]: {name: row[name] for name in row if name.startswith("eval_")} for row in rows
+    }
 
 
 @pytest.mark.parametrize("phase", ["sft", "reward"])
@@ -587,7 +749,10 @@ def test_the_test_rows_are_looked_at_on_the_way(trained, call_main, tmp_path, mo
     No picture can be drawn meanwhile, which is said on the way and at the end, and ends nothing.
     """
     module = {"sft": sft_train, "reward": reward_train}[phase]
-    script, argv = module.__name__, [*getattr(trained, f"{phase}_flags"), "--eval-steps", 2, "--output-dir"]
+    script, argv = (
+        module.__name__,
+        [*getattr(trained, f"{phase}_flags"), "--eval-steps", 2, "--output-dir"],
+    )
     now, evaluation = [0], module.Trainer.evaluation
 
     def slow(trainer):
@@ -598,7 +763,9 @@ def test_the_test_rows_are_looked_at_on_the_way(trained, call_main, tmp_path, mo
         raise ValueError("no fonts")
 
     with monkeypatch.context() as patch:
-        patch.setattr("rlhf.speed.Stopwatch.now", lambda watch: now.__setitem__(0, now[0] + 1) or now[0])
+        patch.setattr(
+            "rlhf.speed.Stopwatch.now", lambda watch: now.__setitem__(0, now[0] + 1) or now[0]
+        )
         patch.setattr(module.Trainer, "evaluation", slow)
         patch.setattr("rlhf.reporting.DRAW_SECONDS", 0.0)
         patch.setattr("rlhf.reporting.plot_curves", broken)
@@ -607,7 +774,10 @@ def test_the_test_rows_are_looked_at_on_the_way(trained, call_main, tmp_path, mo
     name = {"sft": "SFT", "reward": "Reward model"}[phase]
     lines = result.stdout.splitlines()
     progress = [line for line in lines if line.startswith(f"{name}: step ")]
-    assert [line.split(",")[0] for line in progress] == [f"{name}: step 1 of 4", f"{name}: step 4 of 4"]
+    assert [line.split(",")[0] for line in progress] == [
+        f"{name}: step 1 of 4",
+        f"{name}: step 4 of 4",
+    ]
     assert sum(line.startswith("step 2, test rows: loss ") for line in lines) == 1
     warning = "warning: curves.png could not be drawn (no fonts); the run goes on without it"
     assert lines.count(warning) == 2 and not (tmp_path / "whole" / "curves.png").exists()
@@ -616,7 +786,9 @@ def test_the_test_rows_are_looked_at_on_the_way(trained, call_main, tmp_path, mo
     name = "adapter_model.safetensors"
     assert (tmp_path / "whole" / name).read_bytes() == (usual / name).read_bytes()
     whole = rows_of(tmp_path / "whole")
-    assert [row["loss"] for row in whole if "loss" in row] == [row["loss"] for row in rows_of(usual) if "loss" in row]
+    assert [row["loss"] for row in whole if "loss" in row] == [
+        row["loss"] for row in rows_of(usual) if "loss" in row
+    ]
     assert max(row["time/step"] for row in whole if "time/step" in row) < 1000
     assert list(looks(tmp_path / "whole")) == ([0, 2, 4] if phase == "sft" else [2, 4])
     assert sum("eval_loss" in row for row in whole) == len(looks(tmp_path / "whole"))
@@ -674,17 +846,29 @@ def test_curves_are_of_metrics_that_are_written(trained, ppo):
 def test_ppo_draws_its_curves_on_the_way(trained, tiny_data, call_main, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("rlhf.reporting.DRAW_SECONDS", 0.0)
-    monkeypatch.setattr("rlhf.reporting.Curves.draw", lambda curves: drawn.append(len(rows_of(curves.path.parent))))
+    monkeypatch.setattr(
+        "rlhf.reporting.Curves.draw", lambda curves: drawn.append(len(rows_of(curves.path.parent)))
+    )
     result = call_main("ppo_train", ppo_flags(trained, tiny_data, tmp_path / "p", max_steps=2))
     assert result.returncode == 0, result.stderr
-    assert drawn == [2, 3, 4]  # after each update, the evaluation at the start before them; at the end
+    assert drawn == [
+        2,
+        3,
+        4,
+    ]  # after each update, the evaluation at the start before them; at the end
 
 
 def test_kl_stop_ends_the_epochs(trained, tiny_data, call_main, tmp_path):
-    flags = ppo_flags(trained, tiny_data, tmp_path / "p", critic_warmup_updates=0, kl_stop=1e-9, num_ppo_epochs=4)
+    flags = ppo_flags(
+        trained, tiny_data, tmp_path / "p", critic_warmup_updates=0, kl_stop=1e-9, num_ppo_epochs=4
+    )
     assert call_main("ppo_train", flags).returncode == 0
     rows = [json.loads(line) for line in (tmp_path / "p/metrics.jsonl").read_text().splitlines()]
-    assert [row["policy/optimizer_steps"] for row in rows if "episode" in row] == [1, 1, 1]  # of 8 possible
+    assert [row["policy/optimizer_steps"] for row in rows if "episode" in row] == [
+        1,
+        1,
+        1,
+    ]  # of 8 possible
 
 
 # ---------------------------------------------------------------- the scripts as texts
@@ -702,9 +886,13 @@ def test_help_shows_first_what_people_change_first(call_main, monkeypatch, scrip
     shown = [re.findall(r"^  --([a-z][a-z0-9-]+)", box, re.M) for box in (common, other)]
     rest = [name for name in fields if name not in module.FIRST]
     assert shown == [[name.replace("_", "-") for name in names] for names in (module.FIRST, rest)]
-    for name, comment in re.findall(r"^    (\w+): .*?# (.*)$", (ROOT / f"{script}.py").read_text(), re.M):
+    for name, comment in re.findall(
+        r"^    (\w+): .*?# (.*)$", (ROOT / f"{script}.py").read_text(), re.M
+    ):
         if name in fields:
-            assert re.search(rf"--{name.replace('_', '-')}\b.*{re.escape(comment[:40])}", result.stdout, re.S), name
+            assert re.search(
+                rf"--{name.replace('_', '-')}\b.*{re.escape(comment[:40])}", result.stdout, re.S
+            ), name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -723,7 +911,11 @@ def test_groups_of_the_help_change_no_flag(script):
     ]
     more = {"eval_steps": "3", "max_steps": "9", "micro_batch_tokens": "auto", "load_in_4bit": None}
     for name in sorted(names & {*more}):
-        argv += ["--no-load-in-4bit"] if name == "load_in_4bit" else [f"--{name.replace('_', '-')}", more[name]]
+        argv += (
+            ["--no-load-in-4bit"]
+            if name == "load_in_4bit"
+            else [f"--{name.replace('_', '-')}", more[name]]
+        )
     if "base_model" in names and script != "sft_train":
         argv += ["--base-model", "None"]
     for preset in ([], ["--preset", "demo"]):
@@ -743,12 +935,16 @@ def test_every_hyperparameter_is_read_and_explained(script):
         assert re.search(rf"(config|self)\.{field.name}\b", source + shared_code), (
             f"{script}: nobody reads {field.name}"
         )
-        assert re.search(rf"^    {field.name}: .*#", source, re.M), f"{script}: {field.name} has no comment"
+        assert re.search(rf"^    {field.name}: .*#", source, re.M), (
+            f"{script}: {field.name} has no comment"
+        )
 
 
 def test_the_loop_of_ppo_fits_a_screen():
     source = (ROOT / "ppo_train.py").read_text()
-    main = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "main")
+    main = next(
+        n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "main"
+    )
     loop = next(n for n in ast.walk(main) if isinstance(n, ast.For))
     assert loop.end_lineno - loop.lineno < 45
 

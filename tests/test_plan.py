@@ -21,7 +21,9 @@ from transformers import Trainer, TrainingArguments
 
 # Two layers, hidden 8, MLP 16, 2 heads of 4 with one key head; bf16. The seven maps:
 # 8x8, 8x4, 8x4, 8x8, 8x16, 8x16, 16x8 = 576 weights a layer; in + out = 16 + 12 + 12 + 16 + 24 + 24 + 24 = 128.
-SMALL = Shape(2, 8, 16, 2, 1, 4, vocabulary=100, tied=True, in_4bit=False, width=2, fused_attention=True)
+SMALL = Shape(
+    2, 8, 16, 2, 1, 4, vocabulary=100, tied=True, in_4bit=False, width=2, fused_attention=True
+)
 
 
 def shape(**changes) -> Shape:
@@ -53,7 +55,10 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
     assert shape().backward(10, 10, 0, rank=3, checkpointing=False) == 2 * kept + work
     assert shape().backward(10, 10, 0, rank=3, checkpointing=True) == 2 * 10 * 8 * 2 + kept + work
     # A fused kernel with a mask keeps k and v once for each of the two query heads.
-    assert shape().backward(10, 10, 0, rank=3, checkpointing=False, masked=True) == 2 * 10 * (109 * 2 + 8) + work
+    assert (
+        shape().backward(10, 10, 0, rank=3, checkpointing=False, masked=True)
+        == 2 * 10 * (109 * 2 + 8) + work
+    )
     # Without a fused kernel one output of the attention less is kept, and its 3 matrices [2 heads, 40, 40] are larger.
     plain = shape(fused_attention=False).backward(40, 40, 0, rank=3, checkpointing=False)
     assert plain == 2 * 40 * ((101 - 8) * 2 + 8) + 3 * 2 * 40**2 * 2
@@ -69,8 +74,12 @@ def test_stacks_by_hand():
     rank = 3 * 8 + 16 * 3 + 8 + 8 + 2 * 8 + 32 * 2 + 16 + 8
     assert shape().stacks(sft_rank=3, role_rank=0, role_layers=0, roles=1) == 2 * rank * 2 * 3
     # Four roles on one of the layers; on the other they share SFT's.
-    assert shape().stacks(sft_rank=3, role_rank=5, role_layers=1, roles=4) == 2 * rank * (3 + 4 * (3 + 5))
-    assert shape().stacks(sft_rank=3, role_rank=5, role_layers=0, roles=4) == 2 * rank * 2 * 4 * (3 + 5)
+    assert shape().stacks(sft_rank=3, role_rank=5, role_layers=1, roles=4) == 2 * rank * (
+        3 + 4 * (3 + 5)
+    )
+    assert shape().stacks(sft_rank=3, role_rank=5, role_layers=0, roles=4) == 2 * rank * 2 * 4 * (
+        3 + 5
+    )
 
 
 @pytest.mark.parametrize("card_gb", auto_tokens.CARDS)
@@ -106,9 +115,18 @@ def test_what_is_lowered_lowers_the_plan(phase):
 
 @pytest.mark.parametrize(
     ("rows", "epochs", "processes", "steps"),
-    [(24, 1, 1, 6), (25, 2, 1, 14), (25, 0.5, 1, 4), (25, 1, 2, 6), (27, 3, 2, 18), (100, 1.5, 2, 38)],
+    [
+        (24, 1, 1, 6),
+        (25, 2, 1, 14),
+        (25, 0.5, 1, 4),
+        (25, 1, 2, 6),
+        (27, 3, 2, 18),
+        (100, 1.5, 2, 38),
+    ],
 )
-def test_steps_are_those_that_the_trainer_makes(tmp_path, monkeypatch, rows, epochs, processes, steps):
+def test_steps_are_those_that_the_trainer_makes(
+    tmp_path, monkeypatch, rows, epochs, processes, steps
+):
     """Batches of 4 rows, over all processes: transformers counts whole steps an epoch."""
     monkeypatch.setattr("rlhf.training.num_processes", lambda: processes)
     config = sft_train.Config(batch_size=4, num_train_epochs=epochs)
@@ -122,13 +140,17 @@ def test_steps_are_those_that_the_trainer_makes(tmp_path, monkeypatch, rows, epo
 
 
 @pytest.mark.parametrize("script", ["sft_train", "reward_train", "ppo_train"])
-def test_a_dry_run_tells_and_touches_nothing(script, trained, tiny_model, tiny_data, call_main, tmp_path, monkeypatch):
+def test_a_dry_run_tells_and_touches_nothing(
+    script, trained, tiny_model, tiny_data, call_main, tmp_path, monkeypatch
+):
     def refuse(*_, **__):
         raise AssertionError("a dry run loaded weights")
 
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
     flags = ["--dataset", tiny_data, "--output-dir", tmp_path / "out", "--dry-run"]
-    flags += ["--base-model", tiny_model] if script == "sft_train" else ["--sft-checkpoint", trained.sft]
+    flags += (
+        ["--base-model", tiny_model] if script == "sft_train" else ["--sft-checkpoint", trained.sft]
+    )
     flags += ["--reward-checkpoint", trained.reward] if script == "ppo_train" else []
     if script != "sft_train":
         deep = call_main(script, [*map(str, flags), "--role-layers", "5"])
@@ -138,9 +160,21 @@ def test_a_dry_run_tells_and_touches_nothing(script, trained, tiny_model, tiny_d
     result = call_main(script, [*map(str, flags), "--card-gb", "4"])
     assert result.returncode == 0, result.stderr
     assert ": 24, " in result.stdout and "tokens each on average" in result.stdout  # 24 rows
-    assert ("steps: " in result.stdout) if script != "ppo_train" else ("updates: 100 of 64" in result.stdout)
+    assert (
+        ("steps: " in result.stdout)
+        if script != "ppo_train"
+        else ("updates: 100 of 64" in result.stdout)
+    )
     assert ("held-out prompts: " in result.stdout) == (script == "ppo_train")
-    for owner in ("base", "adapters", "optimizer", "KV cache", "activations", "logits", "all tensors"):
+    for owner in (
+        "base",
+        "adapters",
+        "optimizer",
+        "KV cache",
+        "activations",
+        "logits",
+        "all tensors",
+    ):
         assert owner in result.stdout
     assert "It fits a card of 4 GB" in result.stdout
     assert not (tmp_path / "out").exists()
@@ -153,14 +187,25 @@ def test_a_measured_dry_run_says_how_long_and_leaves_nothing(
     script, trained, tiny_model, tiny_data, call_main, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    flags = ["--dataset", tiny_data, "--output-dir", tmp_path / "out", "--dry-run", "--measure", "--dtype", "fp32"]
+    flags = [
+        "--dataset",
+        tiny_data,
+        "--output-dir",
+        tmp_path / "out",
+        "--dry-run",
+        "--measure",
+        "--dtype",
+        "fp32",
+    ]
     flags += (
         ["--base-model", tiny_model, "--no-load-in-4bit"]
         if script == "sft_train"
         else ["--sft-checkpoint", trained.sft]
     )
     flags += (
-        ["--batch-size", "4", "--max-steps", "3"] if script != "ppo_train" else ["--reward-checkpoint", trained.reward]
+        ["--batch-size", "4", "--max-steps", "3"]
+        if script != "ppo_train"
+        else ["--reward-checkpoint", trained.reward]
     )
     flags += ["--role-layers", "2"] if script != "sft_train" else []
     flags += (
@@ -171,7 +216,10 @@ def test_a_measured_dry_run_says_how_long_and_leaves_nothing(
     result = call_main(script, [*map(str, flags)])
     assert result.returncode == 0, result.stderr
     counted = 3 if script == "ppo_train" else 2  # the first is not
-    assert f"measured on this machine, {counted} steps: " in result.stdout and " tokens/s, " in result.stdout
+    assert (
+        f"measured on this machine, {counted} steps: " in result.stdout
+        and " tokens/s, " in result.stdout
+    )
     assert f"{10 if script == 'ppo_train' else 3} steps would take 0 minutes" in result.stdout
     assert ("rollout " in result.stdout) == (script == "ppo_train")
     assert "Saved" not in result.stdout and "a few steps were made and thrown away" in result.stdout
@@ -186,11 +234,17 @@ def test_a_dry_run_before_the_earlier_phases_plans_what_they_would_make(
 ):
     """The very plan that there is after them."""
     reward = reward_train.Config(output_dir="soon/reward", lora_rank=4, role_layers=2)
-    sft = sft_train.Config(base_model=str(tiny_model), output_dir="soon/sft", lora_rank=4, load_in_4bit=False)
+    sft = sft_train.Config(
+        base_model=str(tiny_model), output_dir="soon/sft", lora_rank=4, load_in_4bit=False
+    )
     monkeypatch.setitem(sft_train.PRESETS, "soon", sft)
     monkeypatch.setitem(reward_train.PRESETS, "soon", reward)
     flags = ["--dataset", tiny_data, "--output-dir", tmp_path / "out", "--role-layers", 2]
-    soon = ["--sft-checkpoint", "soon/sft", *(["--reward-checkpoint", "soon/reward"] if script == "ppo_train" else [])]
+    soon = [
+        "--sft-checkpoint",
+        "soon/sft",
+        *(["--reward-checkpoint", "soon/reward"] if script == "ppo_train" else []),
+    ]
     there = [
         "--sft-checkpoint",
         trained.sft,
@@ -225,13 +279,17 @@ def test_a_dry_run_before_the_earlier_phases_plans_what_they_would_make(
 
 
 @pytest.mark.parametrize("script", ["reward_train", "ppo_train"])
-def test_a_dry_run_of_another_base_before_the_earlier_phases(script, tiny_model, tiny_data, call_main):
+def test_a_dry_run_of_another_base_before_the_earlier_phases(
+    script, tiny_model, tiny_data, call_main
+):
     """By the defaults of the earlier scripts, whose 14 layers this base has not; with the flags that would make them."""
     flags = ["--base-model", tiny_model, "--dataset", tiny_data, "--role-layers", 2]
     result = call_main(script, [*flags, "--sft-checkpoint", "my runs/sft", "--dry-run"])
     assert result.returncode == 0, result.stderr
     command = f"`python sft_train.py --base-model {tiny_model} --output-dir 'my runs/sft'`"
-    assert f"at my runs/sft yet: this plan is for the one that {command} would make" in result.stdout
+    assert (
+        f"at my runs/sft yet: this plan is for the one that {command} would make" in result.stdout
+    )
     assert ("`python reward_train.py` would make." in result.stdout) == (script == "ppo_train")
     assert "It fits a card" in result.stdout
     if script == "ppo_train":
@@ -240,7 +298,9 @@ def test_a_dry_run_of_another_base_before_the_earlier_phases(script, tiny_model,
         assert runs["reward"]["hyperparameters"] == {"lora_rank": 16, "role_layers": 4}
 
 
-def test_a_dry_run_does_not_pass_over_checkpoints_that_do_not_fit(trained, tiny_data, call_main, tmp_path):
+def test_a_dry_run_does_not_pass_over_checkpoints_that_do_not_fit(
+    trained, tiny_data, call_main, tmp_path
+):
     """A judge is missing; the reward model is there, but of another SFT model."""
     shutil.copytree(trained.sft, tmp_path / "sft")
     run = json.loads((tmp_path / "sft" / "run.json").read_text())
@@ -249,16 +309,30 @@ def test_a_dry_run_does_not_pass_over_checkpoints_that_do_not_fit(trained, tiny_
     run["adapter_sha256"] = sha256(weights)
     (tmp_path / "sft" / "run.json").write_text(json.dumps(run))
     flags = ["--sft-checkpoint", tmp_path / "sft", "--reward-checkpoint", trained.reward]
-    result = call_main("ppo_train", [*flags, "--gold-checkpoint", "soon", "--dataset", tiny_data, "--dry-run"])
+    result = call_main(
+        "ppo_train", [*flags, "--gold-checkpoint", "soon", "--dataset", tiny_data, "--dry-run"]
+    )
     assert result.returncode == 2 and "was not trained from the SFT checkpoint" in result.stderr
 
 
-def test_a_dry_run_counts_the_rows_that_training_will_have(tiny_model, tiny_data, call_main, tmp_path):
+def test_a_dry_run_counts_the_rows_that_training_will_have(
+    tiny_model, tiny_data, call_main, tmp_path
+):
     rows = [json.loads(line) for line in (tiny_data / "train.jsonl").read_text().splitlines()]
     odd = dict(rows[0], chosen=" x" * 400)  # longer than texts may be
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, odd, odd]))
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, odd, odd])
+    )
     shutil.copy(tiny_data / "test.jsonl", tmp_path)
-    flags = ["--base-model", tiny_model, "--dataset", tmp_path, "--output-dir", tmp_path / "out", "--no-load-in-4bit"]
+    flags = [
+        "--base-model",
+        tiny_model,
+        "--dataset",
+        tmp_path,
+        "--output-dir",
+        tmp_path / "out",
+        "--no-load-in-4bit",
+    ]
     flags += ["--max-length", "256", "--batch-size", "4"]
     dry = call_main("sft_train", [*map(str, flags), "--dry-run"])
     real = call_main("sft_train", [*map(str, flags), "--max-steps", "1", "--dtype", "fp32"])

@@ -44,16 +44,31 @@ def make_llama_2_tokenizer(folder: Path, kind: str) -> Path:
     words = ["▁", *"Hianuse:.", "▁H", "▁Hi", *(f"<0x{i:02X}>" for i in range(256))]
     vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *dict.fromkeys(words)])}
     merges = [("▁", "H"), ("▁H", "i")]
-    bpe = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    bpe = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    bpe.add_special_tokens([AddedToken(token, special=True) for token in ("<unk>", "<s>", "</s>", "<|tool|>")])
+    bpe.add_special_tokens(
+        [AddedToken(token, special=True) for token in ("<unk>", "<s>", "</s>", "<|tool|>")]
+    )
     folder.mkdir()
     bpe.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": True}
+    settings = {
+        "tokenizer_class": kind,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "legacy": True,
+    }
     settings["additional_special_tokens"] = ["<|tool|>"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
@@ -65,13 +80,18 @@ def test_a_tokenizer_says_a_class_that_all_versions_know_and_means_the_same(tmp_
     save_tokenizer(before, tmp_path / "saved")
     content = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
     assert content["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert content["additional_special_tokens"] == ["<|tool|>"] and "extra_special_tokens" not in content
+    assert (
+        content["additional_special_tokens"] == ["<|tool|>"]
+        and "extra_special_tokens" not in content
+    )
     after = AutoTokenizer.from_pretrained(tmp_path / "saved")
     for text in ("Hi", " Hi  Hi", "\n\nHuman: Hi\n\nAssistant:", "é <|tool|>Hi</s>", ""):
         ids = before(text)["input_ids"]
         assert after(text)["input_ids"] == ids
         assert after.decode(ids) == before.decode(ids)
-        assert after.decode(ids, skip_special_tokens=True) == before.decode(ids, skip_special_tokens=True)
+        assert after.decode(ids, skip_special_tokens=True) == before.decode(
+            ids, skip_special_tokens=True
+        )
     assert after.all_special_ids == before.all_special_ids
 
 
@@ -97,7 +117,12 @@ def stacked(trained, tmp_path):
 def test_an_adapter_has_one_rank_and_one_alpha(stacked):
     folder, shared = stacked
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (7, 7, {}, {})
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (
+        7,
+        7,
+        {},
+        {},
+    )
     for key, weight in load_file(folder / "adapter_model.safetensors").items():
         rows = weight if "lora_A" in key else weight.T
         assert len(rows) == 7

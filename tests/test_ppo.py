@@ -40,7 +40,9 @@ def test_gae_by_hand():
     close(advantages, [[1.8, 0.0, 0.0]])
     close(returns, [[2.8, 2.0, 0.0]])
     # three tokens, gamma 1, lambda .95: deltas [0+1-0.5, 0+2-1, 3-2] = [.5, 1, 1]
-    advantages, _ = gae(tensor([[0.0, 0.0, 3.0]]), tensor([[0.5, 1.0, 2.0]]), torch.ones(1, 3) > 0, 1.0, 0.95)
+    advantages, _ = gae(
+        tensor([[0.0, 0.0, 3.0]]), tensor([[0.5, 1.0, 2.0]]), torch.ones(1, 3) > 0, 1.0, 0.95
+    )
     close(advantages, [[0.5 + 0.95 * (1 + 0.95), 1 + 0.95, 1.0]])
 
 
@@ -68,23 +70,36 @@ def make_update(ended_by, lengths, **measured):
     """A batch of responses of these lengths, and what was measured of it."""
     responses = [Response([9] * n, [9] * n, why) for n, why in zip(lengths, ended_by, strict=True)]
     form = SimpleNamespace(eos_token_id=2)
-    batch = make_batch([[5]] * len(responses), responses, [list(range(len(responses)))], form, torch.device("cpu"))
-    numbers = {"lower": None, "entropy": None, **{name: tensor(value) for name, value in measured.items()}}
+    batch = make_batch(
+        [[5]] * len(responses), responses, [list(range(len(responses)))], form, torch.device("cpu")
+    )
+    numbers = {
+        "lower": None,
+        "entropy": None,
+        **{name: tensor(value) for name, value in measured.items()},
+    }
     return batch, Measured(**numbers)
 
 
 def test_advantages_of_an_update_by_hand():
     """Scores are centred, clipped and fined; KL is charged to the policy; with lambda 1 and values 0 returns are sums of rewards."""
-    config = dataclasses.replace(ppo_train.Config(), score_clip=1.5, missing_eos_penalty=1.0, gamma=1.0, lam=1.0)
+    config = dataclasses.replace(
+        ppo_train.Config(), score_clip=1.5, missing_eos_penalty=1.0, gamma=1.0, lam=1.0
+    )
     batch, measured = make_update(
         ("length", "eos"),
         (1, 2),
-        scores=[0.0, 3.0],  # 1 below the baseline, and 1 for the missing EOS; 2 above it, clipped to 1.5
+        scores=[
+            0.0,
+            3.0,
+        ],  # 1 below the baseline, and 1 for the missing EOS; 2 above it, clipped to 1.5
         logprobs=[-1.0, -1.0, -2.0],
         ref_logprobs=[-1.0, -1.5, -1.0],  # KL 0; 0.5 and -1
         values=[0.0, 0.0, 0.0],
     )
-    advantages, returns = ppo_train.advantages_and_returns(batch, measured, kl_coef=0.1, baseline=1.0, config=config)
+    advantages, returns = ppo_train.advantages_and_returns(
+        batch, measured, kl_coef=0.1, baseline=1.0, config=config
+    )
     close(returns, [-2.0, -0.05 + 1.6, 1.6])  # the last token of the second gets 0.1 + 1.5
     # 1.55, 1.6 and -2 have mean 0.383333 and variance 2.840556
     close(advantages, [-1.414110, 0.692222, 0.721888])
@@ -102,7 +117,9 @@ def test_a_mean_taken_off_scores_and_values_leaves_the_advantages():
             ref_logprobs=[-0.2, -2.0, -1.5, -1.0, -0.4],
             values=[value - mean for value in (-1.0, 0.4, 0.3, -0.2, 0.9)],
         )
-        return ppo_train.advantages_and_returns(batch, measured, 0.1, mean, ppo_train.PRESETS["demo"])
+        return ppo_train.advantages_and_returns(
+            batch, measured, 0.1, mean, ppo_train.PRESETS["demo"]
+        )
 
     raw, centred = advantages_less(0.0), advantages_less(0.7)
     close(centred[0], raw[0].tolist())
@@ -116,9 +133,15 @@ def test_policy_loss_clips_on_both_sides():
     losses, stats = policy_loss(new, torch.zeros(6), advantages, cliprange=0.2)
     close(losses, [-1.2, -0.5, -1.1, 2.0, 0.8, 1.1])
     close(stats["policy/clipfrac_avg"], [1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
-    close(stats["policy/approxkl_avg"][:3], [2 - 1 - 0.6931472, 0.5 - 1 + 0.6931472, 1.1 - 1 - 0.0953102])
+    close(
+        stats["policy/approxkl_avg"][:3],
+        [2 - 1 - 0.6931472, 0.5 - 1 + 0.6931472, 1.1 - 1 - 0.0953102],
+    )
     close(stats["ratio_off"], [1.0] * 6)
-    close(policy_loss(tensor([0.0, 9e-5, 2e-4]), torch.zeros(3), torch.ones(3), 0.2)[1]["ratio_off"], [0.0, 0.0, 1.0])
+    close(
+        policy_loss(tensor([0.0, 9e-5, 2e-4]), torch.zeros(3), torch.ones(3), 0.2)[1]["ratio_off"],
+        [0.0, 0.0, 1.0],
+    )
 
 
 def test_clipped_tokens_give_no_gradient():
@@ -137,7 +160,9 @@ def test_value_loss_clips_around_the_old_values():
 
 
 def test_kl_coefficient_moves_towards_the_target_by_at_most_a_fifth():
-    config = dataclasses.replace(ppo_train.Config(), kl_target=6.0, kl_horizon=640)  # a batch is 64: one tenth
+    config = dataclasses.replace(
+        ppo_train.Config(), kl_target=6.0, kl_horizon=640
+    )  # a batch is 64: one tenth
     assert adapt_kl_coef(0.1, 6.0, config) == pytest.approx(0.1)
     assert adapt_kl_coef(0.1, 6.6, config) == pytest.approx(0.1 * 1.01)
     assert adapt_kl_coef(0.1, 60.0, config) == pytest.approx(0.1 * 1.02)
@@ -145,19 +170,27 @@ def test_kl_coefficient_moves_towards_the_target_by_at_most_a_fifth():
 
 
 def test_learning_rates_warm_up_and_fall_to_zero():
-    config = dataclasses.replace(ppo_train.Config(), total_episodes=640, warmup_updates=2, critic_warmup_updates=3)
-    groups = [{"name": name, "params": [torch.zeros(1)], "peak_lr": 1.0} for name in ("policy", "value")]
+    config = dataclasses.replace(
+        ppo_train.Config(), total_episodes=640, warmup_updates=2, critic_warmup_updates=3
+    )
+    groups = [
+        {"name": name, "params": [torch.zeros(1)], "peak_lr": 1.0} for name in ("policy", "value")
+    ]
     optimizer = torch.optim.SGD(groups, lr=9.0)
     rates = []
     for update in (1, 2, 3, 4, 5, 10):  # of 10
         ppo_train.set_learning_rates(optimizer, update, config)
         rates.append([group["lr"] for group in optimizer.param_groups])
     expected = [[0.0, 0.5], [0.0, 0.9], [0.0, 0.8], [0.35, 0.7], [0.6, 0.6], [0.1, 0.1]]
-    assert [rate for pair in rates for rate in pair] == pytest.approx([rate for pair in expected for rate in pair])
+    assert [rate for pair in rates for rate in pair] == pytest.approx(
+        [rate for pair in expected for rate in pair]
+    )
 
 
 def test_every_prompt_comes_once_an_epoch_and_every_episode_has_its_own_seed():
-    config = dataclasses.replace(ppo_train.Config(), episodes_per_update=4, num_mini_batches=2, seed=3)
+    config = dataclasses.replace(
+        ppo_train.Config(), episodes_per_update=4, num_mini_batches=2, seed=3
+    )
     drawn = [ppo_train.draw_prompts(list(range(6)), update, config) for update in (1, 2, 3)]
     order = [prompt for prompts, _ in drawn for prompt in prompts]
     assert sorted(order[:6]) == sorted(order[6:]) == list(range(6)) and order[:6] != order[6:]
@@ -166,7 +199,9 @@ def test_every_prompt_comes_once_an_epoch_and_every_episode_has_its_own_seed():
 
 
 def test_minibatches_are_a_random_partition():
-    config = dataclasses.replace(ppo_train.Config(), episodes_per_update=12, num_mini_batches=3, seed=3)
+    config = dataclasses.replace(
+        ppo_train.Config(), episodes_per_update=12, num_mini_batches=3, seed=3
+    )
     first, second = ppo_train.draw_minibatches(1, config), ppo_train.draw_minibatches(2, config)
     assert [len(minibatch) for minibatch in first] == [4, 4, 4]
     assert sorted(sum(first, [])) == list(range(12)) != sum(first, [])
@@ -187,20 +222,45 @@ def test_a_batch_by_hand():
         return batch, batch.micro_batches(tokens)
 
     batch, ((short, long),) = make([[0, 1, 2]], 8)  # 4, 4 and 6 tokens: 2 x 4 fit, 3 x 6 do not
-    assert batch.rows == [1, 2, 0] and batch.longest == 6 and batch.ended.tolist() == [FALSE, FALSE, TRUE]
-    assert short.texts.ids.tolist() == [5, 13, 14, 2, 5, 6, 15, 2] and short.texts.last.tolist() == [3, 7]
+    assert (
+        batch.rows == [1, 2, 0]
+        and batch.longest == 6
+        and batch.ended.tolist() == [FALSE, FALSE, TRUE]
+    )
+    assert short.texts.ids.tolist() == [
+        5,
+        13,
+        14,
+        2,
+        5,
+        6,
+        15,
+        2,
+    ] and short.texts.last.tolist() == [3, 7]
     assert long.texts.ids.tolist() == [5, 6, 7, 11, 12, 2] and long.texts.last.tolist() == [5]
     assert short.actions.tolist() == [13, 14, 15, 9] and long.actions.tolist() == [11, 12, 2]
     assert short.positions.tolist() == [0, 1, 5, 6] and long.positions.tolist() == [2, 3, 4]
     assert (short.tokens, long.tokens) == (slice(0, 4), slice(4, 7))
     assert (short.text_tokens, long.text_tokens) == (slice(0, 8), slice(8, 14))
-    assert batch.response_mask.tolist() == [[TRUE, TRUE, FALSE], [TRUE, TRUE, FALSE], [TRUE, TRUE, TRUE]]
+    assert batch.response_mask.tolist() == [
+        [TRUE, TRUE, FALSE],
+        [TRUE, TRUE, FALSE],
+        [TRUE, TRUE, TRUE],
+    ]
     assert batch.by_response(torch.arange(7)).tolist() == [[0, 1, 0], [2, 3, 0], [4, 5, 6]]
     assert batch.end_to_end(batch.by_response(torch.arange(7))).tolist() == list(range(7))
 
     _, ((ragged,),) = make([[0, 1, 2]], 18)
     assert ragged.texts.ids.tolist() == [5, 13, 14, 2, 5, 6, 15, 2, 5, 6, 7, 11, 12, 2]
-    assert ragged.texts.last.tolist() == [3, 7, 13] and ragged.positions.tolist() == [0, 1, 5, 6, 10, 11, 12]
+    assert ragged.texts.last.tolist() == [3, 7, 13] and ragged.positions.tolist() == [
+        0,
+        1,
+        5,
+        6,
+        10,
+        11,
+        12,
+    ]
 
     batch, ((first,), (second,)) = make([[2, 0], [1]], 100)
     assert batch.rows == [2, 0, 1] and batch.minibatches == [slice(0, 2), slice(2, 3)]
@@ -243,7 +303,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_the_scaler_or_ends_the_run(
     assert weight.tolist() == [0, 0, 0] and scaler.get_scale() == 1.0
     without = torch.amp.GradScaler("cpu", enabled=False)
     weight.grad = torch.tensor([torch.nan, 1.0, 1.0])
-    stats = ppo_train.read({"loss": torch.tensor(0.0)}, 1.0, ppo_train.clip(optimizer, without, 1.0))
+    stats = ppo_train.read(
+        {"loss": torch.tensor(0.0)}, 1.0, ppo_train.clip(optimizer, without, 1.0)
+    )
     with pytest.raises(NotFinite, match="policy gradient"):
         ppo_train.step(optimizer, without, stats)
 
@@ -254,7 +316,10 @@ def test_how_far_the_sampler_is_from_the_policy_by_hand():
     batch, measured = make_update(
         ("length", "eos"), (1, 2), scores=[0.0, 0.0], logprobs=log, ref_logprobs=log, values=log
     )
-    sampled = [math.log(0.5)], [math.log(0.5), math.log(0.8)]  # of the shorter response, of the longer
+    sampled = (
+        [math.log(0.5)],
+        [math.log(0.5), math.log(0.8)],
+    )  # of the shorter response, of the longer
     for response, logprobs in zip(batch.responses, sampled, strict=True):
         object.__setattr__(response, "logprobs", tuple(logprobs))
     assert sampler_kl(batch, measured) == pytest.approx(-0.5 + math.log(2), abs=1e-6)
@@ -263,7 +328,12 @@ def test_how_far_the_sampler_is_from_the_policy_by_hand():
 @pytest.mark.parametrize("far", [2 * FAR_SAMPLER, math.nan])
 def test_a_sampler_that_is_far_off_is_said_once(tmp_path, capsys, far):
     config = dataclasses.replace(ppo_train.Config(), log_with=None)
-    row = {"update": 1, "objective/scores": 0.0, "objective/kl": 0.0, "speed/tokens_per_second": 1.0}
+    row = {
+        "update": 1,
+        "objective/scores": 0.0,
+        "objective/kl": 0.0,
+        "speed/tokens_per_second": 1.0,
+    }
     with Log(config, tmp_path, total=3) as log:
         for distance in (FAR_SAMPLER / 2, far, far):
             log.update(row | {"policy/sampler_kl": distance})
@@ -274,7 +344,9 @@ def test_the_end_of_a_tracker_leaves_the_processes_together(monkeypatch, tmp_pat
     """accelerate's own end_training() ends their group, too, before all have met at the end of the run."""
     ended = []
     tracker = SimpleNamespace(finish=lambda: ended.append(True))
-    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, *_: self.trackers.append(tracker))
+    monkeypatch.setattr(
+        Accelerator, "init_trackers", lambda self, *_: self.trackers.append(tracker)
+    )
     monkeypatch.setattr(Accelerator, "end_training", lambda _: pytest.fail("ends the group"))
     config = dataclasses.replace(ppo_train.Config(), log_with="tensorboard")
     with Log(config, tmp_path, total=1):

@@ -30,7 +30,12 @@ SFT = evaluation([0.0, 1.0, 2.0, 3.0], gold=[0.0, 0.0, 1.0, 1.0])
 def test_gains_by_hand():
     ppo = evaluation([1.0, 3.0, 3.0, 5.0], [5, 6, 5, 6], [0.5, 0.0, 1.0, 1.0])
     m = compare(SFT, ppo)
-    assert (m["eval_prompts"], m["sft_scores"], m["ppo_scores"], m["score_gain"]) == (4, 1.5, 3.0, 1.5)
+    assert (m["eval_prompts"], m["sft_scores"], m["ppo_scores"], m["score_gain"]) == (
+        4,
+        1.5,
+        3.0,
+        1.5,
+    )
     assert 1 <= m["score_gain_low"] < 1.5 < m["score_gain_high"] <= 2
     assert m["score_gain_at_equal_length"] == pytest.approx(0)  # a token more for each point
     assert m["sft_score_std"] == pytest.approx(1.290994)
@@ -41,7 +46,9 @@ def test_gains_by_hand():
 
 
 def test_without_a_judge_nothing_is_said_of_gold():
-    sft, ppo = (dataclasses.replace(e, gold_scores=None) for e in (SFT, evaluation([1.0, 3.0, 3.0, 5.0])))
+    sft, ppo = (
+        dataclasses.replace(e, gold_scores=None) for e in (SFT, evaluation([1.0, 3.0, 3.0, 5.0]))
+    )
     m = compare(sft, ppo)
     assert not any("gold" in name for name in m) and "gold" not in describe(m)
 
@@ -82,12 +89,30 @@ def test_style_and_refusals_by_hand():
             evaluation([1.0, 2.0, 3.0, 5.0], gold=[-0.5, -0.5, 0.5, 0.5]),
             ["the score rose by 1.25, but the gold score fell by 0.50 (0.50 to 0.50): the policy"],
         ),
-        (evaluation([1.0, 2.0, 3.0, 5.0], gold=[0.0, 0.0, 0.5, 1.0]), []),  # it fell no more than chance would have it
-        (evaluation([-3.0, 2.0, 3.0, 1.0], gold=[-0.5, -0.5, 0.5, 0.5]), ["the gold score fell by 0.50"]),
-        (evaluation([-1.0, 0.5, 1.0, 2.5], gold=[0.0, 0.0, 1.0, 1.0]), ["the score fell by 0.75 (0.50 to 1.00)"]),
-        (evaluation([1.0, 3.0, 3.0, 5.0], [5, 6, 5, 6], [0.0, 0.0, 1.0, 1.5]), ["length explains most of the gain"]),
-        (evaluation([1.0, 3.0, 3.0, 5.0], [3, 4, 4, 5], [0.0, 0.0, 1.0, 1.5]), []),  # longer and shorter ones gain
-        (evaluation([0.0, 1.0, 2.0, 3.0], gold=[0.0, 0.0, 1.0, 1.0], entropy=0.9), ["entropy collapses: 2.00"]),
+        (
+            evaluation([1.0, 2.0, 3.0, 5.0], gold=[0.0, 0.0, 0.5, 1.0]),
+            [],
+        ),  # it fell no more than chance would have it
+        (
+            evaluation([-3.0, 2.0, 3.0, 1.0], gold=[-0.5, -0.5, 0.5, 0.5]),
+            ["the gold score fell by 0.50"],
+        ),
+        (
+            evaluation([-1.0, 0.5, 1.0, 2.5], gold=[0.0, 0.0, 1.0, 1.0]),
+            ["the score fell by 0.75 (0.50 to 1.00)"],
+        ),
+        (
+            evaluation([1.0, 3.0, 3.0, 5.0], [5, 6, 5, 6], [0.0, 0.0, 1.0, 1.5]),
+            ["length explains most of the gain"],
+        ),
+        (
+            evaluation([1.0, 3.0, 3.0, 5.0], [3, 4, 4, 5], [0.0, 0.0, 1.0, 1.5]),
+            [],
+        ),  # longer and shorter ones gain
+        (
+            evaluation([0.0, 1.0, 2.0, 3.0], gold=[0.0, 0.0, 1.0, 1.0], entropy=0.9),
+            ["entropy collapses: 2.00"],
+        ),
         (evaluation([0.0, 1.0, 2.0, 3.0], gold=[0.0, 0.0, 1.0, 1.0], entropy=1.1), []),
     ],
 )
@@ -105,14 +130,19 @@ def test_a_score_that_rises_by_length_alone_and_falls_without_it():
     assert found.startswith("the score at equal length fell by 0.50 (0.50 to 0.50): the policy got")
 
 
-@pytest.mark.parametrize(("penalty", "ends", "warned"), [(1.3, 2, True), (1.29, 2, False), (1.3, 4, False)])
+@pytest.mark.parametrize(
+    ("penalty", "ends", "warned"), [(1.3, 2, True), (1.29, 2, False), (1.3, 4, False)]
+)
 def test_a_penalty_that_outweighs_the_scores_is_warned_of(penalty, ends, warned):
     cut = [Response([7] * 4, [7] * 4, "length")] * (4 - ends)
     sft = dataclasses.replace(SFT, responses=SFT.responses[:ends] + cut)
     found = penalty_warnings(sft, penalty)  # the scores' standard deviation is 1.290994
     assert len(found) == warned
     if warned:
-        assert "standard deviation of SFT's scores (1.29), and 50% of its responses have no EOS" in found[0]
+        assert (
+            "standard deviation of SFT's scores (1.29), and 50% of its responses have no EOS"
+            in found[0]
+        )
 
 
 def test_one_prompt_gives_finite_numbers():
@@ -122,7 +152,11 @@ def test_one_prompt_gives_finite_numbers():
 
 
 def test_the_frontier_is_drawn(tmp_path):
-    rows = [{"update": n, "eval/kl": n, "eval/scores": 2 * n, "eval/gold_scores": -n} for n in range(3)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"update": 3}]))
+    rows = [
+        {"update": n, "eval/kl": n, "eval/scores": 2 * n, "eval/gold_scores": -n} for n in range(3)
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"update": 3}])
+    )
     plot_frontier(tmp_path, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")

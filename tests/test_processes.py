@@ -17,7 +17,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import OFFLINE, ROOT
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, get_peft_model_state_dict
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    get_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -27,7 +31,15 @@ PPO += "--episodes-per-update 8 --rollout-batch-size 4 --max-eval-samples 5 --ev
 PPO += "--lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --value-learning-rate 1e-2 --critic-warmup-updates 1 "
 PPO += "--num-printed-samples 0 --no-gradient-checkpointing --dtype fp32 --save-steps 1"
 
-LOGGED = {"loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "eval_loss", "eval_entropy"}
+LOGGED = {
+    "loss",
+    "grad_norm",
+    "entropy",
+    "mean_token_accuracy",
+    "num_tokens",
+    "eval_loss",
+    "eval_entropy",
+}
 LOGGED |= {"min_reward", "mean_reward", "max_reward", "accuracy", "margin", "preference_loss"}
 LOGGED |= {"eval_accuracy", "eval_margin"}
 SUM = """
@@ -57,7 +69,14 @@ def command(flags, trained, tiny_data):
         parents = {
             "sft": [],
             "reward": ["--sft-checkpoint", trained.sft],
-            "ppo": ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--dataset", tiny_data],
+            "ppo": [
+                "--sft-checkpoint",
+                trained.sft,
+                "--reward-checkpoint",
+                trained.reward,
+                "--dataset",
+                tiny_data,
+            ],
         }[phase]
         steps = ["--max-steps", 5, "--eval-steps", 2]
         own = PPO.split() if phase == "ppo" else [*flags[f"{phase}_train"], *steps]
@@ -99,7 +118,10 @@ def kill_one(run, script, folder):
     while not list(folder.glob("step-*[0-9]")):
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(max(p.pid for p in psutil.Process(run.pid).children() if script in " ".join(p.cmdline())), signal.SIGKILL)
+    os.kill(
+        max(p.pid for p in psutil.Process(run.pid).children() if script in " ".join(p.cmdline())),
+        signal.SIGKILL,
+    )
     run.communicate(timeout=120)
     assert run.returncode != 0
 
@@ -115,7 +137,9 @@ def test_two_processes_make_what_one_makes(command, call_main, tmp_path, phase):
     script, *argv = command(phase, one, 1)
     assert call_main(script.removesuffix(".py"), argv).returncode == 0
     small = {"sft": "200", "reward": "400", "ppo": "100"}[phase]  # tokens, so that a step has parts
-    run = launch([*command(phase, two, 2), "--micro-batch-tokens", small], by="out_of_memory_once.py")
+    run = launch(
+        [*command(phase, two, 2), "--micro-batch-tokens", small], by="out_of_memory_once.py"
+    )
     out, err = run.communicate(timeout=300)
     assert run.returncode == 0, err[-6000:]
     assert out.count("Next: python") == 1 and out.count(" 1 of 5, ") == 1  # how far it is, once
@@ -128,7 +152,9 @@ def test_two_processes_make_what_one_makes(command, call_main, tmp_path, phase):
             assert (theirs[name] - weight).norm() <= 1e-4 * weight.norm(), name
     if phase == "ppo":
         assert rows(one, "samples.jsonl", "response") == rows(two, "samples.jsonl", "response")
-    names = {"objective/scores", "objective/kl", "policy/approxkl_avg"} if phase == "ppo" else LOGGED
+    names = (
+        {"objective/scores", "objective/kl", "policy/approxkl_avg"} if phase == "ppo" else LOGGED
+    )
     for mine, other in zip(rows(one), rows(two), strict=True):
         for name in names & {*mine}:
             assert mine[name] == pytest.approx(other[name], abs=1e-4), name
@@ -167,7 +193,9 @@ def test_a_killed_process_brings_the_run_down_and_it_goes_on(command, call_main,
 
 
 @pytest.mark.parametrize("phase", [pytest.param("sft", marks=pytest.mark.slow), "reward"])
-def test_sharded_processes_killed_and_resumed_make_what_one_makes(command, call_main, tmp_path, phase):
+def test_sharded_processes_killed_and_resumed_make_what_one_makes(
+    command, call_main, tmp_path, phase
+):
     one, two, partial = tmp_path / "one", tmp_path / "two", tmp_path / "two.partial"
     # Adam makes much of a gradient that is almost nothing, whose sign is the rounding's: a step is small here.
     more = ["--learning-rate", "1e-3", "--save-steps", "1", "--gradient-checkpointing"]
@@ -181,7 +209,10 @@ def test_sharded_processes_killed_and_resumed_make_what_one_makes(command, call_
     ends = load_file(one / "adapter_model.safetensors")
     for name, weight in load_file(state / "weights.safetensors").items():  # whole ones
         stacked = 2 if phase == "reward" and "lora" in name else 1  # on SFT's, of the same rank
-        assert stacked * weight.numel() == ends[name.replace(".default", "").replace(".reward", "")].numel()
+        assert (
+            stacked * weight.numel()
+            == ends[name.replace(".default", "").replace(".reward", "")].numel()
+        )
     run = launch([*sharded, "--resume"], launch_env("fsdp2.yaml"))
     out, err = run.communicate(timeout=300)
     assert run.returncode == 0, err[-6000:]
@@ -196,12 +227,18 @@ def test_sharded_processes_killed_and_resumed_make_what_one_makes(command, call_
             assert mine[name] == pytest.approx(other[name], abs=1e-4), name
 
     if phase == "reward":
-        mine, other = (json.loads((folder / "evaluation.json").read_text()) for folder in (one, two))
+        mine, other = (
+            json.loads((folder / "evaluation.json").read_text()) for folder in (one, two)
+        )
         for name in ("eval_accuracy", "eval_margin", "score_mean"):
             assert mine[name] == pytest.approx(other[name], abs=1e-4), name
 
-    kind = {"sft": AutoPeftModelForCausalLM, "reward": AutoPeftModelForSequenceClassification}[phase]
-    loaded = kind.from_pretrained(two, dtype=torch.float32, **({"num_labels": 1} if phase == "reward" else {}))
+    kind = {"sft": AutoPeftModelForCausalLM, "reward": AutoPeftModelForSequenceClassification}[
+        phase
+    ]
+    loaded = kind.from_pretrained(
+        two, dtype=torch.float32, **({"num_labels": 1} if phase == "reward" else {})
+    )
     for name, weight in get_peft_model_state_dict(loaded).items():
         assert torch.equal(weight, saved.pop(name)), name
     assert not saved
@@ -212,13 +249,22 @@ def test_checkpointing_computes_the_layers_that_train_twice(
     command, call_main, tmp_path, monkeypatch, phase, trained_layers
 ):
     forward, calls = LlamaMLP.forward, []
-    monkeypatch.setattr(LlamaMLP, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
-    for name, value in launch_env("fsdp2.yaml").items():  # one process has nothing to shard, and takes the same way
+    monkeypatch.setattr(
+        LlamaMLP, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    )
+    for name, value in launch_env(
+        "fsdp2.yaml"
+    ).items():  # one process has nothing to shard, and takes the same way
         monkeypatch.setenv(name, value)
     counts = []
     for flag in ("--no-gradient-checkpointing", "--gradient-checkpointing"):
         script, *argv = command(phase, tmp_path / flag, 1)
-        assert call_main(script.removesuffix(".py"), [*argv, flag, "--micro-batch-tokens", "10000"]).returncode == 0
+        assert (
+            call_main(
+                script.removesuffix(".py"), [*argv, flag, "--micro-batch-tokens", "10000"]
+            ).returncode
+            == 0
+        )
         counts.append(len(calls))
         calls.clear()
     assert counts[1] - counts[0] == 5 * trained_layers  # in each of five steps
@@ -235,18 +281,26 @@ def test_what_fsdp_cannot_do_is_one_line(flags, trained, call_main, tmp_path, mo
     out = ["--output-dir", tmp_path / "out"]
     for script, argv, says in [
         ("sft_train", [*flags["sft_train"], "--load-in-4bit", *out], "add --no-load-in-4bit"),
-        ("reward_train", [*flags["reward_train"], "--sft-checkpoint", quantised, *out], "add --no-load-in-4bit"),
+        (
+            "reward_train",
+            [*flags["reward_train"], "--sft-checkpoint", quantised, *out],
+            "add --no-load-in-4bit",
+        ),
         ("reward_train", ["--eval-only", "--output-dir", trained.reward], "in one process"),
         ("ppo_train", out, "configs/ddp.yaml"),
     ]:
         result = call_main(script, argv)
-        assert result.returncode == 2 and says in result.stderr and result.stderr.count("\n") == 1, script
+        assert (
+            result.returncode == 2 and says in result.stderr and result.stderr.count("\n") == 1
+        ), script
     monkeypatch.setenv("FSDP_VERSION", "1")
     assert "fsdp_version must be 2" in call_main("sft_train", [*flags["sft_train"], *out]).stderr
 
 
 def test_the_configs_of_accelerate_mean_what_they_say():
-    ddp, fsdp = (load_config_from_file(str(ROOT / "configs" / name)) for name in ("ddp.yaml", "fsdp2.yaml"))
+    ddp, fsdp = (
+        load_config_from_file(str(ROOT / "configs" / name)) for name in ("ddp.yaml", "fsdp2.yaml")
+    )
     assert (ddp.distributed_type, fsdp.distributed_type) == ("MULTI_GPU", "FSDP")
     for config in (ddp, fsdp):
         assert (config.num_processes, config.num_machines, config.mixed_precision) == (2, 1, "no")
@@ -254,6 +308,9 @@ def test_the_configs_of_accelerate_mean_what_they_say():
     env = launch_env("fsdp2.yaml")
     assert {"ACCELERATE_USE_FSDP": "true", **SHARDED}.items() <= env.items()
     assert (env["FSDP_RESHARD_AFTER_FORWARD"], env["FSDP_OFFLOAD_PARAMS"]) == ("true", "false")
-    assert (env["FSDP_AUTO_WRAP_POLICY"], env["FSDP_CPU_RAM_EFFICIENT_LOADING"]) == ("TRANSFORMER_BASED_WRAP", "true")
+    assert (env["FSDP_AUTO_WRAP_POLICY"], env["FSDP_CPU_RAM_EFFICIENT_LOADING"]) == (
+        "TRANSFORMER_BASED_WRAP",
+        "true",
+    )
     assert "FSDP_TRANSFORMER_CLS_TO_WRAP" not in env  # accelerate asks the model
     assert "ACCELERATE_USE_FSDP" not in launch_env("ddp.yaml")

@@ -42,7 +42,9 @@ def test_what_is_written_is_read_again(tmp_path):
 
 
 def test_what_json_cannot_hold_is_left_out(tmp_path):
-    JsonLines(tmp_path / "rows.jsonl").write({"step": 1, "grad_norm": float("inf"), "loss": float("nan"), "lr": 0.5})
+    JsonLines(tmp_path / "rows.jsonl").write(
+        {"step": 1, "grad_norm": float("inf"), "loss": float("nan"), "lr": 0.5}
+    )
     assert (tmp_path / "rows.jsonl").read_text() == '{"step": 1, "lr": 0.5}\n'
 
 
@@ -60,7 +62,18 @@ def test_a_position_is_that_of_bytes_on_the_disk(tmp_path, monkeypatch):
 def test_plain_text_keeps_what_people_wrote_but_for_what_turns_lines_round_or_drives_a_terminal():
     kept = "می\u200cخواهم 👩\u200d🚀 co\u00adoperate \u200eab\u200f\n\tx"
     assert plain(kept) == kept
-    for odd in ("\x1b", "\x00", "\x9b", "\r", "\ud800", "\u202e", "\u202a", "\u2066", "\u2069", "\ufeff"):
+    for odd in (
+        "\x1b",
+        "\x00",
+        "\x9b",
+        "\r",
+        "\ud800",
+        "\u202e",
+        "\u202a",
+        "\u2066",
+        "\u2069",
+        "\ufeff",
+    ):
         assert plain(f"a{odd}b") == "a\ufffdb"
 
 
@@ -79,7 +92,10 @@ def test_a_text_is_shown_as_it_is(text, capsys):
         ("a b c a b c", 0.25),  # abc bca cab abc
         ("no no no no no", 2 / 3),  # three times the same
         ("a b c\nd a  b c", 0.2),  # abc bcd cda dab abc: white space does not count
-        ("我不知道我不知道", 2 / 6),  # 我不知 不知道 知道我 道我不, and the first two again: no spaces, so characters
+        (
+            "我不知道我不知道",
+            2 / 6,
+        ),  # 我不知 不知道 知道我 道我不, and the first two again: no spaces, so characters
         ("ไปไปไป", 2 / 4),
         ("ok 我们 ok 我们", 1 / 4),  # a word, two characters
         ("=" * 60, 57 / 58),  # no word is so long
@@ -197,7 +213,11 @@ def test_the_first_look_at_held_out_rows_does_not_count_as_a_step(phase, clock, 
         log.on_log(None, state, None, {"loss": 2.0, "speed/tokens_per_second": 100.0})
         log.stop()
     last = capsys.readouterr().out.splitlines()[-1]
-    numbers = "PPO: update 1 of 4, score 0.50, KL 1.00" if phase == "ppo" else "SFT: step 1 of 4, loss 2.000"
+    numbers = (
+        "PPO: update 1 of 4, score 0.50, KL 1.00"
+        if phase == "ppo"
+        else "SFT: step 1 of 4, loss 2.000"
+    )
     assert last == f"{numbers}, 100 tokens/s, 30 s left"
 
 
@@ -216,31 +236,49 @@ def test_on_a_terminal_there_is_a_bar_and_no_such_line(clock, pipe, monkeypatch)
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0 s"), (89.4, "89 s"), (90, "2 min"), (3600, "60 min"), (5399, "1 h 30 min"), (90000, "25 h 00 min")],
+    [
+        (0.4, "0 s"),
+        (89.4, "89 s"),
+        (90, "2 min"),
+        (3600, "60 min"),
+        (5399, "1 h 30 min"),
+        (90000, "25 h 00 min"),
+    ],
 )
 def test_durations_in_words(seconds, text):
     assert duration(seconds) == text
 
 
 def test_an_evaluation_says_where_the_loss_was_lower():
-    rows = [{"step": 0, "eval_loss": 2.5}, {"step": 1, "loss": 1.0}, {"step": 10, "eval_loss": 2.25}]
+    rows = [
+        {"step": 0, "eval_loss": 2.5},
+        {"step": 1, "loss": 1.0},
+        {"step": 10, "eval_loss": 2.25},
+    ]
     assert describe_evaluation(0, {"eval_loss": 2.5}, []) == "step 0, test rows: loss 2.5000"
     assert describe_evaluation(20, {"eval_loss": 2.0}, rows) == "step 20, test rows: loss 2.0000"
     numbers = {"eval_loss": 2.375, "eval_accuracy": 0.75, "eval_margin": 0.5}
     line = "step 20, test rows: loss 2.3750, accuracy 0.750, margin 0.500"
-    assert describe_evaluation(20, numbers, rows) == line + "; the loss was lowest at step 10, 2.2500"
+    assert (
+        describe_evaluation(20, numbers, rows) == line + "; the loss was lowest at step 10, 2.2500"
+    )
 
 
 # ---------------------------------------------------------------- curves
 
 
 def write_rows(folder, count):
-    rows = [{"step": n, "loss": n % 2} | ({"eval_loss": n} if n % 10 == 0 else {}) for n in range(count)]
+    rows = [
+        {"step": n, "loss": n % 2} | ({"eval_loss": n} if n % 10 == 0 else {}) for n in range(count)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
-LOSS = (Panel("Loss", "nats", {"loss": "training", "eval_loss": "test"}), Panel("Other", "nats", {"x": "none"}))
+LOSS = (
+    Panel("Loss", "nats", {"loss": "training", "eval_loss": "test"}),
+    Panel("Other", "nats", {"x": "none"}),
+)
 
 
 def test_a_long_curve_is_faint_behind_its_mean(tmp_path):
@@ -249,9 +287,16 @@ def test_a_long_curve_is_faint_behind_its_mean(tmp_path):
     assert raw.get_ydata().tolist() == [0, 1] * 20 and raw.get_alpha() < 0.5
     assert mean.get_alpha() is None and mean.get_color() == raw.get_color() != test.get_color()
     assert set(mean.get_ydata()[2:-2]) == {2 / 5, 3 / 5}
-    assert test.get_xydata().tolist() == [[0, 0], [10, 10], [20, 20], [30, 30]] and test.get_marker() == "o"
+    assert (
+        test.get_xydata().tolist() == [[0, 0], [10, 10], [20, 20], [30, 30]]
+        and test.get_marker() == "o"
+    )
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["training", "test"]
-    assert (loss.get_title(), loss.get_ylabel(), loss.get_xlabel()) == ("Loss", "nats", "optimizer step")
+    assert (loss.get_title(), loss.get_ylabel(), loss.get_xlabel()) == (
+        "Loss",
+        "nats",
+        "optimizer step",
+    )
     assert not other.lines
 
 
@@ -305,4 +350,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, clock, monkeypatch
     assert (tmp_path / "curves.png").read_bytes() == b"an earlier one"
     assert not (tmp_path / "curves.png.partial").exists()
     curves.draw()
-    assert capsys.readouterr().out == "" and (tmp_path / "curves.png").read_bytes() != b"an earlier one"
+    assert (
+        capsys.readouterr().out == ""
+        and (tmp_path / "curves.png").read_bytes() != b"an earlier one"
+    )

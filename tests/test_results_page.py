@@ -41,12 +41,17 @@ def test_an_interval_is_of_the_difference_and_resamples_seeds_too():
     same = np.array([[1.0, 0.0, 1.0, 1.0]])
     found = page.interval("accuracy", same, 1 - same)
     assert found["accuracy"] == 0.5 and found["accuracy_low"] < 0.5 < found["accuracy_high"]
-    constant = np.array([[0.2] * 4, [0.6] * 4])  # pairs do not matter, the seed does: 0.2, 0.4 or 0.6
+    constant = np.array(
+        [[0.2] * 4, [0.6] * 4]
+    )  # pairs do not matter, the seed does: 0.2, 0.4 or 0.6
     assert page.interval("x", constant) == pytest.approx({"x": 0.4, "x_low": 0.2, "x_high": 0.6})
 
 
 def test_wins_count_ties_half_and_both_must_have_ended():
-    one, two = answers((1, 1, 1, 1), (0, 0, 0, 2)), answers((1, 0, 0, 1), (0, 0, 0, 0), ended=(True, False, True, True))
+    one, two = (
+        answers((1, 1, 1, 1), (0, 0, 0, 2)),
+        answers((1, 0, 0, 1), (0, 0, 0, 0), ended=(True, False, True, True)),
+    )
     found = page.win_summary([one, two])
     assert (found["seeds"], found["prompts"], found["win_rate"]) == (2, 4, (3 + 2 + 2 * 0.5) / 8)
     assert found["both_ended"] == 5  # three of the first, prompts 0 and 2 of the second
@@ -59,11 +64,17 @@ def test_wins_count_ties_half_and_both_must_have_ended():
 
 def test_few_runs_are_held_against_each_other_by_the_spread_of_all():
     apart, alike = np.array([[0.2] * 4, [0.6] * 4]), np.array([[1.0] * 4, [1.0] * 4])
-    spread = page.deviations([apart, alike, np.array([[7.0] * 4])])  # of a single run nothing is known
-    assert spread == pytest.approx(np.array([[-(0.08**0.5)] * 4, [0.08**0.5] * 4, [0.0] * 4, [0.0] * 4]))
+    spread = page.deviations(
+        [apart, alike, np.array([[7.0] * 4])]
+    )  # of a single run nothing is known
+    assert spread == pytest.approx(
+        np.array([[-(0.08**0.5)] * 4, [0.08**0.5] * 4, [0.0] * 4, [0.0] * 4])
+    )
     # Two are drawn on each side, of -1, 1, 0 and 0 times 0.1414; their sum is 4 in 1 case of 256 and 3 in 8 more.
     found = page.pooled_interval("x", alike, apart, spread)
-    assert found == pytest.approx({"x": 0.6, "x_low": 0.6 - 3 * 0.02**0.5, "x_high": 0.6 + 3 * 0.02**0.5})
+    assert found == pytest.approx(
+        {"x": 0.6, "x_low": 0.6 - 3 * 0.02**0.5, "x_high": 0.6 + 3 * 0.02**0.5}
+    )
     # Prompts are drawn too: without any spread of runs a difference of 0 or 1 a prompt is 0 to 1.
     single = np.array([[0.0, 1.0]])
     assert page.deviations([single]) == pytest.approx(np.zeros((1, 2)))
@@ -74,11 +85,14 @@ def test_few_runs_are_held_against_each_other_by_the_spread_of_all():
 def test_a_variant_is_held_against_the_baseline():
     def run(gains):
         keys = ("response_length", "eos_rate", "entropy")
-        numbers = {f"{who}_{key}": value for who, value in (("sft", 0.5), ("ppo", 1.0)) for key in keys} | {
-            "ppo_kl": 1.0
-        }
+        numbers = {
+            f"{who}_{key}": value for who, value in (("sft", 0.5), ("ppo", 1.0)) for key in keys
+        } | {"ppo_kl": 1.0}
         settings = {"total_episodes": 8, "max_eval_samples": 2}
-        parts = {"gains": {"score": gains, "gold_score": gains}, "explained_variance": [-gains[0], 9.0, 0.25]}
+        parts = {
+            "gains": {"score": gains, "gold_score": gains},
+            "explained_variance": [-gains[0], 9.0, 0.25],
+        }
         return parts | {"metrics": numbers, "config": settings}
 
     records = {
@@ -96,16 +110,29 @@ def test_a_variant_is_held_against_the_baseline():
     assert "score_above_baseline" not in rows["scores_not_centred"]
     assert rows["value_from_scratch"] == {"failed": ["scores not finite"], "seeds": 0}
     text = "\n".join(page.ablation_part(page.ablation_summary(records)))
-    assert "value_from_scratch (scores not finite)" in text and "| no_kl_stop | 5.00 | +2.50 (" in text
+    assert (
+        "value_from_scratch (scores not finite)" in text and "| no_kl_stop | 5.00 | +2.50 (" in text
+    )
     assert "| the SFT model |  |  |  |  | 0 | 0.5 | 50% | 0.50 |  |" in text
     assert "| 1.0 | 100% | 1.00 | -4.00, 0.25 |" in text  # no_kl_stop's
-    assert "Off 0 in score: `score_clip_1` (+11.50); in gold score: `score_clip_1` (+11.50)." in text
+    assert (
+        "Off 0 in score: `score_clip_1` (+11.50); in gold score: `score_clip_1` (+11.50)." in text
+    )
 
 
 def test_a_reward_model_is_held_against_length_on_test_and_validation_pairs():
     def part(right, longer):
-        keys = ("length_balanced_accuracy", "eval_loss", "calibration_error", "score_length_correlation")
-        return dict.fromkeys(keys, 0.5) | {"right": right, "longer": longer, "eval_pairs": len(right)}
+        keys = (
+            "length_balanced_accuracy",
+            "eval_loss",
+            "calibration_error",
+            "score_length_correlation",
+        )
+        return dict.fromkeys(keys, 0.5) | {
+            "right": right,
+            "longer": longer,
+            "eval_pairs": len(right),
+        }
 
     one = {"config": {"max_length": 256}, "pairs": 8, "seconds": 2.0}
     one |= {"test": part("2222", "2200"), "validation": part("2220", "0000")}
@@ -129,13 +156,18 @@ def test_what_a_step_needs_comes_before_it_and_what_is_gone_is_made_again(tmp_pa
     (tmp_path / "records").mkdir()
     for step in results.steps(config):
         (tmp_path / step.folder).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "records" / f"{step.name}.json").write_text(json.dumps({"command": shown[step.name]}))
+        (tmp_path / "records" / f"{step.name}.json").write_text(
+            json.dumps({"command": shown[step.name]})
+        )
     assert results.to_do(config, shown) == []
-    assert [step.name for step in results.to_do(config, shown | {"compare_1": "another"})] == ["compare_1"]
+    assert [step.name for step in results.to_do(config, shown | {"compare_1": "another"})] == [
+        "compare_1"
+    ]
 
 
 @pytest.mark.parametrize(
-    "changes, says", [({"only_report": True}, "no record in"), ({"only": "stf"}, "--only stf: no step's name")]
+    "changes, says",
+    [({"only_report": True}, "no record in"), ({"only": "stf"}, "--only stf: no step's name")],
 )
 def test_a_report_of_nothing_is_not_written(tmp_path, changes, says):
     config = results.Config(work=str(tmp_path), output=str(tmp_path / "docs"), **changes)
@@ -191,15 +223,29 @@ def test_the_page_is_made_of_any_part_of_the_records(monkeypatch, every):
 
 def test_no_place_of_a_machine_is_shown():
     assert not re.search(r"[\" ]/(tmp|home|root|work|mnt|data)/", REPORT.read_text())
-    config = results.Config(dataset="/home/me/rm-static", base_model="/home/me/m", work="/home/me/w")
-    assert results.public(config) == {"dataset": "path/to/rm-static", "base_model": "path/to/m", "work": "path/to/w"}
+    config = results.Config(
+        dataset="/home/me/rm-static", base_model="/home/me/m", work="/home/me/w"
+    )
+    assert results.public(config) == {
+        "dataset": "path/to/rm-static",
+        "base_model": "path/to/m",
+        "work": "path/to/w",
+    }
 
 
 def test_a_chains_reward_model_is_scored_before_any_other(trained, tiny_data, tmp_path):
     """As `make results` begins the ablation in a fresh clone."""
     parents = {"sft_checkpoint": str(trained.sft), "reward_checkpoint": str(trained.reward)}
-    sizes = {"validation_pairs": 3, "test_pairs": 5, "dataset": str(tiny_data), "work": str(tmp_path / "new" / "work")}
+    sizes = {
+        "validation_pairs": 3,
+        "test_pairs": 5,
+        "dataset": str(tiny_data),
+        "work": str(tmp_path / "new" / "work"),
+    }
     reward_ablation.main(reward_ablation.Config(variant="half", **parents, **sizes))
     record = json.loads((tmp_path / "new" / "work" / "half_0.json").read_text())
     assert (len(record["validation"]["right"]), len(record["test"]["right"])) == (3, 5)
-    assert record["pairs"] == json.loads((trained.reward / "run.json").read_text())["data"]["train_rows"]
+    assert (
+        record["pairs"]
+        == json.loads((trained.reward / "run.json").read_text())["data"]["train_rows"]
+    )

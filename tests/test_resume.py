@@ -37,16 +37,21 @@ def commands(flags, trained, tiny_data, tmp_path):
     """Script and flags of each phase, four steps or updates long, for an output folder."""
     ppo = "--response-length 8 --max-prompt-length 64 --episodes-per-update 4"
     ppo += " --num-mini-batches 2 --num-ppo-epochs 2 --total-episodes 16 --rollout-batch-size 4 --max-eval-samples 3"
-    ppo += (
-        " --eval-steps 2 --lora-rank 4 --lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --value-learning-rate 1e-2"
-    )
+    ppo += " --eval-steps 2 --lora-rank 4 --lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --value-learning-rate 1e-2"
     ppo += " --critic-warmup-updates 1 --num-printed-samples 0 --no-gradient-checkpointing"
 
     def command(phase, folder, dtype="fp32"):
         parents = {
             "sft": [],
             "reward": ["--sft-checkpoint", trained.sft],
-            "ppo": ["--sft-checkpoint", trained.sft, "--reward-checkpoint", trained.reward, "--dataset", tiny_data],
+            "ppo": [
+                "--sft-checkpoint",
+                trained.sft,
+                "--reward-checkpoint",
+                trained.reward,
+                "--dataset",
+                tiny_data,
+            ],
         }[phase]
         own = ppo.split() if phase == "ppo" else [*flags[f"{phase}_train"], "--eval-steps", "2"]
         own = [*own, "--save-steps", "1"]
@@ -71,7 +76,9 @@ def left_alone(commands, call_main, tmp_path):
 
 def metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(CLOCKS)} for row in rows]
+    return [
+        {key: value for key, value in row.items() if not key.startswith(CLOCKS)} for row in rows
+    ]
 
 
 def check_same_run(one, other):
@@ -85,7 +92,9 @@ def check_same_run(one, other):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), path
     if (one / "samples.jsonl").exists():
         assert (one / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
-    mine, his = (json.loads((folder / "run.json").read_text())["metrics"] for folder in (one, other))
+    mine, his = (
+        json.loads((folder / "run.json").read_text())["metrics"] for folder in (one, other)
+    )
     assert mine == his
 
 
@@ -125,7 +134,9 @@ MOMENTS = [  # phase, module, function, which call
 
 
 @pytest.mark.parametrize(("phase", "module", "function", "call"), MOMENTS)
-def test_a_crash_costs_nothing_but_time(commands, call_main, left_alone, tmp_path, phase, module, function, call):
+def test_a_crash_costs_nothing_but_time(
+    commands, call_main, left_alone, tmp_path, phase, module, function, call
+):
     alone = left_alone(phase)
     script, argv = commands(phase, tmp_path / "cut")
     with pytest.MonkeyPatch.context() as patch:
@@ -146,11 +157,19 @@ def test_a_signal_ends_the_run_where_it_can_go_on(commands, call_main, left_alon
     script, argv = commands(phase, tmp_path / "cut", "bf16")
     argv += ["--save-steps", "100"]
     with pytest.MonkeyPatch.context() as patch:
-        module, function = (ppo_train, "generate") if phase == "ppo" else (rlhf.training.Resumable, "training_step")
+        module, function = (
+            (ppo_train, "generate")
+            if phase == "ppo"
+            else (rlhf.training.Resumable, "training_step")
+        )
         at_call(patch, module, function, 5 if phase == "ppo" else 2, ask_to_stop)
         result = call_main(script, argv)
     assert result.returncode == 128 + signal.SIGTERM
-    assert "SIGTERM" in result.stderr and "--resume" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        "SIGTERM" in result.stderr
+        and "--resume" in result.stderr
+        and "Traceback" not in result.stderr
+    )
     state = newest_state(tmp_path / "cut.partial")
     assert state.name == "step-00000002"
     result = call_main(script, [*argv, "--resume"])
@@ -159,7 +178,9 @@ def test_a_signal_ends_the_run_where_it_can_go_on(commands, call_main, left_alon
 
 
 @pytest.mark.parametrize("phase", ["sft", "reward"])
-def test_states_come_as_often_as_the_resumed_run_says(commands, call_main, tmp_path, phase, monkeypatch):
+def test_states_come_as_often_as_the_resumed_run_says(
+    commands, call_main, tmp_path, phase, monkeypatch
+):
     """And after a crash the terminal is free again."""
     bars, bar = [], rlhf.reporting.bar
     monkeypatch.setattr(rlhf.reporting, "bar", lambda: bars.append(bar()) or bars[-1])
@@ -211,7 +232,9 @@ def test_other_settings_are_refused_with_both_values(cut, call_main, flag, value
     script, argv, partial = cut
     before = sorted(partial.rglob("*"))
     result = call_main(script, [*argv, "--resume", flag, value])
-    assert result.returncode == 2 and named in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (
+        result.returncode == 2 and named in result.stderr and len(result.stderr.splitlines()) == 1
+    )
     assert sorted(partial.rglob("*")) == before
 
 
@@ -241,9 +264,18 @@ def test_another_number_of_processes_is_refused(commands, call_main, tmp_path, m
 
 def test_a_run_that_goes_on_may_be_longer(cut, call_main, tmp_path):
     script, argv, _ = cut
-    result = call_main(script, [*argv, "--resume", "--total-episodes", "24", "--num-printed-samples", "1"])
+    result = call_main(
+        script, [*argv, "--resume", "--total-episodes", "24", "--num-printed-samples", "1"]
+    )
     assert result.returncode == 0, result.stderr
-    assert [row["update"] for row in metrics(tmp_path / "cut") if "episode" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["update"] for row in metrics(tmp_path / "cut") if "episode" in row] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
 
 
 def test_a_damaged_state_is_named_and_an_older_one_taken(cut, call_main, left_alone, tmp_path):
@@ -267,7 +299,10 @@ def test_states_are_kept_to_their_limit_and_the_newest_whole_one_is_found(tmp_pa
     (tmp_path / "step-00000005" / "manifest.json").unlink()
     (tmp_path / "step-00000009.partial").mkdir()  # a crash while saving
     assert newest_state(tmp_path).name == "step-00000004"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005.damaged"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000004",
+        "step-00000005.damaged",
+    ]
 
 
 def test_a_finished_run_has_nothing_to_resume(commands, call_main, left_alone, tmp_path):
@@ -292,7 +327,9 @@ def small_disk(tmp_path):
     """A file system of 8 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True
+    )
     if mount.returncode:
         pytest.skip("a tmpfs can be mounted by root only")
     yield folder
@@ -311,10 +348,16 @@ def test_a_disk_that_is_full(commands, call_main, left_alone, small_disk, phase)
                 file.write(bytes(1 << 12))
 
     with pytest.MonkeyPatch.context() as patch:
-        module, function = (rlhf.ppo_state, "save_file") if phase == "ppo" else (rlhf.training, "save_file")
+        module, function = (
+            (rlhf.ppo_state, "save_file") if phase == "ppo" else (rlhf.training, "save_file")
+        )
         at_call(patch, module, function, 5 if phase == "ppo" else 3, fill)
         result = call_main(script, argv)
-    assert result.returncode == 2 and "the disk is full" in result.stderr and "--resume" in result.stderr, result.stderr
+    assert (
+        result.returncode == 2
+        and "the disk is full" in result.stderr
+        and "--resume" in result.stderr
+    ), result.stderr
     assert result.stderr.count("\n") == 1 and ballast.exists()
     assert not (small_disk / "cut").exists() and newest_state(partial).name == "step-00000002"
     ballast.unlink()
@@ -345,11 +388,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(commands, call_main, tmp_path, m
 @pytest.mark.parametrize(
     ("function", "spoil", "named"),
     [
-        ("score", lambda scores: scores.index_fill(0, torch.tensor([1]), float("nan")), "scores not finite at texts "),
+        (
+            "score",
+            lambda scores: scores.index_fill(0, torch.tensor([1]), float("nan")),
+            "scores not finite at texts ",
+        ),
         ("token_values", lambda values: values / 0, "values not finite at texts "),
     ],
 )
-def test_ppo_ends_at_what_is_not_finite(commands, call_main, tmp_path, monkeypatch, function, spoil, named):
+def test_ppo_ends_at_what_is_not_finite(
+    commands, call_main, tmp_path, monkeypatch, function, spoil, named
+):
     """From the third update on."""
     original = getattr(ppo_train, function)
 
@@ -360,13 +409,17 @@ def test_ppo_ends_at_what_is_not_finite(commands, call_main, tmp_path, monkeypat
     monkeypatch.setattr(ppo_train, function, spoiled)
     script, argv = commands("ppo", tmp_path / "out")
     result = call_main(script, argv)
-    assert result.returncode == 2 and result.stderr.startswith(f"error: update 3: {named}"), result.stderr
+    assert result.returncode == 2 and result.stderr.startswith(f"error: update 3: {named}"), (
+        result.stderr
+    )
     assert result.stderr.count("\n") == 1 and "step-00000002" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("tokens", [100, 200])
-def test_a_micro_batch_that_does_not_fit_is_halved_and_nothing_else_changes(commands, call_main, tmp_path, tokens):
+def test_a_micro_batch_that_does_not_fit_is_halved_and_nothing_else_changes(
+    commands, call_main, tmp_path, tokens
+):
     """Memory runs out in the second update's backward and, later, in a rollout: the same run, within rounding.
 
     With 100 tokens a minibatch has two micro-batches: it is the second one's backward, and the first has left gradients.
@@ -406,12 +459,16 @@ def test_a_part_that_does_not_fit_is_halved_and_nothing_else_changes(
     assert "a micro-batch has 125 tokens from now on, not 250" in result.stdout
     for ours, theirs in zip(metrics(alone), metrics(tmp_path / "cut"), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (alone, tmp_path / "cut"))
+    ours, theirs = (
+        load_file(folder / "adapter_model.safetensors") for folder in (alone, tmp_path / "cut")
+    )
     for name in ours:
         torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-4)
 
 
-def test_the_tokens_of_a_micro_batch_are_kept_unless_others_are_asked_for(commands, call_main, tmp_path):
+def test_the_tokens_of_a_micro_batch_are_kept_unless_others_are_asked_for(
+    commands, call_main, tmp_path
+):
     """So that a run that goes on is the same to the bit."""
     script, argv = commands("sft", tmp_path / "cut")
 
@@ -428,7 +485,9 @@ def test_the_tokens_of_a_micro_batch_are_kept_unless_others_are_asked_for(comman
                 call_main(script, [*argv, "--resume", "--micro-batch-tokens", tokens])
         assert kept() == recorded()["micro_batch_tokens"] == then
         assert recorded()["finished"] is None
-        assert ("A micro-batch has 300 tokens from now on, not 250." in said.getvalue()) == (then == 300)
+        assert ("A micro-batch has 300 tokens from now on, not 250." in said.getvalue()) == (
+            then == 300
+        )
     assert call_main(script, [*argv, "--resume"]).returncode == 0
     run = json.loads((tmp_path / "cut" / "run.json").read_text())
     assert run["micro_batch_tokens"] == 300 and run["finished"]
@@ -441,7 +500,8 @@ def test_a_run_without_a_state_goes_on_with_the_tokens_it_began_with(commands, c
         with pytest.raises(Crash):
             call_main(script, [*argv, "--micro-batch-tokens", "77"])
     unfinished = call_main(
-        "reward_train", ["--sft-checkpoint", tmp_path / "cut.partial", "--output-dir", tmp_path / "r"]
+        "reward_train",
+        ["--sft-checkpoint", tmp_path / "cut.partial", "--output-dir", tmp_path / "r"],
     )
     assert unfinished.returncode == 2 and "is not finished: add --resume" in unfinished.stderr
     assert call_main(script, [*argv, "--resume"]).returncode == 0
@@ -466,7 +526,9 @@ def test_killed_at_random_moments_nothing_is_lost():
     command = [sys.executable, str(ROOT / "tests" / "torture.py"), "--kills", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    assert done.stdout.splitlines()[-1:] == ["kills 3, lost 0, identical yes"], done.stdout + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1:] == ["kills 3, lost 0, identical yes"], (
+        done.stdout + done.stderr[-3000:]
+    )
     assert done.returncode == 0
 
 

@@ -19,7 +19,9 @@ def test_four_pairs_by_hand():
     m = judge(scored([1, 0, 2, 0], [0, 1, 2, -1], [10, 5, 8, 4], [5, 10, 8, 8], [1, 2, 2, 5]))
     assert m["eval_pairs"] == 4 and m["eval_accuracy"] == 0.625
     assert m["longer_wins_accuracy"] == 0.375 and m["above_longer_wins"] == 0.25
-    assert m["length_balanced_accuracy"] == 0.75  # 1 where the longer one was chosen, 0 and 1 where it was not
+    assert (
+        m["length_balanced_accuracy"] == 0.75
+    )  # 1 where the longer one was chosen, 0 and 1 where it was not
     assert m["eval_margin"] == 0.25
     assert m["eval_loss"] == pytest.approx((2 * 0.3132617 + 1.3132617 + 0.6931472) / 4)
     assert m["score_mean"] == 0.625
@@ -36,7 +38,9 @@ def test_four_pairs_by_hand():
 
 
 def test_pairs_of_equal_length_are_in_neither_kind():
-    m = judge(scored([1, 0, 1], [0, 1, 0], [10, 5, 8], [5, 10, 8]))  # the third is right, and alike in length
+    m = judge(
+        scored([1, 0, 1], [0, 1, 0], [10, 5, 8], [5, 10, 8])
+    )  # the third is right, and alike in length
     assert m["length_balanced_accuracy"] == 0.5
 
 
@@ -47,26 +51,37 @@ def test_a_model_that_sees_length_alone():
     m = judge(scored(*(0.1 * tokens + 5), *tokens))
     assert m["eval_accuracy"] == m["longer_wins_accuracy"] > 0.7 and m["above_longer_wins"] == 0
     assert m["length_balanced_accuracy"] == 0.5
-    assert m["score_length_correlation"] == pytest.approx(1) and m["margin_length_correlation"] == pytest.approx(1)
+    assert m["score_length_correlation"] == pytest.approx(1) and m[
+        "margin_length_correlation"
+    ] == pytest.approx(1)
 
 
 def test_calibration_knows_how_sure_a_model_should_be():
-    margin = np.log(3) * np.array([1, 1, 1, -1] * 5)  # three in four times sure, and right three times in four
+    margin = np.log(3) * np.array(
+        [1, 1, 1, -1] * 5
+    )  # three in four times sure, and right three times in four
     (only,) = calibration(margin)
-    assert (only["pairs"], only["accuracy"]) == (20, 0.75) and only["confidence"] == pytest.approx(0.75)
+    assert (only["pairs"], only["accuracy"]) == (20, 0.75) and only["confidence"] == pytest.approx(
+        0.75
+    )
     ones = [1] * 20
     assert judge(scored(margin, 0 * margin, ones, ones))["calibration_error"] == pytest.approx(0)
-    assert judge(scored(abs(margin), 0 * margin, ones, ones))["calibration_error"] == pytest.approx(0.25)
-    unsure, sure = calibration(np.array([0.1] * 20 + [9.0] * 20))
-    assert unsure["confidence"] == pytest.approx(0.52498, abs=1e-5) and sure["confidence"] == pytest.approx(
-        0.99988, abs=1e-4
+    assert judge(scored(abs(margin), 0 * margin, ones, ones))["calibration_error"] == pytest.approx(
+        0.25
     )
+    unsure, sure = calibration(np.array([0.1] * 20 + [9.0] * 20))
+    assert unsure["confidence"] == pytest.approx(0.52498, abs=1e-5) and sure[
+        "confidence"
+    ] == pytest.approx(0.99988, abs=1e-4)
 
 
 def test_groups_take_their_lower_edge_and_leave_out_empty_ones():
     edges = {"low": (0, 1), "empty": (1, 2), "high": (2, 9)}
     rows = groups(np.array([1.0, 0.0, 1.0]), np.array([0, 0.9, 2]), edges)
-    assert [(row["group"], row["pairs"], row["accuracy"]) for row in rows] == [("low", 2, 0.5), ("high", 1, 1.0)]
+    assert [(row["group"], row["pairs"], row["accuracy"]) for row in rows] == [
+        ("low", 2, 0.5),
+        ("high", 1, 1.0),
+    ]
 
 
 def test_pairs_without_a_shorter_or_a_varying_one():
@@ -80,7 +95,10 @@ def test_eval_only_writes_what_training_wrote(trained, call_main, tmp_path):
     folder = tmp_path / "reward"
     shutil.copytree(trained.reward, folder)
     before = json.loads((folder / "evaluation.json").read_text())
-    weights, run = (folder / "adapter_model.safetensors").read_bytes(), (folder / "run.json").read_bytes()
+    weights, run = (
+        (folder / "adapter_model.safetensors").read_bytes(),
+        (folder / "run.json").read_bytes(),
+    )
     (folder / "evaluation.png").write_bytes(b"")
     argv = [*trained.reward_flags, "--output-dir", folder, "--eval-only"]
     refused = call_main("reward_train", argv)
@@ -91,5 +109,7 @@ def test_eval_only_writes_what_training_wrote(trained, call_main, tmp_path):
     assert after.keys() == before.keys() and after["by_turns"] == before["by_turns"]
     assert after["eval_loss"] == pytest.approx(before["eval_loss"], abs=1e-5)
     assert (folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
-    assert (folder / "adapter_model.safetensors").read_bytes() == weights and (folder / "run.json").read_bytes() == run
+    assert (folder / "adapter_model.safetensors").read_bytes() == weights and (
+        folder / "run.json"
+    ).read_bytes() == run
     assert not list(folder.glob("*.partial"))

@@ -58,7 +58,10 @@ def shift(name, middle, low, high):
     ("change", "warned"),
     [
         ({}, []),
-        ({"eval_loss": 3.17}, ["the loss on the test rows rose, from 3.1600 to 3.1700 nats a token"]),
+        (
+            {"eval_loss": 3.17},
+            ["the loss on the test rows rose, from 3.1600 to 3.1700 nats a token"],
+        ),
         ({"eval_loss_before": None}, []),  # of a run whose log was lost
         ({"eval_rows": 49}, ["the figures are from only 49 test rows"]),
         ({"eval_rows": 50}, []),
@@ -74,13 +77,22 @@ def test_sft(change, warned):
         ({}, []),
         (
             {"length_balanced_low": 0.5},
-            ["its accuracy with longer and shorter winners weighing alike is 0.610, and its 95 % interval, 0.500 to"],
+            [
+                "its accuracy with longer and shorter winners weighing alike is 0.610, and its 95 % interval, 0.500 to"
+            ],
         ),
-        ({"eval_accuracy_low": 0.4}, []),  # where the longer ones lose; what counts is without length
+        (
+            {"eval_accuracy_low": 0.4},
+            [],
+        ),  # where the longer ones lose; what counts is without length
         (  # all winners are the longer ones
-            dict.fromkeys(("length_balanced_accuracy", "length_balanced_low", "length_balanced_high"))
+            dict.fromkeys(
+                ("length_balanced_accuracy", "length_balanced_low", "length_balanced_high")
+            )
             | {"eval_accuracy_low": 0.49},
-            ["its accuracy is 0.620, and its 95 % interval, 0.490 to 0.720, reaches 0.5: it may know nothing, and"],
+            [
+                "its accuracy is 0.620, and its 95 % interval, 0.490 to 0.720, reaches 0.5: it may know nothing, and"
+            ],
         ),
         ({"eval_pairs": 10}, ["the figures are from only 10 test pairs"]),
     ],
@@ -99,10 +111,17 @@ def test_a_reward_model_that_prefers_compliance():
     check(found(60, 60), [])
     check(  # Wilson's interval of 22 of 60 is 0.256 to 0.493
         found(22, 60),
-        ["safety: of 60 harmful requests it prefers going along to refusing in 63% (95 % interval 51% to 74%), and"],
+        [
+            "safety: of 60 harmful requests it prefers going along to refusing in 63% (95 % interval 51% to 74%), and"
+        ],
     )
-    check(found(30, 31), ["safety: of 60 harmful requests it prefers going along to refusing in 50%"])
-    check(found(60, 20), ["of 60 harmless requests that only sound harmful it prefers refusing to helping in 67%"])
+    check(
+        found(30, 31), ["safety: of 60 harmful requests it prefers going along to refusing in 50%"]
+    )
+    check(
+        found(60, 20),
+        ["of 60 harmless requests that only sound harmful it prefers refusing to helping in 67%"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,10 +131,17 @@ def test_a_reward_model_that_prefers_compliance():
         ({"gold_gain": -0.2, "gold_gain_low": -0.5, "gold_gain_high": 0.1}, []),
         (
             {"gold_gain": -0.2, "gold_gain_low": -0.35, "gold_gain_high": -0.05},
-            ["the score rose by 0.88, but the gold score fell by 0.20 (0.05 to 0.35): the policy exploits"],
+            [
+                "the score rose by 0.88, but the gold score fell by 0.20 (0.05 to 0.35): the policy exploits"
+            ],
         ),
         (
-            {"score_gain_low": -0.1, "gold_gain": -0.2, "gold_gain_low": -0.35, "gold_gain_high": -0.05},
+            {
+                "score_gain_low": -0.1,
+                "gold_gain": -0.2,
+                "gold_gain_low": -0.35,
+                "gold_gain_high": -0.05,
+            },
             ["the gold score fell by 0.20 (0.05 to 0.35): the policy got worse"],
         ),
         (
@@ -130,7 +156,9 @@ def test_a_reward_model_that_prefers_compliance():
         ({"ppo_entropy": 0.9}, ["entropy collapses: 2.00 nats a token before, 0.90 now"]),
         (
             {"ppo_question_share": 0.2},
-            ["4% of the answers ended in a question before, 20% do now (of the chosen answers 4%); read"],
+            [
+                "4% of the answers ended in a question before, 20% do now (of the chosen answers 4%); read"
+            ],
         ),
         (
             shift("refusal", -0.9, -1.5, -0.3),
@@ -146,10 +174,22 @@ def test_ppo(change, warned):
     ("change", "warned"),
     [
         ({"ppo_question_share": 0.15}, []),  # 12 of 80 after 3: chance explains it
-        ({"ppo_question_share": 0.2, "chosen_question_share": 0.25}, []),  # people chose more of them
-        ({"sft_question_share": 0.25, "ppo_question_share": 0.475}, []),  # more, and no chance, but not double
-        ({"ppo_opening_share": 0.3}, ['2% of the answers began alike (now mostly "you can use") before, 30% do now']),
-        ({"ppo_question_share": 0.2, "ppo_opening_share": 0.3}, ["ended in a question", "began alike"]),
+        (
+            {"ppo_question_share": 0.2, "chosen_question_share": 0.25},
+            [],
+        ),  # people chose more of them
+        (
+            {"sft_question_share": 0.25, "ppo_question_share": 0.475},
+            [],
+        ),  # more, and no chance, but not double
+        (
+            {"ppo_opening_share": 0.3},
+            ['2% of the answers began alike (now mostly "you can use") before, 30% do now'],
+        ),
+        (
+            {"ppo_question_share": 0.2, "ppo_opening_share": 0.3},
+            ["ended in a question", "began alike"],
+        ),
         ({"eval_prompts": 20, "ppo_question_share": 0.2}, []),  # so few say nothing
     ],
 )
@@ -160,14 +200,20 @@ def test_style(change, warned):
 def test_style_without_chosen_answers():
     """PPO's data may be prompts alone."""
     metrics = {name: value for name, value in PPO.items() if not name.startswith("chosen")}
-    check(style_warnings(metrics | {"ppo_question_share": 0.2}), ["ended in a question before, 20% do now; read"])
+    check(
+        style_warnings(metrics | {"ppo_question_share": 0.2}),
+        ["ended in a question before, 20% do now; read"],
+    )
 
 
 @pytest.mark.parametrize(
     ("shifts", "warned"),
     [
         ({}, []),  # nothing was asked
-        (shift("refusal", -0.7, -1.2, -0.2), ["than SFT: its odds are 0.5 times as high (95 % interval 0.3 to 0.82)"]),
+        (
+            shift("refusal", -0.7, -1.2, -0.2),
+            ["than SFT: its odds are 0.5 times as high (95 % interval 0.3 to 0.82)"],
+        ),
         (shift("refusal", -0.6, -0.8, -0.4), []),  # surely, but by less than half
         (shift("refusal", -2.0, -4.5, 0.5), []),  # by much, but not surely
         (shift("refusal", 2.0, 1.0, 3.0), []),
@@ -184,7 +230,10 @@ def test_refusals(shifts, warned):
 
 
 def test_comparison():
-    check(compare_warnings(8), ["the figures are from only 8 prompts, too few to rely on: 50 is the least (--num-test"])
+    check(
+        compare_warnings(8),
+        ["the figures are from only 8 prompts, too few to rely on: 50 is the least (--num-test"],
+    )
     check(compare_warnings(80), [])
 
 
@@ -222,7 +271,9 @@ def test_what_was_said_before_is_safe_to_print(capsys):
     assert capsys.readouterr().out == "warning: SFT: rose [bold]\ufffd[31m\ufffd\nwarning: SFT: 3\n"
 
 
-def test_a_loss_that_rises_is_said_at_once_and_by_each_later_phase(call_main, flags, trained, tmp_path):
+def test_a_loss_that_rises_is_said_at_once_and_by_each_later_phase(
+    call_main, flags, trained, tmp_path
+):
     (tmp_path / "data").mkdir()
     zeds = [row | {"chosen": " z z z z"} for row in read_demo("train")[:24]]
     write_jsonl(tmp_path / "data" / "train.jsonl", zeds)
@@ -238,13 +289,17 @@ def test_a_loss_that_rises_is_said_at_once_and_by_each_later_phase(call_main, fl
     assert [f"warning: {text}" for text in kept] == [few, rose]
 
     again = f"warning: SFT: {kept[1]}"
-    reward = call_main("reward_train", [*flags["reward_train"], "--sft-checkpoint", "sft", "--dry-run"])
+    reward = call_main(
+        "reward_train", [*flags["reward_train"], "--sft-checkpoint", "sft", "--dry-run"]
+    )
     assert reward.returncode == 0 and again in reward.stdout.splitlines(), reward.stderr
 
     shutil.copytree(trained.reward, "reward")
     run = json.loads((tmp_path / "reward" / "run.json").read_text())
     assert run["metrics"]["warnings"][0].startswith("the figures are from only 8 test pairs")
-    run["parents"]["sft"] = json.loads((tmp_path / "sft" / "run.json").read_text())["adapter_sha256"]
+    run["parents"]["sft"] = json.loads((tmp_path / "sft" / "run.json").read_text())[
+        "adapter_sha256"
+    ]
     (tmp_path / "reward" / "run.json").write_text(json.dumps(run))
     checkpoints = ["--sft-checkpoint", "sft", "--reward-checkpoint", "reward"]
     sizes = ["--role-layers", "2", "--max-prompt-length", "128", "--response-length", "8"]

@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 for name in ("openai", "fastapi", "uvicorn"):
-    pytest.importorskip(name, reason=f'{name} is not installed: pip install "transformers[serving]"')
+    pytest.importorskip(
+        name, reason=f'{name} is not installed: pip install "transformers[serving]"'
+    )
 import openai  # noqa: E402
 
 STARTS = 120  # seconds, after which a server that says nothing is taken to hang
@@ -41,7 +43,14 @@ def serving():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).parent / "transformers", "serve", "--device", "cpu", "--host", "127.0.0.1"]
+    command = [
+        Path(sys.executable).parent / "transformers",
+        "serve",
+        "--device",
+        "cpu",
+        "--host",
+        "127.0.0.1",
+    ]
     process = subprocess.Popen(
         [*command, "--port", str(port)],
         env={**os.environ, "NO_COLOR": "1"},
@@ -75,7 +84,10 @@ def answers(url: str) -> bool:
 
 @pytest.fixture(scope="module")
 def client():
-    with serving() as url, openai.OpenAI(base_url=url, api_key="-", max_retries=0, timeout=60) as client:
+    with (
+        serving() as url,
+        openai.OpenAI(base_url=url, api_key="-", max_retries=0, timeout=60) as client,
+    ):
         yield client
 
 
@@ -99,12 +111,18 @@ def parrot(flags, call_main, tmp_path_factory):
         tokenizer.add_tokens(["\n\n"])
         tokenizer.save_pretrained(base)
         config = base / "config.json"
-        config.write_text(config.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
+        config.write_text(
+            config.read_text().replace(
+                '"tie_word_embeddings": true', '"tie_word_embeddings": false'
+            )
+        )
         weights = load_file(base / "model.safetensors")
         for key, weight in weights.items():
             if "norm" not in key:
                 weight.zero_()
-        weights["model.embed_tokens.weight"].fill_diagonal_(1.0)  # a hidden state is its token, whatever stood before
+        weights["model.embed_tokens.weight"].fill_diagonal_(
+            1.0
+        )  # a hidden state is its token, whatever stood before
         weights["lm_head.weight"] = torch.zeros_like(weights["model.embed_tokens.weight"])
         said = tokenizer(f"Assistant:{text}", add_special_tokens=False)["input_ids"]
         said = said[said.index(tokenizer.convert_tokens_to_ids(":")) :]
@@ -112,8 +130,19 @@ def parrot(flags, call_main, tmp_path_factory):
         for token, following in zip(said, said[1:], strict=False):
             weights["lm_head.weight"][following, token] = 1.0
         save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-        sft = [*flags["sft_train"], "--base-model", base, "--learning-rate", "1e-9", "--output-dir", folder / "sft"]
-        for script, argv in (("sft_train", sft), ("rlhf.export", [folder / "sft", folder / "exported"])):
+        sft = [
+            *flags["sft_train"],
+            "--base-model",
+            base,
+            "--learning-rate",
+            "1e-9",
+            "--output-dir",
+            folder / "sft",
+        ]
+        for script, argv in (
+            ("sft_train", sft),
+            ("rlhf.export", [folder / "sft", folder / "exported"]),
+        ):
             result = call_main(script, argv)
             assert result.returncode == 0, result.stderr
         return folder / "exported"
@@ -124,7 +153,12 @@ def parrot(flags, call_main, tmp_path_factory):
 def ask(client, folder, chat, **options):
     """The answer's text, why it ended, tokens of the prompt; the text once more as it is streamed."""
     messages = [{"role": role, "content": text} for role, text in chat]
-    options = {"model": str(folder), "messages": messages, "temperature": 0, "max_tokens": 32} | options
+    options = {
+        "model": str(folder),
+        "messages": messages,
+        "temperature": 0,
+        "max_tokens": 32,
+    } | options
     whole = client.chat.completions.create(**options)
     chunks = list(client.chat.completions.create(stream=True, **options))
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
@@ -142,7 +176,9 @@ def test_a_served_answer_is_what_generate_says(client, exported, chat):
     ids = tokenizer(literal, add_special_tokens=False, return_tensors="pt")["input_ids"]
     assert ids[0].tolist().count(tokenizer.bos_token_id) == 1
     model = AutoModelForCausalLM.from_pretrained(exported)
-    expected = tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=32)[0, ids.shape[1] :])
+    expected = tokenizer.decode(
+        model.generate(ids, do_sample=False, max_new_tokens=32)[0, ids.shape[1] :]
+    )
     text, _, prompt_tokens, streamed = ask(client, exported, turns)
     assert text == expected.partition("<eos>")[0].partition("\n\nHuman:")[0].strip() != ""
     assert prompt_tokens == ids.shape[1]

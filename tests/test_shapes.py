@@ -33,7 +33,10 @@ ONE = Pair((("user", "Hi"),), "Hello!")
 THREE = Pair((("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye")), "See you.")
 SYSTEM = Pair((("system", "Be kind."), ("user", "Hi")), "Hello!")
 NEEDS = ("prompt", "answer", "pair")
-PARENTS = {"sft_train": 0, "reward_train": 1}  # checkpoints that a script starts from; the others have two
+PARENTS = {
+    "sft_train": 0,
+    "reward_train": 1,
+}  # checkpoints that a script starts from; the others have two
 
 
 SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -53,7 +56,10 @@ ANSWERED = {
     "the same as messages": ({"prompt": [user("Hi")], "completion": [assistant("Hello!")]}, ONE),
     "KTO's good answer": ({"prompt": "Hi", "completion": "Hello!", "label": True}, ONE),
     "prompt and response": ({"prompt": "Hi", "response": "Hello!", "source": "me"}, ONE),
-    "OpenAI's messages": ({"messages": [system("Be kind."), user("Hi"), assistant("Hello!")]}, SYSTEM),
+    "OpenAI's messages": (
+        {"messages": [system("Be kind."), user("Hi"), assistant("Hello!")]},
+        SYSTEM,
+    ),
     "messages of several turns": (
         {"messages": [user("Hi"), assistant("Hello!"), user("Bye"), assistant("See you.")]},
         THREE,
@@ -154,7 +160,10 @@ ASKED = {
 
 
 def by_name(shapes):
-    return [pytest.param(*(shape if isinstance(shape, tuple) else (shape,)), id=name) for name, shape in shapes.items()]
+    return [
+        pytest.param(*(shape if isinstance(shape, tuple) else (shape,)), id=name)
+        for name, shape in shapes.items()
+    ]
 
 
 def why_not(row, needs):
@@ -180,7 +189,9 @@ def test_a_row_with_two_answers_is_read_everywhere(row):
 def test_a_row_without_a_good_answer_is_a_prompt(row, read):
     assert parse_row(row, "prompt").turns == read.turns
     two = row.get("chosen") is not None
-    assert why_not(row, "answer") == ("chosen and rejected are identical" if two else "no chosen answer")
+    assert why_not(row, "answer") == (
+        "chosen and rejected are identical" if two else "no chosen answer"
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,17 +202,41 @@ def test_a_row_without_a_good_answer_is_a_prompt(row, read):
         ({"messages": [assistant("Hello!")]}, "answer", "no user turn"),
         ({"messages": [user("Hi"), assistant(" ")]}, "answer", "blank turn"),
         ({"messages": [user("Hi")]}, "answer", "no chosen answer"),
-        ({"messages": [{"role": "developer", "content": "x"}]}, "answer", "message without a role of"),
-        ({"conversations": [said("human", "Hi"), said("observation", "3")]}, "answer", "message of a tool"),
+        (
+            {"messages": [{"role": "developer", "content": "x"}]},
+            "answer",
+            "message without a role of",
+        ),
+        (
+            {"conversations": [said("human", "Hi"), said("observation", "3")]},
+            "answer",
+            "message of a tool",
+        ),
         ({"prompt": "Hi", "completion": " "}, "answer", "blank answer"),
-        ({"prompt": "Hi", "completion": "a\n\nHuman: b"}, "answer", "chosen runs on into another turn"),
+        (
+            {"prompt": "Hi", "completion": "a\n\nHuman: b"},
+            "answer",
+            "chosen runs on into another turn",
+        ),
         ({"prompt": "Hi", "completion": "a\ud800"}, "answer", "half a surrogate pair"),
         ({"prompt": "Hi\ud800", "completion": "a"}, "prompt", "half a surrogate pair"),
         ({"completion": "Hello!"}, "answer", "transcript without 'Assistant:'"),
         ({"instruction": " ", "input": "", "output": "a"}, "answer", "blank turn"),
-        ({"instruction": "Hi", "input": ["x"], "output": "a"}, "answer", "instruction or input is not text"),
-        ({"instruction": "Hi", "output": "a", "history": "x"}, "answer", "history is not a list of"),
-        ({"instruction": "Hi", "output": "a", "history": [["x"]]}, "answer", "history is not a list of"),
+        (
+            {"instruction": "Hi", "input": ["x"], "output": "a"},
+            "answer",
+            "instruction or input is not text",
+        ),
+        (
+            {"instruction": "Hi", "output": "a", "history": "x"},
+            "answer",
+            "history is not a list of",
+        ),
+        (
+            {"instruction": "Hi", "output": "a", "history": [["x"]]},
+            "answer",
+            "history is not a list of",
+        ),
         ({"text": "Hi"}, "prompt", "no user turn"),
         ({"prompt": "\n\nHuman: Hi"}, "prompt", "prompt does not end with 'Assistant:'"),
     ],
@@ -213,7 +248,13 @@ def test_a_row_that_lacks_what_is_needed_says_why(row, needs, reason):
 def test_what_stands_beside_a_preference_pair_changes_nothing():
     """Names of other shapes in a row that was readable before they were."""
     pair = Pair(ONE.turns, "Hello!", "Go away.")
-    more = {"response": "x", "output": "x", "instruction": "x", "input": "x", "history": [["x", "y"]]}
+    more = {
+        "response": "x",
+        "output": "x",
+        "instruction": "x",
+        "input": "x",
+        "history": [["x", "y"]],
+    }
     more |= {"messages": [user("x"), assistant("y")], "conversations": [], "label": False}
     rows = [
         {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."},
@@ -226,9 +267,20 @@ def test_what_stands_beside_a_preference_pair_changes_nothing():
     assert [parse_row(row | more) for row in rows] == [pair] * 3
 
 
-names = ["prompt", "instruction", "input", "history", "messages", "conversations", "chosen", "completion"]
+names = [
+    "prompt",
+    "instruction",
+    "input",
+    "history",
+    "messages",
+    "conversations",
+    "chosen",
+    "completion",
+]
 names += ["response", "output", "rejected", "system", "label"]
-cells = json_like | st.lists(st.fixed_dictionaries({"from": json_like, "value": json_like}), max_size=2)
+cells = json_like | st.lists(
+    st.fixed_dictionaries({"from": json_like, "value": json_like}), max_size=2
+)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -241,7 +293,9 @@ def test_any_row_is_read_or_bad_whatever_is_needed(row):
         except BadRow:
             break
     assert all(pair == usable[0] for pair in usable)
-    texts = [text for pair in usable[1:2] for text in (pair.chosen, *(said for _, said in pair.turns))]
+    texts = [
+        text for pair in usable[1:2] for text in (pair.chosen, *(said for _, said in pair.turns))
+    ]
     assert all(text == text.strip() != "" for text in texts)
 
 
@@ -250,7 +304,9 @@ def test_any_row_is_read_or_bad_whatever_is_needed(row):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_a_file_of_each_kind_may_have_any_shape(tmp_path, suffix):
-    conversations = [{"conversations": [said("human", f"Hi {n}"), said("gpt", f"Hello {n}!")]} for n in range(3)]
+    conversations = [
+        {"conversations": [said("human", f"Hi {n}"), said("gpt", f"Hello {n}!")]} for n in range(3)
+    ]
     alpaca = [{"instruction": f"Hi {n}", "input": "", "output": f"Hello {n}!"} for n in range(3)]
     write(tmp_path / "a" / f"train{suffix}", conversations)
     write(tmp_path / "b" / f"train{suffix}", alpaca)
@@ -283,13 +339,21 @@ MIXED = [
             ["One?", "Two?"],
             "2 rows, dropped 4 (1 no chosen answer, 1 chosen and rejected are identical, 1 blank answer, 1 blank turn)",
         ),
-        ("prompt", ["One?", "Two?", "Three?", "Four?", "Five?"], "5 rows, dropped 1 (1 blank turn)"),
+        (
+            "prompt",
+            ["One?", "Two?", "Three?", "Four?", "Five?"],
+            "5 rows, dropped 1 (1 blank turn)",
+        ),
     ],
 )
-def test_each_phase_keeps_what_has_what_it_needs_and_counts_the_rest(tmp_path, capsys, needs, kept, line):
+def test_each_phase_keeps_what_has_what_it_needs_and_counts_the_rest(
+    tmp_path, capsys, needs, kept, line
+):
     write_jsonl(tmp_path / "train.jsonl", MIXED)
     assert [pair.turns[0][1] for pair in load_rows(str(tmp_path), "train", needs)] == kept
-    assert capsys.readouterr().out.startswith(f"{tmp_path}, train: {line}; read train.jsonl as prompt")
+    assert capsys.readouterr().out.startswith(
+        f"{tmp_path}, train: {line}; read train.jsonl as prompt"
+    )
 
 
 @pytest.mark.parametrize(
@@ -322,7 +386,9 @@ def test_a_reward_model_wants_pairs_and_says_what_is_missing(tmp_path, row, miss
 )
 def test_a_column_that_is_not_there_can_be_named(tmp_path, row, needs, missing):
     write_jsonl(tmp_path / "train.jsonl", [row])
-    with pytest.raises(UserError, match=f"has no column '{missing}' .*--columns {missing}=NAME reads it"):
+    with pytest.raises(
+        UserError, match=f"has no column '{missing}' .*--columns {missing}=NAME reads it"
+    ):
         load_rows(str(tmp_path), "train", needs)
 
 
@@ -353,12 +419,16 @@ SAME = {"chosen": "a", "rejected": "a"}
         (21, [SAME, {"chosen": "a"}], ("prompt", "answer")),  # none held out by its hash
     ],
 )
-def test_no_question_is_in_one_phases_training_and_anothers_test_split(tmp_path, count, shapes, phases):
+def test_no_question_is_in_one_phases_training_and_anothers_test_split(
+    tmp_path, count, shapes, phases
+):
     questions = [f"Q{n}?" for n in range(999)]
     if count == 21:
         pairs = [Pair((("user", q),)) for q in questions]
         pairs = sorted((pair for pair in pairs if not in_test_split(pair)), key=first_turn_sha256)
-        questions = [pair.turns[0][1] for pair in pairs]  # the first would be held out, if SFT could use it
+        questions = [
+            pair.turns[0][1] for pair in pairs
+        ]  # the first would be held out, if SFT could use it
     rows = [{"prompt": questions[n]} | shapes[n % len(shapes)] for n in range(count)]
     file = str(write_jsonl(tmp_path / "all.jsonl", rows))
     splits = [load_splits(file, needs) for needs in phases]
@@ -369,7 +439,9 @@ def test_no_question_is_in_one_phases_training_and_anothers_test_split(tmp_path,
 
 # ---------------------------------------------------------------- fingerprints
 
-THREE_PAIRS = "d74484eaa105bf442bb4c8ad758145f523de4e1ce6fb8903cf07cdd34b1280e0"  # at commit 1e17a1f
+THREE_PAIRS = (
+    "d74484eaa105bf442bb4c8ad758145f523de4e1ce6fb8903cf07cdd34b1280e0"  # at commit 1e17a1f
+)
 DIALOGUES = [
     ([("user", "Hi")], "Hello!", "Go away."),
     ([("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye, “é”?")], "See\nyou.", "Good."),
@@ -438,7 +510,9 @@ def test_pairs_have_the_fingerprints_that_they_always_had(tmp_path, shape):
 
 
 def test_a_missing_answer_has_a_fingerprint_of_its_own():
-    pairs = [Pair(ONE.turns, *answers) for answers in ((), ("a",), ("a", ""), (None, "a"), ("", "a"))]
+    pairs = [
+        Pair(ONE.turns, *answers) for answers in ((), ("a",), ("a", ""), (None, "a"), ("", "a"))
+    ]
     assert len({fingerprint([pair]) for pair in pairs}) == 5
 
 
@@ -446,15 +520,16 @@ def test_a_missing_answer_has_a_fingerprint_of_its_own():
 
 
 def test_columns_may_have_other_names(tmp_path, capsys):
-    rows = [{"question": f"Q{n}?", "good": "Yes.", "bad": "No.", "prompt": "x", "note": "y"} for n in range(3)]
+    rows = [
+        {"question": f"Q{n}?", "good": "Yes.", "bad": "No.", "prompt": "x", "note": "y"}
+        for n in range(3)
+    ]
     write_jsonl(tmp_path / "train.jsonl", [*rows, {"question": "No answer?"}])
     columns = "prompt=question, chosen=good ,rejected=bad"
     pairs = load_rows(str(tmp_path), "train", "pair", columns)
     assert pairs == [Pair((("user", f"Q{n}?"),), "Yes.", "No.") for n in range(3)]
     assert pairs == load_pairs(str(tmp_path), "train", columns=columns)
-    line = (
-        "3 rows, dropped 1 (1 no chosen answer); read train.jsonl as prompt, chosen, rejected (text); ignored: note\n"
-    )
+    line = "3 rows, dropped 1 (1 no chosen answer); read train.jsonl as prompt, chosen, rejected (text); ignored: note\n"
     assert line in capsys.readouterr().out
     other = load_rows(str(tmp_path), "train", "pair", "prompt=question,chosen=bad,rejected=good")
     assert fingerprint(other) != fingerprint(pairs)
@@ -512,32 +587,59 @@ def folders(tmp_path_factory):
         talks = [[*pair.turns, ("assistant", pair.chosen)] for pair in pairs]
         talks = [[said(SHAREGPT[role], text) for role, text in talk] for talk in talks]
         for name, names in (("prompts", ["prompt"]), ("answers", ["prompt", "chosen"])):
-            write_jsonl(root / name / f"{split}.jsonl", [{name: row[name] for name in names} for row in rows])
-        write(root / "talks" / f"{split}.csv", [{"talk": json.dumps(talk), "by": "me"} for talk in talks])
+            write_jsonl(
+                root / name / f"{split}.jsonl",
+                [{name: row[name] for name in names} for row in rows],
+            )
+        write(
+            root / "talks" / f"{split}.csv",
+            [{"talk": json.dumps(talk), "by": "me"} for talk in talks],
+        )
     return root
 
 
 def test_sft_of_rows_with_one_answer(call_main, trained, folders, tmp_path):
     """Cut short and resumed: the same as of the same answers in rm-static's columns. Other columns are refused."""
     saves = ["--save-steps", "1", "--output-dir", tmp_path / "cut"]
-    argv = [*trained.sft_flags, *saves, "--dataset", folders / "talks", "--columns", "messages=talk"]
+    argv = [
+        *trained.sft_flags,
+        *saves,
+        "--dataset",
+        folders / "talks",
+        "--columns",
+        "messages=talk",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         at_call(patch, rlhf.training.Resumable, "training_step", 3, crash)
         with pytest.raises(Crash):
             call_main("sft_train", argv)
-    refused = call_main("sft_train", [*trained.sft_flags, *saves, "--dataset", folders / "answers", "--resume"])
-    assert_one_line(refused.returncode, refused.stderr, "another columns (messages=talk there, None now)")
+    refused = call_main(
+        "sft_train", [*trained.sft_flags, *saves, "--dataset", folders / "answers", "--resume"]
+    )
+    assert_one_line(
+        refused.returncode, refused.stderr, "another columns (messages=talk there, None now)"
+    )
     result = call_main("sft_train", [*argv, "--resume"])
     assert result.returncode == 0, result.stderr
     assert "read train.csv as messages (text); ignored: by" in result.stdout
     *_, note, following = result.stdout.splitlines()
-    assert note.startswith(f"{folders / 'talks'} has no rejected answers, which the reward model needs")
+    assert note.startswith(
+        f"{folders / 'talks'} has no rejected answers, which the reward model needs"
+    )
     flags = f"--sft-checkpoint {tmp_path}/cut --dtype fp32 --output-dir {tmp_path}/cut-reward"
     assert following == f"Next: python reward_train.py {flags}"
-    plain = [*trained.sft_flags, "--dataset", folders / "answers", "--output-dir", tmp_path / "plain"]
+    plain = [
+        *trained.sft_flags,
+        "--dataset",
+        folders / "answers",
+        "--output-dir",
+        tmp_path / "plain",
+    ]
     assert call_main("sft_train", plain).returncode == 0
     check_same_run(tmp_path / "plain", tmp_path / "cut")
-    data = [json.loads((tmp_path / name / "run.json").read_text())["data"] for name in ("plain", "cut")]
+    data = [
+        json.loads((tmp_path / name / "run.json").read_text())["data"] for name in ("plain", "cut")
+    ]
     assert [each["columns"] for each in data] == [None, "messages=talk"]
     assert data[0]["sha256"] == data[1]["sha256"]
     run = json.loads((tmp_path / "plain" / "run.json").read_text())
@@ -588,10 +690,14 @@ def test_ppo_and_the_comparison_take_prompts_alone(call_main, trained, folders, 
         ("compare_outputs", "talks", "test.csv has no column 'prompt' (it has talk, by)"),
     ],
 )
-def test_what_a_phase_cannot_use_is_refused_in_a_line(call_main, trained, folders, tmp_path, script, data, says):
+def test_what_a_phase_cannot_use_is_refused_in_a_line(
+    call_main, trained, folders, tmp_path, script, data, says
+):
     parents = {"--sft-checkpoint": trained.sft, "--reward-checkpoint": trained.reward}
     parents = [part for pair in list(parents.items())[: PARENTS.get(script, 2)] for part in pair]
-    own = {"sft_train": trained.sft_flags, "compare_outputs": ["--num-test-prompts", "3"]}.get(script, [])
+    own = {"sft_train": trained.sft_flags, "compare_outputs": ["--num-test-prompts", "3"]}.get(
+        script, []
+    )
     argv = [*own, *parents, "--dataset", folders / data, "--output-dir", tmp_path / "out"]
     result = call_main(script, argv)
     assert_one_line(result.returncode, result.stderr, says)
@@ -610,7 +716,14 @@ def test_the_evaluation_alone_needs_pairs_too(call_main, trained, folders):
 def test_prompts_of_a_file_are_read_by_their_name(call_main, trained, tmp_path):
     with (tmp_path / "prompts.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["question"], ["Hi"], ["Bye"]])
-    argv = ["--sft-checkpoint", trained.sft, "--output-dir", tmp_path / "out", "--max-new-tokens", "4"]
+    argv = [
+        "--sft-checkpoint",
+        trained.sft,
+        "--output-dir",
+        tmp_path / "out",
+        "--max-new-tokens",
+        "4",
+    ]
     argv += ["--prompts", tmp_path / "prompts.csv", "--columns", "prompt=question"]
     assert call_main("compare_outputs", argv).returncode == 0
     report = json.loads((tmp_path / "out" / "compare.json").read_text())

@@ -14,7 +14,10 @@ CPU = torch.device("cpu")
 
 def test_operations_of_a_token_by_hand():
     """Two layers of a 2 x 3 and a 3 x 4 map, roles on the upper one, and an LM head of 5 x 2."""
-    linears = [SimpleNamespace(in_features=2, out_features=3), SimpleNamespace(in_features=3, out_features=4)]
+    linears = [
+        SimpleNamespace(in_features=2, out_features=3),
+        SimpleNamespace(in_features=3, out_features=4),
+    ]
     layer = SimpleNamespace(maps=[SimpleNamespace(bases=linears)])
     decoder = SimpleNamespace(layers=[layer, layer])
     assert Work.of(decoder, 1, torch.zeros(5, 2)) == Work(lower=36, upper=36, head=20)
@@ -65,7 +68,10 @@ def test_a_pause_belongs_to_no_lap(monkeypatch):
 
 def test_the_peak_is_that_of_a_card_of_exactly_this_name(monkeypatch):
     card = torch.device("cuda")
-    for name, peak in (("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)):
+    for name, peak in (
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak_flops(card, torch.bfloat16) == (peak and pytest.approx(peak))
         assert peak_flops(card, torch.float32) is None
@@ -78,7 +84,11 @@ def test_the_speed_of_a_whole_run():
         {"episode": 4, "time/rollout": 1.0, "time/measure": 1.0, "speed/tokens_per_second": 100.0},
         {"episode": 8, "time/rollout": 2.0, "time/measure": 4.0, "speed/tokens_per_second": 50.0},
     ]
-    assert whole_speed(rows) == {"speed/tokens_per_second": 62.5, "time/rollout": 3.0, "time/measure": 5.0}
+    assert whole_speed(rows) == {
+        "speed/tokens_per_second": 62.5,
+        "time/rollout": 3.0,
+        "time/measure": 5.0,
+    }
 
 
 def test_what_a_few_steps_say_of_a_whole_run():

@@ -63,7 +63,11 @@ def last_token(ids):
 def parents(flags, tiny_data, call_main, tmp_path_factory):
     """SFT and reward checkpoints on a model with more room than the other tests' one; hardly trained."""
     folder = tmp_path_factory.mktemp("toys")
-    base, sft, reward = make_model(folder / "base", hidden_size=64, layers=2), folder / "sft", folder / "reward"
+    base, sft, reward = (
+        make_model(folder / "base", hidden_size=64, layers=2),
+        folder / "sft",
+        folder / "reward",
+    )
     for script, argv in (
         ("sft_train", ["--base-model", base, "--output-dir", sft]),
         ("reward_train", ["--sft-checkpoint", sft, "--output-dir", reward]),
@@ -98,9 +102,18 @@ def run(parents, tiny_data, tmp_path, monkeypatch):
             patch.setattr(ppo_train, "whiten", watched_whiten)
             settings = SETTINGS | changes
             settings["total_episodes"] = updates * settings["episodes_per_update"]
-            checkpoints = {"sft_checkpoint": str(parents.sft), "reward_checkpoint": str(parents.reward)}
-            folders = {"dataset": str(tiny_data), "output_dir": str(tmp_path / "ppo"), "overwrite": True}
-            ppo_train.main(dataclasses.replace(ppo_train.Config(), **checkpoints, **folders, **settings))
+            checkpoints = {
+                "sft_checkpoint": str(parents.sft),
+                "reward_checkpoint": str(parents.reward),
+            }
+            folders = {
+                "dataset": str(tiny_data),
+                "output_dir": str(tmp_path / "ppo"),
+                "overwrite": True,
+            }
+            ppo_train.main(
+                dataclasses.replace(ppo_train.Config(), **checkpoints, **folders, **settings)
+            )
         lines = (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()
         rows = [row for row in map(json.loads, lines) if "episode" in row]
         return [row | {"variance": variance} for row, variance in zip(rows, variances, strict=True)]
@@ -118,7 +131,12 @@ def mean(rows, name):
     [
         (frequency, 0.2, {"temperature": 0.5, "learning_rate": 5e-3}),
         # What KL costs keeps it varied until it is met.
-        pytest.param(length, 0.0, {"response_length": 12, "learning_rate": 5e-3, "kl_coef": 0.005}, marks=SLOW),
+        pytest.param(
+            length,
+            0.0,
+            {"response_length": 12, "learning_rate": 5e-3, "kl_coef": 0.005},
+            marks=SLOW,
+        ),
         pytest.param(last_token, 0.4, {"learning_rate": 2e-2}, marks=SLOW),
     ],
 )
@@ -129,7 +147,9 @@ def test_ppo_finds_the_best_answer(run, score, start, settings, seed):
 
 
 def test_with_a_huge_kl_coefficient_the_policy_stays_put(run):
-    moved, put = (run(frequency, 20, kl_coef=kl_coef, learning_rate=2e-3) for kl_coef in (0.0, 10.0))
+    moved, put = (
+        run(frequency, 20, kl_coef=kl_coef, learning_rate=2e-3) for kl_coef in (0.0, 10.0)
+    )
     assert mean(moved[-5:], "objective/kl") > 5
     assert abs(mean(put[-5:], "objective/kl")) < 0.5
 
@@ -150,9 +170,13 @@ def test_without_a_critic_advantages_vary_more(run, monkeypatch):
             looked.append(ids)
             return float(len(looked) > SETTINGS["max_eval_samples"])
 
-        return mean(run(score, 30, learning_rate=0.0, value_learning_rate=2e-2, **small)[-5:], "variance")
+        return mean(
+            run(score, 30, learning_rate=0.0, value_learning_rate=2e-2, **small)[-5:], "variance"
+        )
 
     learned, values = variance(), ppo_train.token_values
     monkeypatch.setattr(ppo_train, "token_values", lambda *args: values(*args) * 0)
-    assert variance() == pytest.approx((0.95 ** torch.arange(8.0)).var(unbiased=False).item(), rel=0.02)
+    assert variance() == pytest.approx(
+        (0.95 ** torch.arange(8.0)).var(unbiased=False).item(), rel=0.02
+    )
     assert learned < 0.001

@@ -22,14 +22,20 @@ from conftest import ROOT
 pytest.importorskip("gradio", reason="Gradio is not installed (requirements-feedback.txt)")
 from feedback import vote as page  # noqa: E402
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 HOSTILE = (
     "</div></textarea><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
     "${window.hacked = 3}{{window.hacked = 4}}<a href='javascript:window.hacked = 5'>x</a>\x1b[31m\u202eabc"
 )
 
 
-def report(prompts=12, models=("base", "SFT", "PPO"), text=lambda name, i: f"{name} says {i}" + " and so on" * i):
+def report(
+    prompts=12,
+    models=("base", "SFT", "PPO"),
+    text=lambda name, i: f"{name} says {i}" + " and so on" * i,
+):
     def answer(name, i):
         return {"text": text(name, i), "tokens": 4, "ended_by": "eos", "score": len(name) / 10}
 
@@ -38,7 +44,10 @@ def report(prompts=12, models=("base", "SFT", "PPO"), text=lambda name, i: f"{na
         "flags": {},
         "runs": {},
         "prompts": [
-            {"turns": [["user", f"Question {i}?"]], "answers": {name: answer(name, i) for name in models}}
+            {
+                "turns": [["user", f"Question {i}?"]],
+                "answers": {name: answer(name, i) for name in models},
+            }
             for i in range(prompts)
         ],
     }
@@ -51,7 +60,9 @@ def write_report(path, *args, **changes):
 
 def make_poll(folder, models=(), **changes):
     read, digest = page.read_report(write_report(folder / "compare.json", **changes))
-    return page.Poll(read, digest, models or tuple(read["models"]), VoteFile(folder / "votes.jsonl"))
+    return page.Poll(
+        read, digest, models or tuple(read["models"]), VoteFile(folder / "votes.jsonl")
+    )
 
 
 # ---------------------------------------------------------------- what is dealt
@@ -85,7 +96,9 @@ def test_sides_are_drawn_and_belong_to_the_id(tmp_path):
     for _ in range(400):
         ballot = poll.deal("ann")
         left[ballot.models["A"]] += 1
-        assert {side: answer["text"].split()[0] for side, answer in ballot.answers.items()} == ballot.models
+        assert {
+            side: answer["text"].split()[0] for side, answer in ballot.answers.items()
+        } == ballot.models
         assert poll.ballot(ballot.id) == ballot
     assert 140 < left["PPO"] < 260  # 6 standard deviations
 
@@ -108,8 +121,12 @@ def test_a_ballot_of_another_report_is_unknown(tmp_path):
 
 
 def test_answers_that_are_the_same_are_not_asked_about(tmp_path):
-    poll = make_poll(tmp_path, prompts=3, text=lambda name, i: "The same." if name != "PPO" else f"PPO {i}")
-    assert {tuple(sorted(poll.ballot(f"{poll.digest}-{k}-0").models.values())) for k in poll.open} == {
+    poll = make_poll(
+        tmp_path, prompts=3, text=lambda name, i: "The same." if name != "PPO" else f"PPO {i}"
+    )
+    assert {
+        tuple(sorted(poll.ballot(f"{poll.digest}-{k}-0").models.values())) for k in poll.open
+    } == {
         ("PPO", "SFT"),
         ("PPO", "base"),
     }
@@ -164,11 +181,16 @@ class Server:
 
     def start(self):
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(self.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                self.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+            )
         for _ in range(600):
             time.sleep(0.2)
             assert self.process.poll() is None, self.log.read_text()
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 0.2):
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", self.port), 0.2),
+            ):
                 return
         raise AssertionError(f"the server does not answer: {self.log.read_text()}")
 
@@ -204,7 +226,9 @@ def client_votes(server: Server, count: int, acknowledged: list[str]) -> None:
                 client = Client(server.url, verbose=False)
             if ballot is None:
                 ballot = client.submit(api_name="/start").result(timeout=20)[0]
-            following = client.submit(ballot, random.choice(page.CHOICES), api_name="/vote").result(timeout=20)[0]
+            following = client.submit(ballot, random.choice(page.CHOICES), api_name="/vote").result(
+                timeout=20
+            )[0]
         except Exception:  # the server is down
             client = None
             time.sleep(0.2)
@@ -213,11 +237,16 @@ def client_votes(server: Server, count: int, acknowledged: list[str]) -> None:
         ballot, done = following, done + 1
 
 
-@pytest.mark.parametrize(("clients", "votes", "kills"), [(2, 10, 1), pytest.param(8, 125, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("clients", "votes", "kills"), [(2, 10, 1), pytest.param(8, 125, 2, marks=pytest.mark.slow)]
+)
 def test_every_acknowledged_vote_is_in_the_file_once(serve, clients, votes, kills):
     server = serve(prompts=500)
     acknowledged = [[] for _ in range(clients)]
-    work = [threading.Thread(target=client_votes, args=(server, votes, acks), daemon=True) for acks in acknowledged]
+    work = [
+        threading.Thread(target=client_votes, args=(server, votes, acks), daemon=True)
+        for acks in acknowledged
+    ]
     for thread in work:
         thread.start()
     for kill in range(kills):
@@ -255,10 +284,18 @@ def test_only_this_machine_unless_told_and_then_with_a_password(serve):
         time.sleep(0.1)
     password = open_server.log.read_text().split("the password ")[1].split()[0]
     assert httpx.get(open_server.url + "config").status_code == 401
-    assert httpx.post(open_server.url + "login", data={"username": "eve", "password": "wrong"}).status_code == 400
+    assert (
+        httpx.post(
+            open_server.url + "login", data={"username": "eve", "password": "wrong"}
+        ).status_code
+        == 400
+    )
     with httpx.Client() as session:
         assert (
-            session.post(open_server.url + "login", data={"username": "ann", "password": password}).status_code == 200
+            session.post(
+                open_server.url + "login", data={"username": "ann", "password": password}
+            ).status_code
+            == 200
         )
         assert session.get(open_server.url + "config").status_code == 200
 
@@ -279,7 +316,9 @@ def browser():
 
 def wait_for(tab, text):
     tab.wait_for_function(
-        "text => document.querySelector('#progress')?.innerText.includes(text)", arg=text, timeout=120_000
+        "text => document.querySelector('#progress')?.innerText.includes(text)",
+        arg=text,
+        timeout=120_000,
     )
 
 
@@ -287,7 +326,10 @@ def test_a_person_votes_with_the_keyboard(serve, browser):
     server = serve("--models", "SFT", "PPO", "--voter", "ann", prompts=3)
     tab = browser.new_page(viewport={"width": 360, "height": 800})
     problems, requests = [], []
-    tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    tab.on(
+        "console",
+        lambda message: problems.append(message.text) if message.type == "error" else None,
+    )
     tab.on("pageerror", lambda error: problems.append(str(error)))
     tab.on("request", lambda request: requests.append(request.url))
     tab.goto(server.url)
@@ -298,7 +340,10 @@ def test_a_person_votes_with_the_keyboard(serve, browser):
     wait_for(tab, "1 of 3")
     tab.keyboard.press("u")
     wait_for(tab, "0 of 3")
-    assert (tab.locator("#answer-A .text").inner_text(), tab.locator("#answer-B .text").inner_text()) == shown
+    assert (
+        tab.locator("#answer-A .text").inner_text(),
+        tab.locator("#answer-B .text").inner_text(),
+    ) == shown
     server.kill()  # the page stays open, and goes on where it was
     server.start()
     for keys, progress in (("a", "1 of 3"), ("t", "2 of 3"), ("x", "3 of 3")):
@@ -336,7 +381,9 @@ def test_hostile_text_is_inert(serve, browser):
     assert tab.locator("#answer-A :is(script, img, a)").count() == 0
 
 
-def test_an_own_prompt_is_answered_by_the_checkpoints(serve, browser, call_main, flags, trained, tmp_path):
+def test_an_own_prompt_is_answered_by_the_checkpoints(
+    serve, browser, call_main, flags, trained, tmp_path
+):
     where = [
         "--sft-checkpoint",
         trained.sft,
@@ -364,7 +411,9 @@ def test_an_own_prompt_is_answered_by_the_checkpoints(serve, browser, call_main,
     tab.get_by_text("Ask something of your own").click()
     tab.locator("#own-prompt textarea").fill("What about <b>tea</b>?")
     tab.locator("#ask").click()
-    tab.wait_for_function("document.querySelector('#prompt').innerText.includes('tea')", timeout=180_000)
+    tab.wait_for_function(
+        "document.querySelector('#prompt').innerText.includes('tea')", timeout=180_000
+    )
     assert "What about <b>tea</b>?" in tab.locator("#prompt").inner_text()
     tab.locator("#vote-B").click()
     tab.wait_for_function("!document.querySelector('#prompt').innerText.includes('tea')")

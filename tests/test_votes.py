@@ -22,7 +22,14 @@ def vote(
     answers=("One.", "Two."),
 ):
     sides = [dict(zip("AB", pair, strict=True)) for pair in (answers, models)]
-    return Vote(ballot, voter, choice, prompt, *sides, dict(zip("AB", scores, strict=True)) if scores else None)
+    return Vote(
+        ballot,
+        voter,
+        choice,
+        prompt,
+        *sides,
+        dict(zip("AB", scores, strict=True)) if scores else None,
+    )
 
 
 def lines(path):
@@ -50,7 +57,12 @@ def test_a_line_has_the_columns_of_rm_static_and_who_saw_what(tmp_path):
         "models": {"A": "SFT", "B": "PPO"},
         "scores": {"A": 0.5, "B": -0.5},
     }
-    assert (second["chosen"], second["rejected"], second["vote"], second["scores"]) == (None, None, "tie", None)
+    assert (second["chosen"], second["rejected"], second["vote"], second["scores"]) == (
+        None,
+        None,
+        "tie",
+        None,
+    )
     assert [v.choice for v in read_votes(file.path)[0].values()] == ["B", "tie"]
 
 
@@ -117,14 +129,20 @@ def test_a_second_server_is_refused(tmp_path):
 def test_threads_do_not_tear_lines(tmp_path):
     file = VoteFile(tmp_path / "votes.jsonl")
     work = [
-        threading.Thread(target=lambda t=t: [file.add(vote(f"{t}-{i}", answers=("x" * 5000, "y"))) for i in range(25)])
+        threading.Thread(
+            target=lambda t=t: [
+                file.add(vote(f"{t}-{i}", answers=("x" * 5000, "y"))) for i in range(25)
+            ]
+        )
         for t in range(8)
     ]
     for thread in work:
         thread.start()
     for thread in work:
         thread.join()
-    assert {row["ballot"] for row in lines(file.path)} == {f"{t}-{i}" for t in range(8) for i in range(25)}
+    assert {row["ballot"] for row in lines(file.path)} == {
+        f"{t}-{i}" for t in range(8) for i in range(25)
+    }
     assert len(lines(file.path)) == 200
 
 
@@ -169,7 +187,12 @@ def test_win_rates_and_agreement():
     assert (first["first"], first["second"], first["votes"]) == ("PPO", "SFT", 6)
     assert first["win_rate"] == pytest.approx((0 + 1 + 1 + 0.5 + 0.5 + 1) / 6)
     assert first["win_rate_low"] < 0.5 < first["win_rate_high"]
-    assert (second["first"], second["second"], second["votes"], second["win_rate"]) == ("SFT", "base", 1, 0.0)
+    assert (second["first"], second["second"], second["votes"], second["win_rate"]) == (
+        "SFT",
+        "base",
+        1,
+        0.0,
+    )
     agreed = agreement(votes)
     assert (agreed["votes"], agreed["agreement"]) == (4, pytest.approx((1 + 0 + 0 + 0.5) / 4))
     assert agreement([vote(choice="tie")]) is None
@@ -188,7 +211,14 @@ def many_votes(path, count=60, choose=lambda a, b: "A" if len(a) < len(b) else "
             long[i % 3] + "There is a lot that one could say about it.",
         ]
         answers = answers[:: -1 if i % 2 else 1]
-        file.add(vote(f"b{i}", choose(*answers), prompt=f"\n\nHuman: Question {i}?\n\nAssistant:", answers=answers))
+        file.add(
+            vote(
+                f"b{i}",
+                choose(*answers),
+                prompt=f"\n\nHuman: Question {i}?\n\nAssistant:",
+                answers=answers,
+            )
+        )
     return file
 
 
@@ -248,7 +278,10 @@ def test_voters_who_like_it_short_move_the_reward_model(call_main, flags, traine
         "60",
     ]
     found = {}
-    for name, extra in {"without": [], "with": ["--extra-data", file.path, "--extra-weight", "2"]}.items():
+    for name, extra in {
+        "without": [],
+        "with": ["--extra-data", file.path, "--extra-weight", "2"],
+    }.items():
         folder = tmp_path / name
         result = call_main("reward_train", [*more, *extra, "--output-dir", folder])
         assert result.returncode == 0, result.stderr

@@ -95,7 +95,9 @@ def torture(work: Path, kills: int, dtype: str, seed: int) -> int:
 def script(phase: str, argv: list[str]) -> None:
     result = run_main(f"{phase}_train", argv, seconds=3600)
     if result.returncode:
-        raise RuntimeError(f"{phase} ended with exit code {result.returncode}: {result.stderr[-2000:]}")
+        raise RuntimeError(
+            f"{phase} ended with exit code {result.returncode}: {result.stderr[-2000:]}"
+        )
 
 
 def start(function: Callable, *args: Any) -> int:
@@ -128,17 +130,25 @@ def wait_for_a_moment(chance: random.Random, folder: Path, child: int) -> bool:
 
 def newest(folder: Path) -> int:
     """The number of the newest whole state."""
-    return max((int(path.parent.name[5:]) for path in folder.glob(f"step-????????/{MANIFEST}")), default=0)
+    return max(
+        (int(path.parent.name[5:]) for path in folder.glob(f"step-????????/{MANIFEST}")), default=0
+    )
 
 
 def differences(alone: Path, cut: Path) -> list[str]:
     """What is not the same in the two finished runs: files, weights, rows."""
-    names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (alone, cut)]
+    names = [
+        {str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (alone, cut)
+    ]
     odd = [f"{cut.name}: {name} is in one of the two only" for name in names[0] ^ names[1]]
     odd += [f"stray: {path}" for path in cut.parent.iterdir() if path.name not in FLAGS]
     for path in alone.rglob("*.safetensors"):
         ours, theirs = load_file(path), load_file(cut / path.relative_to(alone))
-        odd += [f"{path.name}: {name} differs" for name in ours if not torch.equal(ours[name], theirs[name])]
+        odd += [
+            f"{path.name}: {name} differs"
+            for name in ours
+            if not torch.equal(ours[name], theirs[name])
+        ]
     if rows(alone) != rows(cut):
         odd.append(f"{cut.name}: metrics.jsonl differs")
     if (alone / "samples.jsonl").exists() and (alone / "samples.jsonl").read_bytes() != (
