@@ -63,7 +63,7 @@ toys: $(BIN)/.installed
 	$(BIN)/python -m pytest tests/test_toys.py -m "slow or not slow"
 
 results: $(BIN)/.installed $(MODEL)/model.safetensors
-	$(BIN)/python benchmarks/results.py $(if $(DATA),--dataset $(DATA)) $(RESULTS)
+	$(BIN)/python experiments/results.py $(if $(DATA),--dataset $(DATA)) $(RESULTS)
 
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/ppo_vs_trl.py

@@ -7,7 +7,7 @@ terminal, and the same in `reports/compare.md`, `reports/compare.html` (with the
 2. Let each model answer: the base with all adapters off, SFT, and PPO; greedy, or with the same draws for all.
 3. Score every answer with the reward model and sum up: score, length, endings, repetition; and for each pair of models
    the win rate with its interval, over all prompts and at equal length, and in words what it shows.
-4. Ask each model how it would begin to answer the safety probe's requests (rlhf/probe.py).
+4. Ask each model how it would begin to answer the safety probe's requests (rlhf/reports/probe.py).
 
     python compare_outputs.py
     python compare_outputs.py --preset demo
@@ -24,12 +24,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf import data
-from rlhf.base import check_context
-from rlhf.checkpoints import SCRIPTS, check_child, git_commit, place_of, read_run
-from rlhf.cli import UserError, check_at_least_one, check_between, run
-from rlhf.generation import generate
-from rlhf.modeling import (
+from rlhf.data.format import tokenize_prompt
+from rlhf.data.rows import BadRow, parse_dialogue, parse_row
+from rlhf.data.sources import has_rows, load_rows, open_text, parse_columns, read_rows, report_drops
+from rlhf.data.style import style_of
+from rlhf.engine.base import check_context
+from rlhf.engine.generation import generate
+from rlhf.engine.modeling import (
     BASE,
     REFERENCE,
     SharedBase,
@@ -39,9 +40,12 @@ from rlhf.modeling import (
     read_stacked,
     same_base,
 )
-from rlhf.page import read_curves, render_page
-from rlhf.probe import KINDS, OPENING_TOKENS, load_probe, refusal_odds
-from rlhf.reporting import (
+from rlhf.engine.training import device
+from rlhf.reports.page import read_curves, render_page
+from rlhf.reports.probe import KINDS, OPENING_TOKENS, load_probe, refusal_odds
+from rlhf.runs.checkpoints import SCRIPTS, check_child, git_commit, place_of, read_run
+from rlhf.runs.cli import UserError, check_at_least_one, check_between, run
+from rlhf.runs.reporting import (
     ENDINGS,
     SPEAKERS,
     at_equal_length,
@@ -54,9 +58,7 @@ from rlhf.reporting import (
     repeated_3grams,
     wilson_interval,
 )
-from rlhf.run_warnings import compare_warnings, refusal_warnings, said_before
-from rlhf.style import style_of
-from rlhf.training import device
+from rlhf.runs.run_warnings import compare_warnings, refusal_warnings, said_before
 
 from rich.table import Table
 from rich.text import Text
@@ -234,7 +236,7 @@ def main(config: Config) -> None:
 def check_numbers(config: Config) -> None:
     if config.prompts is not None and config.num_test_prompts:
         raise UserError("--prompts and --num-test-prompts both say what to ask: give one of them")
-    data.parse_columns(config.columns)
+    parse_columns(config.columns)
     check_at_least_one(config, "max_prompt_length", "max_new_tokens", "batch_size")
     check_between(config, 0, math.inf, "num_test_prompts", "show", "temperature")
     check_between(config, 0, 2**32 - 1, "seed")
@@ -301,27 +303,27 @@ def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
     path = Path(config.prompts or "")
     if config.num_test_prompts:
         settings = "test", "prompt", config.columns, config.num_test_prompts
-        pairs = data.load_rows(config.dataset, *settings)
+        pairs = load_rows(config.dataset, *settings)
         rows, turns_of = dict.fromkeys(pair.turns for pair in pairs), lambda turns: turns
     elif config.prompts is None:
-        rows, turns_of = PROMPTS, data.parse_dialogue
+        rows, turns_of = PROMPTS, parse_dialogue
     elif not path.is_file():
         raise UserError(f"--prompts {path}: there is no such file")
-    elif data.has_rows(path):
-        _, rows = data.read_rows(str(path), "test", "prompt", config.columns)
+    elif has_rows(path):
+        _, rows = read_rows(str(path), "test", "prompt", config.columns)
         turns_of = turns_of_row
     else:
-        with data.open_text(path) as file:
-            rows, turns_of = [line for line in file if line.strip()], data.parse_dialogue
+        with open_text(path) as file:
+            rows, turns_of = [line for line in file if line.strip()], parse_dialogue
     prompts, drops = [], Counter()
     for row in rows:
         try:
             turns = turns_of(row)
-            prompts.append((turns, data.tokenize_prompt(turns, form, config.max_prompt_length)))
-        except data.BadRow as reason:
+            prompts.append((turns, tokenize_prompt(turns, form, config.max_prompt_length)))
+        except BadRow as reason:
             drops[str(reason)] += 1
     if drops:
-        data.report_drops("prompts", len(prompts), drops)
+        report_drops("prompts", len(prompts), drops)
     if not prompts:
         raise UserError(
             "there is no prompt to answer: check --prompts, or raise --max-prompt-length"
@@ -330,7 +332,7 @@ def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
 
 
 def turns_of_row(row: dict[str, Any]) -> Turns:
-    return data.parse_row(row, "prompt").turns
+    return parse_row(row, "prompt").turns
 
 
 def check_lengths(config: Config, base: dict[str, Any], prompts: list[list[int]]) -> None:

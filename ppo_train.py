@@ -10,7 +10,7 @@ adapters on its upper layers. Each update, as in "The N+ implementation details 
 3. Reward: per token -kl_coef * (logprob - ref_logprob); at the last token also the score. Advantages by GAE, whitened.
 4. Optimise: several epochs of clipped policy and value losses over a random partition into minibatches, stopped by KL.
 5. Adapt the KL coefficient; every few updates, look at held-out prompts, where a gold reward model may judge, too.
-   First and last, ask the safety probe whether harmful requests are refused (rlhf/probe.py).
+   First and last, ask the safety probe whether harmful requests are refused (rlhf/reports/probe.py).
 
     python ppo_train.py
     python ppo_train.py --preset demo
@@ -27,22 +27,15 @@ from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
-from rlhf.base import check_context
-from rlhf.card import Rollouts, choose_rollouts, choose_tokens, describe_start
-from rlhf.checkpoints import (
-    check_output,
-    is_finished,
-    output_folder,
-    read_parents,
-    recorded,
-    start_run,
-)
-from rlhf.cli import next_command, run
-from rlhf.data import PromptFormat, load_splits, tokenize_prompts
-from rlhf.generation import Response, Seed, generate, prepare, step_seconds
-from rlhf.logprobs import Chosen, chosen_logprobs
-from rlhf.micro_batches import free_memory
-from rlhf.modeling import (
+from rlhf.data.format import PromptFormat, tokenize_prompts
+from rlhf.data.sources import load_splits
+from rlhf.data.style import style_of
+from rlhf.engine.base import check_context
+from rlhf.engine.card import Rollouts, choose_rollouts, choose_tokens, describe_start
+from rlhf.engine.generation import Response, Seed, generate, prepare, step_seconds
+from rlhf.engine.logprobs import Chosen, chosen_logprobs
+from rlhf.engine.micro_batches import free_memory
+from rlhf.engine.modeling import (
     REFERENCE,
     SharedBase,
     choose_dtype,
@@ -51,7 +44,7 @@ from rlhf.modeling import (
     read_stacked,
     same_base,
 )
-from rlhf.plan import (
+from rlhf.engine.plan import (
     dry_run_ppo,
     earlier_runs,
     episodes_of_a_process,
@@ -59,19 +52,27 @@ from rlhf.plan import (
     read_shape,
     show_end,
 )
-from rlhf.ppo_batch import Batch, Measured, MicroBatch, NotFinite, Old, count_tokens, make_batch
-from rlhf.ppo_eval import Evaluation, compare, describe
-from rlhf.ppo_log import Log, batch_metrics, mean_stats, speed_metrics
-from rlhf.ppo_state import State, save
-from rlhf.probe import OPENING_TOKENS, Probe, load_probe, refusal_odds
-from rlhf.processes import agree, gather, moments, share, sum_gradients, total
-from rlhf.reporting import console
-from rlhf.resume import check_stop
-from rlhf.run_warnings import ppo_warnings, said_before, show
-from rlhf.speed import Stopwatch
-from rlhf.style import style_of
-from rlhf.training import check_ppo_numbers, device
-from rlhf.trial import time_steps
+from rlhf.engine.speed import Stopwatch
+from rlhf.engine.training import check_ppo_numbers, device
+from rlhf.ppo.batch import Batch, Measured, MicroBatch, NotFinite, Old, count_tokens, make_batch
+from rlhf.ppo.evaluation import Evaluation, compare, describe
+from rlhf.ppo.log import Log, batch_metrics, mean_stats, speed_metrics
+from rlhf.ppo.state import State, save
+from rlhf.reports.probe import OPENING_TOKENS, Probe, load_probe, refusal_odds
+from rlhf.runs.checkpoints import (
+    check_output,
+    is_finished,
+    output_folder,
+    read_parents,
+    recorded,
+    start_run,
+)
+from rlhf.runs.cli import next_command, run
+from rlhf.runs.processes import agree, gather, moments, share, sum_gradients, total
+from rlhf.runs.reporting import console
+from rlhf.runs.resume import check_stop
+from rlhf.runs.run_warnings import ppo_warnings, said_before, show
+from rlhf.runs.trial import time_steps
 
 import numpy as np
 import torch

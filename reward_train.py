@@ -7,8 +7,8 @@ opens as a sequence classification model, and what it gets right in `evaluation.
 2. Load the base the SFT adapter was trained on, stack a LoRA adapter on its upper layers, add a float32 scalar head.
 3. Train with TRL's RewardTrainer: -log sigmoid(score(chosen) - score(rejected)) (Bradley-Terry).
    On the way, look at the test split.
-4. Score the test split: accuracy, calibration, and how much of it is length (rlhf/reward_eval.py).
-   Score the safety probe: are refusals preferred where they should be (rlhf/probe.py)?
+4. Score the test split: accuracy, calibration, and how much of it is length (rlhf/reports/reward_evaluation.py).
+   Score the safety probe: are refusals preferred where they should be (rlhf/reports/probe.py)?
 
 With --extra-data people's votes (`python -m feedback.vote`) are mixed into the training pairs. The votes on one prompt
 in five are held out, the same ones every time, and scored beside the test split.
@@ -28,20 +28,13 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.base import check_context
-from rlhf.card import choose_tokens, describe_start
-from rlhf.checkpoints import (
-    check_child,
-    check_output,
-    is_finished,
-    output_folder,
-    read_run,
-    start_run,
-    write_run,
-)
-from rlhf.cli import UserError, check_at_least_one, check_between, next_command, run
-from rlhf.data import Pair, TokenPair, fingerprint, load_pairs, load_splits, tokenize_pairs
-from rlhf.modeling import (
+from rlhf.data.format import TokenPair, tokenize_pairs
+from rlhf.data.rows import Pair, fingerprint
+from rlhf.data.sources import load_pairs, load_splits
+from rlhf.data.votes import VotePairs, load_votes
+from rlhf.engine.base import check_context
+from rlhf.engine.card import Plan, choose_tokens, describe_start
+from rlhf.engine.modeling import (
     SharedBase,
     choose_dtype,
     load_base,
@@ -50,8 +43,7 @@ from rlhf.modeling import (
     same_base,
     save_stacked,
 )
-from rlhf.plan import (
-    Plan,
+from rlhf.engine.plan import (
     earlier_runs,
     format_of,
     plan_reward,
@@ -60,13 +52,8 @@ from rlhf.plan import (
     show_end,
     show_plan,
 )
-from rlhf.probe import describe_probe, judge_probe, load_probe
-from rlhf.processes import gather, is_main, sharded, share
-from rlhf.reporting import Panel, console
-from rlhf.reward_eval import ScoredPairs, describe, judge, write_evaluation
-from rlhf.run_warnings import reward_warnings, said_before, show
-from rlhf.speed import Work
-from rlhf.training import (
+from rlhf.engine.speed import Work
+from rlhf.engine.training import (
     Restack,
     Resumable,
     Row,
@@ -76,8 +63,22 @@ from rlhf.training import (
     num_steps,
     trainer_options,
 )
-from rlhf.trial import time_steps
-from rlhf.votes import VotePairs, load_votes
+from rlhf.reports.probe import describe_probe, judge_probe, load_probe
+from rlhf.reports.reward_evaluation import ScoredPairs, describe, judge, write_evaluation
+from rlhf.runs.checkpoints import (
+    check_child,
+    check_output,
+    is_finished,
+    output_folder,
+    read_run,
+    start_run,
+    write_run,
+)
+from rlhf.runs.cli import UserError, check_at_least_one, check_between, next_command, run
+from rlhf.runs.processes import gather, is_main, sharded, share
+from rlhf.runs.reporting import Panel, console
+from rlhf.runs.run_warnings import reward_warnings, said_before, show
+from rlhf.runs.trial import time_steps
 
 import datasets
 import numpy as np

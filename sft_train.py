@@ -19,21 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlhf.base import check_context, identified
-from rlhf.card import choose_tokens, describe_start
-from rlhf.checkpoints import (
-    check_output,
-    is_finished,
-    output_folder,
-    start_run,
-    weights_of,
-    write_run,
-)
-from rlhf.cli import UserError, next_command, run
-from rlhf.data import PromptFormat, fingerprint, load_splits, tokenize_pairs
-from rlhf.decoder import Decoder, lay_out
-from rlhf.logprobs import Chosen, chosen_logprobs
-from rlhf.modeling import (
+from rlhf.data.format import PromptFormat, tokenize_pairs
+from rlhf.data.rows import fingerprint
+from rlhf.data.sources import load_splits
+from rlhf.engine.base import check_context, identified
+from rlhf.engine.card import Plan, choose_tokens, describe_start
+from rlhf.engine.decoder import Decoder, lay_out
+from rlhf.engine.logprobs import Chosen, chosen_logprobs
+from rlhf.engine.modeling import (
     base_facts,
     check_vocabulary,
     choose_dtype,
@@ -41,13 +34,10 @@ from rlhf.modeling import (
     load_base,
     load_tokenizer,
 )
-from rlhf.plan import Plan, plan_sft, read_shape, show_data, show_end, show_plan
-from rlhf.portable import save_tokenizer
-from rlhf.processes import sharded, share
-from rlhf.reporting import Panel, console
-from rlhf.run_warnings import sft_warnings, show
-from rlhf.speed import Work
-from rlhf.training import (
+from rlhf.engine.plan import plan_sft, read_shape, show_data, show_end, show_plan
+from rlhf.engine.portable import save_tokenizer
+from rlhf.engine.speed import Work
+from rlhf.engine.training import (
     Restack,
     Resumable,
     Row,
@@ -57,7 +47,19 @@ from rlhf.training import (
     num_steps,
     trainer_options,
 )
-from rlhf.trial import time_steps
+from rlhf.runs.checkpoints import (
+    check_output,
+    is_finished,
+    output_folder,
+    start_run,
+    weights_of,
+    write_run,
+)
+from rlhf.runs.cli import UserError, next_command, run
+from rlhf.runs.processes import sharded, share
+from rlhf.runs.reporting import Panel, console
+from rlhf.runs.run_warnings import sft_warnings, show
+from rlhf.runs.trial import time_steps
 
 import datasets
 import numpy as np

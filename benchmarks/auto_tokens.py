@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 import ppo_train  # noqa: E402
 import reward_train  # noqa: E402
 import sft_train  # noqa: E402
-from rlhf.card import CARD_OVERHEAD, MOST_TOKENS, STEP, Plan, Rollouts, deal, tokens_that_fit  # noqa: E402
-from rlhf.plan import Shape, plan_ppo, plan_reward, plan_sft  # noqa: E402
+from rlhf.engine.card import CARD_OVERHEAD, MOST_TOKENS, STEP, Plan, Rollouts, deal, tokens_that_fit  # noqa: E402
+from rlhf.engine.plan import Shape, plan_ppo, plan_reward, plan_sft  # noqa: E402
 
 CARDS = (8, 12, 16, 24, 80)  # GB
 LLAMA = {

@@ -37,12 +37,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import ppo_train  # noqa: E402
 import reward_train  # noqa: E402
 import sft_train  # noqa: E402
-from rlhf.checkpoints import git_commit, read_run  # noqa: E402
-from rlhf.cli import quiet_libraries, run  # noqa: E402
-from rlhf.decoding import LAG, Decoding  # noqa: E402
-from rlhf.graphs import Graphs  # noqa: E402
-from rlhf.modeling import load_format  # noqa: E402
-from rlhf.reporting import console, read_jsonl  # noqa: E402
+from rlhf.engine.decoding import LAG, Decoding  # noqa: E402
+from rlhf.engine.graphs import Graphs  # noqa: E402
+from rlhf.engine.modeling import load_format  # noqa: E402
+from rlhf.runs.checkpoints import git_commit, read_run  # noqa: E402
+from rlhf.runs.cli import quiet_libraries, run  # noqa: E402
+from rlhf.runs.reporting import console, read_jsonl  # noqa: E402
 
 import torch  # noqa: E402
 from llama_3b import LLAMA_3B, write_model  # noqa: E402

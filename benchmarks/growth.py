@@ -24,12 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import ppo_train  # noqa: E402
-from rlhf.checkpoints import read_run  # noqa: E402
-from rlhf.cli import UserError, quiet_libraries, run  # noqa: E402
-from rlhf.modeling import load_format  # noqa: E402
-from rlhf.ppo_batch import Old, make_batch  # noqa: E402
-from rlhf.reporting import console  # noqa: E402
-from rlhf.speed import Stopwatch  # noqa: E402
+from rlhf.engine.modeling import load_format  # noqa: E402
+from rlhf.engine.speed import Stopwatch  # noqa: E402
+from rlhf.ppo.batch import Old, make_batch  # noqa: E402
+from rlhf.runs.checkpoints import read_run  # noqa: E402
+from rlhf.runs.cli import UserError, quiet_libraries, run  # noqa: E402
+from rlhf.runs.reporting import console  # noqa: E402
 
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402

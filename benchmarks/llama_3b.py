@@ -23,14 +23,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import ppo_train  # noqa: E402
 import reward_train  # noqa: E402
 import sft_train  # noqa: E402
-from rlhf.card import Rollouts  # noqa: E402
-from rlhf.checkpoints import peak_memory_gib, read_run  # noqa: E402
-from rlhf.cli import quiet_libraries, run  # noqa: E402
-from rlhf.data import Pair, PromptFormat, tokenize_pairs, tokenize_prompt  # noqa: E402
-from rlhf.micro_batches import CPU_TOKENS  # noqa: E402
-from rlhf.modeling import SharedBase, load_tokenizer  # noqa: E402
-from rlhf.plan import OWNERS, plan_ppo, plan_reward, plan_sft, read_shape, show_plan  # noqa: E402
-from rlhf.reporting import console  # noqa: E402
+from rlhf.data.format import PromptFormat, tokenize_pairs, tokenize_prompt  # noqa: E402
+from rlhf.data.rows import Pair  # noqa: E402
+from rlhf.engine.card import Rollouts  # noqa: E402
+from rlhf.engine.micro_batches import CPU_TOKENS  # noqa: E402
+from rlhf.engine.modeling import SharedBase, load_tokenizer  # noqa: E402
+from rlhf.engine.plan import OWNERS, plan_ppo, plan_reward, plan_sft, read_shape, show_plan  # noqa: E402
+from rlhf.runs.checkpoints import peak_memory_gib, read_run  # noqa: E402
+from rlhf.runs.cli import quiet_libraries, run  # noqa: E402
+from rlhf.runs.reporting import console  # noqa: E402
 
 import torch  # noqa: E402
 from ppo_vs_trl import hardware  # noqa: E402

@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from rlhf import export  # noqa: E402
-from rlhf.checkpoints import read_run  # noqa: E402
-from rlhf.cli import UserError, run  # noqa: E402
-from rlhf.data import load_pairs  # noqa: E402
-from rlhf.modeling import load_format  # noqa: E402
+from rlhf.data.sources import load_pairs  # noqa: E402
+from rlhf.engine.modeling import load_format  # noqa: E402
+from rlhf.runs.checkpoints import read_run  # noqa: E402
+from rlhf.runs.cli import UserError, run  # noqa: E402
 
 import torch  # noqa: E402
 from peft import AutoPeftModelForCausalLM  # noqa: E402

@@ -30,11 +30,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ppo_train  # noqa: E402
-from rlhf.checkpoints import read_run, sha256  # noqa: E402
-from rlhf.cli import UserError, run  # noqa: E402
-from rlhf.data import PromptFormat, load_pairs, tokenize_prompts  # noqa: E402
-from rlhf.modeling import load_format, load_tokenizer, read_adapter, read_stacked, save_stacked  # noqa: E402
-from rlhf.reporting import console, mean_interval  # noqa: E402
+from rlhf.data.format import PromptFormat, tokenize_prompts  # noqa: E402
+from rlhf.data.sources import load_pairs  # noqa: E402
+from rlhf.engine.modeling import (  # noqa: E402
+    load_format,
+    load_tokenizer,
+    read_adapter,
+    read_stacked,
+    save_stacked,
+)
+from rlhf.runs.checkpoints import read_run, sha256  # noqa: E402
+from rlhf.runs.cli import UserError, run  # noqa: E402
+from rlhf.runs.reporting import console, mean_interval  # noqa: E402
 
 import torch  # noqa: E402
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification  # noqa: E402

@@ -23,10 +23,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from rlhf.cli import UserError, run  # noqa: E402
-from rlhf.data import PromptFormat, load_pairs  # noqa: E402
-from rlhf.modeling import load_tokenizer  # noqa: E402
-from rlhf.reporting import console  # noqa: E402
+from rlhf.data.format import PromptFormat  # noqa: E402
+from rlhf.data.sources import load_pairs  # noqa: E402
+from rlhf.engine.modeling import load_tokenizer  # noqa: E402
+from rlhf.runs.cli import UserError, run  # noqa: E402
+from rlhf.runs.reporting import console  # noqa: E402
 
 from ppo_vs_trl import WORK, hardware  # noqa: E402
 from rich.table import Table  # noqa: E402

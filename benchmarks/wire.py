@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rlhf.cli import UserError, run  # noqa: E402
-from rlhf.reporting import console, read_jsonl  # noqa: E402
+from rlhf.runs.cli import UserError, run  # noqa: E402
+from rlhf.runs.reporting import console, read_jsonl  # noqa: E402
 
 from rich.table import Table  # noqa: E402
 from safetensors import safe_open  # noqa: E402

@@ -5,7 +5,7 @@
     python reward_train.py --extra-data feedback/votes.jsonl
 
 The prompts and answers are those of compare_outputs.py's report. Whoever types a prompt of their own gets answers from the
-same checkpoints, which are loaded then. Votes are kept as rlhf/votes.py says. Needs requirements-feedback.txt.
+same checkpoints, which are loaded then. Votes are kept as rlhf/data/votes.py says. Needs requirements-feedback.txt.
 """
 
 import contextlib
@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import compare_outputs
-from rlhf.cli import UserError, fail, run
-from rlhf.data import BadRow, checked_turns, hh_prompt, parse_dialogue, tokenize_prompt
-from rlhf.modeling import choose_dtype, load_base, load_format, same_base
-from rlhf.reporting import SPEAKERS, plain
-from rlhf.training import device
-from rlhf.votes import CHOICES, Vote, VoteFile, agreement, win_rates
+from rlhf.data.format import tokenize_prompt
+from rlhf.data.rows import BadRow, checked_turns, hh_prompt, parse_dialogue
+from rlhf.data.votes import CHOICES, Vote, VoteFile, agreement, win_rates
+from rlhf.engine.modeling import choose_dtype, load_base, load_format, same_base
+from rlhf.engine.training import device
+from rlhf.runs.cli import UserError, fail, run
+from rlhf.runs.reporting import SPEAKERS, plain
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
 

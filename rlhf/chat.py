@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.base import check_context
-from rlhf.checkpoints import check_child, read_run
-from rlhf.cli import UserError, check_at_least_one, check_between, run
-from rlhf.data import BadRow, PromptFormat, checked_turns, tokenize_prompt
-from rlhf.generation import start, stream
-from rlhf.modeling import (
+from rlhf.data.format import PromptFormat, tokenize_prompt
+from rlhf.data.rows import BadRow, checked_turns
+from rlhf.engine.base import check_context
+from rlhf.engine.generation import start, stream
+from rlhf.engine.modeling import (
     BASE,
     REFERENCE,
     SharedBase,
@@ -33,8 +32,10 @@ from rlhf.modeling import (
     read_stacked,
     same_base,
 )
-from rlhf.reporting import plain
-from rlhf.training import device
+from rlhf.engine.training import device
+from rlhf.runs.checkpoints import check_child, read_run
+from rlhf.runs.cli import UserError, check_at_least_one, check_between, run
+from rlhf.runs.reporting import plain
 
 from tyro.conf import Positional
 

@@ -24,15 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.base import HEAD, Weights, check_context, open_weights, read_config
-from rlhf.checkpoints import check_output, output_folder, read_run
-from rlhf.cli import UserError, run
-from rlhf.data import ASSISTANT, PromptFormat
-from rlhf.hub import hub_errors
-from rlhf.model_card import LICENCE_FILES, model_card
-from rlhf.modeling import DTYPES, load_format, pad_right, read_adapter, same_base
-from rlhf.portable import save_config, save_tokenizer
-from rlhf.reporting import console
+from rlhf.data.format import PromptFormat
+from rlhf.data.rows import ASSISTANT
+from rlhf.engine.base import HEAD, Weights, check_context, open_weights, read_config
+from rlhf.engine.modeling import DTYPES, load_format, pad_right, read_adapter, same_base
+from rlhf.engine.portable import save_config, save_tokenizer
+from rlhf.reports.model_card import LICENCE_FILES, model_card
+from rlhf.runs.checkpoints import check_output, output_folder, read_run
+from rlhf.runs.cli import UserError, run
+from rlhf.runs.hub import hub_errors
+from rlhf.runs.reporting import console
 
 import bitsandbytes.functional as bnb
 import torch

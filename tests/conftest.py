@@ -90,7 +90,7 @@ def in_tmp(tmp_path, monkeypatch):
 @pytest.fixture(scope="session", autouse=True)
 def small_probe(tmp_path_factory):
     """A safety probe of eight pairs: the whole one would take the tiny model half a second."""
-    from rlhf import probe
+    from rlhf.reports import probe
 
     rows = [json.loads(line) for line in probe.PATH.read_text(encoding="utf-8").splitlines()]
     kinds = [[row for row in rows if row["kind"] == kind][:4] for kind in probe.KINDS]
@@ -175,14 +175,14 @@ def tiny_data(tmp_path_factory) -> Path:
 @pytest.fixture
 def tokenizer(tiny_model):
     """A fresh copy: a PromptFormat changes its tokenizer's chat template."""
-    from rlhf.modeling import load_tokenizer
+    from rlhf.engine.modeling import load_tokenizer
 
     return load_tokenizer(str(tiny_model))
 
 
 @pytest.fixture
 def form(tokenizer):
-    from rlhf.data import PromptFormat
+    from rlhf.data.format import PromptFormat
 
     return PromptFormat("hh", tokenizer)
 
@@ -246,7 +246,7 @@ def run_script() -> Callable[..., subprocess.CompletedProcess]:
 
 def run_main(module_name: str, argv: list, seconds: int = HANGS) -> Result:
     """Run a script's command line in this process: its exit code, and what it wrote."""
-    from rlhf.cli import run
+    from rlhf.runs.cli import run
 
     module = importlib.import_module(module_name)
     out, err, code, before = io.StringIO(), io.StringIO(), 0, sys.argv

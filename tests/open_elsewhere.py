@@ -129,8 +129,8 @@ def make_all() -> None:
 
 def compare(theirs: dict) -> list[float]:
     """Largest differences between what we compute and what they do; each is printed."""
-    from rlhf.decoder import lay_out
-    from rlhf.modeling import SharedBase, load_base, load_tokenizer, read_stacked
+    from rlhf.engine.decoder import lay_out
+    from rlhf.engine.modeling import SharedBase, load_base, load_tokenizer, read_stacked
 
     import torch
     from safetensors.torch import load_file

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import rlhf.training  # noqa: E402
-from rlhf.modeling import SharedBase  # noqa: E402
+import rlhf.engine.training  # noqa: E402
+from rlhf.engine.modeling import SharedBase  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -19,7 +19,11 @@ import torch  # noqa: E402
 
 def run_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """When a part has left gradients: of SFT and reward model in the second step, of the policy in its first."""
-    differentiate, upper, ran_out = rlhf.training.Resumable.differentiate, SharedBase.upper, []
+    differentiate, upper, ran_out = (
+        rlhf.engine.training.Resumable.differentiate,
+        SharedBase.upper,
+        [],
+    )
 
     def run_out_if(begun):
         if begun and not ran_out:
@@ -37,7 +41,7 @@ def run_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
         run_out_if(learns and any(weight.grad is not None for weight in self.parameters(role)))
         return upper(self, lower, texts, role)
 
-    monkeypatch.setattr(rlhf.training.Resumable, "differentiate", spoiled)
+    monkeypatch.setattr(rlhf.engine.training.Resumable, "differentiate", spoiled)
     monkeypatch.setattr(SharedBase, "upper", spoiled_upper)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 
-import rlhf.ppo_state  # noqa: E402
+import rlhf.ppo.state  # noqa: E402
 
 import psutil  # noqa: E402
 from conftest import make_model, read_demo, run_main, write_jsonl  # noqa: E402
@@ -55,14 +55,14 @@ def soak(work: Path) -> dict[int, tuple[int, int, int]]:
     for phase in ("sft", "reward"):
         finish(start(script, phase, commands[phase].split()))
 
-    seen, process, done = {}, psutil.Process(), rlhf.ppo_state.State.done
+    seen, process, done = {}, psutil.Process(), rlhf.ppo.state.State.done
 
     def watched(self, update, kl_coef):
         done(self, update, kl_coef)
         files = sum(path.is_file() for path in self.folder.rglob("*"))
         seen[update] = process.memory_info().rss, process.num_fds(), files
 
-    rlhf.ppo_state.State.done = watched
+    rlhf.ppo.state.State.done = watched
     result = run_main("ppo_train", commands["ppo"].split(), seconds=3600)
     if result.returncode:
         raise SystemExit(result.stderr)

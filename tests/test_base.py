@@ -6,10 +6,10 @@ import re
 import shutil
 from pathlib import Path
 
-import rlhf.base
-from rlhf.base import check_context, find_files, identified
-from rlhf.cli import UserError
-from rlhf.modeling import SharedBase, base_facts, load_base, read_stacked, same_base
+import rlhf.engine.base
+from rlhf.engine.base import check_context, find_files, identified
+from rlhf.engine.modeling import SharedBase, base_facts, load_base, read_stacked, same_base
+from rlhf.runs.cli import UserError
 
 import pytest
 import torch
@@ -283,13 +283,13 @@ def test_what_is_not_supported_is_said_before_any_weight_is_read(
 
 
 def test_the_16_bit_model_is_named_after_a_quantised_one():
-    config = rlhf.base.AutoConfig.for_model(
+    config = rlhf.engine.base.AutoConfig.for_model(
         "llama", quantization_config={"quant_method": "bitsandbytes"}
     )
-    assert "(unsloth/Llama-3.2-3B?)" in rlhf.base.unsupported(
+    assert "(unsloth/Llama-3.2-3B?)" in rlhf.engine.base.unsupported(
         config, "unsloth/Llama-3.2-3B-unsloth-bnb-4bit"
     )
-    assert "?" not in rlhf.base.unsupported(config, "models/quantised")
+    assert "?" not in rlhf.engine.base.unsupported(config, "models/quantised")
 
 
 # ---------------------------------------------------------------- how long texts may be
@@ -410,7 +410,7 @@ def test_run_json_keeps_each_weight_file(trained, tiny_model):
     facts = {
         "size": file.stat().st_size,
         "mtime": file.stat().st_mtime_ns,
-        "sha256": rlhf.base.sha256(file),
+        "sha256": rlhf.engine.base.sha256(file),
     }
     assert found == {"model.safetensors": facts}
     assert json.loads((trained.reward / "run.json").read_text())["base"]["weights"] == found
@@ -419,8 +419,10 @@ def test_run_json_keeps_each_weight_file(trained, tiny_model):
 @pytest.fixture
 def hashed(monkeypatch):
     """The weight files that were hashed."""
-    names, right = [], rlhf.base.sha256
-    monkeypatch.setattr("rlhf.base.sha256", lambda path: names.append(path.name) or right(path))
+    names, right = [], rlhf.engine.base.sha256
+    monkeypatch.setattr(
+        "rlhf.engine.base.sha256", lambda path: names.append(path.name) or right(path)
+    )
     return names
 
 
@@ -547,7 +549,7 @@ def test_what_is_fetched_from_the_hub_is_said(tiny_model, monkeypatch, capsys):
         there.append(model)
         return str(tiny_model)
 
-    monkeypatch.setattr("rlhf.base.snapshot_download", download)
+    monkeypatch.setattr("rlhf.engine.base.snapshot_download", download)
     assert find_files("me/model", "main", fetch=False) is None and not there
     assert find_files("me/model", "main") == [tiny_model / "model.safetensors"]
     assert capsys.readouterr().out == "Fetching the weights of me/model from the hub ...\n"

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import rlhf.card
-from rlhf.card import (
+import rlhf.engine.card
+from rlhf.engine.card import (
     CPU_ROWS,
     Rollouts,
     choose_rollouts,
@@ -15,7 +15,7 @@ from rlhf.card import (
     room_for_tensors,
     tokens_that_fit,
 )
-from rlhf.cli import UserError
+from rlhf.runs.cli import UserError
 
 import pytest
 import torch
@@ -57,8 +57,8 @@ def test_a_card_without_a_number_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", by_number)
     assert (
-        rlhf.card.room_on_card(torch.device("cuda"))
-        == rlhf.card.room_on_card(torch.device("cuda:1"))
+        rlhf.engine.card.room_on_card(torch.device("cuda"))
+        == rlhf.engine.card.room_on_card(torch.device("cuda:1"))
         == 460
     )
     assert asked == [3, 1]
@@ -71,7 +71,7 @@ def asking(tokens, **more):
 @pytest.fixture
 def card(monkeypatch):
     """A card with room for 1,024 tokens by `plan`."""
-    monkeypatch.setattr(rlhf.card, "room_on_card", lambda _: 1000.0 + 1024)
+    monkeypatch.setattr(rlhf.engine.card, "room_on_card", lambda _: 1000.0 + 1024)
     return lambda asked, longest=10: choose_tokens(asking(asked), plan, longest, CARD)
 
 
@@ -81,7 +81,7 @@ def test_what_is_chosen_on_a_card(card):
 
 
 def test_the_least_of_all_processes_is_chosen(card, monkeypatch):
-    monkeypatch.setattr(rlhf.card, "least", lambda tokens: min(tokens, 512))
+    monkeypatch.setattr(rlhf.engine.card, "least", lambda tokens: min(tokens, 512))
     assert card("auto")[0] == 512
 
 
@@ -97,7 +97,9 @@ def test_a_cpu_needs_no_plan():
 
 
 def test_the_first_line_of_a_run():
-    said = rlhf.card.describe_start(torch.device("cpu"), 1024, 16, torch.bfloat16, "as on any CPU")
+    said = rlhf.engine.card.describe_start(
+        torch.device("cpu"), 1024, 16, torch.bfloat16, "as on any CPU"
+    )
     assert said == "CPU: micro-batches of 1,024 tokens (as on any CPU), 16 rows a step, bfloat16"
 
 
@@ -172,33 +174,33 @@ def test_rollouts_on_a_cpu_go_by_a_fixed_rule():
 
 
 def test_rollouts_on_a_card(monkeypatch):
-    monkeypatch.setattr(rlhf.card, "room_on_card", lambda _: ALL)
+    monkeypatch.setattr(rlhf.engine.card, "room_on_card", lambda _: ALL)
     assert choose_rollouts(wanting(), rollout_plans, 64, 10, CARD) == Rollouts(
         64, merged=True, kept=True
     )
     assert choose_rollouts(wanting(weights="base"), rollout_plans, 64, 10, CARD) == Rollouts(
         64, kept=True
     )
-    monkeypatch.setattr(rlhf.card, "room_on_card", lambda _: 100.0 + 640)
+    monkeypatch.setattr(rlhf.engine.card, "room_on_card", lambda _: 100.0 + 640)
     with pytest.raises(UserError, match="--rollout-weights merged: .* no room for a merged copy"):
         choose_rollouts(wanting(weights="merged"), rollout_plans, 64, 10, CARD)
 
 
 def test_a_resumed_run_keeps_its_rollouts_unless_flags_say_otherwise(monkeypatch):
-    monkeypatch.setattr(rlhf.card, "room_on_card", lambda _: 100.0 + 640)
+    monkeypatch.setattr(rlhf.engine.card, "room_on_card", lambda _: 100.0 + 640)
     before = {
         "micro_batch_tokens": 512,
         "rollout_rows": 16,
         "rollout_weights": "merged",
         "rollouts_kept": True,
     }
-    monkeypatch.setattr(rlhf.card, "recorded", lambda _: before)
+    monkeypatch.setattr(rlhf.engine.card, "recorded", lambda _: before)
     resumed = choose_rollouts(wanting(resume=True), rollout_plans, 64, 10, CARD)
     assert resumed == Rollouts(16, merged=True, kept=True)
     assert choose_rollouts(
         wanting(8, "base", resume=True), rollout_plans, 64, 10, CARD
     ) == Rollouts(8, kept=True)
     monkeypatch.setattr(
-        rlhf.card, "recorded", lambda _: {"micro_batch_tokens": 512}
+        rlhf.engine.card, "recorded", lambda _: {"micro_batch_tokens": 512}
     )  # of an earlier version
     assert choose_rollouts(wanting(resume=True), rollout_plans, 64, 10, CARD) == Rollouts(64)

@@ -12,9 +12,9 @@ import time
 
 import rlhf.chat
 from rlhf.chat import Chat, Config, open_checkpoint, settled
-from rlhf.cli import UserError
-from rlhf.generation import generate
-from rlhf.modeling import BASE, REFERENCE
+from rlhf.engine.generation import generate
+from rlhf.engine.modeling import BASE, REFERENCE
+from rlhf.runs.cli import UserError
 
 import pytest
 from conftest import HANGS, OFFLINE, ROOT
@@ -178,7 +178,7 @@ class Terminal:
 
 SLOWLY = """
 import runpy, sys, time
-import rlhf.decoding, torch, transformers
+import rlhf.engine.decoding, torch, transformers
 
 letter = transformers.AutoTokenizer.from_pretrained(sys.argv[1]).convert_tokens_to_ids("a")
 
@@ -186,7 +186,7 @@ def pick(logits, temperature, draws):
     time.sleep(0.1)
     return torch.full_like(draws, letter, dtype=torch.long), None
 
-rlhf.decoding.pick = pick
+rlhf.engine.decoding.pick = pick
 runpy.run_module("rlhf.chat", run_name="__main__", alter_sys=True)
 """
 

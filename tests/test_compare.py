@@ -38,9 +38,9 @@ def report(turns, **answers):
 @pytest.fixture(scope="session")
 def ppo(trained, tmp_path_factory):
     """A PPO checkpoint on the tiny SFT checkpoint: a policy whose LoRA B is random."""
-    from rlhf.checkpoints import read_run, write_run
-    from rlhf.data import PromptFormat
-    from rlhf.modeling import SharedBase, load_base, load_tokenizer, save_stacked
+    from rlhf.data.format import PromptFormat
+    from rlhf.engine.modeling import SharedBase, load_base, load_tokenizer, save_stacked
+    from rlhf.runs.checkpoints import read_run, write_run
 
     import torch
 
@@ -462,8 +462,8 @@ score 2.00, 2 tokens, ended by EOS
 
 def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp_path):
     """Each answer is what the saved checkpoint writes when PEFT alone opens it; each score is the reward checkpoint's."""
-    from rlhf.data import PromptFormat
-    from rlhf.modeling import load_tokenizer
+    from rlhf.data.format import PromptFormat
+    from rlhf.engine.modeling import load_tokenizer
 
     import torch
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification

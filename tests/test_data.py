@@ -7,23 +7,11 @@ import re
 from pathlib import Path
 
 from reward_train import both_responses
-from rlhf.cli import UserError
-from rlhf.data import (
-    BadRow,
-    Pair,
-    PromptFormat,
-    TokenPair,
-    fingerprint,
-    half_of,
-    has_rows,
-    in_test_split,
-    load_pairs,
-    load_splits,
-    parse_row,
-    tokenize_pairs,
-    tokenize_prompt,
-)
+from rlhf.data.format import PromptFormat, TokenPair, tokenize_pairs, tokenize_prompt
+from rlhf.data.rows import BadRow, Pair, fingerprint, half_of, in_test_split, parse_row
+from rlhf.data.sources import has_rows, load_pairs, load_splits
 from rlhf.data.template import template_ids
+from rlhf.runs.cli import UserError
 from sft_train import response_only
 
 import pytest

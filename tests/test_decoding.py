@@ -1,12 +1,12 @@
 """The step that writes a token: against transformers' own forward, and whether a CUDA graph could hold it."""
 
-import rlhf.decoding
-from rlhf.decoder import Decoder, MergedLayers, lay_out
-from rlhf.decoding import Decoding, invert, pick, row_bucket
-from rlhf.generation import Response, _uniforms, generate, prepare, stream
-from rlhf.graphs import Graphs
-from rlhf.layers import _attend_by_products, _attend_fused
-from rlhf.modeling import REFERENCE, SharedBase, base_facts, load_base
+import rlhf.engine.decoding
+from rlhf.engine.decoder import Decoder, MergedLayers, lay_out
+from rlhf.engine.decoding import Decoding, invert, pick, row_bucket
+from rlhf.engine.generation import Response, _uniforms, generate, prepare, stream
+from rlhf.engine.graphs import Graphs
+from rlhf.engine.layers import _attend_by_products, _attend_fused
+from rlhf.engine.modeling import REFERENCE, SharedBase, base_facts, load_base
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def check_against_reference(peft, monkeypatch, prompts, new, temperature, merged
         seen.append(logits.clone())
         return pick(logits, temperature, draws)
 
-    monkeypatch.setattr(rlhf.decoding, "pick", watched)
+    monkeypatch.setattr(rlhf.engine.decoding, "pick", watched)
     decoder = decoder_of(peft)
     layers = MergedLayers(decoder, "policy", 2).layers if merged else None
     decoding = begin(decoder, prompts, new, temperature, layers=layers)
@@ -195,7 +195,7 @@ def test_looking_late_changes_nothing(tiny_model, form, lag):
 def test_a_stream_gives_each_token_and_at_the_end_the_response(shared_base, form):
     shared, prompt = shared_base, form.prompt_ids((("user", "Hi"),))
     (response,) = generate(shared, "reference", form, [prompt], 6, 1.0, [3], 1)
-    from rlhf.generation import start
+    from rlhf.engine.generation import start
 
     events = list(stream(start(shared, "reference", [prompt], [3], 6, 1.0), form))
     assert [token for _, token, _ in events] == response.ids
@@ -289,7 +289,9 @@ def test_only_layers_that_train_are_merged_again(shared_base, monkeypatch):
     shared_base.add_role("policy", 4, 8, 2)
     shared_base.merge("policy")
     written = []
-    monkeypatch.setattr("rlhf.layers.MergedMap.write", lambda self, role: written.append(self))
+    monkeypatch.setattr(
+        "rlhf.engine.layers.MergedMap.write", lambda self, role: written.append(self)
+    )
     shared_base.merge("policy")
     assert written == [linear for layer in shared_base.merged.layers[2:] for linear in layer.maps]
 

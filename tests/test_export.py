@@ -4,8 +4,8 @@ import json
 import shutil
 
 import rlhf.export
-from rlhf.checkpoints import sha256
-from rlhf.modeling import base_facts
+from rlhf.engine.modeling import base_facts
+from rlhf.runs.checkpoints import sha256
 
 import pytest
 import torch

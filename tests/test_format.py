@@ -4,9 +4,10 @@ import json
 import re
 from pathlib import Path
 
-from rlhf.cli import UserError
-from rlhf.data import BadRow, Pair, PromptFormat, tokenize_pairs, tokenize_prompt
-from rlhf.modeling import check_vocabulary, load_tokenizer
+from rlhf.data.format import PromptFormat, tokenize_pairs, tokenize_prompt
+from rlhf.data.rows import BadRow, Pair
+from rlhf.engine.modeling import check_vocabulary, load_tokenizer
+from rlhf.runs.cli import UserError
 
 import pytest
 import trl

@@ -3,10 +3,10 @@
 import copy
 import math
 
-import rlhf.generation
-from rlhf.decoding import pick as pick_with_logprobs
-from rlhf.generation import Response, _ended, _uniforms, generate
-from rlhf.modeling import SharedBase, base_facts, load_base
+import rlhf.engine.generation
+from rlhf.engine.decoding import pick as pick_with_logprobs
+from rlhf.engine.generation import Response, _ended, _uniforms, generate
+from rlhf.engine.modeling import SharedBase, base_facts, load_base
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def pick(logits, temperature, draws):
 def test_a_size_that_ran_out_of_memory_is_not_tried_again(shared, silent, prompts, monkeypatch):
     prompts, seeds, failed = prompts * 2, range(12), []
     alone = sample(shared, silent, prompts, 1.0, seeds, 6, new=4)
-    start = rlhf.generation.start
+    start = rlhf.engine.generation.start
 
     def small_card(shared, role, prompts, *more):
         if len(prompts) > 2:
@@ -68,7 +68,7 @@ def test_a_size_that_ran_out_of_memory_is_not_tried_again(shared, silent, prompt
             raise torch.OutOfMemoryError("out of memory")
         return start(shared, role, prompts, *more)
 
-    monkeypatch.setattr(rlhf.generation, "start", small_card)
+    monkeypatch.setattr(rlhf.engine.generation, "start", small_card)
     monkeypatch.setattr(shared, "rollout_rows", None)
     assert sample(shared, silent, prompts, 1.0, seeds, 6, new=4) == alone
     assert (failed, shared.rollout_rows) == ([6, 3], 2)

@@ -2,7 +2,7 @@
 
 import copy
 
-from rlhf.decoder import Decoder, Padded, lay_out, lay_out_pairs, unpad
+from rlhf.engine.decoder import Decoder, Padded, lay_out, lay_out_pairs, unpad
 
 import pytest
 import torch
@@ -139,7 +139,7 @@ def test_other_families(tiny_model, make, config):
 
 
 def test_another_architecture_and_a_text_beyond_the_attention_window_are_refused():
-    from rlhf.cli import UserError
+    from rlhf.runs.cli import UserError
 
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}

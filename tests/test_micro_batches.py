@@ -1,6 +1,6 @@
 """Cutting by tokens, and what happens when memory runs out."""
 
-from rlhf.micro_batches import MicroBatchSize, cut_by_tokens
+from rlhf.engine.micro_batches import MicroBatchSize, cut_by_tokens
 
 import pytest
 import torch

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import ppo_train
 from ppo_train import policy_loss, token_rewards, value_loss
-from rlhf.decoder import Padded
+from rlhf.engine.decoder import Padded
 
 import pytest
 import torch

@@ -7,8 +7,9 @@ import shutil
 from html.parser import HTMLParser
 
 import compare_outputs as compare
-from rlhf import page, ppo_log
-from rlhf.page import changes
+from rlhf.ppo import log as ppo_log
+from rlhf.reports import page
+from rlhf.reports.page import changes
 
 import pytest
 from conftest import write_jsonl

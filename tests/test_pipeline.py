@@ -12,10 +12,10 @@ from pathlib import Path
 import ppo_train
 import reward_train
 import sft_train
-from rlhf.cli import parse
-from rlhf.data import PromptFormat, load_pairs, tokenize_pairs
-from rlhf.decoder import lay_out
-from rlhf.modeling import (
+from rlhf.data.format import PromptFormat, tokenize_pairs
+from rlhf.data.sources import load_pairs
+from rlhf.engine.decoder import lay_out
+from rlhf.engine.modeling import (
     SharedBase,
     base_facts,
     load_base,
@@ -24,11 +24,12 @@ from rlhf.modeling import (
     pad_right,
     read_stacked,
 )
-from rlhf.ppo_log import PANELS
-from rlhf.probe import judge_probe, load_probe
-from rlhf.reporting import read_jsonl
-from rlhf.reward_eval import judge
-from rlhf.training import Resumable, steps_between_evaluations
+from rlhf.engine.training import Resumable, steps_between_evaluations
+from rlhf.ppo.log import PANELS
+from rlhf.reports.probe import judge_probe, load_probe
+from rlhf.reports.reward_evaluation import judge
+from rlhf.runs.cli import parse
+from rlhf.runs.reporting import read_jsonl
 
 import datasets
 import pytest
@@ -319,8 +320,8 @@ def test_batch_mates_roles_and_gradients(trained, in_4bit):
     shared.train("policy", "value")
     form = PromptFormat("hh", tokenizer)
 
-    from rlhf.generation import generate
-    from rlhf.ppo_batch import make_batch
+    from rlhf.engine.generation import generate
+    from rlhf.ppo.batch import make_batch
 
     ppo_train = importlib.import_module("ppo_train")
     prompts = [
@@ -368,8 +369,8 @@ def test_logprobs_are_those_of_a_plain_forward(trained):
     shared, form = open_shared(trained)
     shared.add_role("policy", 4, 8, 2)
 
-    from rlhf.generation import Response
-    from rlhf.ppo_batch import make_batch
+    from rlhf.engine.generation import Response
+    from rlhf.ppo.batch import make_batch
 
     ppo_train = importlib.import_module("ppo_train")
     prompt, eos = form.prompt_ids([("user", "Hi")]), form.eos_token_id
@@ -432,7 +433,7 @@ def test_a_constant_scorer_is_not_called_trained(
     trained, tiny_data, call_main, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "rlhf.modeling.ScalarHead.forward",
+        "rlhf.engine.modeling.ScalarHead.forward",
         lambda self, hidden: hidden.float()[..., :1] * 0 + self.weight.sum() * 0,
     )
     result = call_main(
@@ -458,7 +459,7 @@ def test_bf16_starts_at_ratio_one_and_kl_zero(trained, tiny_data, call_main, tmp
 def test_backward_of_the_reward_model_stops_at_its_lowest_layer(
     trained, call_main, tmp_path, monkeypatch
 ):
-    from rlhf.layers import LeanLayer
+    from rlhf.engine.layers import LeanLayer
 
     passes = dict.fromkeys(range(4), 0)
     forward, score = LeanLayer.__call__, reward_train.score
@@ -692,8 +693,8 @@ def test_held_out_prompts_are_measured_a_micro_batch_at_a_time(trained, monkeypa
 
 
 def test_the_loop_waits_for_the_device_once_when_measured_and_once_a_minibatch(trained):
-    from rlhf.generation import Response
-    from rlhf.ppo_batch import Old, make_batch
+    from rlhf.engine.generation import Response
+    from rlhf.ppo.batch import Old, make_batch
 
     shared, form = open_shared(trained)
     scorer = read_stacked(str(trained.reward), shared)
@@ -764,11 +765,12 @@ def test_the_test_rows_are_looked_at_on_the_way(trained, call_main, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            "rlhf.speed.Stopwatch.now", lambda watch: now.__setitem__(0, now[0] + 1) or now[0]
+            "rlhf.engine.speed.Stopwatch.now",
+            lambda watch: now.__setitem__(0, now[0] + 1) or now[0],
         )
         patch.setattr(module.Trainer, "evaluation", slow)
-        patch.setattr("rlhf.reporting.DRAW_SECONDS", 0.0)
-        patch.setattr("rlhf.reporting.plot_curves", broken)
+        patch.setattr("rlhf.runs.reporting.DRAW_SECONDS", 0.0)
+        patch.setattr("rlhf.runs.reporting.plot_curves", broken)
         result = call_main(script, [*argv, tmp_path / "whole"])
     assert result.returncode == 0, result.stderr
     name = {"sft": "SFT", "reward": "Reward model"}[phase]
@@ -845,9 +847,10 @@ def test_curves_are_of_metrics_that_are_written(trained, ppo):
 
 def test_ppo_draws_its_curves_on_the_way(trained, tiny_data, call_main, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("rlhf.reporting.DRAW_SECONDS", 0.0)
+    monkeypatch.setattr("rlhf.runs.reporting.DRAW_SECONDS", 0.0)
     monkeypatch.setattr(
-        "rlhf.reporting.Curves.draw", lambda curves: drawn.append(len(rows_of(curves.path.parent)))
+        "rlhf.runs.reporting.Curves.draw",
+        lambda curves: drawn.append(len(rows_of(curves.path.parent))),
     )
     result = call_main("ppo_train", ppo_flags(trained, tiny_data, tmp_path / "p", max_steps=2))
     assert result.returncode == 0, result.stderr
@@ -930,7 +933,7 @@ def test_groups_of_the_help_change_no_flag(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_hyperparameter_is_read_and_explained(script):
     module, source = importlib.import_module(script), (ROOT / f"{script}.py").read_text()
-    shared_code = "".join(path.read_text() for path in (ROOT / "rlhf").glob("*.py"))
+    shared_code = "".join(path.read_text() for path in (ROOT / "rlhf").rglob("*.py"))
     for field in dataclasses.fields(module.Config):
         assert re.search(rf"(config|self)\.{field.name}\b", source + shared_code), (
             f"{script}: nobody reads {field.name}"

@@ -10,10 +10,10 @@ import ppo_train
 import reward_train
 import sft_train
 from benchmarks import auto_tokens
-from rlhf.card import CARD_OVERHEAD, MOST_TOKENS, STEP, Rollouts, tokens_that_fit
-from rlhf.checkpoints import sha256
-from rlhf.plan import Shape, earlier_runs, plan_ppo, plan_sft
-from rlhf.training import num_steps
+from rlhf.engine.card import CARD_OVERHEAD, MOST_TOKENS, STEP, Rollouts, tokens_that_fit
+from rlhf.engine.plan import Shape, earlier_runs, plan_ppo, plan_sft
+from rlhf.engine.training import num_steps
+from rlhf.runs.checkpoints import sha256
 
 import pytest
 import torch
@@ -128,7 +128,7 @@ def test_steps_are_those_that_the_trainer_makes(
     tmp_path, monkeypatch, rows, epochs, processes, steps
 ):
     """Batches of 4 rows, over all processes: transformers counts whole steps an epoch."""
-    monkeypatch.setattr("rlhf.training.num_processes", lambda: processes)
+    monkeypatch.setattr("rlhf.engine.training.num_processes", lambda: processes)
     config = sft_train.Config(batch_size=4, num_train_epochs=epochs)
     assert num_steps(config, rows) == steps
     size = 4 // processes

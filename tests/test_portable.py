@@ -6,9 +6,9 @@
 import json
 from pathlib import Path
 
-from rlhf.data import PromptFormat
-from rlhf.modeling import SharedBase, load_base, load_tokenizer, read_stacked, save_stacked
-from rlhf.portable import save_config, save_tokenizer
+from rlhf.data.format import PromptFormat
+from rlhf.engine.modeling import SharedBase, load_base, load_tokenizer, read_stacked, save_stacked
+from rlhf.engine.portable import save_config, save_tokenizer
 
 import pytest
 import torch

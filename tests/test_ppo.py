@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import ppo_train
 from ppo_train import adapt_kl_coef, gae, policy_loss, token_rewards, value_loss, whiten
-from rlhf.generation import Response
-from rlhf.logprobs import chosen_logprobs
-from rlhf.ppo_batch import Measured, NotFinite, count_tokens, make_batch
-from rlhf.ppo_log import FAR_SAMPLER, Log, mean_stats, sampler_kl
+from rlhf.engine.generation import Response
+from rlhf.engine.logprobs import chosen_logprobs
+from rlhf.ppo.batch import Measured, NotFinite, count_tokens, make_batch
+from rlhf.ppo.log import FAR_SAMPLER, Log, mean_stats, sampler_kl
 
 import pytest
 import torch
@@ -359,9 +359,9 @@ def test_the_end_of_a_tracker_leaves_the_processes_together(monkeypatch, tmp_pat
 
 def test_chosen_logprobs_equal_log_softmax_in_value_entropy_and_gradient(monkeypatch):
     monkeypatch.setattr(
-        "rlhf.logprobs.chunk_elements", lambda on_card: 3 * 11
+        "rlhf.engine.logprobs.chunk_elements", lambda on_card: 3 * 11
     )  # three rows a chunk, in blocks of two: both uneven
-    monkeypatch.setattr("rlhf.logprobs.CPU_BLOCK", 2)
+    monkeypatch.setattr("rlhf.engine.logprobs.CPU_BLOCK", 2)
     torch.manual_seed(0)
     hidden, weight, tokens = torch.randn(7, 5), torch.randn(11, 5), torch.randint(11, (7,))
     plain = hidden.clone().requires_grad_()

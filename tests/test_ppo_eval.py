@@ -3,9 +3,9 @@
 import dataclasses
 import json
 
-from rlhf.generation import Response
-from rlhf.ppo_eval import Evaluation, compare, describe, penalty_warnings, plot_frontier
-from rlhf.run_warnings import policy_warnings
+from rlhf.engine.generation import Response
+from rlhf.ppo.evaluation import Evaluation, compare, describe, penalty_warnings, plot_frontier
+from rlhf.runs.run_warnings import policy_warnings
 
 import pytest
 import torch

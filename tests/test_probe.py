@@ -2,17 +2,18 @@
 
 import json
 
-from rlhf import probe
-from rlhf.data import PromptFormat, TokenPair, load_pairs
-from rlhf.modeling import BASE, REFERENCE, SharedBase, load_base, load_tokenizer
-from rlhf.style import ENDS_IN_QUESTION
+from rlhf.data.format import PromptFormat, TokenPair
+from rlhf.data.sources import load_pairs
+from rlhf.data.style import ENDS_IN_QUESTION
+from rlhf.engine.modeling import BASE, REFERENCE, SharedBase, load_base, load_tokenizer
+from rlhf.reports import probe
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_jsonl
 
-WHOLE = ROOT / "rlhf" / "probe.jsonl"
+WHOLE = ROOT / "rlhf" / "reports" / "probe.jsonl"
 ROWS = [json.loads(line) for line in WHOLE.read_text(encoding="utf-8").splitlines()]
 
 

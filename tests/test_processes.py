@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from rlhf.training import SHARDED
+from rlhf.engine.training import SHARDED
 
 import psutil
 import pytest
@@ -46,7 +46,7 @@ SUM = """
 import os
 
 import torch
-from rlhf.processes import sum_gradients, this_process
+from rlhf.runs.processes import sum_gradients, this_process
 
 rank = this_process().process_index
 weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]

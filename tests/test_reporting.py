@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import reward_train
 import sft_train
-from rlhf.cli import UserError
-from rlhf.ppo_log import PANELS, Log
-from rlhf.reporting import (
+from rlhf.ppo.log import PANELS, Log
+from rlhf.runs.cli import UserError
+from rlhf.runs.reporting import (
     Curves,
     JsonLines,
     Panel,
@@ -140,7 +140,7 @@ def test_at_equal_length_reads_the_line_at_zero():
 def clock(monkeypatch):
     """`clock[0]` is what the time is, in seconds."""
     now = [1000.0]
-    monkeypatch.setattr("rlhf.reporting.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rlhf.runs.reporting.time.monotonic", lambda: now[0])
     return now
 
 

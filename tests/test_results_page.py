@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 
-from rlhf.cli import UserError  # noqa: E402
+from rlhf.runs.cli import UserError  # noqa: E402
 
 import results  # noqa: E402
 import results_page as page  # noqa: E402

@@ -11,13 +11,13 @@ import sys
 
 import ppo_train
 import reward_train
-import rlhf.decoding
-import rlhf.ppo_state
-import rlhf.reporting
-import rlhf.resume
-import rlhf.training
+import rlhf.engine.decoding
+import rlhf.engine.training
+import rlhf.ppo.state
+import rlhf.runs.reporting
+import rlhf.runs.resume
 import sft_train
-from rlhf.resume import SaveClock, new_state, newest_state, read_facts, states
+from rlhf.runs.resume import SaveClock, new_state, newest_state, read_facts, states
 
 import pytest
 import torch
@@ -120,15 +120,15 @@ def ask_to_stop():
 
 
 MOMENTS = [  # phase, module, function, which call
-    ("sft", rlhf.training.Resumable, "training_step", 3),
-    ("sft", rlhf.resume, "sync", 4),
-    ("reward", rlhf.training.Resumable, "training_step", 4),
-    ("reward", rlhf.resume, "sync", 3),
+    ("sft", rlhf.engine.training.Resumable, "training_step", 3),
+    ("sft", rlhf.runs.resume, "sync", 4),
+    ("reward", rlhf.engine.training.Resumable, "training_step", 4),
+    ("reward", rlhf.runs.resume, "sync", 3),
     ("ppo", ppo_train, "generate", 4),
     ("ppo", ppo_train, "measure", 3),
     ("ppo", ppo_train, "value_loss", 14),
-    ("ppo", rlhf.resume, "sync", 3),
-    ("ppo", rlhf.resume, "sync", 4),
+    ("ppo", rlhf.runs.resume, "sync", 3),
+    ("ppo", rlhf.runs.resume, "sync", 4),
     ("reward", reward_train.Trainer, "evaluation", 1),
 ]
 
@@ -160,7 +160,7 @@ def test_a_signal_ends_the_run_where_it_can_go_on(commands, call_main, left_alon
         module, function = (
             (ppo_train, "generate")
             if phase == "ppo"
-            else (rlhf.training.Resumable, "training_step")
+            else (rlhf.engine.training.Resumable, "training_step")
         )
         at_call(patch, module, function, 5 if phase == "ppo" else 2, ask_to_stop)
         result = call_main(script, argv)
@@ -182,16 +182,16 @@ def test_states_come_as_often_as_the_resumed_run_says(
     commands, call_main, tmp_path, phase, monkeypatch
 ):
     """And after a crash the terminal is free again."""
-    bars, bar = [], rlhf.reporting.bar
-    monkeypatch.setattr(rlhf.reporting, "bar", lambda: bars.append(bar()) or bars[-1])
-    monkeypatch.setattr(rlhf.reporting.console, "_force_terminal", True)
+    bars, bar = [], rlhf.runs.reporting.bar
+    monkeypatch.setattr(rlhf.runs.reporting, "bar", lambda: bars.append(bar()) or bars[-1])
+    monkeypatch.setattr(rlhf.runs.reporting.console, "_force_terminal", True)
     monkeypatch.setenv("TERM", "xterm")
     script, argv = commands(phase, tmp_path / "cut")
     with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, rlhf.training.Resumable, "training_step", 2, ask_to_stop)
+        at_call(patch, rlhf.engine.training.Resumable, "training_step", 2, ask_to_stop)
         assert call_main(script, [*argv, "--save-steps", "100"]).returncode == 128 + signal.SIGTERM
     with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, rlhf.training.Resumable, "training_step", 2, crash)
+        at_call(patch, rlhf.engine.training.Resumable, "training_step", 2, crash)
         with pytest.raises(Crash):
             call_main(script, [*argv, "--save-steps", "1", "--resume"])
     assert newest_state(tmp_path / "cut.partial").name == "step-00000003"
@@ -201,7 +201,7 @@ def test_states_come_as_often_as_the_resumed_run_says(
 def test_a_second_signal_stops_at_once():
     pid = os.fork()
     if not pid:
-        with contextlib.suppress(BaseException), rlhf.resume.stop_when_asked():
+        with contextlib.suppress(BaseException), rlhf.runs.resume.stop_when_asked():
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
@@ -256,7 +256,7 @@ def test_another_number_of_processes_is_refused(commands, call_main, tmp_path, m
         at_call(patch, module, function, call + 1, crash)
         with pytest.raises(Crash):
             call_main(script, argv)
-    for module in (rlhf.training, rlhf.ppo_state):
+    for module in (rlhf.engine.training, rlhf.ppo.state):
         monkeypatch.setattr(module, "world", lambda: {"processes": 2})
     result = call_main(script, [*argv, "--resume"])
     assert result.returncode == 2 and "another processes (None there, 2 now)" in result.stderr
@@ -349,7 +349,7 @@ def test_a_disk_that_is_full(commands, call_main, left_alone, small_disk, phase)
 
     with pytest.MonkeyPatch.context() as patch:
         module, function = (
-            (rlhf.ppo_state, "save_file") if phase == "ppo" else (rlhf.training, "save_file")
+            (rlhf.ppo.state, "save_file") if phase == "ppo" else (rlhf.engine.training, "save_file")
         )
         at_call(patch, module, function, 5 if phase == "ppo" else 3, fill)
         result = call_main(script, argv)
@@ -434,7 +434,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_nothing_else_changes(
 
     with pytest.MonkeyPatch.context() as patch:
         at_call(patch, ppo_train, "value_loss", 6, out_of_memory)
-        at_call(patch, rlhf.decoding.Decoding, "step", 30, out_of_memory)
+        at_call(patch, rlhf.engine.decoding.Decoding, "step", 30, out_of_memory)
         result = call_main(script, argv)
     assert result.returncode == 0, result.stderr
     assert f"a micro-batch has {tokens // 2} tokens from now on" in result.stdout
@@ -478,9 +478,9 @@ def test_the_tokens_of_a_micro_batch_are_kept_unless_others_are_asked_for(
     kept = lambda: read_facts(newest_state(tmp_path / "cut.partial"))["micro_batch_tokens"]  # noqa: E731
     for call, tokens, then in ((2, "250", 250), (2, "auto", 250), (2, "300", 300)):
         with pytest.MonkeyPatch.context() as patch:
-            at_call(patch, rlhf.training.Resumable, "training_step", call, crash)
+            at_call(patch, rlhf.engine.training.Resumable, "training_step", call, crash)
             said = io.StringIO()
-            patch.setattr(rlhf.resume.console, "_file", said)  # `file` would stay set
+            patch.setattr(rlhf.runs.resume.console, "_file", said)  # `file` would stay set
             with pytest.raises(Crash):
                 call_main(script, [*argv, "--resume", "--micro-batch-tokens", tokens])
         assert kept() == recorded()["micro_batch_tokens"] == then
@@ -510,7 +510,7 @@ def test_a_run_without_a_state_goes_on_with_the_tokens_it_began_with(commands, c
 
 def test_a_state_is_due_by_the_clock_or_by_the_steps(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("rlhf.resume.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rlhf.runs.resume.time.monotonic", lambda: now[0])
     clock, due = SaveClock(save_minutes=10, save_steps=None), []
     for step in range(1, 8):
         now[0] += 240
@@ -537,7 +537,7 @@ def test_a_signal_in_the_last_step(commands, call_main, left_alone, tmp_path, ph
     """All steps are made: what is left is to evaluate and to save."""
     alone, (script, argv) = left_alone(phase), commands(phase, tmp_path / "cut")
     with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, rlhf.training.Resumable, "training_step", 4, ask_to_stop)
+        at_call(patch, rlhf.engine.training.Resumable, "training_step", 4, ask_to_stop)
         assert call_main(script, argv).returncode == 128 + signal.SIGTERM
     assert newest_state(tmp_path / "cut.partial").name == "step-00000004"
     result = call_main(script, [*argv, "--resume"])

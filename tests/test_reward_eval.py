@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from rlhf.reward_eval import ScoredPairs, calibration, groups, judge
+from rlhf.reports.reward_evaluation import ScoredPairs, calibration, groups, judge
 
 import numpy as np
 import pytest

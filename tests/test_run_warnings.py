@@ -3,8 +3,8 @@
 import json
 import shutil
 
-from rlhf.probe import judge_probe
-from rlhf.run_warnings import (
+from rlhf.reports.probe import judge_probe
+from rlhf.runs.run_warnings import (
     compare_warnings,
     ppo_warnings,
     refusal_warnings,

@@ -10,7 +10,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from rlhf.modeling import load_tokenizer
+from rlhf.engine.modeling import load_tokenizer
 
 import pytest
 import torch

@@ -6,19 +6,10 @@ import re
 import shlex
 
 import ppo_train
-import rlhf.training
-from rlhf.cli import UserError
-from rlhf.data import (
-    BadRow,
-    Pair,
-    fingerprint,
-    first_turn_sha256,
-    in_test_split,
-    load_pairs,
-    load_rows,
-    load_splits,
-    parse_row,
-)
+import rlhf.engine.training
+from rlhf.data.rows import BadRow, Pair, fingerprint, first_turn_sha256, in_test_split, parse_row
+from rlhf.data.sources import load_pairs, load_rows, load_splits
+from rlhf.runs.cli import UserError
 
 import pytest
 from conftest import read_demo, write_jsonl
@@ -610,7 +601,7 @@ def test_sft_of_rows_with_one_answer(call_main, trained, folders, tmp_path):
         "messages=talk",
     ]
     with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, rlhf.training.Resumable, "training_step", 3, crash)
+        at_call(patch, rlhf.engine.training.Resumable, "training_step", 3, crash)
         with pytest.raises(Crash):
             call_main("sft_train", argv)
     refused = call_main(

@@ -2,9 +2,9 @@
 
 from types import SimpleNamespace
 
-from rlhf.ppo_log import whole_speed
-from rlhf.speed import Stopwatch, Work, memory_gib, mfu, peak_flops
-from rlhf.trial import describe
+from rlhf.engine.speed import Stopwatch, Work, memory_gib, mfu, peak_flops
+from rlhf.ppo.log import whole_speed
+from rlhf.runs.trial import describe
 
 import pytest
 import torch
@@ -31,10 +31,10 @@ def test_operations_of_a_step_by_hand():
 
 
 def test_mfu_is_of_all_processes_cards(monkeypatch):
-    monkeypatch.setattr("rlhf.speed.peak_flops", lambda *_: 100.0)
-    monkeypatch.setattr("rlhf.speed.num_processes", lambda: 2)
+    monkeypatch.setattr("rlhf.engine.speed.peak_flops", lambda *_: 100.0)
+    monkeypatch.setattr("rlhf.engine.speed.num_processes", lambda: 2)
     assert mfu(300.0, 3.0, CPU, torch.bfloat16) == {"speed/mfu": 0.5}
-    monkeypatch.setattr("rlhf.speed.peak_flops", lambda *_: None)
+    monkeypatch.setattr("rlhf.engine.speed.peak_flops", lambda *_: None)
     assert mfu(300.0, 3.0, CPU, torch.bfloat16) == {}
 
 

@@ -1,6 +1,6 @@
 """How answers end and begin, in many scripts, and when a habit has doubled."""
 
-from rlhf.style import commonest_opening, doubled, opening, question_share, style_of
+from rlhf.data.style import commonest_opening, doubled, opening, question_share, style_of
 
 import pytest
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 
 import ppo_train
-from rlhf.ppo_batch import Batch
+from rlhf.ppo.batch import Batch
 
 import pytest
 import torch

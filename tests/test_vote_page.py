@@ -13,8 +13,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from rlhf.cli import UserError
-from rlhf.votes import VoteFile, read_votes
+from rlhf.data.votes import VoteFile, read_votes
+from rlhf.runs.cli import UserError
 
 import pytest
 from conftest import ROOT

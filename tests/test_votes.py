@@ -3,9 +3,10 @@
 import json
 import threading
 
-from rlhf.cli import UserError
-from rlhf.data import in_test_split, load_pairs
-from rlhf.votes import Vote, VoteFile, agreement, load_votes, read_votes, win_rates
+from rlhf.data.rows import in_test_split
+from rlhf.data.sources import load_pairs
+from rlhf.data.votes import Vote, VoteFile, agreement, load_votes, read_votes, win_rates
+from rlhf.runs.cli import UserError
 
 import pytest
 

@@ -23,7 +23,7 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import ppo_train  # noqa: E402, F401
 import reward_train  # noqa: E402, F401
 import sft_train  # noqa: E402, F401
-from rlhf.resume import MANIFEST  # noqa: E402
+from rlhf.runs.resume import MANIFEST  # noqa: E402
 
 import torch  # noqa: E402
 from conftest import CLOCKS, make_model, read_demo, run_main, write_jsonl  # noqa: E402

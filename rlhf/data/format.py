@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rlhf.cli import UserError
 from rlhf.data.rows import HUMAN, BadRow, Pair, Turns, hh_prompt
 from rlhf.data.sources import reasons_of, report_drops
 from rlhf.data.template import (
@@ -27,7 +26,8 @@ from rlhf.data.template import (
     template_ids,
     use_hh_template,
 )
-from rlhf.reporting import console
+from rlhf.runs.cli import UserError
+from rlhf.runs.reporting import console
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase

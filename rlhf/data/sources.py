@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.cli import UserError, one_line
 from rlhf.data.rows import (
     ANSWERS,
     COLUMNS,
@@ -37,7 +36,8 @@ from rlhf.data.rows import (
     which_half,
     why_unusable,
 )
-from rlhf.reporting import console, plain
+from rlhf.runs.cli import UserError, one_line
+from rlhf.runs.reporting import console, plain
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSED = (".gz", ".zst")
@@ -570,7 +570,7 @@ def open_bytes(path: Path) -> io.BufferedIOBase:
 
 
 def read_hub(name: str, split: str) -> tuple[str, list[tuple[str, Rows]]]:
-    from rlhf.hub import hub_errors
+    from rlhf.runs.hub import hub_errors
 
     import datasets
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
-from rlhf.cli import UserError, one_line
 from rlhf.data.rows import BadRow, Turns
+from rlhf.runs.cli import UserError, one_line
 
 from transformers import PreTrainedTokenizerBase
 

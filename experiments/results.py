@@ -1,0 +1,327 @@
+"""Evidence that it learns: reward models and PPO on real preferences, judged by what they were not trained on.
+
+    make results                                    # on Dahoas/rm-static; many hours on a CPU
+    make results DATA=path/to/rm-static RESULTS="--jobs 2"    # on a local copy or a slice of it, two steps at a time
+
+It prints what it will cost, then works through the steps below in runs/results. Each leaves a small record of what it
+found and of the command that made it; what has one is not done again, so it can be stopped and started, and a training
+run goes on from its last state. A step whose folder is gone is run again when another needs it, and keeps its record.
+Every seed of PPO is a whole chain: its own SFT model, its own reward model of the first half of the pairs, its own gold
+one of the second half. It ends by writing docs/results.json, which holds all records, docs/results.md, made of it (by
+results_page.py), and the plots beside them.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "benchmarks")]
+
+from rlhf.runs.checkpoints import git_commit  # noqa: E402
+from rlhf.runs.cli import UserError, check_at_least_one, run  # noqa: E402
+from rlhf.runs.reporting import console  # noqa: E402
+
+import ppo_ablation  # noqa: E402
+import results_page  # noqa: E402
+import reward_ablation  # noqa: E402
+from ppo_vs_trl import cpu  # noqa: E402
+from results_page import ABLATION_SEEDS, PERCENTILES, PLOTS, SEEDS  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+# Sizes that the slice of 4,119 training and 480 test rows has, so that the whole data set does not take days.
+SFT = {"max_length": 256, "max_train_samples": 1500, "max_eval_samples": 480}
+REWARD = {
+    "max_length": 256,
+    "max_train_samples": 2048,
+    "max_eval_samples": 480,
+    "num_train_epochs": 1,
+    "learning_rate": 1e-3,
+}
+PPO = {"max_train_samples": 4096, "max_eval_samples": 128, "total_episodes": 1536}
+PROMPTS = 480  # held-out prompts of the win rates
+
+
+@dataclass(frozen=True)
+class Config:
+    base_model: str = "models/SmolLM2-135M-Instruct"
+    dataset: str = "Dahoas/rm-static"
+    work: str = "runs/results"
+    output: str = "docs"
+    jobs: int = 1  # steps at a time, each with its share of the cores
+    only: str = (
+        ""  # a regular expression: do only the steps whose names begin like it, and what they need
+    )
+    only_report: bool = False  # write the report of what is finished, and train nothing
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str  # its record is records/NAME.json in the work folder
+    folder: str  # what it leaves there for the steps that need it
+    minutes: int  # of one core of an AMD EPYC with AVX512-BF16; it varies by a factor of two
+    command: str
+    record: Callable[[Path], dict[str, Any]]  # makes the record of the folder
+    needs: tuple[str, ...] = ()  # names of the steps whose folders it reads
+
+
+def steps(config: Config) -> list[Step]:
+    """All steps, each after those it needs."""
+    work, data = config.work, f"--dataset {shlex.quote(config.dataset)}"
+    todo = []
+    for seed in SEEDS:
+        sft, reward, gold, ppo = f"sft_{seed}", f"reward_{seed}", f"gold_{seed}", f"ppo_{seed}"
+        command = f"sft_train.py --preset demo {data} --seed {seed} --overwrite --base-model {shlex.quote(config.base_model)} "
+        command += f"{flags(SFT)} --output-dir {work}/{sft}"
+        todo.append(Step(sft, sft, 20, command, trained))
+        # Seeds that differ, else both would start from the same head and LoRA A, and share what that makes of a text.
+        for name, half, own in ((reward, "first", seed), (gold, "second", seed + 1)):
+            command = f"reward_train.py --preset demo {data} --seed {own} --overwrite --sft-checkpoint {work}/{sft} "
+            command += f"{flags(REWARD)} --half {half} --output-dir {work}/{name}"
+            todo.append(Step(name, name, 25, command, trained, (sft,)))
+        command = f"ppo_train.py --preset demo {data} --seed {seed} --overwrite --sft-checkpoint {work}/{sft} "
+        command += f"--reward-checkpoint {work}/{reward} --gold-checkpoint {work}/{gold} {flags(ppo_ablation.PPO)} "
+        command += f"{flags(PPO)} --output-dir {work}/{ppo}"
+        todo.append(Step(ppo, ppo, 60, command, ppo_ablation.trained, (sft, reward, gold)))
+        judged = f"compare_outputs.py --preset demo --sft-checkpoint {work}/{sft} --reward-checkpoint {work}/{gold} "
+        judged += f"--ppo-checkpoint {work}/{ppo} --max-prompt-length 160 --temperature 0.7 --batch-size 16 --show 0 "
+        command = f"{judged}--overwrite {data} --num-test-prompts {PROMPTS} --output-dir {work}/compare_{seed}"
+        todo.append(
+            Step(f"compare_{seed}", f"compare_{seed}", 20, command, comparison, (sft, gold, ppo))
+        )
+        if seed == SEEDS[0]:
+            command = f"{judged}--overwrite --dataset demo/data --num-test-prompts 80 --output-dir {work}/samples"
+            todo.append(Step("samples", "samples", 4, command, samples, (sft, gold, ppo)))
+    for seed in SEEDS:
+        sft, reward = f"sft_{seed}", f"reward_{seed}"
+        todo.append(ablation("reward", "half", seed, 6, data, work, (sft, reward)))
+    for seed in SEEDS:
+        for variant in (
+            reward_ablation.VARIANTS if seed in ABLATION_SEEDS else ("recipe", "head_zero")
+        ):
+            todo.append(ablation("reward", variant, seed, 16, data, work, ("sft_0",)))
+    averaged = tuple(f"reward_head_zero_{seed}" for seed in range(reward_ablation.AVERAGED))
+    todo.append(ablation("reward", "averaged", 0, 6, data, work, ("sft_0", *averaged)))
+    todo.append(ablation("reward", "stock_epoch", 0, 40, data, work, ("sft_0",)))
+    for seed in SEEDS:
+        needed = ("sft_0", f"reward_recipe_{seed}", "reward_stock_epoch_0")
+        todo.append(ablation("reward", "stock", seed, 12, data, work, needed))
+    for seed in SEEDS:
+        for variant in ppo_ablation.VARIANTS:
+            todo.append(
+                ablation("ppo", variant, seed, 17, data, work, ("sft_0", "reward_0", "gold_0"))
+            )
+    return todo
+
+
+def ablation(
+    what: str, variant: str, seed: int, minutes: int, data: str, work: str, needs: tuple[str, ...]
+) -> Step:
+    """A run of reward_ablation.py or ppo_ablation.py; the checkpoints it starts from are the first of `needs`."""
+    name, folder = f"{variant}_{seed}", f"{what}_ablation"
+    command = f"experiments/{what}_ablation.py --variant {variant} --seed {seed} {data} --work {work}/{folder}"
+    for need in needs:
+        phase = need.split("_")[0]
+        if need == f"{phase}_{need[-1]}":  # of a chain
+            command += f" --{phase}-checkpoint {work}/{need}"
+    return Step(f"{what}_{name}", f"{folder}/{name}", minutes, command, from_file, needs)
+
+
+def flags(settings: dict[str, Any]) -> str:
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+
+
+# ---------------------------------------------------------------- doing them
+
+
+def main(config: Config) -> None:
+    check_at_least_one(config, "jobs")
+    shown = {step.name: step.command for step in steps(replace(config, **public(config)))}
+    if not any(re.match(config.only, name) for name in shown):
+        raise UserError(f"--only {config.only}: no step's name begins so")
+    if not config.only_report:
+        todo = to_do(config, shown)
+        show_cost(config, todo)
+        do_all(config, todo, shown)
+    records = {
+        step.name: json.loads(path.read_text())
+        for step in steps(config)
+        if (path := path_of(config, step)).exists()
+    }
+    if not records:
+        raise UserError(f"there is no record in {config.work}/records to report")
+    rows = {"train": 2 * REWARD["max_train_samples"], "test": REWARD["max_eval_samples"]}
+    report = {
+        "dataset": Path(config.dataset).name,
+        "rows": rows,
+        "steps": shown,
+        "records": records,
+    }
+    report["summary"] = results_page.summary(records)
+    output, plots = ROOT / config.output, []
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "results.json").write_text(json.dumps(report, allow_nan=False) + "\n")
+    for plot, name in PLOTS.items():
+        if (ROOT / config.work / plot).exists():
+            shutil.copyfile(ROOT / config.work / plot, output / name)
+        plots += [name] if (output / name).exists() else []
+    (output / "results.md").write_text(results_page.markdown(report, plots))
+    console.print(f"Saved {config.output}/results.md and {config.output}/results.json.")
+
+
+def public(config: Config) -> dict[str, str]:
+    """The places of the config as they may be shown: of those that are this machine's own, the name."""
+    places = {name: getattr(config, name) for name in ("base_model", "dataset", "work")}
+    return {
+        name: f"path/to/{Path(place).name}" if Path(place).is_absolute() else place
+        for name, place in places.items()
+    }
+
+
+def path_of(config: Config, step: Step) -> Path:
+    return ROOT / config.work / "records" / f"{step.name}.json"
+
+
+def is_done(config: Config, step: Step, shown: str) -> bool:
+    """Whether there is a record of that very command."""
+    path = path_of(config, step)
+    return path.exists() and json.loads(path.read_text())["command"] == shown
+
+
+def to_do(config: Config, shown: dict[str, str]) -> list[Step]:
+    """The steps to do, in order: those without a record, and those whose folders these need and that are gone."""
+    every = steps(config)
+    names = {
+        step.name
+        for step in every
+        if re.match(config.only, step.name) and not is_done(config, step, shown[step.name])
+    }
+    folders = {step.name: ROOT / config.work / step.folder for step in every}
+    for step in reversed(every):
+        if step.name in names:
+            names |= {need for need in step.needs if not folders[need].exists()}
+    return [step for step in every if step.name in names]
+
+
+def show_cost(config: Config, todo: list[Step]) -> None:
+    """What there is to do and about how long it takes."""
+    table = Table("step", "minutes, about", title="On one core of an AMD EPYC with AVX512-BF16")
+    for step in todo:
+        table.add_row(step.name, str(step.minutes))
+    table.add_row(
+        "all, with --jobs on as many cores", str(sum(step.minutes for step in todo) // config.jobs)
+    )
+    console.print(table)
+
+
+def do_all(config: Config, todo: list[Step], shown: dict[str, str]) -> None:
+    """Do the steps, `jobs` at a time, each when those it needs are done."""
+    left, running = list(todo), dict[Future, Step]()
+    with ThreadPoolExecutor(config.jobs) as pool:
+        while left or running:
+            unfinished = {step.name for step in [*left, *running.values()]}
+            ready = [step for step in left if not unfinished & {*step.needs}]
+            for step in ready[: config.jobs - len(running)]:
+                left.remove(step)
+                running[pool.submit(do, config, step, shown[step.name])] = step
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
+                future.result()
+
+
+def do(config: Config, step: Step, shown: str) -> None:
+    """Run a step and write its record."""
+    work, started = ROOT / config.work, time.monotonic()
+    threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
+    log = work / "logs" / f"{step.name}.log"
+    for folder in (log.parent, work / "records"):
+        folder.mkdir(parents=True, exist_ok=True)
+    console.print(f"{time.strftime('%H:%M')} {step.name}: see {os.path.relpath(log, ROOT)}")
+    command = step.command
+    if (
+        any((work / f"{step.folder}.partial").glob("step-*/manifest.json"))
+        and "--overwrite" in command
+    ):
+        command = command.replace("--overwrite", "--resume")
+    with log.open("w") as file:
+        done = subprocess.run(
+            [sys.executable, *shlex.split(command)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    if done.returncode:
+        raise UserError(
+            f"{step.name} failed (see {log}); mend it and start again: what is finished is kept"
+        )
+    if is_done(config, step, shown):
+        return  # only its folder was gone; what others made of it rests on what the record tells of
+    how = {"command": shown, "commit": git_commit(), "cpu": cpu(), "threads": threads}
+    how["minutes"] = round((time.monotonic() - started) / 60, 1)
+    record = json.dumps(how | step.record(work / step.folder), allow_nan=False)
+    path_of(config, step).write_text(record + "\n")
+    console.print(f"{time.strftime('%H:%M')} {step.name}: done in {how['minutes']:.0f} min")
+
+
+# ---------------------------------------------------------------- records
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """Of SFT or a reward model: its metrics, and its whole evaluation."""
+    found = {"metrics": json.loads((folder / "run.json").read_text())["metrics"]}
+    evaluation = folder / "evaluation.json"
+    if evaluation.exists():
+        whole = json.loads(evaluation.read_text())
+        found["evaluation"] = {
+            name: whole[name] for name in ("calibration", "by_length", "by_turns")
+        }
+    return found
+
+
+def from_file(folder: Path) -> dict[str, Any]:
+    """What an ablation's run wrote beside its folder."""
+    return json.loads(folder.with_name(f"{folder.name}.json").read_text())
+
+
+def comparison(folder: Path) -> dict[str, Any]:
+    """Win rates, means, and of each model's answers the gold scores, tokens and whether it ended, without any text."""
+    report = json.loads((folder / "compare.json").read_text())
+    answers = {
+        name: {
+            "score": [entry["answers"][name]["score"] for entry in report["prompts"]],
+            "tokens": [entry["answers"][name]["tokens"] for entry in report["prompts"]],
+            "ended": [
+                entry["answers"][name]["ended_by"] != "length" for entry in report["prompts"]
+            ],
+        }
+        for name in report["models"]
+    }
+    return {"pairs": report["pairs"], "summary": report["summary"], "answers": answers}
+
+
+def samples(folder: Path) -> dict[str, Any]:
+    """The prompts at PERCENTILES of the gold gain over SFT, with all answers."""
+    entries = json.loads((folder / "compare.json").read_text())["prompts"]
+    entries.sort(
+        key=lambda entry: entry["answers"]["PPO"]["score"] - entry["answers"]["SFT"]["score"]
+    )
+    return {
+        "shown": [
+            {"percentile": p, **entries[round(p / 100 * (len(entries) - 1))]} for p in PERCENTILES
+        ]
+    }
+
+
+if __name__ == "__main__":
+    run(main, Config, {}, __doc__)

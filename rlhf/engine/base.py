@@ -1,0 +1,319 @@
+"""A base model on disk: is it one that this pipeline can run, are its weights those that its config describes, which are
+its files, and are they the very files of an earlier phase.
+
+All but the last is known from config.json and the headers of the weight files, so a dry run says it too. `Weights` is the
+one way to them: training and export read the same names from the same files.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rlhf.runs.checkpoints import sha256
+from rlhf.runs.cli import UserError
+from rlhf.runs.hub import fetching, hub_errors
+from rlhf.runs.processes import agree, is_main
+from rlhf.runs.reporting import console
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # model_type; SmolLM2 is a llama
+ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+HEAD = "lm_head.weight"
+PREFIX = "model."  # before the names of all but the head; a model that was saved without its head has none
+
+
+# ---------------------------------------------------------------- the config
+
+
+def read_config(base: dict[str, Any]) -> PreTrainedConfig:
+    """The config of the base that `base_facts` names.
+
+    Raises:
+        UserError: it cannot be read, or this pipeline does not run such a model.
+    """
+    name = base["model"]
+    with hub_errors(name, "model", "--base-model"):
+        config = AutoConfig.from_pretrained(
+            name, revision=base["revision"], trust_remote_code=False
+        )
+    reason = unsupported(config, name)
+    if reason:
+        raise UserError(f"--base-model {name}: {reason}")
+    return config
+
+
+def unsupported(config: PreTrainedConfig, name: str) -> str | None:
+    """Why this pipeline does not run a model with this config; None if it does."""
+    quantised = getattr(config, "quantization_config", None) or getattr(
+        config, "compression_config", None
+    )
+    if quantised:
+        method = getattr(quantised, "quant_method", None) or dict(quantised).get(
+            "quant_method", "a quantiser"
+        )
+        origin = re.sub(r"(-unsloth)?-bnb-4bit$", "", name)
+        named = f" ({origin}?)" if origin != name else ""
+        return (
+            f"it is saved quantised, by {method}: name the 16-bit model that it was made from{named}; "
+            "--load-in-4bit makes NF4 of that while it loads"
+        )
+    if config.model_type not in FAMILIES:
+        return (
+            f"a {config.model_type} model is not supported; this pipeline is for Llama-like decoders: Llama, SmolLM2, "
+            "Mistral, Qwen2 and Qwen3"
+        )
+    if config.hidden_act != "silu":
+        return f"its activation (hidden_act {config.hidden_act}) is not supported, only silu"
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type", "default") not in ROPES:
+        return f"its position embedding (rope_type {rope['rope_type']}) is not supported, only {', '.join(ROPES)}"
+    if rope.get("partial_rotary_factor", 1) != 1:
+        return f"heads that are rotated in part (partial_rotary_factor {rope['partial_rotary_factor']}) are not supported"
+    if getattr(config, "transformers_weights", None):
+        return f"its config.json names a weight file of its own (transformers_weights): rename that to {WHOLE}"
+    return None
+
+
+def check_context(base: dict[str, Any], longest: int, *flags: str) -> None:
+    """Raise UserError when texts of `longest` tokens are more than the base can read; `flags` make them shorter.
+
+    Beyond its original context the frequencies of a dynamic or longrope base are those of the longest text of a batch,
+    for all texts in it.
+    """
+    config = read_config(base)
+    rope = config.rope_parameters or {}
+    limits = {
+        "max_position_embeddings": config.max_position_embeddings,
+        "sliding_window": getattr(config, "sliding_window", None),
+    }
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        limits["original_max_position_embeddings"] = rope.get("original_max_position_embeddings")
+    name, limit = min(
+        ((n, x) for n, x in limits.items() if x), key=lambda pair: pair[1], default=("", longest)
+    )
+    if longest > limit:
+        todo = f"lower {' or '.join(flags)}" if flags else "use a base with a longer context"
+        raise UserError(
+            f"there are texts of {longest} tokens, and {base['model']} reads {limit} ({name}): {todo}"
+        )
+
+
+# ---------------------------------------------------------------- the files
+
+
+def find_files(model: str, revision: str | None, fetch: bool = True) -> list[Path] | None:
+    """The weight files of a local folder or a hub model: model.safetensors, or those that its index names.
+
+    Args:
+        fetch: get what is missing from the hub; without it, None if the files are not all on this machine.
+    Raises:
+        UserError: there are none, or it is not clear which.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return files_in(folder, model)
+    if fetch and find_files(model, revision, fetch=False) is None:
+        told = fetching(f"the weights of {model}")
+    else:
+        told = contextlib.nullcontext()
+    try:
+        with told, hub_errors(model, "model", "--base-model"):
+            folder = fetched(model, revision, [WHOLE, INDEX], fetch)
+            if not (folder / WHOLE).exists() and (folder / INDEX).exists():
+                fetched(model, revision, shards(folder / INDEX, model), fetch)
+        return files_in(folder, model)
+    except UserError:
+        if fetch:
+            raise
+        return None
+
+
+def fetched(model: str, revision: str | None, patterns: list[str], fetch: bool) -> Path:
+    """The folder in the hub's cache, with the files of these names in it where the hub has them."""
+    options = {"allow_patterns": patterns, "local_files_only": not fetch}
+    return Path(snapshot_download(model, revision=revision, **options))
+
+
+def files_in(folder: Path, model: str) -> list[Path]:
+    whole, index = folder / WHOLE, folder / INDEX
+    if whole.exists() and index.exists():
+        raise UserError(
+            f"{model} holds both {WHOLE} and {INDEX}: remove the one that is not the model"
+        )
+    files = [folder / name for name in shards(index, model)] if index.exists() else [whole]
+    for file in files:
+        if not file.is_file():
+            raise UserError(
+                f"{model} is not a whole model: there is no {file.name} (weights are read from safetensors)"
+            )
+    return files
+
+
+def shards(index: Path, model: str) -> list[str]:
+    """The files that an index names."""
+    with hub_errors(model, "model", "--base-model"):
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        odd = [
+            name for name in names if Path(name).name != name or not name.endswith(".safetensors")
+        ]
+        if odd or not names:
+            raise ValueError(f"its {INDEX} names {odd[0] if odd else 'no files'}")
+    return names
+
+
+class Weights:
+    """The weights of a base, by the names that they have in transformers' causal language model; read when asked for.
+
+    Raises:
+        UserError: they are not those that the config describes.
+    """
+
+    def __init__(self, files: list[Path], config: PreTrainedConfig, model: str):
+        with hub_errors(model, "model", "--base-model"):
+            with torch.device("meta"):
+                wanted = {
+                    name: list(x.shape)
+                    for name, x in AutoModelForCausalLM.from_config(config).state_dict().items()
+                }
+            held = [(file, *entry) for file in files for entry in read_header(file)]
+        self.files: dict[str, Path] = {}
+        self.names: dict[str, str] = {}  # in the files
+        twice, foreign, reshaped, quantised = [], [], [], []
+        for file, key, shape, dtype in held:
+            name = PREFIX + key if PREFIX + key in wanted else key
+            if name in self.files:
+                twice.append(key)
+            elif name not in wanted:
+                foreign += [] if passed_over(key, config) else [key]
+                continue
+            elif shape != wanted[name]:
+                reshaped.append(f"{key} is {shape}, not {wanted[name]}")
+            elif dtype not in FLOATS:
+                quantised.append(f"{key} is {dtype}")
+            self.files[name], self.names[name] = file, key
+        tied = {HEAD} if config.tie_word_embeddings else set()
+        missing = [name for name in wanted if name not in self.files and name not in tied]
+        odd = {"missing": missing, "without a place in it": foreign, "of another shape": reshaped}
+        odd |= {"held twice": twice, "quantised": quantised}
+        problems = [
+            f"{len(names)} {what} (first {names[0]})" for what, names in odd.items() if names
+        ]
+        if problems:
+            raise UserError(
+                f"the weights of {model} are not those that its config.json describes: {', '.join(problems)}. "
+                "Get the model's files again, or correct its config.json"
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.files[name], "pt") as file:
+            return file.get_tensor(self.names[name])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, mapped into memory: their bytes are read when they are used."""
+        files = {file: load_file(file) for file in set(self.files.values())}
+        return {name: files[file][self.names[name]] for name, file in self.files.items()}
+
+
+def read_header(file: Path) -> list[tuple[str, list[int], str]]:
+    """Name, shape and type of each tensor in a safetensors file."""
+    with safe_open(file, "pt") as content:
+        slices = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118 (it is no dict)
+        return [(key, list(part.get_shape()), part.get_dtype()) for key, part in slices.items()]
+
+
+def passed_over(key: str, config: PreTrainedConfig) -> bool:
+    """Whether transformers rightly leaves out a weight that has no place in the model: frequencies that old versions saved."""
+    found = re.search(r"layers\.(\d+)\.", key)
+    of_a_layer = found is None or int(found.group(1)) < config.num_hidden_layers
+    return of_a_layer and key.endswith("rotary_emb.inv_freq")
+
+
+def open_weights(base: dict[str, Any], config: PreTrainedConfig) -> Weights:
+    """The weights of the base that `base_facts` names, after they were seen to be those of its config and of its record.
+
+    All processes call it. Hub models are fetched.
+    """
+    files = find_files(base["model"], base["revision"])
+    weights = Weights(files, config, base["model"])
+    odd = agree(differing(base, files) if is_main() else None)
+    if odd:
+        origin = base["copy_of"]["model"] if "copy_of" in base else "its run.json"
+        raise UserError(
+            f"{base['model']} is another base model than the earlier phase was trained on: its {odd} is not that of "
+            f"{origin}; name the same base for all phases"
+        )
+    if is_main() and (Path(base["model"]) / "adapter_config.json").exists():
+        console.print(
+            f"{base['model']} holds an adapter, too (adapter_config.json): it is not put on the base."
+        )
+    return weights
+
+
+# ---------------------------------------------------------------- which files they are
+
+
+def hash_files(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size in bytes, time of the last change and SHA-256 of each whole file, by name."""
+    return {file.name: {**size_and_time(file), "sha256": sha256(file)} for file in files}
+
+
+def size_and_time(file: Path) -> dict[str, int]:
+    return {"size": file.stat().st_size, "mtime": file.stat().st_mtime_ns}
+
+
+def identified(base: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the hashes of its files, if it is a local folder; a hub model is known by its commit.
+
+    All processes call it; the main one reads the files.
+    """
+    local = base["revision"] is None
+    weights = hash_files(find_files(base["model"], None)) if local and is_main() else None
+    return base | {"weights": agree(weights)}
+
+
+def differing(base: dict[str, Any], files: list[Path]) -> str | None:
+    """The first weight file that is not the one on record; None if they all are, or there is no record.
+
+    A file whose size and time are those on record is not read, but for that of a copy elsewhere, where the time says
+    nothing. The record of a hub model is what the hub's cache holds of it.
+    """
+    record, origin = base.get("weights"), base.get("copy_of")
+    if record is None and origin and origin["revision"]:
+        record = hash_files(find_files(origin["model"], origin["revision"], fetch=False) or [])
+    if not record:
+        return None
+    found = {file.name: file for file in files}
+    for name in sorted({*found, *record}):
+        if name not in found or name not in record:
+            return name
+        now = size_and_time(found[name])
+        untouched = not origin and now["mtime"] == record[name]["mtime"]
+        if now["size"] != record[name]["size"] or not (
+            untouched or sha256(found[name]) == record[name]["sha256"]
+        ):
+            return name
+    return None
+
+
+def ends_sha256(folder: Path) -> str:
+    """How checkpoints of earlier versions know a local base: by names, sizes, and first and last MiB of its files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as weights:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode() + weights.read(1 << 20))
+            weights.seek(max(0, size - (1 << 20)))
+            digest.update(weights.read())
+    return digest.hexdigest()

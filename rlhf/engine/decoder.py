@@ -1,0 +1,270 @@
+"""A Llama-like decoder run on texts of any lengths, laid end to end: no padding goes through its linear maps.
+
+Shapes: B texts, T tokens of the longest, N tokens of all texts, H hidden size, K key heads, D features a head.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from rlhf.engine.layers import LeanLayer, Norm
+from rlhf.runs.cli import UserError
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+SiLU = type(ACT2FN["silu"])  # the class that transformers gives `hidden_act: silu`
+
+
+class Padded:
+    """Where each of N tokens stands in [B, T], texts in rows, padding on the right.
+
+    Args:
+        lengths: of the texts.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device):
+        self.rows, self.width = len(lengths), max(lengths)
+        self.place: Tensor | None = None  # [N] of B x T, unless nothing is padded
+        if sum(lengths) < self.rows * self.width:
+            real = np.arange(self.width) < np.array(lengths)[:, None]  # [B, T]
+            self.place = torch.from_numpy(np.flatnonzero(real)).to(device)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[N, ...] -> [B, T, ...], with zeros for padding."""
+        if self.place is not None:
+            x = x.new_zeros(self.rows * self.width, *x.shape[1:]).index_copy_(0, self.place, x)
+        return x.view(self.rows, self.width, *x.shape[1:])
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> [N, ...]"""
+        x = x.reshape(self.rows * self.width, *x.shape[2:])
+        return x if self.place is None else x.index_select(0, self.place)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A batch of texts. Made by `lay_out` or `lay_out_pairs`."""
+
+    ids: Tensor  # [N]
+    positions: Tensor  # [N] of each token in its text
+    padded: Padded
+    longest: int  # tokens of the longest text
+    mask: Tensor | None = (
+        None  # [B or 1, 1, T, S], True where a token may look; None: at itself and all before it
+    )
+    last: Tensor | None = (
+        None  # [B] of N, each text's last token; of pairs [2 x B], all chosen ones first
+    )
+
+
+def lay_out(sequences: list[list[int]], device: torch.device) -> Texts:
+    """Texts from their token ids."""
+    lengths = [len(ids) for ids in sequences]
+    return Texts(
+        ids=torch.tensor([token for ids in sequences for token in ids], device=device),
+        positions=torch.cat([torch.arange(length) for length in lengths]).to(device),
+        padded=Padded(lengths, device),
+        longest=max(lengths),
+        last=(torch.tensor(lengths).cumsum(0) - 1).to(device),
+    )
+
+
+def unpad(padded: Tensor, mask: Tensor) -> list[list[int]]:
+    """Rows of different lengths out of [B, T], padded on the right where `mask` is 0."""
+    return [row[:length] for row, length in zip(padded.tolist(), mask.sum(1).tolist(), strict=True)]
+
+
+def lay_out_pairs(pairs: list[tuple[list[int], list[int]]], device: torch.device) -> Texts:
+    """Pairs of texts that begin alike, each as one: what they share, the rest of the first, the rest of the second.
+
+    The rest of the second does not see the rest of the first, and its positions follow what is shared; so both get the
+    hidden states that they get alone.
+    """
+    rows, parts, positions, last, start = [], [], [], [], 0
+    for first, second in pairs:
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+            min(len(first), len(second)),
+        )
+        shared = min(shared, len(first) - 1, len(second) - 1)  # both keep a last token of their own
+        rows.append([*first, *second[shared:]])
+        parts.append([0] * shared + [1] * (len(first) - shared) + [2] * (len(second) - shared))
+        positions += [*range(len(first)), *range(shared, len(second))]
+        last.append((start + len(first) - 1, start + len(rows[-1]) - 1))
+        start += len(rows[-1])
+    part = nn.utils.rnn.pad_sequence(
+        list(map(torch.tensor, parts)), batch_first=True, padding_value=3
+    )  # [B, T]
+    part = part.to(device)
+    looks = (part[:, None, :] == 0) | (part[:, :, None] == part[:, None, :])  # [B, T, T]
+    return Texts(
+        ids=torch.tensor([token for row in rows for token in row], device=device),
+        positions=torch.tensor(positions, device=device),
+        padded=Padded([len(row) for row in rows], device),
+        longest=max(len(ids) for pair in pairs for ids in pair),
+        mask=looks.tril()[:, None],
+        last=torch.tensor(last).T.flatten().to(device),
+    )
+
+
+class Cache(Protocol):
+    """What keeps keys and values of texts that are read: `decoding.Decoding`."""
+
+    def keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """[B, K, T, D] of a layer, texts in rows, from the left."""
+
+
+def check_layers(model: PreTrainedModel) -> None:
+    """Raise UserError unless `model` is a Llama-like decoder."""
+    for layer in model.get_decoder().layers:
+        if not isinstance(layer, LAYERS) or not isinstance(layer.mlp.act_fn, SiLU):
+            raise UserError(
+                f"{type(layer).__name__} is not supported: this pipeline is for Llama-like decoders (Llama, Mistral, "
+                "Qwen2, Qwen3, SmolLM2)"
+            )
+
+
+class Decoder:
+    """The decoder of `model`, with or without adapters: `LeanLayer`s over transformers' modules and weights.
+
+    Whose adapters it runs with is an argument, a role: `stack` says which there are. PEFT's own idea of active adapters
+    does not count here.
+
+    Raises:
+        UserError: it is not a Llama-like decoder.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        check_layers(model)
+        self.model, self.inner = model, model.get_decoder()
+        self.window = getattr(model.config, "sliding_window", None)
+        self.layers = [LeanLayer(layer) for layer in self.inner.layers]
+        # cuDNN's attention makes a plan for every new shape, and may take another for training than for measuring.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        self.gradient_checkpointing = (
+            False  # whether a layer that trains is computed twice, and only its input kept
+        )
+
+    def stack(self, roles: dict[str, list[str]]) -> None:
+        """Name the roles and the adapters of each, in order. From then on, call `restack` after each write to their weights.
+
+        Tensors of earlier stacks are given up: do this before anything holds their addresses.
+        """
+        dtype = self.inner.embed_tokens.weight.dtype
+        for layer in self.layers:
+            for linear in layer.maps:
+                linear.stack(roles, dtype)
+
+    def restack(self, trained_only: bool = False) -> None:
+        """Take over the weights of all adapters, or of those that are trained, into the stacks that passes read."""
+        for layer in self.layers:
+            for linear in layer.maps:
+                for stack in set(linear.stacks.values()) - {None}:
+                    stack.write(trained_only)
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have all passes see what a step of `optimizer` changes, from the moment when it is made."""
+        optimizer.register_step_post_hook(lambda *_: self.restack(trained_only=True))
+
+    def embed(self, texts: Texts) -> Tensor:
+        """[N, H]"""
+        return self.inner.embed_tokens(texts.ids)
+
+    def run(
+        self,
+        x: Tensor,
+        texts: Texts,
+        role: str,
+        layers: list[LeanLayer],
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Hidden states [N, H] of `role` after some layers, from those before them; without the final norm.
+
+        Args:
+            layers: some of `self.layers`, or their merged twins.
+            cache: keeps keys and values of all tokens, if given.
+        """
+        self.check_window(texts.longest)
+        rope = self.rope(x, texts.positions)
+        mask = texts.mask
+        if mask is None and not self.fused_causal(x):
+            square = (1, 1, texts.padded.width, texts.padded.width)
+            mask = torch.ones(square, dtype=torch.bool, device=x.device).tril()
+        if mask is not None:
+            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(
+                ~mask, float("-inf")
+            )
+        for layer in layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(
+                    layer,
+                    x,
+                    rope,
+                    texts.padded,
+                    mask,
+                    role,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            else:
+                x = layer(x, rope, texts.padded, mask, role, cache)
+        return x
+
+    def check_window(self, tokens: int) -> None:
+        """Raise UserError for a text that is longer than what a token may look back at."""
+        if self.window is not None and tokens > self.window:
+            raise UserError(
+                f"texts of more than this model's attention window of {self.window} tokens: cut them shorter"
+            )
+
+    def rope(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [N, D] of positions [N], in the type of `x`."""
+        cos, sin = self.inner.rotary_emb(x[None], positions[None])
+        return cos[0], sin[0]
+
+    @staticmethod
+    def fused_causal(x: Tensor) -> bool:
+        """Whether a kernel without a matrix of weights takes grouped heads and needs no mask: flash attention.
+
+        Elsewhere on a GPU, with a mask, the memory-efficient one is taken.
+        """
+        return (
+            x.is_cuda
+            and x.dtype != torch.float32
+            and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        )
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The final norm."""
+        return Norm.apply(x, self.inner.norm.weight, self.inner.norm.variance_epsilon)
+
+
+class MergedLayers:
+    """The layers of a decoder in what the base computes in, with a role's adapters merged in: to sample from.
+
+    Twice as fast as a quantised base with its adapters, for as much memory as a 16-bit base. Its tensors keep their
+    addresses.
+
+    Args:
+        first: the first layer that may have an adapter that trains.
+    """
+
+    def __init__(self, decoder: Decoder, role: str, first: int):
+        self.role, self.first = role, first
+        self.layers = [layer.merged() for layer in decoder.layers]
+        self.write(0)
+
+    def write(self, first: int | None = None) -> None:
+        """Merge the adapters as they are now, from layer `first` on; None: from the first that trains."""
+        for layer in self.layers[self.first if first is None else first :]:
+            for linear in layer.maps:
+                linear.write(self.role)

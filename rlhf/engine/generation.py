@@ -1,0 +1,218 @@
+"""Sampling responses from the shared base.
+
+A loop of our own, because PPO needs three things of it: a draw that depends on (seed, episode, token) alone and not
+on what else is in the batch; each token's log-probability; and, for a response that runs on into the next
+`\\n\\nHuman:`, the token with which it did so.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from rlhf.data.format import PromptFormat
+from rlhf.engine.decoding import LAG, Decoding
+from rlhf.engine.layers import LeanLayer
+from rlhf.engine.micro_batches import free_memory
+from rlhf.engine.modeling import SharedBase
+from rlhf.engine.speed import Stopwatch
+from rlhf.runs.reporting import console
+from rlhf.runs.resume import check_stop
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Seed = int | tuple[int, ...]
+
+TAIL = 12  # tokens decoded to look for the stop text, which is shorter than that
+
+
+@dataclass(frozen=True)
+class Response:
+    """A sampled response.
+
+    `ids` are all the tokens that were chosen. The last one, unless the length ended it, is EOS or the first token of the
+    next turn's `\\n\\nHuman:`. `text_ids` are those before it, and what it says itself of the text, as "!" of "!\\n\\n".
+    """
+
+    ids: list[int]
+    text_ids: list[int]
+    ended_by: str  # "eos", "stop_text" or "length"
+    logprobs: tuple[
+        float, ...
+    ] = ()  # nats, of each of `ids` as they were sampled; none at temperature 0
+
+
+@torch.no_grad()
+def generate(
+    shared: SharedBase,
+    role: str,
+    form: PromptFormat,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    seeds: list[Seed],
+    batch_size: int,
+) -> list[Response]:
+    """Sample one response of `role` to each prompt.
+
+    Args:
+        prompts: token ids, of any lengths.
+        temperature: logits are divided by it; 0 is greedy.
+        seeds: one a prompt; the same prompt and seed give the same response in any batch, up to rounding.
+        batch_size: prompts of like length run together, this many at a time.
+    Returns:
+        One `Response` a prompt, in the prompts' order.
+    """
+    responses: list[Response | None] = [None] * len(prompts)
+    settings = max_new_tokens, temperature
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    while order:
+        rows = order[: min(batch_size, shared.rollout_rows or batch_size)]
+        ours = [prompts[row] for row in rows], [seeds[row] for row in rows]
+        try:
+            for row, response in zip(
+                rows, _sample(shared, role, form, *ours, *settings), strict=True
+            ):
+                responses[row] = response
+            order = order[len(rows) :]
+            continue
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+        # Outside `except`, which would hold the cache that did not fit.
+        shared.decoding = None
+        shared.graphs.clear()
+        shared.rollout_rows = (len(rows) + 1) // 2
+        console.print(
+            f"out of memory: {shared.rollout_rows} responses at a time from now on, not {len(rows)}"
+        )
+        free_memory()
+    return responses
+
+
+def _sample(shared, role, form, prompts, seeds, max_new_tokens, temperature) -> list[Response]:
+    """The responses to prompts that run together."""
+    decoding = start(shared, role, prompts, seeds, max_new_tokens, temperature)
+    try:
+        ended = {row: response for row, _, response in stream(decoding, form) if response}
+    finally:
+        if decoding is not shared.decoding:
+            shared.graphs.clear()
+    responses = [ended[row] for row in range(len(prompts))]
+    if temperature == 0:
+        return responses
+    logprobs = decoding.logprobs.tolist()
+    return [
+        replace(response, logprobs=tuple(of_row[: len(response.ids)]))
+        for response, of_row in zip(responses, logprobs, strict=False)
+    ]
+
+
+@torch.no_grad()
+def start(
+    shared: SharedBase,
+    role: str,
+    prompts: list[list[int]],
+    seeds: list[Seed],
+    max_new_tokens: int,
+    temperature: float,
+) -> Decoding:
+    """Read prompts, from the shortest on, and sample the first token of each response.
+
+    What `prepare` has kept is used if it serves.
+    """
+    draws = torch.stack([_uniforms(seed, max_new_tokens) for seed in seeds])
+    lengths, decoding = list(map(len, prompts)), shared.decoding
+    if not decoding or not decoding.serves(
+        role, shared.layers_of(role), lengths, max_new_tokens, temperature
+    ):
+        decoding = prepare(shared, role, len(prompts), max(lengths), max_new_tokens, temperature)
+    decoding.read(prompts, draws, shared.micro_batch.tokens)
+    return decoding
+
+
+def prepare(
+    shared: SharedBase, role: str, texts: int, longest: int, max_new_tokens: int, temperature: float
+) -> Decoding:
+    """Room for so many texts, of prompts of at most `longest` tokens."""
+    lag = LAG if shared.device.type == "cuda" else 0
+    sizes = texts, longest, max_new_tokens
+    return Decoding(
+        shared.decoder, role, shared.layers_of(role), *sizes, temperature, shared.graphs, lag
+    )
+
+
+@torch.no_grad()
+def step_seconds(
+    shared: SharedBase, role: str, layers: list[LeanLayer], rows: int, prompt_length: int
+) -> float:
+    """How long a step takes on this card, from a graph if it can be captured, of texts that say nothing.
+
+    Infinitely long if it does not fit.
+    """
+    try:
+        decoding = Decoding(
+            shared.decoder, role, layers, rows, prompt_length, 12, 1.0, shared.graphs, LAG
+        )
+        decoding.lengths.fill_(prompt_length)
+        for _ in range(2):  # as it is; captured
+            decoding.step()
+        clock = Stopwatch(shared.device)
+        for _ in range(8):
+            decoding.step()
+        clock.lap("steps")
+    except torch.OutOfMemoryError:
+        return math.inf
+    finally:
+        shared.graphs.clear()
+    return clock.seconds["steps"] / 8
+
+
+@torch.no_grad()
+def stream(decoding: Decoding, form: PromptFormat) -> Iterator[tuple[int, int, Response | None]]:
+    """The tokens of all responses as they come: row, token, and the whole response where that is its last one."""
+    count, new = decoding.count, decoding.new
+    texts: list[int | None] = list(range(count))  # of each row, until it ends
+    written: list[list[int]] = [[] for _ in range(count)]
+    for step in range(new + decoding.lag):
+        check_stop()
+        if 0 < step < new:
+            decoding.step()
+        if step < new:
+            decoding.send()
+        if step < decoding.lag:
+            continue
+        for row, token in enumerate(decoding.receive()[: len(texts)]):
+            text = texts[row]
+            if text is None:
+                continue
+            written[text].append(token)
+            response = _ended(written[text], form, new)
+            texts[row] = None if response else text
+            yield text, token, response
+        alive = [row for row, text in enumerate(texts) if text is not None]
+        if not alive:
+            return
+        if not decoding.lag and decoding.shrink(alive):
+            texts = [texts[row] for row in alive]
+
+
+def _uniforms(seed: Seed, count: int) -> Tensor:
+    # numpy mixes all numbers of a seed; torch's generator on the CPU looks at the lowest 32 bits only.
+    return torch.from_numpy(np.random.default_rng(seed).random(count))
+
+
+def _ended(ids: list[int], form: PromptFormat, max_new_tokens: int) -> Response | None:
+    if ids[-1] == form.eos_token_id:
+        return Response(ids, ids[:-1], "eos")
+    if form.stop_text and form.stop_text in form.tokenizer.decode(ids[-TAIL:]):
+        decode = form.tokenizer.decode
+        text = decode(ids).split(form.stop_text)[0]
+        # How many tokens are of the text alone; of the next one, what is text comes as tokens of its own.
+        whole = next(n for n in reversed(range(len(ids))) if len(decode(ids[:n])) <= len(text))
+        rest = text[len(decode(ids[:whole])) :]
+        return Response(ids[: whole + 1], ids[:whole] + form.encode(rest), "stop_text")
+    if len(ids) == max_new_tokens:
+        return Response(ids, ids, "length")
+    return None

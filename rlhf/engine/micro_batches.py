@@ -1,0 +1,82 @@
+"""How many tokens go through the model at once: cut by length, halved when memory runs out.
+
+A micro-batch is a number of tokens, so the same setting suits short texts and long ones. It changes neither what a step
+computes nor which rows it has.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from rlhf.runs.processes import least, sharded
+from rlhf.runs.reporting import console
+
+import torch
+
+T = TypeVar("T")
+CPU_TOKENS = 1024  # a micro-batch on a CPU: more would not be faster there
+
+
+def cut_by_tokens(lengths: list[int], tokens: int) -> list[list[int]]:
+    """Indices of texts in micro-batches, like lengths together, so that attention pads little.
+
+    Args:
+        lengths: of the texts, in tokens.
+        tokens: that a micro-batch has at most, padding counted; a longer text is one by itself.
+    """
+    micro_batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not micro_batches or (len(micro_batches[-1]) + 1) * lengths[index] > tokens:
+            micro_batches.append([])
+        micro_batches[-1].append(index)
+    return micro_batches
+
+
+def free_memory() -> None:
+    """Give back what the allocator of a card holds for nobody."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class MicroBatchSize:
+    """Tokens of a micro-batch on this process.
+
+    Args:
+        tokens: to begin with.
+    """
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+        self.halved = False  # since the processes last agreed
+
+    def fit(self, work: Callable[[], T], longest: int, undo: Callable[[], None] | None = None) -> T:
+        """`work()`. When memory runs out, `undo()`, and `work()` again with half the tokens.
+
+        `work` must read `tokens` anew each time and must not wait for another process.
+
+        Args:
+            longest: tokens of the longest text. When that does not fit by itself, nothing smaller helps.
+            undo: drops what `work` has left half-done, such as gradients.
+        Raises:
+            torch.OutOfMemoryError: a micro-batch of one text does not fit, or FSDP has all processes wait for each other.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                if self.tokens <= longest or sharded():
+                    raise
+            # Outside `except`, which would hold the tensors that did not fit.
+            self.halve()
+            if undo:
+                undo()
+
+    def halve(self) -> None:
+        before, self.tokens, self.halved = self.tokens, self.tokens // 2, True
+        console.print(
+            f"out of memory: a micro-batch has {self.tokens:,} tokens from now on, not {before:,}"
+        )
+        free_memory()
+
+    def agree(self) -> None:
+        """Take the least of all processes. All processes call it."""
+        self.tokens, self.halved = least(self.tokens), False

@@ -1,0 +1,589 @@
+"""What the SFT and the reward script add to TRL's trainers alike, and which numbers the training scripts refuse."""
+
+import contextlib
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from rlhf.engine.decoder import Decoder
+from rlhf.engine.micro_batches import MicroBatchSize, cut_by_tokens
+from rlhf.engine.speed import Stopwatch, Work, memory_gib, mfu
+from rlhf.runs.checkpoints import check_same
+from rlhf.runs.cli import (
+    UserError,
+    check_above_zero,
+    check_at_least_one,
+    check_between,
+    check_tracker,
+)
+from rlhf.runs.processes import (
+    agree,
+    is_main,
+    largest,
+    most,
+    num_processes,
+    part,
+    sharded,
+    sum_gradients,
+    this_process,
+    total,
+    wait,
+    whole,
+    world,
+)
+from rlhf.runs.reporting import Panel, TrainerLog, read_jsonl
+from rlhf.runs.resume import (
+    HARMLESS,
+    SaveClock,
+    after_step,
+    check_stop,
+    keep_tokens,
+    new_state,
+    newest_state,
+    read_facts,
+    states,
+    stop_when_asked,
+)
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer import FSDP_MODEL_NAME
+
+Row = dict[str, list[int]]  # of a data set: token ids, and labels, by column
+
+EVALUATIONS = 10  # of a run, the last one included
+EVAL_SHARE = 0.1  # of a run's time
+
+# What FSDP must be told: the states are whole files, and checkpointing would give the weights other names.
+SHARDED = {
+    "FSDP_VERSION": "2",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",
+}
+
+
+def device() -> torch.device:
+    """The device of this process: a CUDA card if there is one, unless accelerate was told otherwise.
+
+    Raises:
+        UserError: it is neither a CUDA card nor a CPU.
+    """
+    device = this_process().device
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(
+            f"{device.type} is not supported: set ACCELERATE_USE_CPU=1 to compute on the CPU"
+        )
+    return device
+
+
+def num_steps(config: Any, rows: int) -> int:
+    """Optimizer steps of a run. Raises UserError when the rows do not fill one."""
+    if rows < config.batch_size:
+        most = rows // num_processes() * num_processes()
+        todo = f"lower --batch-size to {most}"
+        if not most:
+            todo = f"start fewer processes than {num_processes()}"
+        raise UserError(
+            f"{rows} training rows do not fill one batch of {config.batch_size}: {todo}"
+        )
+    whole_batches = rows // config.batch_size
+    epoch = (
+        whole_batches if num_processes() > 1 else math.ceil(rows / config.batch_size)
+    )  # as the Trainer counts
+    return config.max_steps or math.ceil(epoch * config.num_train_epochs)
+
+
+def steps_between_evaluations(config: Any, rows: int, eval_rows: int) -> int | None:
+    """Steps from one look at the test rows to the next; None: there is none along the way.
+
+    `auto` cuts the run into `EVALUATIONS` parts, or into fewer, so that the looks between them take
+    at most `EVAL_SHARE` of its time. Reading a row takes half as long as learning from it.
+    """
+    if config.eval_steps != "auto":
+        return config.eval_steps
+    steps = num_steps(config, rows)
+    affordable = EVAL_SHARE * steps * config.batch_size / (eval_rows / 2)
+    parts = min(EVALUATIONS, int(affordable) + 1)
+    return math.ceil(steps / parts) if parts > 1 else None
+
+
+def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) -> dict[str, Any]:
+    """The arguments that SFTConfig and RewardConfig share, from the fields of the same names in a script's Config."""
+    return {
+        "output_dir": str(folder),
+        "learning_rate": config.learning_rate,
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": config.max_steps or -1,
+        "per_device_train_batch_size": config.batch_size
+        // num_processes(),  # `training_step` takes it in parts
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,  # the decoder's own is used, or `prepare` turns it on
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": round(config.warmup_ratio * num_steps(config, rows)),
+        "max_grad_norm": config.max_grad_norm,
+        "bf16": False,  # the base computes in bfloat16 by itself; autocast on top of it would only cost time
+        "fp16": dtype == torch.float16,  # for the gradient scaler
+        "use_cpu": this_process().device.type == "cpu",
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,  # what a longer mean has seen would be lost when a run is cut short
+        "logging_nan_inf_filter": False,
+        "report_to": config.log_with or "none",
+        "save_strategy": "no",  # `AfterStep` says when
+        "disable_tqdm": True,
+        "seed": config.seed,
+    }
+
+
+def check_numbers(config: Any) -> None:
+    """Raise UserError for a number of a training script that cannot be, and for what else keeps it from starting."""
+    if device().type == "cuda" and torch.cuda.device_count() > 1 and num_processes() == 1:
+        raise UserError(
+            "several GPUs are visible: start the script with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0 to use one"
+        )
+    for name, value in SHARDED.items() if sharded() else ():
+        if os.environ.get(name) != value:
+            raise UserError(f"{name.lower()} must be {value} with FSDP, as in configs/fsdp2.yaml")
+    if config.measure and not config.dry_run:
+        raise UserError("--measure belongs to --dry-run: add it, or leave --measure out")
+    check_tracker(config.log_with)
+    check_at_least_one(
+        config, "lora_rank", "lora_alpha", "max_steps", "max_train_samples", "max_eval_samples"
+    )
+    check_at_least_one(config, "save_steps", "save_total_limit")
+    if config.micro_batch_tokens != "auto":
+        check_at_least_one(config, "micro_batch_tokens")
+    check_above_zero(config, "max_grad_norm", "card_gb", "save_minutes")
+    check_between(config, 0, math.inf, "learning_rate")
+    check_between(config, 0, 2**32 - 1, "seed")
+
+
+def check_trainer_numbers(config: Any) -> None:
+    """The same for the SFT and the reward script."""
+    check_numbers(config)
+    check_at_least_one(config, "batch_size", "max_length")
+    check_above_zero(config, "num_train_epochs")
+    check_between(config, 0, 1, "warmup_ratio")
+    if config.eval_steps != "auto":
+        check_at_least_one(config, "eval_steps")
+    if config.batch_size % num_processes():
+        nearest = nearest_multiple(config.batch_size, num_processes())
+        raise UserError(
+            f"--batch-size {config.batch_size} is not a multiple of {num_processes()} processes: the nearest is {nearest}"
+        )
+
+
+def check_ppo_numbers(config: Any) -> None:
+    """The same for the PPO script."""
+    if sharded():
+        raise UserError(
+            "FSDP is for sft_train.py and reward_train.py: start ppo_train.py with configs/ddp.yaml"
+        )
+    check_numbers(config)
+    check_at_least_one(config, "episodes_per_update", "num_mini_batches", "num_ppo_epochs")
+    check_at_least_one(config, "max_prompt_length", "response_length")
+    check_at_least_one(config, "total_episodes", "eval_steps", "kl_horizon")
+    if config.rollout_batch_size != "auto":
+        check_at_least_one(config, "rollout_batch_size")
+    check_above_zero(
+        config, "temperature", "kl_target", "kl_stop", "cliprange", "cliprange_value", "score_clip"
+    )
+    check_between(config, 0, 1, "gamma", "lam")
+    check_between(config, 0, math.inf, "value_learning_rate", "kl_coef", "missing_eos_penalty")
+    check_between(
+        config, 0, math.inf, "warmup_updates", "critic_warmup_updates", "num_printed_samples"
+    )
+    if config.kl_controller == "adaptive" and config.episodes_per_update >= 5 * config.kl_horizon:
+        raise UserError(
+            f"--kl-horizon {config.kl_horizon} is too short for an update's {config.episodes_per_update} episodes: the "
+            f"coefficient could turn negative; the shortest is {config.episodes_per_update // 5 + 1}"
+        )
+    parts = config.num_mini_batches * num_processes()
+    if config.episodes_per_update % parts:
+        among = f" x {num_processes()} processes" if num_processes() > 1 else ""
+        raise UserError(
+            f"--episodes-per-update {config.episodes_per_update} is not a multiple of {config.num_mini_batches} "
+            f"minibatches{among}: the nearest is {nearest_multiple(config.episodes_per_update, parts)}"
+        )
+    if config.total_episodes % config.episodes_per_update:
+        nearest = nearest_multiple(config.total_episodes, config.episodes_per_update)
+        raise UserError(
+            f"--total-episodes {config.total_episodes} is not a multiple of --episodes-per-update "
+            f"{config.episodes_per_update}: the nearest is {nearest}"
+        )
+    if config.num_updates <= config.critic_warmup_updates:
+        raise UserError(
+            f"--critic-warmup-updates {config.critic_warmup_updates} are all that the run makes "
+            f"({config.num_updates}): the policy would not be trained; at most {config.num_updates - 1} of them "
+            f"are possible, or raise {'--max-steps' if config.max_steps else '--total-episodes'}"
+        )
+
+
+def nearest_multiple(number: int, of: int) -> int:
+    """The multiple of `of`, at least once it, that is nearest to `number`."""
+    return max(1, round(number / of)) * of
+
+
+def keep_fp32(model: nn.Module) -> None:
+    """Cast every trainable weight to float32: on a quantised base TRL has just made them bf16, the head included."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+# ---------------------------------------------------------------- TRL's trainers, resumable
+
+
+def num_tokens(row: Row) -> int:
+    """Tokens of a row's texts, as TRL counts them: a prompt twice if two responses have it."""
+    return sum(len(ids) for column, ids in row.items() if column.endswith("_ids"))
+
+
+class AllStepsMade(Exception):
+    """A run goes on from its very last step."""
+
+
+class AfterStep(TrainerCallback):
+    """What the processes settle after each step: whether a signal has asked for the end, and whether to write a state.
+
+    There is one at the end of the training too: what comes after it may fail. Each `eval_steps`
+    steps the test rows are looked at, but for the last step, after which the script does that.
+    """
+
+    def __init__(self, clock: SaveClock, micro_batch: MicroBatchSize, eval_steps: int | None):
+        self.clock, self.micro_batch, self.eval_steps = clock, micro_batch, eval_steps
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:  # the Trainer would make one more before it looks
+            raise AllStepsMade
+
+    def on_step_end(self, args, state, control, **kwargs):
+        last = state.global_step >= state.max_steps
+        due = last or self.clock.due(state.global_step)
+        signal, due, self.micro_batch.tokens = after_step(due, self.micro_batch.tokens)
+        control.should_save = due or bool(signal)
+        control.should_training_stop = last or bool(signal)
+        if self.eval_steps and not last:
+            control.should_evaluate = state.global_step % self.eval_steps == 0
+
+    def on_save(self, args, state, control, **kwargs):
+        self.clock.saved()
+
+
+class Restack(TrainerCallback):
+    """Has the decoder's passes see the adapters as they are when training begins, and after each step."""
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+
+    def on_train_begin(self, args, state, control, optimizer, **kwargs):
+        self.decoder.restack()  # a state may have been loaded
+        self.decoder.follow(optimizer.optimizer)  # the one that accelerate's holds
+
+
+class Resumable(Trainer):
+    """What comes before TRL's trainer in a trainer of ours; `run` takes the place of `train`.
+
+    Two things are not as in transformers' Trainer. It writes its checkpoints in place and removes old ones before anybody
+    has looked at the new one; here they go through `rlhf.runs.resume`: the weights that are trained, optimizer, scheduler,
+    scaler, random numbers and the place in the data. And a step has one batch, of which as much goes through the model
+    at once as memory holds: `go_through`. A loss or gradient that is not finite ends the run.
+
+    A trainer says what its loss is a mean of: items, of which a row of the data has some.
+    """
+
+    panels: tuple[Panel, ...]  # of curves.png
+    means: tuple[str, ...]  # what is logged as a mean over the items; the loss is the first
+    extremes: tuple[str, ...] = ()  # as the least or the most: `min_...`, `max_...`
+    partial = Path()  # the state that is being written
+    at_hand: list[Row]  # the step's
+    work: Work | None = None  # of a token; None: the model is sharded
+    dtype: torch.dtype  # the base computes in
+    clock: Stopwatch | None = None  # since the first step
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.padded = self.data_collator  # TRL's
+        self.data_collator = lambda rows: {"rows": rows}
+
+    def tokens(self, row: Row) -> int:
+        """Tokens of a row that go through the model."""
+        raise NotImplementedError
+
+    def items(self, row: Row) -> int:
+        """Items of a row, which the loss is a mean of."""
+        raise NotImplementedError
+
+    def part_loss(self, rows: list[Row]) -> dict[str, Tensor]:
+        """Each of `means` summed over the items of some rows, the loss with its gradient; and their `extremes`."""
+        raise NotImplementedError
+
+    def evaluation(self) -> dict[str, float]:
+        """Means over the test rows, the loss among them. All processes call it."""
+        raise NotImplementedError
+
+    def prepare(
+        self,
+        config: Any,
+        folder: Path,
+        inputs: dict[str, Any],
+        name: str,
+        tokens: int,
+        eval_rows: int,
+    ) -> None:
+        """Find the state to go on from, if there is one and --resume was given.
+
+        Args:
+            inputs: what the run starts from, by name: it goes on only from the same.
+            name: of the run, at its progress bar.
+            tokens: of a micro-batch, unless the state says otherwise.
+            eval_rows: that `evaluation` reads.
+        Raises:
+            UserError: the run began with other settings or inputs.
+        """
+        inputs = inputs | world()
+        self.config, self.folder, self.inputs = config, folder, inputs
+        self.lines = TrainerLog(folder, name, self.panels)
+        self.micro_batch, position = MicroBatchSize(tokens), 0
+        self.resumed = newest_state(folder) if config.resume else None
+        if self.resumed:
+            facts, where = read_facts(self.resumed), f"the run in {folder}"
+            check_same(facts["hyperparameters"], dataclasses.asdict(config), HARMLESS, where)
+            check_same(facts["inputs"], inputs, (), where)
+            position = facts["position"]
+            keep_tokens(config, self.micro_batch, facts)
+        if is_main():
+            self.lines.metrics.cut(position)
+        self.remove_callback(
+            PrinterCallback
+        )  # it prints each log as a dictionary; TrainerLog is ours
+        eval_steps = steps_between_evaluations(config, len(self.train_dataset), eval_rows)
+        clock = SaveClock(config.save_minutes, config.save_steps)
+        self.add_callback(AfterStep(clock, self.micro_batch, eval_steps))
+        self.add_callback(self.lines)
+        self.args.eval_on_start = self.eval_dataset is not None and not self.resumed
+        if sharded() and config.gradient_checkpointing:
+            base = self.model.get_base_model()
+            base.activation_checkpointing_enable()
+            base.disable_input_require_grads()  # it needs none, and layers below the first adapter would go backward
+
+    def run(self) -> None:
+        """Train, from the beginning or from the state that `prepare` found. Raises Stopped when a signal asked for it."""
+        with stop_when_asked():
+            try:
+                self.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
+            except AllStepsMade:  # its weights are loaded by now
+                if is_main():
+                    row = {
+                        "step": self.state.global_step,
+                        "train_runtime": 0.0,
+                        "epoch": self.state.epoch,
+                    }
+                    self.lines.metrics.write(row)
+            finally:
+                self.lines.stop()
+            check_stop(together=True)
+
+    def first_row(self, name: str) -> float | None:
+        """What the run has logged before its first step."""
+        rows = read_jsonl(self.folder / "metrics.jsonl") if is_main() else []
+        return agree(rows[0].get(name) if rows else None)
+
+    def speed(self) -> dict[str, float]:
+        """Tokens a second, and seconds of all steps, of the whole run."""
+        rows = [row for row in read_jsonl(self.folder / "metrics.jsonl") if "time/step" in row]
+        seconds = sum(row["time/step"] for row in rows)
+        tokens = sum(row["time/step"] * row["speed/tokens_per_second"] for row in rows)
+        return {"speed/tokens_per_second": tokens / seconds, "time/steps": seconds}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The weights that are trained, by name."""
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The weights that are trained, by name. All processes call it."""
+        return {
+            name: whole(parameter.detach()).contiguous()
+            for name, parameter in self.trained().items()
+        }
+
+    def not_finite(self, what: str) -> UserError:
+        """The error for a number that is not finite: the step, the rows at hand, and from where to go on."""
+        column = "chosen_ids" if "chosen_ids" in self.train_dataset.column_names else "input_ids"
+        at_hand = [row[column] for row in self.at_hand]
+        rows = [i for i, ids in enumerate(self.train_dataset[column]) if ids in at_hand]
+        state = next(iter(states(self.folder)), "none")
+        return UserError(
+            f"step {self.state.global_step + 1}: the {what} is not finite, at usable training rows "
+            f"{', '.join(map(str, rows))} (counted from 0); the last good state is {state}; lower "
+            "--learning-rate, try --dtype fp32, or look at these rows"
+        )
+
+    # -- a step in parts
+
+    def go_through(self, rows: list[Row]) -> tuple[dict[str, float], dict[str, int]]:
+        """Forward, and backward where gradients are enabled, through the rows of all processes, in parts by tokens.
+
+        The gradients are those of the mean loss; `sum_gradients` has still to sum them, unless FSDP did. No process waits
+        for another between the parts, so each can make them smaller when its memory runs out; under FSDP, where every
+        forward is of all processes together, they have as many parts each, and none can.
+
+        Args:
+            rows: of this process.
+        Returns:
+            `means` and `extremes` over the rows of all processes, whatever the parts; and how many they have of items, of
+            tokens as TRL counts them, and of tokens that go through the model.
+        """
+        lengths = [self.tokens(row) for row in rows]
+        counts = [sum(map(self.items, rows)), sum(map(num_tokens, rows)), sum(lengths)]
+        counts = total(torch.tensor(counts, dtype=torch.float64, device=self.args.device))
+        weight = (
+            (num_processes() if sharded() else 1) / counts[0]
+        ).float()  # FSDP takes the mean of gradients
+
+        def work() -> list[dict[str, Tensor]]:
+            parts = cut_by_tokens(lengths, self.micro_batch.tokens)
+            missing = (
+                most(len(parts)) - len(parts) if sharded() else 0
+            )  # agreed on before the first of them
+            found = [self.differentiate([rows[i] for i in part], weight) for part in parts]
+            for _ in range(missing):
+                self.differentiate([self.train_dataset[0]], 0 * weight)
+            return found
+
+        found = self.micro_batch.fit(work, max(lengths, default=0), self.model.zero_grad)
+        sums, peaks = self.add_up(found)
+        numbers = torch.cat(
+            [sums / counts[0], peaks, counts]
+        ).tolist()  # the one wait for the device
+        names = self.means + self.extremes
+        values = dict(zip(names, numbers, strict=False))
+        return values, dict(
+            zip(("items", "num_tokens", "texts"), map(int, numbers[len(names) :]), strict=True)
+        )
+
+    def differentiate(self, rows: list[Row], weight: Tensor) -> dict[str, Tensor]:
+        """`part_loss`, and backward of `weight` times the loss where gradients are enabled."""
+        found = self.part_loss(rows)
+        if torch.is_grad_enabled():
+            self.accelerator.backward(weight * found["loss"])
+        return {name: value.detach() for name, value in found.items()}
+
+    def add_up(self, found: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The sums behind `means`, and the `extremes`, of the parts of all processes."""
+        like = {"dtype": torch.float64, "device": self.args.device}
+        sums = torch.zeros(len(self.means), **like)
+        peaks = torch.full((len(self.extremes),), -math.inf, **like)
+        signs = torch.tensor(
+            [-1 if name.startswith("min_") else 1 for name in self.extremes], **like
+        )
+        for of_part in found:
+            numbers = torch.stack([of_part[name].double() for name in self.means + self.extremes])
+            sums += numbers[: len(sums)]
+            peaks = torch.maximum(peaks, signs * numbers[len(sums) :])
+        return total(sums), signs * largest(peaks)
+
+    # -- called by transformers' Trainer
+
+    def evaluate(self, *_, **__) -> dict[str, float]:
+        """`evaluation`, which is logged. Its time is no step's."""
+        self.model.eval()
+        with self.clock.paused() if self.clock else contextlib.nullcontext(), torch.no_grad():
+            metrics = {f"eval_{name}": value for name, value in self.evaluation().items()}
+        self.log(metrics)
+        told = self.args, self.state, self.control, metrics
+        self.control = self.callback_handler.on_evaluate(*told)
+        return metrics
+
+    def get_train_dataloader(self):
+        """Rows stay lists, on the CPU, until a part of them is laid out.
+
+        With several processes the rows that do not fill a last batch for all are left out: accelerate would repeat others.
+        So every process has rows in every step.
+        """
+        self.args.dataloader_drop_last = num_processes() > 1
+        self.accelerator.device_placement = False
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = False
+            self.accelerator.device_placement = True
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Gradients and metrics of the step. `model` may be DDP's, which would wait for others: it is left out."""
+        self.at_hand = inputs["rows"]
+        self.clock = self.clock or Stopwatch(self.args.device)
+        self.model.train()
+        values, counts = self.go_through(self.at_hand)
+        if not math.isfinite(values["loss"]):
+            raise self.not_finite("loss")
+        if not sharded():
+            sum_gradients(self.trained().values())
+        loss = values.pop("loss")
+        self._total_train_tokens += counts["num_tokens"]
+        self.clock.lap(
+            "time/step"
+        )  # since the last one: with its optimizer step and what was written after it
+        seconds = self.clock.seconds["time/step"]
+        speed = {"speed/tokens_per_second": counts["texts"] / seconds, "time/step": seconds}
+        if self.work:
+            operations = self.work.training(counts["texts"], counts["items"])
+            speed |= mfu(operations, seconds, self.args.device, self.dtype)
+        speed |= memory_gib(self.args.device)
+        for name, value in {"num_tokens": self._total_train_tokens, **values, **speed}.items():
+            self._metrics["train"][name] = [value]  # which TRL adds to the log
+        return torch.tensor(loss, device=self.args.device)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = float(
+            super()._get_grad_norm(model, grad_norm=grad_norm)
+        )  # read once, for the log too
+        scaler = (
+            self.accelerator.scaler
+        )  # with fp16 it skips such a step and halves its scale; below 1 no room is left
+        if not math.isfinite(norm) and not (scaler and scaler.get_scale() >= 1):
+            raise self.not_finite("gradient")
+        return norm
+
+    def _save_checkpoint(self, model, trial):
+        step = self.state.global_step
+        facts = {"hyperparameters": dataclasses.asdict(self.config), "inputs": self.inputs}
+        facts |= {
+            "position": self.lines.metrics.position(),
+            "micro_batch_tokens": self.micro_batch.tokens,
+        }
+        with new_state(self.folder, step, facts, self.config.save_total_limit) as self.partial:
+            Trainer._save_checkpoint(
+                self, model, trial
+            )  # not TRL's, which writes a model card first
+            wait()
+            checkpoint = self.partial / f"checkpoint-{step}"
+            if is_main():
+                (checkpoint / f"{FSDP_MODEL_NAME}.bin").unlink(
+                    missing_ok=True
+                )  # the same weights once more
+                for path in checkpoint.iterdir():
+                    path.rename(self.partial / path.name)
+                checkpoint.rmdir()
+
+    def _get_output_dir(self, trial):
+        return str(self.partial)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        weights = self.whole_weights()
+        if is_main():
+            Path(output_dir).mkdir(exist_ok=True)
+            save_file(weights, f"{output_dir}/weights.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        weights = load_file(f"{resume_from_checkpoint}/weights.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.trained().items():
+                parameter.copy_(part(weights[name], parameter))

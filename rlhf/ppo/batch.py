@@ -1,0 +1,203 @@
+"""An update's episodes as they go through the model, and what each role says of them.
+
+Sampled tokens lie end to end, as texts do, so a pass knows no padding; `by_response` gives the formulas theirs.
+
+Shapes: b episodes, N tokens of their texts, n sampled tokens of all of them, R of the longest response, H hidden size.
+"""
+
+from dataclasses import dataclass, field
+
+from rlhf.data.format import PromptFormat
+from rlhf.engine.decoder import Padded, Texts, lay_out
+from rlhf.engine.generation import Response
+from rlhf.engine.micro_batches import cut_by_tokens
+from rlhf.runs.cli import UserError
+from rlhf.runs.processes import moments, share, totals
+
+import torch
+from torch import Tensor
+
+MEASURED = ("logprobs", "ref_logprobs", "values", "scores")
+
+
+class NotFinite(UserError):
+    """A number that PPO cannot go on with. Whoever knows the update adds it."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Neighbours of a `Batch`, laid out to go through the model together."""
+
+    texts: Texts  # the score is read at EOS, their last token
+    positions: Tensor  # [n] of N, where the model stood when it chose each sampled token
+    actions: Tensor  # [n] the sampled tokens
+    tokens: slice  # where its n stand in the batch's
+    text_tokens: slice  # where its N stand in the batch's
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's episodes of an update, in the order in which they go through the model, in every pass alike.
+
+    Minibatch by minibatch, and by length within each. Texts are prompt + response + EOS: a response that was cut is
+    scored as if it had ended there. The tokens that were sampled include the one that ended the text.
+    """
+
+    rows: list[int]  # which of the update's episodes
+    minibatches: list[slice]  # of `rows`
+    prompts: list[list[int]]
+    texts: list[list[int]]
+    responses: list[Response]
+    device: torch.device
+    laid_out: dict[int, list[list[MicroBatch]]] = field(
+        default_factory=dict
+    )  # by size, so that each is made once
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(map(len, self.texts), default=0)
+
+    @property
+    def ended(self) -> Tensor:
+        """[b] True where the policy itself wrote EOS."""
+        return torch.tensor([response.ended_by == "eos" for response in self.responses])
+
+    @property
+    def response_lengths(self) -> list[int]:
+        """[b] sampled tokens."""
+        return [len(response.ids) for response in self.responses]
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[b, R] True at sampled tokens."""
+        return self.by_response(torch.ones(sum(self.response_lengths), dtype=torch.bool))
+
+    def by_response(self, tokens: Tensor) -> Tensor:
+        """[b, R], 0 at padding, of a number for each sampled token [n]; on the CPU, as what follows."""
+        return Padded(self.response_lengths, tokens.device).spread(tokens)
+
+    def end_to_end(self, by_response: Tensor) -> Tensor:
+        """[n] of [b, R]"""
+        return Padded(self.response_lengths, by_response.device).gather(by_response)
+
+    def micro_batches(self, tokens: int) -> list[list[MicroBatch]]:
+        """Of each minibatch its micro-batches of at most `tokens` tokens, padding counted, or of one text."""
+        if tokens not in self.laid_out:
+            self.laid_out[tokens] = [self.cut(rows, tokens) for rows in self.minibatches]
+        return self.laid_out[tokens]
+
+    def cut(self, rows: slice, tokens: int) -> list[MicroBatch]:
+        parts = cut_by_tokens(
+            [len(text) for text in self.texts[rows]], tokens
+        )  # in order: they are sorted already
+        return [
+            self.lay_out(slice(rows.start + part[0], rows.start + part[-1] + 1)) for part in parts
+        ]
+
+    def lay_out(self, rows: slice) -> MicroBatch:
+        positions: list[int] = []
+        start = 0
+        for prompt, text, response in zip(
+            self.prompts[rows], self.texts[rows], self.responses[rows], strict=True
+        ):
+            first = start + len(prompt) - 1  # the last token of the prompt
+            positions += range(first, first + len(response.ids))
+            start += len(text)
+        actions = [token for response in self.responses[rows] for token in response.ids]
+        first = sum(self.response_lengths[: rows.start])
+        first_text = sum(map(len, self.texts[: rows.start]))
+        return MicroBatch(
+            texts=lay_out(self.texts[rows], self.device),
+            positions=torch.tensor(positions, device=self.device),
+            actions=torch.tensor(actions, device=self.device),
+            tokens=slice(first, first + len(actions)),
+            text_tokens=slice(first_text, first_text + start),
+        )
+
+
+def make_batch(
+    prompts: list[list[int]],
+    responses: list[Response],
+    minibatches: list[list[int]],
+    form: PromptFormat,
+    device: torch.device,
+) -> Batch:
+    """This process's share of each minibatch.
+
+    Args:
+        minibatches: the episodes of each; of all processes, as are `prompts` and `responses`.
+    """
+    texts = [p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
+    rows: list[int] = []
+    slices = []
+    for minibatch in minibatches:
+        ours = share(sorted(minibatch, key=lambda row: len(texts[row])))
+        slices.append(slice(len(rows), len(rows) + len(ours)))
+        rows += ours
+    prompts, texts, responses = (
+        [column[row] for row in rows] for column in (prompts, texts, responses)
+    )
+    return Batch(rows, slices, prompts, texts, responses, device)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What each role says of a batch, float32 on the CPU; but for `lower`, which stays on the device."""
+
+    lower: Tensor  # [N, H] hidden states below the role adapters
+    logprobs: Tensor  # [n] under the policy that sampled
+    ref_logprobs: Tensor  # [n]
+    entropy: Tensor  # [n] nats, of the policy
+    values: Tensor  # [n] expected centred score from here on
+    scores: Tensor  # [b] what the reward model says
+
+    def check_finite(self, batch: Batch) -> None:
+        """Raise NotFinite unless all of it is."""
+        for name in MEASURED:
+            fine = getattr(self, name).isfinite()
+            fine = fine if name == "scores" else batch.by_response(fine) | ~batch.response_mask
+            odd = [
+                str(row)
+                for row, ok in zip(
+                    batch.rows, fine.view(len(fine), -1).all(1).tolist(), strict=True
+                )
+                if not ok
+            ]
+            if odd:
+                raise NotFinite(
+                    f"{name} not finite at texts {', '.join(odd)} of the batch; lower the learning rates, or try "
+                    "--dtype fp32"
+                )
+
+    def mean_kl(self, batch: Batch) -> float:
+        """Nats a response, over all processes."""
+        return moments(batch.by_response(self.logprobs - self.ref_logprobs).sum(1))[0].item()
+
+
+@dataclass(frozen=True)
+class Old:
+    """What the losses hold policy and values against, of all sampled tokens [n], on the device."""
+
+    lower: Tensor  # [N, H] as measured
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    @classmethod
+    def of(
+        cls, measured: Measured, advantages: Tensor, returns: Tensor, device: torch.device
+    ) -> "Old":
+        numbers = torch.stack(
+            [measured.logprobs, measured.values, advantages, returns]
+        )  # one transfer
+        return cls(measured.lower, *numbers.to(device))
+
+
+def count_tokens(batch: Batch) -> list[float]:
+    """Sampled tokens of each minibatch, of all processes."""
+    lengths = batch.response_lengths
+    return list(
+        totals({i: float(sum(lengths[rows])) for i, rows in enumerate(batch.minibatches)}).values()
+    )

@@ -1,0 +1,248 @@
+"""What a PPO run tells on its way: files of metrics and samples, curves, how far it is, and warnings."""
+
+import dataclasses
+import os
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from rlhf.data.format import PromptFormat
+from rlhf.engine.modeling import SharedBase
+from rlhf.engine.speed import Work, memory_gib, mfu
+from rlhf.ppo.batch import Batch, Measured, count_tokens
+from rlhf.ppo.evaluation import Evaluation, compare, penalty_warnings
+from rlhf.runs.processes import is_main, moments, totals
+from rlhf.runs.reporting import Curves, JsonLines, Panel, Progress, console, plain
+from rlhf.runs.run_warnings import policy_warnings
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+PANELS = (
+    Panel(
+        "Score",
+        "by the reward model",
+        {
+            "objective/scores": "training",
+            "eval/scores": "held-out",
+            "eval/gold_scores": "held-out, by the gold judge",
+        },
+    ),
+    Panel("KL to SFT", "nats a response", {"objective/kl": "training", "eval/kl": "held-out"}),
+    Panel(
+        "Length",
+        "tokens a response",
+        {"val/response_length": "training", "eval/response_length": "held-out"},
+    ),
+    Panel(
+        "Entropy",
+        "nats a token",
+        {"policy/entropy_avg": "training", "eval/entropy": "held-out"},
+    ),
+    Panel(
+        "Critic",
+        "loss, and share of variance",
+        {"loss/value_avg": "value loss", "val/explained_variance": "returns explained"},
+    ),
+    Panel(
+        "How far an update moves the policy",
+        "nats a token, and share of tokens",
+        {"policy/approxkl_avg": "approximate KL", "policy/clipfrac_avg": "clipped"},
+    ),
+)
+
+
+FAR_SAMPLER = 0.01  # nats a token
+
+
+class Log:
+    """Writes and shows the rows of a run; a tracker gets the same rows if the config names one.
+
+    Args:
+        total: updates of the run.
+        chosen: the style of the answers chosen for the held-out prompts, if there are such.
+    """
+
+    def __init__(
+        self, config: Any, folder: Path, total: int, chosen: dict[str, float] | None = None
+    ):
+        self.num_printed_samples, self.tracker = config.num_printed_samples, None
+        self.total, self.curves = total, Curves(folder, "update", PANELS)
+        self.chosen = chosen or {}
+        self.missing_eos_penalty = config.missing_eos_penalty
+        self.sampler_is_close = True
+        self.sft: Evaluation | None = (
+            None  # the first evaluation, which later ones are held against
+        )
+        files = "metrics.jsonl", "samples.jsonl"
+        self.metrics, self.samples = (
+            JsonLines(folder / name if is_main() else Path(os.devnull)) for name in files
+        )
+        if config.log_with and is_main():
+            self.tracker = Accelerator(log_with=config.log_with, project_dir=folder)
+            settings = {
+                name: value
+                for name, value in dataclasses.asdict(config).items()
+                if value is not None
+            }
+            self.tracker.init_trackers("human-feedback-llama-ppo", settings)
+
+    def __enter__(self) -> "Log":
+        self.progress = Progress("PPO", "update", self.total)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.progress.stop()
+        self.metrics.file.close()
+        self.samples.file.close()
+        for tracker in self.tracker.trackers if self.tracker else ():
+            tracker.finish()  # end_training() would end the processes' group with them, which has a wait to come
+
+    def positions(self) -> tuple[int, int]:
+        """Where metrics.jsonl and samples.jsonl end, in bytes."""
+        return self.metrics.position(), self.samples.position()
+
+    def rewind(
+        self, metrics: int, samples: int, sft: Evaluation | None = None, update: int = 0
+    ) -> None:
+        """Forget what was written after these positions, and show that `update` updates are done."""
+        if is_main():
+            self.metrics.cut(metrics)
+            self.samples.cut(samples)
+        self.sft = sft
+        self.progress.begin(update)
+
+    def row(self, row: dict[str, float]) -> None:
+        self.metrics.write(row)
+        if self.tracker:
+            self.tracker.log(row, step=row["update"])
+
+    def update(self, row: dict[str, float]) -> None:
+        """One update's metrics."""
+        self.row(row)
+        if not row["policy/sampler_kl"] <= FAR_SAMPLER and self.sampler_is_close:
+            self.sampler_is_close = False  # said once
+            console.print(
+                f"warning: what samples is {row['policy/sampler_kl']:.3f} nats a token away from what is trained, where "
+                "rounding explains some 0.002; try --rollout-weights base, or --dtype fp32"
+            )
+        self.progress.update(
+            row["update"],
+            score=row["objective/scores"],
+            kl=row["objective/kl"],
+            speed=row["speed/tokens_per_second"],
+        )
+        if is_main():
+            self.curves.draw_when_due()
+
+    def evaluation(
+        self, update: int, result: Evaluation, prompts: list[list[int]], form: PromptFormat
+    ) -> None:
+        """The means over the held-out prompts, every response to samples.jsonl, the first few to the terminal."""
+        means = result.means()
+        self.row({"update": update, **{f"eval/{name}": value for name, value in means.items()}})
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
+        console.print(f"update {update}, held-out: {shown}")
+        found = []
+        if not self.sft:
+            self.sft = result
+            self.progress.begin(update)  # what comes now takes another time
+            found = penalty_warnings(result, self.missing_eos_penalty)
+        elif update < self.total:  # after the last look the run itself says it
+            found = policy_warnings(compare(self.sft, result) | self.chosen)
+        for warning in found:
+            console.print(f"warning: {warning}")
+        for i, (prompt, response) in enumerate(zip(prompts, result.responses, strict=True)):
+            text = {"prompt": form.decode(prompt), "response": result.texts[i]}
+            numbers = {"score": result.scores[i].item(), "kl": result.kl[i].item()}
+            if result.gold_scores is not None:
+                numbers["gold_score"] = result.gold_scores[i].item()
+            self.samples.write({"update": update, **text, **numbers, "ended_by": response.ended_by})
+            if i < self.num_printed_samples:
+                console.print(f"  > {plain(text['prompt'][-160:])}")
+                console.print(f"    {plain(text['response'])}")
+                console.print(f"    score {numbers['score']:.2f}, kl {numbers['kl']:.2f}")
+
+
+def batch_metrics(
+    batch: Batch, measured: Measured, returns: Tensor, update: int, kl_coef: float, config: Any
+) -> dict[str, float]:
+    """What an update saw, under TRL's names; KL in nats a response."""
+    scores = moments(measured.scores)[0].item()
+    ended = moments(batch.ended.float())[0].item()
+    kl, tokens = measured.mean_kl(batch), sum(count_tokens(batch))
+    penalty = config.missing_eos_penalty * (1 - ended)
+    unexplained = moments(returns - measured.values)[1] / moments(returns)[1].clamp(min=1e-8)
+    return {
+        "update": update,
+        "episode": update * config.episodes_per_update,
+        "objective/scores": scores,
+        "objective/kl": kl,
+        "objective/kl_coef": kl_coef,
+        "objective/rlhf_reward": scores - penalty - kl_coef * kl,
+        "policy/entropy_avg": totals({"sum": measured.entropy.sum().item()})["sum"] / tokens,
+        "policy/sampler_kl": totals({"sum": sampler_kl(batch, measured)})["sum"] / tokens,
+        "val/num_eos_tokens": round(ended * config.episodes_per_update),
+        "val/response_length": tokens / config.episodes_per_update,
+        "val/explained_variance": 1 - unexplained.item(),
+    }
+
+
+def sampler_kl(batch: Batch, measured: Measured) -> float:
+    """How far the sampler was from the policy that is trained, in nats, summed over this process's tokens.
+
+    It is the same policy, in other shapes and perhaps in merged weights: what is left is rounding. Of the sampler's
+    probabilities q and the measured p, the sum of p/q - 1 - log(p/q), whose mean is KL(q, p).
+    """
+    sampled = [number for response in batch.responses for number in response.logprobs]
+    distance = measured.logprobs - torch.tensor(sampled)
+    return (distance.exp() - 1 - distance).sum().item()
+
+
+def speed_metrics(
+    shared: SharedBase,
+    batch: Batch,
+    stats: dict[str, float],
+    seconds: dict[str, float],
+    config: Any,
+) -> dict[str, float]:
+    """How fast an update was; tokens are those of all processes, memory is this one's.
+
+    Args:
+        stats: what `optimise` returned.
+        seconds: of each part.
+    """
+    counts = totals({"texts": sum(map(len, batch.texts)), "sampled": sum(batch.response_lengths)})
+    epochs = stats["policy/optimizer_steps"] / config.num_mini_batches
+    work = Work.of(shared.decoder, shared.first_role_layer, shared.lm_head_weight())
+    operations = work.ppo_update(
+        **counts, policy_epochs=epochs * ("policy/approxkl_avg" in stats), value_epochs=epochs
+    )
+    whole = sum(seconds.values())
+    return {
+        **{f"time/{part}": spent for part, spent in seconds.items()},
+        "speed/tokens_per_second": counts["texts"] / whole,
+        "speed/sampled_tokens_per_second": counts["sampled"] / seconds["rollout"],
+        **mfu(operations, whole, shared.device, shared.dtype),
+        **memory_gib(shared.device),
+    }
+
+
+def whole_speed(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Of a whole run, from the rows of its updates: tokens/s, and seconds of each part."""
+    rows = [row for row in rows if "episode" in row]
+    parts = [name for name in rows[0] if name.startswith("time/")]
+    seconds = {name: sum(row[name] for row in rows) for name in parts}
+    tokens = sum(row["speed/tokens_per_second"] * sum(row[name] for name in parts) for row in rows)
+    return {"speed/tokens_per_second": tokens / sum(seconds.values())} | seconds
+
+
+def mean_stats(history: list[dict[str, float]]) -> dict[str, float]:
+    """Means over an update's optimizer steps, each over those that have the number, and how many there were."""
+    columns = {
+        name: [stats[name] for stats in history if name in stats]
+        for name in dict.fromkeys(chain(*history))
+    }
+    means = {name: sum(column) / len(column) for name, column in columns.items()}
+    return means | {"policy/optimizer_steps": len(history)}

@@ -1,0 +1,220 @@
+"""Everything that a PPO run needs to go on exactly where it was: weights, optimizer, scaler, coefficients, places in its files.
+
+There is no state of random numbers: every draw follows from the seed and the number of the episode or update
+(`ppo_train.draw_prompts`, `optimise`), so a run that goes on draws what it would have drawn.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf.engine.generation import Response
+from rlhf.engine.modeling import SharedBase, save_stacked
+from rlhf.ppo.batch import NotFinite
+from rlhf.ppo.evaluation import Evaluation, plot_frontier
+from rlhf.ppo.log import Log, whole_speed
+from rlhf.runs.checkpoints import check_same, write_run
+from rlhf.runs.cli import Stopped, UserError
+from rlhf.runs.processes import agree, is_main, world
+from rlhf.runs.reporting import console, drawing, read_jsonl
+from rlhf.runs.resume import (
+    HARMLESS,
+    SaveClock,
+    keep_tokens,
+    new_state,
+    newest_state,
+    read_facts,
+    states,
+    stop_when_asked,
+)
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+COLUMNS = ("scores", "kl", "entropy", "gold_scores", "refusal_odds", "overrefusal_odds")
+
+
+class State:
+    """The newest whole update of a run. As a context it restores that of an earlier run, and listens for signals.
+
+    Args:
+        folder: the run's; the states are in it.
+        runs: the run.json of the SFT, the reward and the gold checkpoint, by role.
+        prompts: the training and the held-out prompts. A run goes on only with the same, and from the same checkpoints.
+    """
+
+    def __init__(
+        self,
+        config,
+        folder: Path,
+        runs: dict,
+        prompts: tuple,
+        shared: SharedBase,
+        optimizer,
+        scaler,
+        log: Log,
+    ):
+        self.config, self.folder, self.shared = config, folder, shared
+        self.inputs = {
+            "dtype": str(shared.dtype),
+            "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        }
+        self.inputs |= {
+            f"{role} checkpoint": run["adapter_sha256"] for role, run in runs.items()
+        } | world()
+        self.optimizer, self.scaler, self.log = optimizer, scaler, log
+        self.update, self.kl_coef = 0, config.kl_coef
+        self.sft: Evaluation | None = None  # what the SFT policy says to the held-out prompts
+        self.clock = SaveClock(config.save_minutes, config.save_steps)
+        self.moved = False  # whether an optimizer step was made since
+        optimizer.register_step_post_hook(self._note_step)
+
+    def _note_step(self, *_: Any) -> None:
+        self.moved = True
+
+    def __enter__(self) -> "State":
+        state = newest_state(self.folder) if self.config.resume else None
+        if state:
+            self.restore(state)
+        else:
+            self.log.rewind(0, 0)
+            if self.config.resume:
+                console.print("There is no state to resume from: the run starts at the beginning.")
+        self.saved = self.update
+        self.listening = stop_when_asked()
+        self.listening.__enter__()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.listening.__exit__(None, None, None)
+        if kind is Stopped and self.update > self.saved and not self.moved:
+            self.save()
+        if kind is NotFinite:
+            state = next(iter(states(self.folder)), "none")
+            raise NotFinite(
+                f"update {self.update + 1}: {error}; the last good state is {state}"
+            ) from None
+
+    def done(self, update: int, kl_coef: float) -> None:
+        """Note that an update is whole; save it when it is time to."""
+        self.update, self.kl_coef, self.moved = update, kl_coef, False
+        self.positions = self.log.positions()
+        if update < self.config.num_updates and agree(self.clock.due(update)):
+            self.save()
+
+    def save(self) -> None:
+        facts = {
+            "hyperparameters": dataclasses.asdict(self.config),
+            "inputs": self.inputs,
+            "update": self.update,
+            "kl_coef": self.kl_coef,
+            "scaler": self.scaler.state_dict(),
+            "micro_batch_tokens": self.shared.micro_batch.tokens,
+            "rollout_rows": self.shared.rollout_rows,
+            "positions": self.positions,
+            "sft": {
+                "responses": [[r.ids, r.text_ids, r.ended_by] for r in self.sft.responses],
+                "texts": self.sft.texts,
+                **{name: to_list(getattr(self.sft, name)) for name in COLUMNS},
+            },
+        }
+        with new_state(self.folder, self.update, facts, self.config.save_total_limit) as folder:
+            if is_main():
+                save_file(self.shared.trained_weights(), folder / "weights.safetensors")
+                save_file(optimizer_tensors(self.optimizer), folder / "optimizer.safetensors")
+        self.saved = self.update
+        self.clock.saved()
+
+    def restore(self, folder: Path) -> None:
+        facts = read_facts(folder)
+        where = f"the run in {self.folder}"
+        check_same(facts["hyperparameters"], dataclasses.asdict(self.config), HARMLESS, where)
+        check_same(facts["inputs"], self.inputs, (), where)
+        if facts["update"] >= self.config.num_updates:
+            raise UserError(
+                f"--resume: {where} has made {facts['update']} updates: raise --total-episodes or --max-steps"
+            )
+        self.shared.load_trained(load_file(folder / "weights.safetensors"))
+        load_optimizer(self.optimizer, load_file(folder / "optimizer.safetensors"))
+        self.scaler.load_state_dict(facts["scaler"])
+        keep_tokens(self.config, self.shared.micro_batch, facts)
+        before = facts["hyperparameters"]["rollout_batch_size"]
+        if self.config.rollout_batch_size in ("auto", before):  # fewer, if memory ran out
+            self.shared.rollout_rows = facts["rollout_rows"]
+        self.update, self.kl_coef, self.positions = (
+            facts["update"],
+            facts["kl_coef"],
+            facts["positions"],
+        )
+        sft = facts["sft"]
+        # A state of an earlier version has not all of them.
+        columns = {name: torch.tensor(sft[name]) for name in COLUMNS if sft.get(name) is not None}
+        self.sft = Evaluation(
+            [Response(*response) for response in sft["responses"]], sft["texts"], **columns
+        )
+        self.log.rewind(*self.positions, self.sft, self.update)
+
+
+def to_list(tensor: Tensor | None) -> list[float] | None:
+    return None if tensor is None else tensor.tolist()
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All of an AdamW's state: `group.parameter.name`."""
+    return {
+        f"{g}.{p}.{name}": value
+        for g, group in enumerate(optimizer.param_groups)
+        for p, parameter in enumerate(group["params"])
+        for name, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took."""
+    for key, value in tensors.items():
+        group, number, name = key.split(".")
+        parameter = optimizer.param_groups[int(group)]["params"][int(number)]
+        # The step too goes to the device: a fused AdamW keeps it there. A copy: what was read may be a view of the file.
+        optimizer.state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+def save(
+    config,
+    folder: Path,
+    shared,
+    form,
+    base,
+    runs: dict,
+    metrics: dict[str, Any],
+    started: float,
+    log: Log,
+) -> None:
+    """What a finished run leaves: the policy as one ordinary adapter, the value model beside it, plots, run.json at last."""
+    if not is_main():
+        return
+    log.curves.draw()
+    with drawing(folder / "frontier.png") as partial:
+        plot_frontier(folder, partial)
+    save_stacked(folder, shared, "policy", form, base)
+    save_stacked(folder / "value", shared, "value", form, base)
+    write_run(
+        folder,
+        "ppo",
+        config,
+        shared.dtype,
+        started,
+        base=base,
+        prompt_format=form.name,
+        parents={role: run["adapter_sha256"] for role, run in runs.items()},
+        data={"source": config.dataset, "columns": config.columns},
+        updates=config.num_updates,
+        episodes=config.num_updates * config.episodes_per_update,
+        micro_batch_tokens=shared.micro_batch.tokens,
+        rollout_rows=shared.rollout_rows,
+        rollout_weights=shared.rollout_weights,
+        metrics=metrics,
+        speed=whole_speed(read_jsonl(folder / "metrics.jsonl")),
+    )

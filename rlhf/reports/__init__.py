@@ -1,0 +1,1 @@
+"""What is said of a model when it is trained."""
