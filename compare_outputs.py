@@ -24,44 +24,40 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.data.format import tokenize_prompt
-from rlhf.data.rows import BadRow, parse_dialogue, parse_row
-from rlhf.data.sources import has_rows, load_rows, open_text, parse_columns, read_rows, report_drops
-from rlhf.data.style import style_of
-from rlhf.engine.base import check_context
-from rlhf.engine.generation import generate
-from rlhf.engine.modeling import (
-    BASE,
-    REFERENCE,
-    SharedBase,
-    choose_dtype,
-    load_base,
-    load_format,
-    read_stacked,
-    same_base,
-)
-from rlhf.engine.training import device
-from rlhf.reports.page import read_curves, render_page
-from rlhf.reports.probe import KINDS, OPENING_TOKENS, load_probe, refusal_odds
-from rlhf.runs.checkpoints import SCRIPTS, check_child, git_commit, place_of, read_run
-from rlhf.runs.cli import UserError, check_at_least_one, check_between, run
-from rlhf.runs.reporting import (
-    ENDINGS,
-    SPEAKERS,
-    at_equal_length,
-    conclusions,
-    console,
-    distinct_2,
-    mean_interval,
-    plain,
-    preference,
-    repeated_3grams,
-    wilson_interval,
-)
-from rlhf.runs.run_warnings import compare_warnings, refusal_warnings, said_before
+import rlhf  # noqa: F401  before the libraries that it sets up
 
 from rich.table import Table
 from rich.text import Text
+
+from rlhf.data.format import tokenize_prompt
+from rlhf.data.rows import SPEAKERS, BadRow, parse_dialogue, parse_row
+from rlhf.data.sources import has_rows, load_rows, open_text, parse_columns, read_rows, report_drops
+from rlhf.data.style import distinct_2, repeated_3grams, style_of
+from rlhf.engine.base import same_base
+from rlhf.engine.generation import ENDINGS
+from rlhf.engine.loading import load_base
+from rlhf.engine.tokenizers import load_format
+from rlhf.reports.answers import (
+    Answer,
+    Report,
+    Turns,
+    answers_of,
+    check_lengths,
+    load_models,
+    read_runs,
+    role_of,
+)
+from rlhf.reports.page import conclusions, read_curves, render_page
+from rlhf.reports.probe import KINDS, OPENING_TOKENS, load_probe, refusal_odds
+from rlhf.runs.checkpoints import git_commit
+from rlhf.runs.checks import check_at_least_one, check_between
+from rlhf.runs.cli import run
+from rlhf.runs.device import choose_dtype, device
+from rlhf.runs.errors import UserError
+from rlhf.runs.folders import place_of
+from rlhf.runs.run_warnings import compare_warnings, refusal_warnings, said_before
+from rlhf.runs.statistics import at_equal_length, mean_interval, preference, wilson_interval
+from rlhf.runs.terminal import console, plain
 
 
 @dataclass(frozen=True)
@@ -156,19 +152,17 @@ OWN_JUDGE = (
 OTHER_JUDGE = "The judge is another reward model than the one that PPO trained against."
 REPORTED = ("adapter_sha256", "epochs", "updates", "metrics")  # of each phase's run.json
 
-Turns = tuple[tuple[str, str], ...]  # (role, text)
-Answer = dict[
-    str, Any
-]  # text, tokens, ended_by (a key of ENDINGS), score (None without a reward model)
 Odds = dict[str, list[float]]  # by kind of request, log-odds of beginning with a refusal
-Report = dict[
-    str, Any
-]  # what compare.json holds; the terminal and the other files show parts of it
 
 
 def main(config: Config) -> None:
     check_numbers(config)
-    runs = read_runs(config)
+    folders = {
+        "sft": config.sft_checkpoint,
+        "reward": config.reward_checkpoint,
+        "ppo": config.ppo_checkpoint,
+    }
+    runs = read_runs(folders)
     check_reports(config)
     warned = said_before(runs)
     print_warnings(warned)
@@ -178,17 +172,26 @@ def main(config: Config) -> None:
     form = load_format(config.sft_checkpoint, runs["sft"])
     titles = model_titles(base["model"], runs)
     prompts = read_prompts(config, form)
-    check_lengths(config, base, [ids for _, ids in prompts])
+    check_lengths(base, [ids for _, ids in prompts], config.max_new_tokens)
 
     # 1. One base for all models.
-    shared = load_models(config, load_base(base, dtype, form.pad_token_id), runs, dtype)
+    model = load_base(base, dtype, form.pad_token_id)
+    shared = load_models(model, folders, runs, dtype)
 
     # 2. and 3.
     answers = {}
     for name in titles:
         with console.status(f"{name} answers {len(prompts)} prompts"):
-            answers[name] = answer(
-                config, shared, form, [ids for _, ids in prompts], name, "reward" in runs
+            answers[name] = answers_of(
+                shared,
+                form,
+                [ids for _, ids in prompts],
+                name,
+                "reward" in runs,
+                config.max_new_tokens,
+                config.temperature,
+                config.seed,
+                config.batch_size,
             )
     with console.status("the safety probe"):
         odds = ask_probe(config, shared, form, list(titles))
@@ -213,9 +216,7 @@ def main(config: Config) -> None:
             {"turns": turns, "answers": {name: answers[name][i] for name in titles}}
             for i, (turns, _) in enumerate(prompts)
         ],
-        "curves": {
-            phase: read_curves(getattr(config, f"{phase}_checkpoint"), phase) for phase in runs
-        },
+        "curves": {phase: read_curves(folders[phase], phase) for phase in runs},
     }
 
     print(f"🔄 Comparing Model Outputs: {' vs '.join(titles)}\n")
@@ -240,30 +241,6 @@ def check_numbers(config: Config) -> None:
     check_at_least_one(config, "max_prompt_length", "max_new_tokens", "batch_size")
     check_between(config, 0, math.inf, "num_test_prompts", "show", "temperature")
     check_between(config, 0, 2**32 - 1, "seed")
-
-
-def read_runs(config: Config) -> dict[str, dict[str, Any]]:
-    """The run.json of each phase that is trained, by phase, after all were seen to fit together."""
-    runs = {"sft": read_run(config.sft_checkpoint, "sft")}
-    check_number(runs["sft"], "epochs")
-    lost = {"reward": "there are no scores and no win rates", "ppo": "PPO is left out"}
-    for phase, folder in (("reward", config.reward_checkpoint), ("ppo", config.ppo_checkpoint)):
-        if not Path(folder).exists():
-            print(
-                f"There is no {phase} checkpoint at {folder}: {lost[phase]} (`python {SCRIPTS[phase]}` makes one)."
-            )
-            continue
-        runs[phase] = read_run(folder, phase)
-        check_child(runs[phase], folder, runs["sft"], config.sft_checkpoint)
-    if "ppo" in runs:
-        check_number(runs["ppo"], "updates")
-    return runs
-
-
-def check_number(facts: Any, name: str) -> None:
-    """Raise UserError unless a part of a run.json, which someone may have edited, holds a number under `name`."""
-    if not isinstance(facts, dict) or not isinstance(facts.get(name), int | float):
-        raise UserError(f"a run.json is damaged ({name} is not a number): train that phase again")
 
 
 def check_reports(config: Config) -> None:
@@ -335,60 +312,7 @@ def turns_of_row(row: dict[str, Any]) -> Turns:
     return parse_row(row, "prompt").turns
 
 
-def check_lengths(config: Config, base: dict[str, Any], prompts: list[list[int]]) -> None:
-    """Raise UserError if a prompt with its answer, closed by EOS, is longer than the base can read."""
-    longest = max(map(len, prompts)) + config.max_new_tokens + 1
-    check_context(base, longest, "--max-prompt-length", "--max-new-tokens")
-
-
 # ---------------------------------------------------------------- models and answers
-
-
-def load_models(config: Config, model, runs: dict[str, dict[str, Any]], dtype):
-    """A SharedBase with the adapters of all trained phases."""
-    shared = SharedBase(model, config.sft_checkpoint, dtype)
-    for phase, role, folder in (
-        ("ppo", "policy", config.ppo_checkpoint),
-        ("reward", "reward", config.reward_checkpoint),
-    ):
-        if phase in runs:
-            shared.add_role(role, **read_stacked(folder, shared))
-            if (role in shared.heads) != (role == "reward"):
-                raise UserError(f"{folder} is not what its run.json says: train that phase again")
-    return shared
-
-
-def role_of(name: str) -> str:
-    """The role of a model, by its name in the report."""
-    return {"base": BASE, "PPO": "policy"}.get(name, REFERENCE)
-
-
-def answer(
-    config: Config, shared, form, prompts: list[list[int]], name: str, scored: bool
-) -> list[Answer]:
-    """The answers of the model `name` to `prompts` (token ids), with the reward model's scores if `scored`."""
-    seeds = [config.seed + i for i in range(len(prompts))]
-    settings = config.max_new_tokens, config.temperature, seeds, config.batch_size
-    responses = generate(shared, role_of(name), form, prompts, *settings)
-    scores = [None] * len(prompts)
-    if scored:
-        texts = [
-            p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, responses, strict=True)
-        ]
-        scores = shared.score(texts).tolist()
-        if not all(map(math.isfinite, scores)):
-            raise UserError(
-                f"the reward model gives {name} a score that is not finite: try --dtype fp32"
-            )
-    return [
-        {
-            "text": form.decode(r.text_ids),
-            "tokens": len(r.text_ids),
-            "ended_by": r.ended_by,
-            "score": score,
-        }
-        for r, score in zip(responses, scores, strict=True)
-    ]
 
 
 def summarize(answers: dict[str, list[Answer]]) -> dict[str, dict[str, float]]:

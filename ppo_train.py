@@ -27,57 +27,44 @@ from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
-from rlhf.data.format import PromptFormat, tokenize_prompts
-from rlhf.data.sources import load_splits
-from rlhf.data.style import style_of
-from rlhf.engine.base import check_context
-from rlhf.engine.card import Rollouts, choose_rollouts, choose_tokens, describe_start
-from rlhf.engine.generation import Response, Seed, generate, prepare, step_seconds
-from rlhf.engine.logprobs import Chosen, chosen_logprobs
-from rlhf.engine.micro_batches import free_memory
-from rlhf.engine.modeling import (
-    REFERENCE,
-    SharedBase,
-    choose_dtype,
-    load_base,
-    load_format,
-    read_stacked,
-    same_base,
-)
-from rlhf.engine.plan import (
-    dry_run_ppo,
-    earlier_runs,
-    episodes_of_a_process,
-    ppo_plans,
-    read_shape,
-    show_end,
-)
-from rlhf.engine.speed import Stopwatch
-from rlhf.engine.training import check_ppo_numbers, device
-from rlhf.ppo.batch import Batch, Measured, MicroBatch, NotFinite, Old, count_tokens, make_batch
-from rlhf.ppo.evaluation import Evaluation, compare, describe
-from rlhf.ppo.log import Log, batch_metrics, mean_stats, speed_metrics
-from rlhf.ppo.state import State, save
-from rlhf.reports.probe import OPENING_TOKENS, Probe, load_probe, refusal_odds
-from rlhf.runs.checkpoints import (
-    check_output,
-    is_finished,
-    output_folder,
-    read_parents,
-    recorded,
-    start_run,
-)
-from rlhf.runs.cli import next_command, run
-from rlhf.runs.processes import agree, gather, moments, share, sum_gradients, total
-from rlhf.runs.reporting import console
-from rlhf.runs.resume import check_stop
-from rlhf.runs.run_warnings import ppo_warnings, said_before, show
-from rlhf.runs.trial import time_steps
+import rlhf  # noqa: F401  before the libraries that it sets up
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import set_seed
+
+from rlhf.data.format import PromptFormat, tokenize_prompts
+from rlhf.data.sources import load_splits
+from rlhf.data.style import style_of
+from rlhf.engine.adapters import read_stacked
+from rlhf.engine.base import check_context, same_base
+from rlhf.engine.card import Rollouts, choose_rollouts, choose_tokens, describe_start
+from rlhf.engine.generation import Response, Seed, generate, prepare, step_seconds
+from rlhf.engine.loading import load_base
+from rlhf.engine.logprobs import Chosen, chosen_logprobs
+from rlhf.engine.micro_batches import free_memory
+from rlhf.engine.plan import episodes_of_a_process, ppo_plans, read_shape
+from rlhf.engine.roles import REFERENCE, SharedBase
+from rlhf.engine.speed import Stopwatch
+from rlhf.engine.tokenizers import load_format
+from rlhf.ppo.batch import Batch, Measured, MicroBatch, NotFinite, Old, count_tokens, make_batch
+from rlhf.ppo.evaluation import Evaluation, compare, describe
+from rlhf.ppo.log import Log, batch_metrics, mean_stats, speed_metrics
+from rlhf.ppo.state import State, save
+from rlhf.reports.dry_run import dry_run_ppo, earlier_runs, show_end
+from rlhf.reports.probe import OPENING_TOKENS, Probe, load_probe, refusal_odds
+from rlhf.runs.advice import next_command
+from rlhf.runs.checkpoints import is_finished, read_parents, recorded, start_run
+from rlhf.runs.checks import check_ppo_numbers
+from rlhf.runs.cli import run
+from rlhf.runs.device import choose_dtype, device
+from rlhf.runs.folders import check_output, output_folder
+from rlhf.runs.processes import agree, gather, moments, share, sum_gradients, total
+from rlhf.runs.run_warnings import ppo_warnings, said_before, show
+from rlhf.runs.stop import check_stop
+from rlhf.runs.terminal import console
+from rlhf.runs.trial import time_steps
 
 
 @dataclass(frozen=True)

@@ -28,57 +28,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.data.format import TokenPair, tokenize_pairs
-from rlhf.data.rows import Pair, fingerprint
-from rlhf.data.sources import load_pairs, load_splits
-from rlhf.data.votes import VotePairs, load_votes
-from rlhf.engine.base import check_context
-from rlhf.engine.card import Plan, choose_tokens, describe_start
-from rlhf.engine.modeling import (
-    SharedBase,
-    choose_dtype,
-    load_base,
-    load_format,
-    read_stacked,
-    same_base,
-    save_stacked,
-)
-from rlhf.engine.plan import (
-    earlier_runs,
-    format_of,
-    plan_reward,
-    read_shape,
-    show_data,
-    show_end,
-    show_plan,
-)
-from rlhf.engine.speed import Work
-from rlhf.engine.training import (
-    Restack,
-    Resumable,
-    Row,
-    check_trainer_numbers,
-    device,
-    keep_fp32,
-    num_steps,
-    trainer_options,
-)
-from rlhf.reports.probe import describe_probe, judge_probe, load_probe
-from rlhf.reports.reward_evaluation import ScoredPairs, describe, judge, write_evaluation
-from rlhf.runs.checkpoints import (
-    check_child,
-    check_output,
-    is_finished,
-    output_folder,
-    read_run,
-    start_run,
-    write_run,
-)
-from rlhf.runs.cli import UserError, check_at_least_one, check_between, next_command, run
-from rlhf.runs.processes import gather, is_main, sharded, share
-from rlhf.runs.reporting import Panel, console
-from rlhf.runs.run_warnings import reward_warnings, said_before, show
-from rlhf.runs.trial import time_steps
+import rlhf  # noqa: F401  before the libraries that it sets up
 
 import datasets
 import numpy as np
@@ -86,6 +36,35 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
+
+from rlhf.data.format import TokenPair, tokenize_pairs
+from rlhf.data.rows import Pair, fingerprint
+from rlhf.data.sources import load_pairs, load_splits
+from rlhf.data.votes import VotePairs, load_votes
+from rlhf.engine.adapters import read_stacked, save_stacked
+from rlhf.engine.base import check_context, same_base
+from rlhf.engine.card import Plan, choose_tokens, describe_start
+from rlhf.engine.loading import load_base
+from rlhf.engine.plan import plan_reward, read_shape
+from rlhf.engine.roles import SharedBase
+from rlhf.engine.speed import Work
+from rlhf.engine.tokenizers import load_format
+from rlhf.engine.trainer import Restack, Resumable, Row, keep_fp32, num_steps, trainer_options
+from rlhf.reports.dry_run import earlier_runs, format_of, show_data, show_end, show_plan
+from rlhf.reports.probe import describe_probe, judge_probe, load_probe
+from rlhf.reports.reward_evaluation import ScoredPairs, describe, judge, write_evaluation
+from rlhf.runs.advice import next_command
+from rlhf.runs.checkpoints import check_child, is_finished, read_run, start_run, write_run
+from rlhf.runs.checks import check_at_least_one, check_between, check_trainer_numbers
+from rlhf.runs.cli import run
+from rlhf.runs.curves import Panel
+from rlhf.runs.device import choose_dtype, device
+from rlhf.runs.errors import UserError
+from rlhf.runs.folders import check_output, output_folder
+from rlhf.runs.processes import gather, is_main, sharded, share
+from rlhf.runs.run_warnings import reward_warnings, said_before, show
+from rlhf.runs.terminal import console
+from rlhf.runs.trial import time_steps
 
 
 @dataclass(frozen=True)

@@ -19,47 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlhf.data.format import PromptFormat, tokenize_pairs
-from rlhf.data.rows import fingerprint
-from rlhf.data.sources import load_splits
-from rlhf.engine.base import check_context, identified
-from rlhf.engine.card import Plan, choose_tokens, describe_start
-from rlhf.engine.decoder import Decoder, lay_out
-from rlhf.engine.logprobs import Chosen, chosen_logprobs
-from rlhf.engine.modeling import (
-    base_facts,
-    check_vocabulary,
-    choose_dtype,
-    linear_names,
-    load_base,
-    load_tokenizer,
-)
-from rlhf.engine.plan import plan_sft, read_shape, show_data, show_end, show_plan
-from rlhf.engine.portable import save_tokenizer
-from rlhf.engine.speed import Work
-from rlhf.engine.training import (
-    Restack,
-    Resumable,
-    Row,
-    check_trainer_numbers,
-    device,
-    keep_fp32,
-    num_steps,
-    trainer_options,
-)
-from rlhf.runs.checkpoints import (
-    check_output,
-    is_finished,
-    output_folder,
-    start_run,
-    weights_of,
-    write_run,
-)
-from rlhf.runs.cli import UserError, next_command, run
-from rlhf.runs.processes import sharded, share
-from rlhf.runs.reporting import Panel, console
-from rlhf.runs.run_warnings import sft_warnings, show
-from rlhf.runs.trial import time_steps
+import rlhf  # noqa: F401  before the libraries that it sets up
 
 import datasets
 import numpy as np
@@ -68,6 +28,33 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
+
+from rlhf.data.format import PromptFormat, tokenize_pairs
+from rlhf.data.rows import fingerprint
+from rlhf.data.sources import load_splits
+from rlhf.engine.base import base_facts, check_context, identified
+from rlhf.engine.card import Plan, choose_tokens, describe_start
+from rlhf.engine.decoder import Decoder, lay_out
+from rlhf.engine.loading import linear_names, load_base
+from rlhf.engine.logprobs import Chosen, chosen_logprobs
+from rlhf.engine.plan import plan_sft, read_shape
+from rlhf.engine.portable import save_tokenizer
+from rlhf.engine.speed import Work
+from rlhf.engine.tokenizers import check_vocabulary, load_tokenizer
+from rlhf.engine.trainer import Restack, Resumable, Row, keep_fp32, num_steps, trainer_options
+from rlhf.reports.dry_run import show_data, show_end, show_plan
+from rlhf.runs.advice import next_command
+from rlhf.runs.checkpoints import is_finished, start_run, weights_of, write_run
+from rlhf.runs.checks import check_trainer_numbers
+from rlhf.runs.cli import run
+from rlhf.runs.curves import Panel
+from rlhf.runs.device import choose_dtype, device
+from rlhf.runs.errors import UserError
+from rlhf.runs.folders import check_output, output_folder
+from rlhf.runs.processes import sharded, share
+from rlhf.runs.run_warnings import sft_warnings, show
+from rlhf.runs.terminal import console
+from rlhf.runs.trial import time_steps
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import ppo_train  # noqa: E402
-import reward_train  # noqa: E402
-import sft_train  # noqa: E402
-from rlhf.engine.card import CARD_OVERHEAD, MOST_TOKENS, STEP, Plan, Rollouts, deal, tokens_that_fit  # noqa: E402
-from rlhf.engine.plan import Shape, plan_ppo, plan_reward, plan_sft  # noqa: E402
+import rlhf  # noqa: F401  before the libraries that it sets up
+
+import ppo_train
+import reward_train
+import sft_train
+from rlhf.engine.card import CARD_OVERHEAD, MOST_TOKENS, STEP, Plan, Rollouts, deal, tokens_that_fit
+from rlhf.engine.plan import Shape, plan_ppo, plan_reward, plan_sft
 
 CARDS = (8, 12, 16, 24, 80)  # GB
 LLAMA = {

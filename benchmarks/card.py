@@ -34,21 +34,24 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import ppo_train  # noqa: E402
-import reward_train  # noqa: E402
-import sft_train  # noqa: E402
-from rlhf.engine.decoding import LAG, Decoding  # noqa: E402
-from rlhf.engine.graphs import Graphs  # noqa: E402
-from rlhf.engine.modeling import load_format  # noqa: E402
-from rlhf.runs.checkpoints import git_commit, read_run  # noqa: E402
-from rlhf.runs.cli import quiet_libraries, run  # noqa: E402
-from rlhf.runs.reporting import console, read_jsonl  # noqa: E402
+import rlhf  # noqa: F401  before the libraries that it sets up
 
-import torch  # noqa: E402
-from llama_3b import LLAMA_3B, write_model  # noqa: E402
-from ppo_vs_trl import TRL, hardware  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from transformers import LlamaConfig  # noqa: E402
+import torch
+from llama_3b import LLAMA_3B, write_model
+from ppo_vs_trl import TRL, hardware
+from safetensors.torch import load_file
+from transformers import LlamaConfig
+
+import ppo_train
+import reward_train
+import sft_train
+from rlhf.engine.decoding import LAG, Decoding
+from rlhf.engine.graphs import Graphs
+from rlhf.engine.tokenizers import load_format
+from rlhf.runs.checkpoints import git_commit, read_run
+from rlhf.runs.cli import quiet_libraries, run
+from rlhf.runs.metrics import read_jsonl
+from rlhf.runs.terminal import console
 
 WORK = ROOT / "runs" / "card"
 CAPS = (None, 8, 12, 24)  # GB; None: the whole card

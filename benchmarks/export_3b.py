@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from rlhf.runs.cli import run  # noqa: E402
+from rlhf.runs.cli import run
 
 WORK = ROOT / "runs" / "llama-3b"
 UPPER = 14  # layers that a role's adapter is on
@@ -81,17 +81,18 @@ def measure(*arguments: str) -> tuple[float, float, float]:
 
 def make_checkpoint(tokenizer: str) -> None:
     """A PPO checkpoint of `ppo_train.py`'s default shapes: a random adapter on an NF4 base."""
-    from ppo_train import Config as PPOConfig
-    from rlhf.data.format import PromptFormat
-    from rlhf.engine.modeling import base_facts, load_tokenizer
-    from rlhf.runs.checkpoints import write_run
-
     import torch
     from llama_3b import LLAMA_3B, write_model
     from peft import LoraConfig
     from safetensors.torch import save_file
     from torch import nn
     from transformers import LlamaForCausalLM
+
+    from ppo_train import Config as PPOConfig
+    from rlhf.data.format import PromptFormat
+    from rlhf.engine.base import base_facts
+    from rlhf.engine.tokenizers import load_tokenizer
+    from rlhf.runs.checkpoints import write_run
 
     write_model(WORK / "model", tokenizer)
     folder = WORK / "random"

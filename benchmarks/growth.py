@@ -23,22 +23,25 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import ppo_train  # noqa: E402
-from rlhf.engine.modeling import load_format  # noqa: E402
-from rlhf.engine.speed import Stopwatch  # noqa: E402
-from rlhf.ppo.batch import Old, make_batch  # noqa: E402
-from rlhf.runs.checkpoints import read_run  # noqa: E402
-from rlhf.runs.cli import UserError, quiet_libraries, run  # noqa: E402
-from rlhf.runs.reporting import console  # noqa: E402
+import rlhf  # noqa: F401  before the libraries that it sets up
 
-import matplotlib  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from ppo_vs_trl import hardware  # noqa: E402
-from rich.table import Table  # noqa: E402
+import matplotlib
+import numpy as np
+import torch
+from ppo_vs_trl import hardware
+from rich.table import Table
+
+import ppo_train
+from rlhf.engine.speed import Stopwatch
+from rlhf.engine.tokenizers import load_format
+from rlhf.ppo.batch import Old, make_batch
+from rlhf.runs.checkpoints import read_run
+from rlhf.runs.cli import quiet_libraries, run
+from rlhf.runs.errors import UserError
+from rlhf.runs.terminal import console
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 MICRO_BATCH = 8
 BATCHES, RESPONSES = (

@@ -20,26 +20,31 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import ppo_train  # noqa: E402
-import reward_train  # noqa: E402
-import sft_train  # noqa: E402
-from rlhf.data.format import PromptFormat, tokenize_pairs, tokenize_prompt  # noqa: E402
-from rlhf.data.rows import Pair  # noqa: E402
-from rlhf.engine.card import Rollouts  # noqa: E402
-from rlhf.engine.micro_batches import CPU_TOKENS  # noqa: E402
-from rlhf.engine.modeling import SharedBase, load_tokenizer  # noqa: E402
-from rlhf.engine.plan import OWNERS, plan_ppo, plan_reward, plan_sft, read_shape, show_plan  # noqa: E402
-from rlhf.runs.checkpoints import peak_memory_gib, read_run  # noqa: E402
-from rlhf.runs.cli import quiet_libraries, run  # noqa: E402
-from rlhf.runs.reporting import console  # noqa: E402
+import rlhf  # noqa: F401  before the libraries that it sets up
 
-import torch  # noqa: E402
-from ppo_vs_trl import hardware  # noqa: E402
-from rich.table import Table  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tensor_memory import TensorMemory  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+import torch
+from ppo_vs_trl import hardware
+from rich.table import Table
+from safetensors.torch import save_file
+from tensor_memory import TensorMemory
+from torch import nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import ppo_train
+import reward_train
+import sft_train
+from rlhf.data.format import PromptFormat, tokenize_pairs, tokenize_prompt
+from rlhf.data.rows import Pair
+from rlhf.engine.card import Rollouts
+from rlhf.engine.micro_batches import CPU_TOKENS
+from rlhf.engine.plan import OWNERS, plan_ppo, plan_reward, plan_sft, read_shape
+from rlhf.engine.roles import SharedBase
+from rlhf.engine.tokenizers import load_tokenizer
+from rlhf.reports.dry_run import show_plan
+from rlhf.runs.checkpoints import read_run
+from rlhf.runs.cli import quiet_libraries, run
+from rlhf.runs.device import peak_memory_gib
+from rlhf.runs.terminal import console
 
 WORK = ROOT / "runs" / "llama-3b"
 LLAMA_3B = LlamaConfig(

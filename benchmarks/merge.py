@@ -15,15 +15,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rlhf import export  # noqa: E402
-from rlhf.data.sources import load_pairs  # noqa: E402
-from rlhf.engine.modeling import load_format  # noqa: E402
-from rlhf.runs.checkpoints import read_run  # noqa: E402
-from rlhf.runs.cli import UserError, run  # noqa: E402
+import rlhf  # noqa: F401  before the libraries that it sets up
+from rlhf import export
 
-import torch  # noqa: E402
-from peft import AutoPeftModelForCausalLM  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+
+from rlhf.data.sources import load_pairs
+from rlhf.engine.tokenizers import load_format
+from rlhf.runs.checkpoints import read_run
+from rlhf.runs.cli import run
+from rlhf.runs.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -29,22 +29,22 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import ppo_train  # noqa: E402
-from rlhf.data.format import PromptFormat, tokenize_prompts  # noqa: E402
-from rlhf.data.sources import load_pairs  # noqa: E402
-from rlhf.engine.modeling import (  # noqa: E402
-    load_format,
-    load_tokenizer,
-    read_adapter,
-    read_stacked,
-    save_stacked,
-)
-from rlhf.runs.checkpoints import read_run, sha256  # noqa: E402
-from rlhf.runs.cli import UserError, run  # noqa: E402
-from rlhf.runs.reporting import console, mean_interval  # noqa: E402
+import rlhf  # noqa: F401  before the libraries that it sets up
 
-import torch  # noqa: E402
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification  # noqa: E402
+import torch
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+
+import ppo_train
+from rlhf.data.format import PromptFormat, tokenize_prompts
+from rlhf.data.sources import load_pairs
+from rlhf.engine.adapters import read_stacked, save_stacked
+from rlhf.engine.loading import read_adapter
+from rlhf.engine.tokenizers import load_format, load_tokenizer
+from rlhf.runs.checkpoints import read_run, sha256
+from rlhf.runs.cli import run
+from rlhf.runs.errors import UserError
+from rlhf.runs.statistics import mean_interval
+from rlhf.runs.terminal import console
 
 WORK = ROOT / "benchmarks" / "work"
 TRL = WORK / "trl-1.12.0"

@@ -23,14 +23,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from rlhf.data.format import PromptFormat  # noqa: E402
-from rlhf.data.sources import load_pairs  # noqa: E402
-from rlhf.engine.modeling import load_tokenizer  # noqa: E402
-from rlhf.runs.cli import UserError, run  # noqa: E402
-from rlhf.runs.reporting import console  # noqa: E402
+import rlhf  # noqa: F401  before the libraries that it sets up
 
-from ppo_vs_trl import WORK, hardware  # noqa: E402
-from rich.table import Table  # noqa: E402
+from ppo_vs_trl import WORK, hardware
+from rich.table import Table
+
+from rlhf.data.format import PromptFormat
+from rlhf.data.sources import load_pairs
+from rlhf.engine.tokenizers import load_tokenizer
+from rlhf.runs.cli import run
+from rlhf.runs.errors import UserError
+from rlhf.runs.terminal import console
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rlhf.runs.cli import UserError, run  # noqa: E402
-from rlhf.runs.reporting import console, read_jsonl  # noqa: E402
+import rlhf  # noqa: F401  before the libraries that it sets up
 
-from rich.table import Table  # noqa: E402
-from safetensors import safe_open  # noqa: E402
+from rich.table import Table
+from safetensors import safe_open
+
+from rlhf.runs.cli import run
+from rlhf.runs.errors import UserError
+from rlhf.runs.metrics import read_jsonl
+from rlhf.runs.terminal import console
 
 PROCESSES = 2
 SAME = ["--max-eval-samples", "8", "--save-steps", "1000", "--overwrite"]

@@ -82,9 +82,9 @@ def main() -> int:
 def compare_graphs() -> dict[str, dict[str, int]]:
     """Of each kind of weights that a rollout may have."""
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-    import ppo_train
-
     import card
+
+    import ppo_train
 
     checkpoints = {"sft_checkpoint": SFT, "reward_checkpoint": REWARD}
     shared, form, _ = card.open_policy(

@@ -19,12 +19,16 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import ppo_train  # noqa: E402
-from rlhf.ppo.batch import NotFinite  # noqa: E402
-from rlhf.runs.cli import UserError, run  # noqa: E402
-from rlhf.runs.reporting import console, read_jsonl  # noqa: E402
+import rlhf  # noqa: F401  before the libraries that it sets up
 
-import torch  # noqa: E402
+import torch
+
+import ppo_train
+from rlhf.ppo.batch import NotFinite
+from rlhf.runs.cli import run
+from rlhf.runs.errors import UserError
+from rlhf.runs.metrics import read_jsonl
+from rlhf.runs.terminal import console
 
 
 def value_from_scratch(stack: ExitStack) -> None:

@@ -16,20 +16,23 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import reward_train  # noqa: E402
-from rlhf.engine.modeling import (  # noqa: E402
-    SharedBase,
+import rlhf  # noqa: F401  before the libraries that it sets up
+
+import reward_train
+from rlhf.engine.adapters import read_stacked
+from rlhf.engine.base import same_base
+from rlhf.engine.loading import load_base
+from rlhf.engine.roles import SharedBase
+from rlhf.engine.tokenizers import load_format
+from rlhf.reports import probe
+from rlhf.runs.checkpoints import read_run
+from rlhf.runs.cli import run
+from rlhf.runs.device import (
     choose_dtype,
-    load_base,
-    load_format,
-    read_stacked,
-    same_base,
+    device,
 )
-from rlhf.engine.training import device  # noqa: E402
-from rlhf.reports import probe  # noqa: E402
-from rlhf.runs.checkpoints import read_run  # noqa: E402
-from rlhf.runs.cli import run  # noqa: E402
-from rlhf.runs.reporting import console, read_jsonl  # noqa: E402
+from rlhf.runs.metrics import read_jsonl
+from rlhf.runs.terminal import console
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 
-from rlhf.runs.checkpoints import git_commit  # noqa: E402
-from rlhf.runs.cli import UserError, check_at_least_one, run  # noqa: E402
-from rlhf.runs.reporting import console  # noqa: E402
+import rlhf  # noqa: F401  before the libraries that it sets up
 
-import ppo_ablation  # noqa: E402
-import results_page  # noqa: E402
-import reward_ablation  # noqa: E402
-from ppo_vs_trl import cpu  # noqa: E402
-from results_page import ABLATION_SEEDS, PERCENTILES, PLOTS, SEEDS  # noqa: E402
-from rich.table import Table  # noqa: E402
+import ppo_ablation
+import results_page
+import reward_ablation
+from ppo_vs_trl import cpu
+from results_page import ABLATION_SEEDS, PERCENTILES, PLOTS, SEEDS
+from rich.table import Table
+
+from rlhf.runs.checkpoints import git_commit
+from rlhf.runs.checks import check_at_least_one
+from rlhf.runs.cli import run
+from rlhf.runs.errors import UserError
+from rlhf.runs.terminal import console
 
 # Sizes that the slice of 4,119 training and 480 test rows has, so that the whole data set does not take days.
 SFT = {"max_length": 256, "max_train_samples": 1500, "max_eval_samples": 480}

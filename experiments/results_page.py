@@ -5,13 +5,16 @@ A part whose records are not all there is left out, and says nothing.
 
 from typing import Any
 
-import ppo_train
-from compare_outputs import fenced
-from rlhf.runs.reporting import SPEAKERS, at_equal_length, preference
+import rlhf  # noqa: F401  before the libraries that it sets up
 
 import numpy as np
 import ppo_ablation
 import reward_ablation
+
+import ppo_train
+from compare_outputs import fenced
+from rlhf.data.rows import SPEAKERS
+from rlhf.runs.statistics import at_equal_length, preference
 
 SEEDS = (
     0,

@@ -27,29 +27,30 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
-import reward_train  # noqa: E402
-from rlhf.data.format import PromptFormat, tokenize_pairs  # noqa: E402
-from rlhf.data.sources import load_pairs  # noqa: E402
-from rlhf.engine.modeling import (  # noqa: E402
-    SharedBase,
-    choose_dtype,
-    load_base,
-    load_format,
-    load_tokenizer,
-    pad_right,
-    read_stacked,
-)
-from rlhf.engine.training import device  # noqa: E402
-from rlhf.reports.reward_evaluation import ScoredPairs, judge  # noqa: E402
-from rlhf.runs.checkpoints import read_run, sha256  # noqa: E402
-from rlhf.runs.cli import UserError, run  # noqa: E402
-from rlhf.runs.reporting import console  # noqa: E402
+import rlhf  # noqa: F401  before the libraries that it sets up
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file, save_file
+
+import reward_train
+from rlhf.data.format import PromptFormat, tokenize_pairs
+from rlhf.data.sources import load_pairs
+from rlhf.engine.adapters import read_stacked
+from rlhf.engine.loading import load_base, pad_right
+from rlhf.engine.roles import SharedBase
+from rlhf.engine.tokenizers import load_format, load_tokenizer
+from rlhf.reports.reward_evaluation import ScoredPairs, judge
+from rlhf.runs.checkpoints import read_run, sha256
+from rlhf.runs.cli import run
+from rlhf.runs.device import (
+    choose_dtype,
+    device,
+)
+from rlhf.runs.errors import UserError
+from rlhf.runs.terminal import console
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,30 @@ import os
 import secrets
 import socket
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import compare_outputs
 from rlhf.data.format import tokenize_prompt
-from rlhf.data.rows import BadRow, checked_turns, hh_prompt, parse_dialogue
+from rlhf.data.rows import SPEAKERS, BadRow, checked_turns, hh_prompt, parse_dialogue
 from rlhf.data.votes import CHOICES, Vote, VoteFile, agreement, win_rates
-from rlhf.engine.modeling import choose_dtype, load_base, load_format, same_base
-from rlhf.engine.training import device
-from rlhf.runs.cli import UserError, fail, run
-from rlhf.runs.reporting import SPEAKERS, plain
+from rlhf.engine.base import same_base
+from rlhf.engine.loading import load_base
+from rlhf.engine.tokenizers import load_format
+from rlhf.reports.answers import (
+    Answer,
+    Report,
+    Turns,
+    answers_of,
+    check_lengths,
+    load_models,
+    read_runs,
+)
+from rlhf.runs.checkpoints import SCRIPTS
+from rlhf.runs.cli import fail, run
+from rlhf.runs.device import choose_dtype, device
+from rlhf.runs.errors import UserError
+from rlhf.runs.terminal import plain
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
 
@@ -39,6 +51,10 @@ try:
 except ImportError:
     fail("Gradio is not installed: run `pip install -r requirements-feedback.txt`")
 
+ASKED_WITH = (  # flags of the comparison that own prompts are answered with
+    *("sft_checkpoint", "reward_checkpoint", "ppo_checkpoint", "base_model", "dtype"),
+    *("max_prompt_length", "max_new_tokens", "temperature", "seed", "batch_size"),
+)
 OWN_KEPT = 1000  # comparisons of people's own prompts at most
 
 
@@ -61,9 +77,9 @@ class Ballot:
     """Two answers in the order shown."""
 
     id: str
-    turns: compare_outputs.Turns
+    turns: Turns
     models: dict[str, str]  # by position, "A" and "B"; as are
-    answers: dict[str, compare_outputs.Answer]
+    answers: dict[str, Answer]
 
     def vote(self, choice: str, voter: str) -> Vote:
         scores = {side: answer["score"] for side, answer in self.answers.items()}
@@ -130,7 +146,7 @@ def check_port(host: str, port: int) -> None:
 # ---------------------------------------------------------------- what is asked
 
 
-def read_report(path: Path) -> tuple[compare_outputs.Report, str]:
+def read_report(path: Path) -> tuple[Report, str]:
     """A report of compare_outputs.py, and its SHA-256. Raises UserError if it is none."""
     try:
         content = path.read_bytes()
@@ -164,9 +180,7 @@ class Poll:
     A ballot's id says by itself what it shows, so a page that was open when the server went down can still vote.
     """
 
-    def __init__(
-        self, report: compare_outputs.Report, digest: str, models: tuple[str, ...], votes: VoteFile
-    ):
+    def __init__(self, report: Report, digest: str, models: tuple[str, ...], votes: VoteFile):
         names = list(report["models"])
         if len(set(models)) < 2 or set(models) - set(names):
             raise UserError(f"--models are two or more of {', '.join(names)}")
@@ -209,9 +223,7 @@ class Poll:
         entry = self.report["prompts"][i]
         return self.shuffled(id, entry["turns"], {name: entry["answers"][name] for name in pair})
 
-    def shuffled(
-        self, id: str, turns: compare_outputs.Turns, answers: dict[str, compare_outputs.Answer]
-    ) -> Ballot:
+    def shuffled(self, id: str, turns: Turns, answers: dict[str, Answer]) -> Ballot:
         """A ballot whose order the id draws."""
         names = list(answers)[:: -1 if hashlib.sha256(id.encode()).digest()[0] & 1 else 1]
         return Ballot(
@@ -257,37 +269,47 @@ class Poll:
 class LiveModels:
     """The report's models, loaded when the first own prompt comes."""
 
-    def __init__(self, report: compare_outputs.Report):
+    def __init__(self, report: Report):
         self.report, self.lock, self.shared = report, threading.Lock(), None
 
     def load(self) -> None:
-        known = {field.name for field in fields(compare_outputs.Config)}
-        self.config = compare_outputs.Config(
-            **{k: v for k, v in self.report["flags"].items() if k in known}
-        )
-        runs = compare_outputs.read_runs(self.config)
+        flags = self.report["flags"]
+        missing = [name for name in ASKED_WITH if name not in flags]
+        if missing:
+            raise UserError(f"the report does not say {missing[0]}: make the report again")
+        folders = {phase: flags[f"{phase}_checkpoint"] for phase in SCRIPTS}
+        runs = read_runs(folders)
         for phase, run_facts in self.report["runs"].items():
             if phase not in runs or runs[phase]["adapter_sha256"] != run_facts["adapter_sha256"]:
                 raise UserError(
                     f"the {phase} checkpoint is not the one of the report: make the report again"
                 )
-        dtype = choose_dtype(self.config.dtype, device())
-        self.base = same_base(runs["sft"], self.config.sft_checkpoint, self.config.base_model)
-        self.form = load_format(self.config.sft_checkpoint, runs["sft"])
+        dtype = choose_dtype(flags["dtype"], device())
+        self.base = same_base(runs["sft"], folders["sft"], flags["base_model"])
+        self.form = load_format(folders["sft"], runs["sft"])
         self.scored = "reward" in runs
-        self.shared = compare_outputs.load_models(
-            self.config, load_base(self.base, dtype, self.form.pad_token_id), runs, dtype
-        )
+        model = load_base(self.base, dtype, self.form.pad_token_id)
+        self.shared = load_models(model, folders, runs, dtype)
 
-    def answer(self, turns: compare_outputs.Turns, name: str) -> compare_outputs.Answer:
+    def answer(self, turns: Turns, name: str) -> Answer:
         with self.lock:
             if self.shared is None:
                 self.load()
-            ids = tokenize_prompt(turns, self.form, self.config.max_prompt_length)
-            compare_outputs.check_lengths(self.config, self.base, [ids])
-            return compare_outputs.answer(
-                self.config, self.shared, self.form, [ids], name, self.scored
-            )[0]
+            flags = self.report["flags"]
+            ids = tokenize_prompt(turns, self.form, flags["max_prompt_length"])
+            check_lengths(self.base, [ids], flags["max_new_tokens"])
+            answers = answers_of(
+                self.shared,
+                self.form,
+                [ids],
+                name,
+                self.scored,
+                flags["max_new_tokens"],
+                flags["temperature"],
+                flags["seed"],
+                flags["batch_size"],
+            )
+            return answers[0]
 
 
 # ---------------------------------------------------------------- the page
@@ -449,7 +471,7 @@ def card(ballot: Ballot, side: str) -> str:
     return card_of(f"Answer {side}", ballot.answers[side]["text"])
 
 
-def dialogue(turns: compare_outputs.Turns) -> str:
+def dialogue(turns: Turns) -> str:
     parts = [f"<b>{SPEAKERS[role]}</b>{text_of(text)}" for role, text in turns]
     return f'<div class="card"><h2>Prompt</h2>{"".join(parts)}</div>'
 

@@ -16,28 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tyro.conf import Positional
+
 from rlhf.data.format import PromptFormat, tokenize_prompt
 from rlhf.data.rows import BadRow, checked_turns
-from rlhf.engine.base import check_context
+from rlhf.engine.adapters import read_stacked
+from rlhf.engine.base import base_facts, check_context, same_base
 from rlhf.engine.generation import start, stream
-from rlhf.engine.modeling import (
-    BASE,
-    REFERENCE,
-    SharedBase,
-    base_facts,
-    choose_dtype,
-    load_base,
-    load_format,
-    load_tokenizer,
-    read_stacked,
-    same_base,
-)
-from rlhf.engine.training import device
+from rlhf.engine.loading import load_base
+from rlhf.engine.roles import BASE, REFERENCE, SharedBase
+from rlhf.engine.tokenizers import load_format, load_tokenizer
 from rlhf.runs.checkpoints import check_child, read_run
-from rlhf.runs.cli import UserError, check_at_least_one, check_between, run
-from rlhf.runs.reporting import plain
-
-from tyro.conf import Positional
+from rlhf.runs.checks import check_at_least_one, check_between
+from rlhf.runs.cli import run
+from rlhf.runs.device import choose_dtype, device
+from rlhf.runs.errors import UserError
+from rlhf.runs.terminal import plain
 
 HELP = """\
 /base /sft /ppo  who answers from now on, of those that are there

@@ -24,17 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.data.format import PromptFormat
-from rlhf.data.rows import ASSISTANT
-from rlhf.engine.base import HEAD, Weights, check_context, open_weights, read_config
-from rlhf.engine.modeling import DTYPES, load_format, pad_right, read_adapter, same_base
-from rlhf.engine.portable import save_config, save_tokenizer
-from rlhf.reports.model_card import LICENCE_FILES, model_card
-from rlhf.runs.checkpoints import check_output, output_folder, read_run
-from rlhf.runs.cli import UserError, run
-from rlhf.runs.hub import hub_errors
-from rlhf.runs.reporting import console
-
 import bitsandbytes.functional as bnb
 import torch
 from peft.utils.other import get_pattern_key
@@ -43,6 +32,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, GenerationConfig
 from tyro.conf import Positional
+
+from rlhf.data.format import PromptFormat
+from rlhf.data.rows import ASSISTANT
+from rlhf.engine.base import HEAD, Weights, check_context, open_weights, read_config, same_base
+from rlhf.engine.loading import pad_right, read_adapter
+from rlhf.engine.portable import save_config, save_tokenizer
+from rlhf.engine.tokenizers import load_format
+from rlhf.reports.model_card import LICENCE_FILES, model_card
+from rlhf.runs.checkpoints import read_run
+from rlhf.runs.cli import run
+from rlhf.runs.device import DTYPES
+from rlhf.runs.errors import UserError
+from rlhf.runs.folders import check_output, output_folder
+from rlhf.runs.hub import hub_errors
+from rlhf.runs.terminal import console
 
 SHARD_BYTES = 300_000_000  # of weights that are held and written together
 ROUNDING = 1e-3  # the most that logits may move when the adapter is merged in float32

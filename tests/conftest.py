@@ -30,7 +30,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import pytest  # noqa: E402
+import rlhf  # noqa: F401  before the libraries that it sets up
+
+import pytest
 
 DEMO = ROOT / "demo" / "data"
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -175,7 +177,7 @@ def tiny_data(tmp_path_factory) -> Path:
 @pytest.fixture
 def tokenizer(tiny_model):
     """A fresh copy: a PromptFormat changes its tokenizer's chat template."""
-    from rlhf.engine.modeling import load_tokenizer
+    from rlhf.engine.tokenizers import load_tokenizer
 
     return load_tokenizer(str(tiny_model))
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from conftest import ROOT, make_model, read_demo, run_main, write_jsonl  # noqa: E402
+from conftest import ROOT, make_model, read_demo, run_main, write_jsonl
 
 WANTED = ("transformers==4.57.1", "tokenizers==0.22.1", "huggingface_hub==0.35.3")
 ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -129,11 +129,14 @@ def make_all() -> None:
 
 def compare(theirs: dict) -> list[float]:
     """Largest differences between what we compute and what they do; each is printed."""
-    from rlhf.engine.decoder import lay_out
-    from rlhf.engine.modeling import SharedBase, load_base, load_tokenizer, read_stacked
-
     import torch
     from safetensors.torch import load_file
+
+    from rlhf.engine.adapters import read_stacked
+    from rlhf.engine.decoder import lay_out
+    from rlhf.engine.loading import load_base
+    from rlhf.engine.roles import SharedBase
+    from rlhf.engine.tokenizers import load_tokenizer
 
     ids = load_tokenizer("sft")(TEXT)["input_ids"]
     base = json.loads(Path("sft/run.json").read_text())["base"]

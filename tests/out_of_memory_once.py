@@ -10,17 +10,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import rlhf.engine.training  # noqa: E402
-from rlhf.engine.modeling import SharedBase  # noqa: E402
+import rlhf  # noqa: F401  before the libraries that it sets up
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
+
+import rlhf.engine.trainer
+from rlhf.engine.roles import SharedBase
 
 
 def run_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """When a part has left gradients: of SFT and reward model in the second step, of the policy in its first."""
     differentiate, upper, ran_out = (
-        rlhf.engine.training.Resumable.differentiate,
+        rlhf.engine.trainer.Resumable.differentiate,
         SharedBase.upper,
         [],
     )
@@ -41,7 +43,7 @@ def run_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
         run_out_if(learns and any(weight.grad is not None for weight in self.parameters(role)))
         return upper(self, lower, texts, role)
 
-    monkeypatch.setattr(rlhf.engine.training.Resumable, "differentiate", spoiled)
+    monkeypatch.setattr(rlhf.engine.trainer.Resumable, "differentiate", spoiled)
     monkeypatch.setattr(SharedBase, "upper", spoiled_upper)
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 
-import rlhf.ppo.state  # noqa: E402
+import rlhf  # noqa: F401  before the libraries that it sets up
 
-import psutil  # noqa: E402
-from conftest import make_model, read_demo, run_main, write_jsonl  # noqa: E402
-from torture import FLAGS, SMALL, finish, script, start  # noqa: E402
+import psutil
+from conftest import make_model, read_demo, run_main, write_jsonl
+from torture import FLAGS, SMALL, finish, script, start
+
+import rlhf.ppo.state
 
 UPDATES, SETTLED = 300, 30
 

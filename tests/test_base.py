@@ -6,11 +6,6 @@ import re
 import shutil
 from pathlib import Path
 
-import rlhf.engine.base
-from rlhf.engine.base import check_context, find_files, identified
-from rlhf.engine.modeling import SharedBase, base_facts, load_base, read_stacked, same_base
-from rlhf.runs.cli import UserError
-
 import pytest
 import torch
 from conftest import run_main
@@ -21,6 +16,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_mistakes import assert_one_line
 from transformers import AutoModelForCausalLM
+
+import rlhf.engine.base
+from rlhf.engine.adapters import read_stacked
+from rlhf.engine.base import base_facts, check_context, find_files, identified, same_base
+from rlhf.engine.loading import load_base
+from rlhf.engine.roles import SharedBase
+from rlhf.runs.errors import UserError
 
 EARLIER = Path(__file__).parent / "fixtures" / "earlier"  # checkpoints that commit 1e17a1f made
 IDS = torch.arange(5, 60)[None]

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pytest
+import torch
+from conftest import ROOT
+
 import rlhf.engine.card
 from rlhf.engine.card import (
     CPU_ROWS,
@@ -15,11 +19,7 @@ from rlhf.engine.card import (
     room_for_tensors,
     tokens_that_fit,
 )
-from rlhf.runs.cli import UserError
-
-import pytest
-import torch
-from conftest import ROOT
+from rlhf.runs.errors import UserError
 
 CARD = torch.device("cuda")
 

@@ -10,14 +10,14 @@ import subprocess
 import sys
 import time
 
+import pytest
+from conftest import HANGS, OFFLINE, ROOT
+
 import rlhf.chat
 from rlhf.chat import Chat, Config, open_checkpoint, settled
 from rlhf.engine.generation import generate
-from rlhf.engine.modeling import BASE, REFERENCE
-from rlhf.runs.cli import UserError
-
-import pytest
-from conftest import HANGS, OFFLINE, ROOT
+from rlhf.engine.roles import BASE, REFERENCE
+from rlhf.runs.errors import UserError
 
 PPO = "--response-length 8 --max-prompt-length 64 --num-mini-batches 1 --total-episodes 4 --episodes-per-update 4 "
 PPO += "--max-eval-samples 2 --lora-rank 4 --lora-alpha 8 --role-layers 2 --critic-warmup-updates 0 --warmup-updates 0 "

@@ -5,11 +5,11 @@ import json
 import re
 import shutil
 
-import compare_outputs as compare
-
 import numpy as np
 import pytest
 from conftest import write_jsonl
+
+import compare_outputs as compare
 
 RULE = "─" * 80
 TITLES = {
@@ -38,11 +38,14 @@ def report(turns, **answers):
 @pytest.fixture(scope="session")
 def ppo(trained, tmp_path_factory):
     """A PPO checkpoint on the tiny SFT checkpoint: a policy whose LoRA B is random."""
-    from rlhf.data.format import PromptFormat
-    from rlhf.engine.modeling import SharedBase, load_base, load_tokenizer, save_stacked
-    from rlhf.runs.checkpoints import read_run, write_run
-
     import torch
+
+    from rlhf.data.format import PromptFormat
+    from rlhf.engine.adapters import save_stacked
+    from rlhf.engine.loading import load_base
+    from rlhf.engine.roles import SharedBase
+    from rlhf.engine.tokenizers import load_tokenizer
+    from rlhf.runs.checkpoints import read_run, write_run
 
     @dataclasses.dataclass
     class PPOConfig:
@@ -462,12 +465,12 @@ score 2.00, 2 tokens, ended by EOS
 
 def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp_path):
     """Each answer is what the saved checkpoint writes when PEFT alone opens it; each score is the reward checkpoint's."""
-    from rlhf.data.format import PromptFormat
-    from rlhf.engine.modeling import load_tokenizer
-
     import torch
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
     from transformers import AutoModelForCausalLM
+
+    from rlhf.data.format import PromptFormat
+    from rlhf.engine.tokenizers import load_tokenizer
 
     result = call_main("compare_outputs", [*argv, "--show", "2"])
     assert result.returncode == 0, result.stderr

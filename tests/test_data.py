@@ -6,19 +6,19 @@ import json
 import re
 from pathlib import Path
 
-from reward_train import both_responses
-from rlhf.data.format import PromptFormat, TokenPair, tokenize_pairs, tokenize_prompt
-from rlhf.data.rows import BadRow, Pair, fingerprint, half_of, in_test_split, parse_row
-from rlhf.data.sources import has_rows, load_pairs, load_splits
-from rlhf.data.template import template_ids
-from rlhf.runs.cli import UserError
-from sft_train import response_only
-
 import pytest
 from conftest import BOS, EOS, PAD, read_demo, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken, AutoTokenizer
+
+from reward_train import both_responses
+from rlhf.data.format import PromptFormat, TokenPair, tokenize_pairs, tokenize_prompt
+from rlhf.data.rows import BadRow, Pair, fingerprint, half_of, in_test_split, parse_row
+from rlhf.data.sources import has_rows, load_pairs, load_splits
+from rlhf.data.template import template_ids
+from rlhf.runs.errors import UserError
+from sft_train import response_only
 
 
 def user(text):

@@ -1,19 +1,21 @@
 """The step that writes a token: against transformers' own forward, and whether a CUDA graph could hold it."""
 
-import rlhf.engine.decoding
-from rlhf.engine.decoder import Decoder, MergedLayers, lay_out
-from rlhf.engine.decoding import Decoding, invert, pick, row_bucket
-from rlhf.engine.generation import Response, _uniforms, generate, prepare, stream
-from rlhf.engine.graphs import Graphs
-from rlhf.engine.layers import _attend_by_products, _attend_fused
-from rlhf.engine.modeling import REFERENCE, SharedBase, base_facts, load_base
-
 import pytest
 import torch
 from conftest import count_host_reads, make_model
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+import rlhf.engine.decoding
+from rlhf.engine.base import base_facts
+from rlhf.engine.decoder import Decoder, MergedLayers, lay_out
+from rlhf.engine.decoding import Decoding, invert, pick, row_bucket
+from rlhf.engine.generation import Response, _uniforms, generate, prepare, stream
+from rlhf.engine.graphs import Graphs
+from rlhf.engine.layers import _attend_by_products, _attend_fused
+from rlhf.engine.loading import load_base
+from rlhf.engine.roles import REFERENCE, SharedBase
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROLES = {"base": [], "policy": ["sft", "policy"]}

@@ -3,10 +3,6 @@
 import json
 import shutil
 
-import rlhf.export
-from rlhf.engine.modeling import base_facts
-from rlhf.runs.checkpoints import sha256
-
 import pytest
 import torch
 from conftest import make_model
@@ -20,6 +16,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+import rlhf.export
+from rlhf.engine.base import base_facts
+from rlhf.runs.checkpoints import sha256
 
 
 @pytest.fixture

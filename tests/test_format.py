@@ -4,11 +4,6 @@ import json
 import re
 from pathlib import Path
 
-from rlhf.data.format import PromptFormat, tokenize_pairs, tokenize_prompt
-from rlhf.data.rows import BadRow, Pair
-from rlhf.engine.modeling import check_vocabulary, load_tokenizer
-from rlhf.runs.cli import UserError
-
 import pytest
 import trl
 from conftest import BOS, EOS, PAD, make_model, make_tokenizer, read_demo
@@ -24,6 +19,11 @@ from tokenizers import (
     trainers,
 )
 from transformers import AutoTokenizer
+
+from rlhf.data.format import PromptFormat, tokenize_pairs, tokenize_prompt
+from rlhf.data.rows import BadRow, Pair
+from rlhf.engine.tokenizers import check_vocabulary, load_tokenizer
+from rlhf.runs.errors import UserError
 
 TEMPLATES = sorted(
     path

@@ -3,15 +3,17 @@
 import copy
 import math
 
-import rlhf.engine.generation
-from rlhf.engine.decoding import pick as pick_with_logprobs
-from rlhf.engine.generation import Response, _ended, _uniforms, generate
-from rlhf.engine.modeling import SharedBase, base_facts, load_base
-
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+
+import rlhf.engine.generation
+from rlhf.engine.base import base_facts
+from rlhf.engine.decoding import pick as pick_with_logprobs
+from rlhf.engine.generation import Response, _ended, _uniforms, generate
+from rlhf.engine.loading import load_base
+from rlhf.engine.roles import SharedBase
 
 NEW = 16  # tokens
 RAGGED = [

@@ -2,8 +2,6 @@
 
 import copy
 
-from rlhf.engine.decoder import Decoder, Padded, lay_out, lay_out_pairs, unpad
-
 import pytest
 import torch
 from conftest import make_model
@@ -21,6 +19,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from rlhf.engine.decoder import Decoder, Padded, lay_out, lay_out_pairs, unpad
 
 CPU = torch.device("cpu")
 TEXTS = [[5, 9, 17, 3, 40, 8], [7, 7, 30], [21, 2, 11, 35], [50]]
@@ -139,7 +139,7 @@ def test_other_families(tiny_model, make, config):
 
 
 def test_another_architecture_and_a_text_beyond_the_attention_window_are_refused():
-    from rlhf.runs.cli import UserError
+    from rlhf.runs.errors import UserError
 
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}

@@ -1,9 +1,9 @@
 """Cutting by tokens, and what happens when memory runs out."""
 
-from rlhf.engine.micro_batches import MicroBatchSize, cut_by_tokens
-
 import pytest
 import torch
+
+from rlhf.engine.micro_batches import MicroBatchSize, cut_by_tokens
 
 
 def test_cutting_by_hand():

@@ -14,14 +14,16 @@ import sys
 import threading
 from pathlib import Path
 
-from rlhf.runs.checkpoints import check_output, output_folder
-from rlhf.runs.cli import USUAL, UserError, next_command, parse, quiet_libraries
-from rlhf.runs.cli import flag as flag_of
-from rlhf.runs.hub import say_once
-
 import pytest
 from conftest import OFFLINE, ROOT, make_model, write_jsonl
 from safetensors import SafetensorError
+
+from rlhf.runs.advice import USUAL, next_command
+from rlhf.runs.advice import flag as flag_of
+from rlhf.runs.cli import parse, quiet_libraries
+from rlhf.runs.errors import UserError
+from rlhf.runs.folders import check_output, output_folder
+from rlhf.runs.hub import say_once
 
 GOOD_ROW = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello!", "rejected": " Go away."}
 
@@ -93,7 +95,7 @@ def test_a_flag_that_does_not_exist(call_main, tmp_path, script, flag, name):
 
 @pytest.mark.parametrize("script", ["sft_train", "reward_train", "ppo_train"])
 def test_a_tracker_that_is_not_installed(call_main, tmp_path, monkeypatch, script):
-    monkeypatch.setattr("rlhf.runs.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("rlhf.runs.checks.find_spec", lambda name: None)
     result = call_main(script, ["--log-with", "wandb", "--output-dir", tmp_path / "out"])
     assert_one_line(result.returncode, result.stderr, "--log-with wandb", "pip install wandb")
     assert not (tmp_path / "out").exists()
@@ -101,7 +103,7 @@ def test_a_tracker_that_is_not_installed(call_main, tmp_path, monkeypatch, scrip
 
 @pytest.mark.parametrize("script", ["sft_train", "reward_train"])
 def test_a_batch_that_the_processes_cannot_share(refused, trained, monkeypatch, script):
-    monkeypatch.setattr("rlhf.engine.training.num_processes", lambda: 3)
+    monkeypatch.setattr("rlhf.runs.checks.num_processes", lambda: 3)
     more = ["--sft-checkpoint", trained.sft] if script == "reward_train" else []
     refused(
         script,
@@ -352,7 +354,7 @@ def test_a_full_disk(refused, trained, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("peft.peft_model.safe_save_file", full)
-    monkeypatch.setattr("rlhf.engine.modeling.save_file", full)
+    monkeypatch.setattr("rlhf.engine.adapters.save_file", full)
     refused("sft_train", [], "disk is full")
     shutil.rmtree("full")
     shutil.rmtree("absent.partial")  # with a state to go on from
@@ -363,7 +365,7 @@ def test_a_disk_that_fills_at_the_first_metric(refused, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("rlhf.runs.reporting.JsonLines.write", full)
+    monkeypatch.setattr("rlhf.runs.metrics.JsonLines.write", full)
     refused("sft_train", [], "disk is full")
 
 

@@ -16,13 +16,13 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
-import ppo_train
-from ppo_train import policy_loss, token_rewards, value_loss
-from rlhf.engine.decoder import Padded
-
 import pytest
 import torch
 from torch import Tensor
+
+import ppo_train
+from ppo_train import policy_loss, token_rewards, value_loss
+from rlhf.engine.decoder import Padded
 
 RECORD = Path(__file__).parent / "trl_1_12.json"
 TRL = Path(__file__).parent.parent / "benchmarks" / "work" / "trl-1.12.0" / "trl"

@@ -6,15 +6,15 @@ import re
 import shutil
 from html.parser import HTMLParser
 
-import compare_outputs as compare
-from rlhf.ppo import log as ppo_log
-from rlhf.reports import page
-from rlhf.reports.page import changes
-
 import pytest
 from conftest import write_jsonl
 from hypothesis import given, strategies
 from test_compare import TITLES
+
+import compare_outputs as compare
+from rlhf.ppo import log as ppo_log
+from rlhf.reports import page
+from rlhf.reports.page import changes
 
 HOSTILE = (
     "</script><script>window.hacked=1;alert(1)</script>",

@@ -9,33 +9,29 @@ import shlex
 import signal
 from pathlib import Path
 
-import ppo_train
-import reward_train
-import sft_train
-from rlhf.data.format import PromptFormat, tokenize_pairs
-from rlhf.data.sources import load_pairs
-from rlhf.engine.decoder import lay_out
-from rlhf.engine.modeling import (
-    SharedBase,
-    base_facts,
-    load_base,
-    load_format,
-    load_tokenizer,
-    pad_right,
-    read_stacked,
-)
-from rlhf.engine.training import Resumable, steps_between_evaluations
-from rlhf.ppo.log import PANELS
-from rlhf.reports.probe import judge_probe, load_probe
-from rlhf.reports.reward_evaluation import judge
-from rlhf.runs.cli import parse
-from rlhf.runs.reporting import read_jsonl
-
 import datasets
 import pytest
 import torch
 from conftest import ROOT, count_host_reads
 from safetensors.torch import load_file
+
+import ppo_train
+import reward_train
+import sft_train
+from rlhf.data.format import PromptFormat, tokenize_pairs
+from rlhf.data.sources import load_pairs
+from rlhf.engine.adapters import read_stacked
+from rlhf.engine.base import base_facts
+from rlhf.engine.decoder import lay_out
+from rlhf.engine.loading import load_base, pad_right
+from rlhf.engine.roles import SharedBase
+from rlhf.engine.tokenizers import load_format, load_tokenizer
+from rlhf.engine.trainer import Resumable, steps_between_evaluations
+from rlhf.ppo.log import PANELS
+from rlhf.reports.probe import judge_probe, load_probe
+from rlhf.reports.reward_evaluation import judge
+from rlhf.runs.cli import parse
+from rlhf.runs.metrics import read_jsonl
 
 SCRIPTS = ("sft_train", "reward_train", "ppo_train", "compare_outputs")
 PPO_SIZES = {
@@ -433,7 +429,7 @@ def test_a_constant_scorer_is_not_called_trained(
     trained, tiny_data, call_main, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "rlhf.engine.modeling.ScalarHead.forward",
+        "rlhf.engine.loading.ScalarHead.forward",
         lambda self, hidden: hidden.float()[..., :1] * 0 + self.weight.sum() * 0,
     )
     result = call_main(
@@ -769,8 +765,8 @@ def test_the_test_rows_are_looked_at_on_the_way(trained, call_main, tmp_path, mo
             lambda watch: now.__setitem__(0, now[0] + 1) or now[0],
         )
         patch.setattr(module.Trainer, "evaluation", slow)
-        patch.setattr("rlhf.runs.reporting.DRAW_SECONDS", 0.0)
-        patch.setattr("rlhf.runs.reporting.plot_curves", broken)
+        patch.setattr("rlhf.runs.curves.DRAW_SECONDS", 0.0)
+        patch.setattr("rlhf.runs.curves.plot_curves", broken)
         result = call_main(script, [*argv, tmp_path / "whole"])
     assert result.returncode == 0, result.stderr
     name = {"sft": "SFT", "reward": "Reward model"}[phase]
@@ -847,9 +843,9 @@ def test_curves_are_of_metrics_that_are_written(trained, ppo):
 
 def test_ppo_draws_its_curves_on_the_way(trained, tiny_data, call_main, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("rlhf.runs.reporting.DRAW_SECONDS", 0.0)
+    monkeypatch.setattr("rlhf.runs.curves.DRAW_SECONDS", 0.0)
     monkeypatch.setattr(
-        "rlhf.runs.reporting.Curves.draw",
+        "rlhf.runs.curves.Curves.draw",
         lambda curves: drawn.append(len(rows_of(curves.path.parent))),
     )
     result = call_main("ppo_train", ppo_flags(trained, tiny_data, tmp_path / "p", max_steps=2))

@@ -6,18 +6,19 @@ import json
 import math
 import shutil
 
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
 import ppo_train
 import reward_train
 import sft_train
 from benchmarks import auto_tokens
 from rlhf.engine.card import CARD_OVERHEAD, MOST_TOKENS, STEP, Rollouts, tokens_that_fit
-from rlhf.engine.plan import Shape, earlier_runs, plan_ppo, plan_sft
-from rlhf.engine.training import num_steps
+from rlhf.engine.plan import Shape, plan_ppo, plan_sft
+from rlhf.engine.trainer import num_steps
+from rlhf.reports.dry_run import earlier_runs
 from rlhf.runs.checkpoints import sha256
-
-import pytest
-import torch
-from transformers import Trainer, TrainingArguments
 
 # Two layers, hidden 8, MLP 16, 2 heads of 4 with one key head; bf16. The seven maps:
 # 8x8, 8x4, 8x4, 8x8, 8x16, 8x16, 16x8 = 576 weights a layer; in + out = 16 + 12 + 12 + 16 + 24 + 24 + 24 = 128.
@@ -128,7 +129,8 @@ def test_steps_are_those_that_the_trainer_makes(
     tmp_path, monkeypatch, rows, epochs, processes, steps
 ):
     """Batches of 4 rows, over all processes: transformers counts whole steps an epoch."""
-    monkeypatch.setattr("rlhf.engine.training.num_processes", lambda: processes)
+    for module in ("rlhf.engine.trainer", "rlhf.runs.checks"):
+        monkeypatch.setattr(f"{module}.num_processes", lambda: processes)
     config = sft_train.Config(batch_size=4, num_train_epochs=epochs)
     assert num_steps(config, rows) == steps
     size = 4 // processes

@@ -6,15 +6,18 @@
 import json
 from pathlib import Path
 
-from rlhf.data.format import PromptFormat
-from rlhf.engine.modeling import SharedBase, load_base, load_tokenizer, read_stacked, save_stacked
-from rlhf.engine.portable import save_config, save_tokenizer
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+
+from rlhf.data.format import PromptFormat
+from rlhf.engine.adapters import read_stacked, save_stacked
+from rlhf.engine.loading import load_base
+from rlhf.engine.portable import save_config, save_tokenizer
+from rlhf.engine.roles import SharedBase
+from rlhf.engine.tokenizers import load_tokenizer
 
 ROPE = {"rope_theta": 500000.0, "factor": 8.0, "original_max_position_embeddings": 64}
 ROPES = {

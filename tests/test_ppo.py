@@ -4,17 +4,17 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import tensor
+
 import ppo_train
 from ppo_train import adapt_kl_coef, gae, policy_loss, token_rewards, value_loss, whiten
 from rlhf.engine.generation import Response
 from rlhf.engine.logprobs import chosen_logprobs
 from rlhf.ppo.batch import Measured, NotFinite, count_tokens, make_batch
 from rlhf.ppo.log import FAR_SAMPLER, Log, mean_stats, sampler_kl
-
-import pytest
-import torch
-from accelerate import Accelerator
-from torch import tensor
 
 TRUE, FALSE = True, False
 

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 
-from rlhf.engine.generation import Response
-from rlhf.ppo.evaluation import Evaluation, compare, describe, penalty_warnings, plot_frontier
-from rlhf.runs.run_warnings import policy_warnings
-
 import pytest
 import torch
 from torch import tensor
+
+from rlhf.engine.generation import Response
+from rlhf.ppo.evaluation import Evaluation, compare, describe, penalty_warnings, plot_frontier
+from rlhf.runs.run_warnings import policy_warnings
 
 
 def evaluation(scores, lengths=None, gold=None, entropy=2.0, text="a b c"):

@@ -2,16 +2,18 @@
 
 import json
 
-from rlhf.data.format import PromptFormat, TokenPair
-from rlhf.data.sources import load_pairs
-from rlhf.data.style import ENDS_IN_QUESTION
-from rlhf.engine.modeling import BASE, REFERENCE, SharedBase, load_base, load_tokenizer
-from rlhf.reports import probe
-
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_jsonl
+
+from rlhf.data.format import PromptFormat, TokenPair
+from rlhf.data.sources import load_pairs
+from rlhf.data.style import ENDS_IN_QUESTION
+from rlhf.engine.loading import load_base
+from rlhf.engine.roles import BASE, REFERENCE, SharedBase
+from rlhf.engine.tokenizers import load_tokenizer
+from rlhf.reports import probe
 
 WHOLE = ROOT / "rlhf" / "reports" / "probe.jsonl"
 ROWS = [json.loads(line) for line in WHOLE.read_text(encoding="utf-8").splitlines()]

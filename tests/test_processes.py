@@ -8,8 +8,6 @@ import subprocess
 import sys
 import time
 
-from rlhf.engine.training import SHARDED
-
 import psutil
 import pytest
 import torch
@@ -24,6 +22,8 @@ from peft import (
 )
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaMLP
+
+from rlhf.runs.checks import SHARDED
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 PPO = "--response-length 8 --max-prompt-length 64 --num-mini-batches 2 --num-ppo-epochs 2 --total-episodes 40 "

@@ -4,33 +4,20 @@ import json
 import os
 from types import SimpleNamespace
 
-import reward_train
-import sft_train
-from rlhf.ppo.log import PANELS, Log
-from rlhf.runs.cli import UserError
-from rlhf.runs.reporting import (
-    Curves,
-    JsonLines,
-    Panel,
-    Progress,
-    TrainerLog,
-    at_equal_length,
-    console,
-    describe_evaluation,
-    distinct_2,
-    duration,
-    mean_interval,
-    plain,
-    plot_curves,
-    read_jsonl,
-    repeated_3grams,
-    running_mean,
-    wilson_interval,
-)
-
 import numpy as np
 import pytest
 from test_ppo_eval import evaluation
+
+import reward_train
+import sft_train
+from rlhf.data.style import distinct_2, repeated_3grams
+from rlhf.engine.trainer import TrainerLog, describe_evaluation
+from rlhf.ppo.log import PANELS, Log
+from rlhf.runs.curves import Curves, Panel, plot_curves, running_mean
+from rlhf.runs.errors import UserError
+from rlhf.runs.metrics import JsonLines, read_jsonl
+from rlhf.runs.statistics import at_equal_length, mean_interval, wilson_interval
+from rlhf.runs.terminal import Progress, console, duration, plain
 
 
 def test_what_is_written_is_read_again(tmp_path):
@@ -140,7 +127,7 @@ def test_at_equal_length_reads_the_line_at_zero():
 def clock(monkeypatch):
     """`clock[0]` is what the time is, in seconds."""
     now = [1000.0]
-    monkeypatch.setattr("rlhf.runs.reporting.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rlhf.runs.terminal.time.monotonic", lambda: now[0])
     return now
 
 

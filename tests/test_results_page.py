@@ -12,11 +12,11 @@ from conftest import ROOT
 
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 
-from rlhf.runs.cli import UserError  # noqa: E402
+import results
+import results_page as page
+import reward_ablation
 
-import results  # noqa: E402
-import results_page as page  # noqa: E402
-import reward_ablation  # noqa: E402
+from rlhf.runs.errors import UserError
 
 REPORT = ROOT / "docs" / "results.json"
 

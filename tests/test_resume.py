@@ -9,21 +9,22 @@ import signal
 import subprocess
 import sys
 
-import ppo_train
-import reward_train
-import rlhf.engine.decoding
-import rlhf.engine.training
-import rlhf.ppo.state
-import rlhf.runs.reporting
-import rlhf.runs.resume
-import sft_train
-from rlhf.runs.resume import SaveClock, new_state, newest_state, read_facts, states
-
 import pytest
 import torch
 from conftest import CLOCKS, ROOT
 from out_of_memory_once import run_out_once
 from safetensors.torch import load_file, save_file
+
+import ppo_train
+import reward_train
+import rlhf.engine.decoding
+import rlhf.engine.trainer
+import rlhf.ppo.state
+import rlhf.runs.resume
+import rlhf.runs.stop
+import rlhf.runs.terminal
+import sft_train
+from rlhf.runs.resume import SaveClock, new_state, newest_state, read_facts, states
 
 PHASES = ("sft", "reward", "ppo")
 
@@ -120,9 +121,9 @@ def ask_to_stop():
 
 
 MOMENTS = [  # phase, module, function, which call
-    ("sft", rlhf.engine.training.Resumable, "training_step", 3),
+    ("sft", rlhf.engine.trainer.Resumable, "training_step", 3),
     ("sft", rlhf.runs.resume, "sync", 4),
-    ("reward", rlhf.engine.training.Resumable, "training_step", 4),
+    ("reward", rlhf.engine.trainer.Resumable, "training_step", 4),
     ("reward", rlhf.runs.resume, "sync", 3),
     ("ppo", ppo_train, "generate", 4),
     ("ppo", ppo_train, "measure", 3),
@@ -160,7 +161,7 @@ def test_a_signal_ends_the_run_where_it_can_go_on(commands, call_main, left_alon
         module, function = (
             (ppo_train, "generate")
             if phase == "ppo"
-            else (rlhf.engine.training.Resumable, "training_step")
+            else (rlhf.engine.trainer.Resumable, "training_step")
         )
         at_call(patch, module, function, 5 if phase == "ppo" else 2, ask_to_stop)
         result = call_main(script, argv)
@@ -182,16 +183,16 @@ def test_states_come_as_often_as_the_resumed_run_says(
     commands, call_main, tmp_path, phase, monkeypatch
 ):
     """And after a crash the terminal is free again."""
-    bars, bar = [], rlhf.runs.reporting.bar
-    monkeypatch.setattr(rlhf.runs.reporting, "bar", lambda: bars.append(bar()) or bars[-1])
-    monkeypatch.setattr(rlhf.runs.reporting.console, "_force_terminal", True)
+    bars, bar = [], rlhf.runs.terminal.bar
+    monkeypatch.setattr(rlhf.runs.terminal, "bar", lambda: bars.append(bar()) or bars[-1])
+    monkeypatch.setattr(rlhf.runs.terminal.console, "_force_terminal", True)
     monkeypatch.setenv("TERM", "xterm")
     script, argv = commands(phase, tmp_path / "cut")
     with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, rlhf.engine.training.Resumable, "training_step", 2, ask_to_stop)
+        at_call(patch, rlhf.engine.trainer.Resumable, "training_step", 2, ask_to_stop)
         assert call_main(script, [*argv, "--save-steps", "100"]).returncode == 128 + signal.SIGTERM
     with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, rlhf.engine.training.Resumable, "training_step", 2, crash)
+        at_call(patch, rlhf.engine.trainer.Resumable, "training_step", 2, crash)
         with pytest.raises(Crash):
             call_main(script, [*argv, "--save-steps", "1", "--resume"])
     assert newest_state(tmp_path / "cut.partial").name == "step-00000003"
@@ -201,7 +202,7 @@ def test_states_come_as_often_as_the_resumed_run_says(
 def test_a_second_signal_stops_at_once():
     pid = os.fork()
     if not pid:
-        with contextlib.suppress(BaseException), rlhf.runs.resume.stop_when_asked():
+        with contextlib.suppress(BaseException), rlhf.runs.stop.stop_when_asked():
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
@@ -256,7 +257,7 @@ def test_another_number_of_processes_is_refused(commands, call_main, tmp_path, m
         at_call(patch, module, function, call + 1, crash)
         with pytest.raises(Crash):
             call_main(script, argv)
-    for module in (rlhf.engine.training, rlhf.ppo.state):
+    for module in (rlhf.engine.trainer, rlhf.ppo.state):
         monkeypatch.setattr(module, "world", lambda: {"processes": 2})
     result = call_main(script, [*argv, "--resume"])
     assert result.returncode == 2 and "another processes (None there, 2 now)" in result.stderr
@@ -349,7 +350,7 @@ def test_a_disk_that_is_full(commands, call_main, left_alone, small_disk, phase)
 
     with pytest.MonkeyPatch.context() as patch:
         module, function = (
-            (rlhf.ppo.state, "save_file") if phase == "ppo" else (rlhf.engine.training, "save_file")
+            (rlhf.ppo.state, "save_file") if phase == "ppo" else (rlhf.engine.trainer, "save_file")
         )
         at_call(patch, module, function, 5 if phase == "ppo" else 3, fill)
         result = call_main(script, argv)
@@ -478,7 +479,7 @@ def test_the_tokens_of_a_micro_batch_are_kept_unless_others_are_asked_for(
     kept = lambda: read_facts(newest_state(tmp_path / "cut.partial"))["micro_batch_tokens"]  # noqa: E731
     for call, tokens, then in ((2, "250", 250), (2, "auto", 250), (2, "300", 300)):
         with pytest.MonkeyPatch.context() as patch:
-            at_call(patch, rlhf.engine.training.Resumable, "training_step", call, crash)
+            at_call(patch, rlhf.engine.trainer.Resumable, "training_step", call, crash)
             said = io.StringIO()
             patch.setattr(rlhf.runs.resume.console, "_file", said)  # `file` would stay set
             with pytest.raises(Crash):
@@ -537,7 +538,7 @@ def test_a_signal_in_the_last_step(commands, call_main, left_alone, tmp_path, ph
     """All steps are made: what is left is to evaluate and to save."""
     alone, (script, argv) = left_alone(phase), commands(phase, tmp_path / "cut")
     with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, rlhf.engine.training.Resumable, "training_step", 4, ask_to_stop)
+        at_call(patch, rlhf.engine.trainer.Resumable, "training_step", 4, ask_to_stop)
         assert call_main(script, argv).returncode == 128 + signal.SIGTERM
     assert newest_state(tmp_path / "cut.partial").name == "step-00000004"
     result = call_main(script, [*argv, "--resume"])

@@ -3,10 +3,10 @@
 import json
 import shutil
 
-from rlhf.reports.reward_evaluation import ScoredPairs, calibration, groups, judge
-
 import numpy as np
 import pytest
+
+from rlhf.reports.reward_evaluation import ScoredPairs, calibration, groups, judge
 
 
 def scored(chosen, rejected, chosen_tokens, rejected_tokens, turns=None):

@@ -3,6 +3,9 @@
 import json
 import shutil
 
+import pytest
+from conftest import ROOT, read_demo, write_jsonl
+
 from rlhf.reports.probe import judge_probe
 from rlhf.runs.run_warnings import (
     compare_warnings,
@@ -14,9 +17,6 @@ from rlhf.runs.run_warnings import (
     show,
     style_warnings,
 )
-
-import pytest
-from conftest import ROOT, read_demo, write_jsonl
 
 SFT = {"eval_rows": 80, "eval_loss_before": 3.16, "eval_loss": 2.56}
 REWARD = {

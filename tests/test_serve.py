@@ -10,19 +10,19 @@ import time
 import urllib.request
 from pathlib import Path
 
-from rlhf.engine.modeling import load_tokenizer
-
 import pytest
 import torch
 from conftest import make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf.engine.tokenizers import load_tokenizer
+
 for name in ("openai", "fastapi", "uvicorn"):
     pytest.importorskip(
         name, reason=f'{name} is not installed: pip install "transformers[serving]"'
     )
-import openai  # noqa: E402
+import openai
 
 STARTS = 120  # seconds, after which a server that says nothing is taken to hang
 ONE = ([("user", "How do I boil an egg?")], "<bos>\n\nHuman: How do I boil an egg?\n\nAssistant:")

@@ -5,12 +5,6 @@ import json
 import re
 import shlex
 
-import ppo_train
-import rlhf.engine.training
-from rlhf.data.rows import BadRow, Pair, fingerprint, first_turn_sha256, in_test_split, parse_row
-from rlhf.data.sources import load_pairs, load_rows, load_splits
-from rlhf.runs.cli import UserError
-
 import pytest
 from conftest import read_demo, write_jsonl
 from hypothesis import given, settings
@@ -19,6 +13,12 @@ from test_data import HI, assistant, json_like, system, user, write
 from test_mistakes import assert_one_line
 from test_pipeline import ppo_flags
 from test_resume import Crash, at_call, check_same_run, crash
+
+import ppo_train
+import rlhf.engine.trainer
+from rlhf.data.rows import BadRow, Pair, fingerprint, first_turn_sha256, in_test_split, parse_row
+from rlhf.data.sources import load_pairs, load_rows, load_splits
+from rlhf.runs.errors import UserError
 
 ONE = Pair((("user", "Hi"),), "Hello!")
 THREE = Pair((("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye")), "See you.")
@@ -601,7 +601,7 @@ def test_sft_of_rows_with_one_answer(call_main, trained, folders, tmp_path):
         "messages=talk",
     ]
     with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, rlhf.engine.training.Resumable, "training_step", 3, crash)
+        at_call(patch, rlhf.engine.trainer.Resumable, "training_step", 3, crash)
         with pytest.raises(Crash):
             call_main("sft_train", argv)
     refused = call_main(

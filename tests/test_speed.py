@@ -2,12 +2,12 @@
 
 from types import SimpleNamespace
 
+import pytest
+import torch
+
 from rlhf.engine.speed import Stopwatch, Work, memory_gib, mfu, peak_flops
 from rlhf.ppo.log import whole_speed
 from rlhf.runs.trial import describe
-
-import pytest
-import torch
 
 CPU = torch.device("cpu")
 

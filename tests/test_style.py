@@ -1,8 +1,9 @@
 """How answers end and begin, in many scripts, and when a habit has doubled."""
 
-from rlhf.data.style import commonest_opening, doubled, opening, question_share, style_of
-
 import pytest
+
+from rlhf.data.style import commonest_opening, opening, question_share, style_of
+from rlhf.runs.statistics import doubled
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@
 import dataclasses
 import json
 
-import ppo_train
-from rlhf.ppo.batch import Batch
-
 import pytest
 import torch
 from conftest import Checkpoints, make_model
+
+import ppo_train
+from rlhf.ppo.batch import Batch
 
 SLOW = pytest.mark.slow
 SEEDS = [0, *(pytest.param(seed, marks=SLOW) for seed in (1, 2, 3, 4))]

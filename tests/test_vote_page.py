@@ -13,14 +13,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from rlhf.data.votes import VoteFile, read_votes
-from rlhf.runs.cli import UserError
-
 import pytest
 from conftest import ROOT
 
+from rlhf.data.votes import VoteFile, read_votes
+from rlhf.runs.errors import UserError
+
 pytest.importorskip("gradio", reason="Gradio is not installed (requirements-feedback.txt)")
-from feedback import vote as page  # noqa: E402
+from feedback import vote as page
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -3,12 +3,12 @@
 import json
 import threading
 
+import pytest
+
 from rlhf.data.rows import in_test_split
 from rlhf.data.sources import load_pairs
 from rlhf.data.votes import Vote, VoteFile, agreement, load_votes, read_votes, win_rates
-from rlhf.runs.cli import UserError
-
-import pytest
+from rlhf.runs.errors import UserError
 
 PROMPT = "\n\nHuman: Why is the sky blue?\n\nAssistant:"
 

@@ -20,14 +20,13 @@ from typing import Any
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 
-import ppo_train  # noqa: E402, F401
-import reward_train  # noqa: E402, F401
-import sft_train  # noqa: E402, F401
-from rlhf.runs.resume import MANIFEST  # noqa: E402
+import rlhf  # noqa: F401  before the libraries that it sets up
 
-import torch  # noqa: E402
-from conftest import CLOCKS, make_model, read_demo, run_main, write_jsonl  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import torch
+from conftest import CLOCKS, make_model, read_demo, run_main, write_jsonl
+from safetensors.torch import load_file
+
+from rlhf.runs.resume import MANIFEST
 
 SMALL = "--dtype {dtype} --lora-rank 4 --lora-alpha 8 --no-gradient-checkpointing --save-steps 1 "
 SMALL += "--dataset {data} --output-dir {folder} "

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from rlhf.data.rows import HUMAN, BadRow, Pair, Turns, hh_prompt
 from rlhf.data.sources import reasons_of, report_drops
 from rlhf.data.template import (
@@ -26,11 +29,8 @@ from rlhf.data.template import (
     template_ids,
     use_hh_template,
 )
-from rlhf.runs.cli import UserError
-from rlhf.runs.reporting import console
-
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from rlhf.runs.errors import UserError
+from rlhf.runs.terminal import console
 
 DIALOGUES = ((QUESTION,), (QUESTION, EARLIER, FOLLOW_UP), (SYSTEM, QUESTION))  # prompts to try
 STARTS = ("A", "a", "7", "é", "日", "(", '"', "'s", "<", "-", "*", "☂", "😀")  # of answers

@@ -36,8 +36,8 @@ from rlhf.data.rows import (
     which_half,
     why_unusable,
 )
-from rlhf.runs.cli import UserError, one_line
-from rlhf.runs.reporting import console, plain
+from rlhf.runs.errors import UserError, one_line
+from rlhf.runs.terminal import console, plain
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSED = (".gz", ".zst")
@@ -570,9 +570,9 @@ def open_bytes(path: Path) -> io.BufferedIOBase:
 
 
 def read_hub(name: str, split: str) -> tuple[str, list[tuple[str, Rows]]]:
-    from rlhf.runs.hub import hub_errors
-
     import datasets
+
+    from rlhf.runs.hub import hub_errors
 
     with hub_errors(name, "data set", "--dataset"):
         available = datasets.get_dataset_split_names(name)

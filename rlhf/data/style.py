@@ -9,8 +9,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
-from rlhf.runs.reporting import wilson_interval, words_of
-
+# Scripts that put no space between words: Thai to Tibetan, Burmese, Khmer, kana, and Chinese characters.
+UNSPACED = r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 OPENING_WORDS = 3
 # Latin's and most others', full-width, Arabic, Greek (also as a semicolon behind a Greek letter),
 # Ethiopic; and what may close around it.
@@ -52,12 +53,25 @@ def style_of(texts: list[str]) -> dict[str, float]:
     return {"question_share": question_share(texts), "opening_share": commonest_opening(texts)[1]}
 
 
-def doubled(before: float, after: float, count: int) -> bool:
-    """Whether a share of `count` answers has at least doubled, by more than chance.
+def words_of(text: str) -> list[str]:
+    """Its words; in scripts that put no space between them its characters, as in a long run without any space."""
+    words = WORD.findall(text)
+    return [part for word in words for part in (word if len(word) > 50 else [word])]
 
-    Chance is left behind where the 95 % intervals (Wilson) of the two do not overlap. Of 64 answers
-    that happens to fewer than one run in 200 in which nothing changes; 4 % and 20 % of 80 pass.
-    """
-    highest_before = wilson_interval(before * count, count)[1]
-    lowest_after = wilson_interval(after * count, count)[0]
-    return after >= 2 * before and highest_before < lowest_after
+
+def repeated_3grams(text: str) -> float:
+    """Of the 3-grams of words in `text`, the share that occurred in it before; 0 for fewer than 3 words."""
+    words = words_of(text)
+    grams = list(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct_2(texts: Iterable[str]) -> float:
+    """Of all pairs of neighbouring words in `texts`, the share that is different (1510.03055): low if all sound alike."""
+    pairs = [
+        pair
+        for text in texts
+        for words in [words_of(text)]
+        for pair in zip(words, words[1:], strict=False)
+    ]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
-from rlhf.data.rows import BadRow, Turns
-from rlhf.runs.cli import UserError, one_line
-
 from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.rows import BadRow, Turns
+from rlhf.runs.errors import UserError, one_line
 
 # The day that Llama 3's template falls back to: a run would change overnight with the real one.
 NO_CLOCK = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"

@@ -21,8 +21,9 @@ from typing import Any
 
 from rlhf.data.rows import BadRow, Pair, first_turn_sha256, parse_row
 from rlhf.data.sources import open_text
-from rlhf.runs.cli import UserError
-from rlhf.runs.reporting import console, plain, wilson_interval
+from rlhf.runs.errors import UserError
+from rlhf.runs.statistics import wilson_interval
+from rlhf.runs.terminal import console, plain
 
 CHOICES = ("A", "B", "tie", "both bad")
 HELD_OUT = 5  # one prompt in so many is kept from training

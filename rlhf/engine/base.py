@@ -13,18 +13,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf.runs.checkpoints import sha256
-from rlhf.runs.cli import UserError
-from rlhf.runs.hub import fetching, hub_errors
-from rlhf.runs.processes import agree, is_main
-from rlhf.runs.reporting import console
-
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import cached_file
+
+from rlhf.runs.checkpoints import check_same_base, sha256
+from rlhf.runs.errors import UserError
+from rlhf.runs.hub import fetching, hub_errors
+from rlhf.runs.processes import agree, is_main, sharded
+from rlhf.runs.terminal import console
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # model_type; SmolLM2 is a llama
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -317,3 +318,64 @@ def ends_sha256(folder: Path) -> str:
             weights.seek(max(0, size - (1 << 20)))
             digest.update(weights.read())
     return digest.hexdigest()
+
+
+def base_facts(model: str, revision: str | None, load_in_4bit: bool) -> dict[str, Any]:
+    """What identifies a base model, for run.json, without loading it; `identified` adds the hashes of its weights.
+
+    A local folder is named by its absolute path, a hub model by its id and its commit. Of weights that are on this
+    machine the headers are read, to see that they are those of the config.
+
+    Raises:
+        UserError: no such folder or hub model, a gated one, no network; one that this pipeline does not run, or whose
+            weights are not those of its config; in 4 bit, but to be sharded.
+    """
+    if load_in_4bit and sharded():
+        raise UserError(
+            "FSDP shards 16-bit bases: add --no-load-in-4bit (to sft_train.py; the later phases take it over)"
+        )
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{model} is not a model folder (it has no config.json)")
+        name, config, revision = str(folder.resolve()), folder / "config.json", None
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
+        with hub_errors(model, "model", "--base-model"):
+            config = Path(cached_file(model, "config.json", revision=revision))
+        name, revision = model, config.parent.name
+    else:
+        raise UserError(
+            f"--base-model {model}: there is no such folder, and it is not a hub id (owner/name)"
+        )
+    base = {
+        "model": name,
+        "revision": revision,
+        "config_sha256": sha256(config),
+        "weights": None,
+        "load_in_4bit": load_in_4bit,
+    }
+    settings = read_config(base)
+    files = find_files(name, revision, fetch=False)
+    if files is not None:
+        Weights(files, settings, name)
+    return base
+
+
+def same_base(sft: dict[str, Any], folder: str, model: str | None) -> dict[str, Any]:
+    """`base_facts` of the base that the SFT checkpoint at `folder` was trained on, or of `model`, its copy elsewhere.
+
+    It has the record of that base's weights, by which `open_weights` knows them.
+
+    Raises:
+        UserError: it is another base.
+    """
+    named = sft["base"]
+    revision = named["revision"] if model in (None, named["model"]) else None
+    base = base_facts(model or named["model"], revision, named["load_in_4bit"])
+    if named.get("weights_sha256") and base["revision"] is None:
+        check_same_base(sft, folder, base | {"weights_sha256": ends_sha256(Path(base["model"]))})
+    check_same_base(sft, folder, base)
+    base["weights"] = named.get("weights")
+    if (base["model"], base["revision"]) != (named["model"], named["revision"]):
+        base["copy_of"] = {"model": named["model"], "revision": named["revision"]}
+    return base

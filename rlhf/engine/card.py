@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhf.engine.micro_batches import CPU_TOKENS
-from rlhf.runs.checkpoints import recorded
-from rlhf.runs.cli import UserError, less_memory
-from rlhf.runs.processes import agree, least, sharded
-
 import torch
+
+from rlhf.engine.micro_batches import CPU_TOKENS
+from rlhf.runs.advice import less_memory
+from rlhf.runs.checkpoints import recorded
+from rlhf.runs.errors import UserError
+from rlhf.runs.processes import agree, least, sharded
 
 CARD_OVERHEAD = 0.08  # share of a card kept free for the driver's context and the allocator's gaps
 STEP = 256  # tokens: `auto` takes a multiple of it

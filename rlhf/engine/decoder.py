@@ -6,9 +6,6 @@ Shapes: B texts, T tokens of the longest, N tokens of all texts, H hidden size, 
 from dataclasses import dataclass
 from typing import Protocol
 
-from rlhf.engine.layers import LeanLayer, Norm
-from rlhf.runs.cli import UserError
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -19,6 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from rlhf.engine.layers import LeanLayer, Norm
+from rlhf.runs.errors import UserError
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 SiLU = type(ACT2FN["silu"])  # the class that transformers gives `hidden_act: silu`

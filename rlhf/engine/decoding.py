@@ -8,15 +8,15 @@ Shapes: B rows, some of them without a text; W places of a row, S of which are l
 vocabulary, H hidden size, K key heads, D features a head.
 """
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from rlhf.engine.decoder import Decoder, lay_out
 from rlhf.engine.graphs import Graphs
 from rlhf.engine.layers import LeanLayer, rms_norm
 from rlhf.engine.logprobs import matmul
 from rlhf.engine.micro_batches import cut_by_tokens
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 LAG = 4  # steps that the CPU looks late on a card
 BLOCK = 256  # tokens of the vocabulary whose probabilities are summed first

@@ -9,19 +9,24 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from rlhf.data.format import PromptFormat
-from rlhf.engine.decoding import LAG, Decoding
-from rlhf.engine.layers import LeanLayer
-from rlhf.engine.micro_batches import free_memory
-from rlhf.engine.modeling import SharedBase
-from rlhf.engine.speed import Stopwatch
-from rlhf.runs.reporting import console
-from rlhf.runs.resume import check_stop
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf.data.format import PromptFormat
+from rlhf.engine.decoding import LAG, Decoding
+from rlhf.engine.layers import LeanLayer
+from rlhf.engine.micro_batches import free_memory
+from rlhf.engine.roles import SharedBase
+from rlhf.engine.speed import Stopwatch
+from rlhf.runs.stop import check_stop
+from rlhf.runs.terminal import console
+
+ENDINGS = {
+    "eos": "ended by EOS",
+    "stop_text": "ended by the next Human: turn",
+    "length": "cut at the length limit",
+}
 Seed = int | tuple[int, ...]
 
 TAIL = 12  # tokens decoded to look for the stop text, which is shorter than that

@@ -6,10 +6,10 @@ must be a tensor that stays where it is, and it must not read a value on the CPU
 
 from collections.abc import Callable, Hashable
 
-from rlhf.runs.cli import is_out_of_memory, one_line
-from rlhf.runs.reporting import console
-
 import torch
+
+from rlhf.runs.errors import is_out_of_memory, one_line
+from rlhf.runs.terminal import console
 
 
 class Graphs:

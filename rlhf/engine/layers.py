@@ -14,14 +14,14 @@ import copy
 import math
 from dataclasses import dataclass
 
-from rlhf.runs.cli import UserError
-
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import Function
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from rlhf.runs.errors import UserError
 
 
 class LeanLayer:

@@ -5,12 +5,12 @@ computes nor which rows it has.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
-
-from rlhf.runs.processes import least, sharded
-from rlhf.runs.reporting import console
+from typing import Any, TypeVar
 
 import torch
+
+from rlhf.runs.processes import least, sharded
+from rlhf.runs.terminal import console
 
 T = TypeVar("T")
 CPU_TOKENS = 1024  # a micro-batch on a CPU: more would not be faster there
@@ -80,3 +80,14 @@ class MicroBatchSize:
     def agree(self) -> None:
         """Take the least of all processes. All processes call it."""
         self.tokens, self.halved = least(self.tokens), False
+
+
+def keep_tokens(config: Any, micro_batch: MicroBatchSize, facts: dict[str, Any]) -> None:
+    """Go on with micro-batches of the size that the state's `facts` name, unless the flag names another."""
+    before = facts["micro_batch_tokens"]
+    if config.micro_batch_tokens == "auto":
+        micro_batch.tokens = before
+    elif micro_batch.tokens != before:
+        console.print(
+            f"A micro-batch has {micro_batch.tokens:,} tokens from now on, not {before:,}."
+        )

@@ -5,27 +5,17 @@ backward pass. Bytes are of tensors; a card needs some 0.5 GB more for the drive
 `benchmarks/llama_3b.py` counts the same owners while the scripts run.
 """
 
-import shlex
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from rlhf.data.format import PromptFormat, tokenize_prompts
-from rlhf.data.sources import load_splits
-from rlhf.engine.base import check_context, read_config
-from rlhf.engine.card import CARD_OVERHEAD, Plan, Plans, Rollouts, deal, tokens_that_fit
+from transformers import AutoConfig
+
+from rlhf.engine.card import Plan, Plans, Rollouts
 from rlhf.engine.decoding import round_up
 from rlhf.engine.logprobs import CPU_BLOCK, chunk_elements
-from rlhf.engine.modeling import base_facts, load_format, load_tokenizer, same_base
-from rlhf.runs.checkpoints import check_child, read_parents, read_run
-from rlhf.runs.cli import UserError, check_between, less_memory
+from rlhf.runs.errors import UserError
 from rlhf.runs.hub import hub_errors
 from rlhf.runs.processes import num_processes
-from rlhf.runs.reporting import console
-
-from rich.table import Table
-from transformers import AutoConfig
 
 OWNERS = ("base", "merged copy", "adapters", "optimizer", "KV cache", "activations", "logits")
 Bytes = dict[str, float]  # by owner
@@ -299,156 +289,6 @@ def trained(
         "activations": activations,
         "logits": 0,
     }
-
-
-# ---------------------------------------------------------------- the report
-
-
-def show_plan(plan: Plan, longest: int, config: Any) -> None:
-    """Print the plan for a card of `config.card_gb` GB, and whether it has room for it; else which flags to turn.
-
-    Args:
-        plan: bytes by owner, of a micro-batch of so many tokens.
-        longest: tokens of the longest text.
-    """
-    room = config.card_gb * 1e9 * (1 - CARD_OVERHEAD)
-    tokens = (
-        tokens_that_fit(plan, longest, room)
-        if config.micro_batch_tokens == "auto"
-        else config.micro_batch_tokens
-    )
-    console.print(
-        f"micro-batches of {tokens:,} tokens"
-        + (", by auto" if config.micro_batch_tokens == "auto" else "")
-    )
-    table = Table(title="Memory plan: worked out, not measured")
-    table.add_column("owner")
-    table.add_column("GB", justify="right")
-    for owner in OWNERS:
-        table.add_row(owner, f"{plan(tokens).get(owner, 0) / 1e9:.2f}")
-    total = sum(plan(tokens).values())
-    table.add_row("all tensors", f"{total / 1e9:.2f}")
-    console.print(table)
-    fits = "fits" if total <= room else "does not fit"
-    console.print(
-        f"It {fits} a card of {config.card_gb:g} GB: {room / 1e9:.1f} GB of it are for tensors."
-    )
-    if total > room:
-        console.print(f"To make it smaller, {less_memory(config)}.")
-
-
-def show_data(what: str, lengths: list[int]) -> None:
-    """Print how many rows there are, after the drops that training makes too, and how long they are in tokens."""
-    mean, longest = sum(lengths) / len(lengths), max(lengths)
-    console.print(
-        f"{what}: {len(lengths)}, {mean:.0f} tokens each on average, {longest} at most, {sum(lengths):,} in all"
-    )
-
-
-def show_end(config: Any) -> None:
-    loaded = "a few steps were made and thrown away" if config.measure else "no weights were loaded"
-    console.print(f"Dry run: {loaded}, and nothing was written.")
-
-
-def earlier_runs(config: Any, **scripts: ModuleType) -> dict[str, dict[str, Any]]:
-    """The run.json of each checkpoint that a dry run plans with, by role.
-
-    Of one that is not there yet it is what a plan asks of it, as `foresee` says.
-
-    Args:
-        scripts: the earlier ones, by phase.
-    Raises:
-        UserError: those that are there do not fit together; one is missing, and --measure needs it.
-    """
-    folders = {role: vars(config).get(f"{role}_checkpoint") for role in ("sft", "reward", "gold")}
-    there = {role: Path(folder).exists() for role, folder in folders.items() if folder}
-    if config.measure or all(there.values()):
-        return (
-            read_parents(config) if "reward" in there else {"sft": read_run(folders["sft"], "sft")}
-        )
-    runs: dict[str, dict[str, Any]] = {}
-    for role, is_there in there.items():
-        phase = "sft" if role == "sft" else "reward"
-        if is_there:
-            runs[role] = read_run(folders[role], phase, f"--{role}-checkpoint")
-            if phase == "reward" and there["sft"]:
-                check_child(runs[role], folders[role], runs["sft"], folders["sft"])
-        else:
-            runs[role] = foresee(role, folders[role], config, scripts[phase], runs)
-    return runs
-
-
-def foresee(
-    role: str,
-    folder: str,
-    config: Any,
-    script: ModuleType,
-    runs: dict[str, dict[str, Any]],
-) -> dict[str, Any]:
-    """What a plan asks of the run.json of a checkpoint that is not there yet; a line says what is planned for.
-
-    It is that of the preset of `script` which writes to `folder`, or of the script's defaults.
-
-    Args:
-        runs: the run.json of the SFT checkpoint, for a later one.
-    """
-    made = {preset.output_dir: (name, preset) for name, preset in script.PRESETS.items()}
-    name, maker = made.get(folder, (None, script.Config()))
-    command = f"python {script.__name__}.py" + (f" --preset {name}" if name else "")
-    sizes = {"lora_rank": maker.lora_rank}
-    if role == "sft":
-        model, revision = maker.base_model, maker.revision
-        if config.base_model:
-            model, revision = config.base_model, None
-            command += f" --base-model {shlex.quote(model)}"
-        base = base_facts(model, revision, maker.load_in_4bit)
-        run = {"base": base, "prompt_format": maker.prompt_format, "hyperparameters": sizes}
-        of = f" of {model}"
-    else:
-        layers = read_config(runs["sft"]["base"]).num_hidden_layers
-        run = {"hyperparameters": sizes | {"role_layers": min(maker.role_layers, layers)}}
-        of = ""
-    command += f" --output-dir {shlex.quote(folder)}" if folder != maker.output_dir else ""
-    console.print(
-        f"There is no {role} checkpoint at {folder} yet: this plan is for the one that `{command}` would make{of}."
-    )
-    return run
-
-
-def format_of(folder: str, run: dict[str, Any]) -> PromptFormat:
-    """The prompt format of an SFT checkpoint, with its base's tokenizer where it is not there yet."""
-    if Path(folder).exists():
-        return load_format(folder, run)
-    tokenizer = load_tokenizer(run["base"]["model"], run["base"]["revision"])
-    return PromptFormat(run["prompt_format"], tokenizer)
-
-
-def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
-    """What `ppo_train.py` would do with these flags and these checkpoints: their run.json, by role."""
-    sft = runs["sft"]
-    base = same_base(sft, config.sft_checkpoint, config.base_model)
-    form = format_of(config.sft_checkpoint, sft)
-    pairs, held_out = load_splits(
-        config.dataset, "prompt", config.columns, config.max_train_samples, config.max_eval_samples
-    )
-    prompts = tokenize_prompts(pairs, form, config.max_prompt_length)
-    show_data("prompts", [len(prompt) for prompt in prompts])
-    console.print(f"held-out prompts: {len(held_out)}")
-    console.print(
-        f"updates: {config.num_updates} of {config.episodes_per_update} responses of up to {config.response_length} tokens, "
-        f"{config.num_ppo_epochs * config.num_mini_batches} optimizer steps each"
-    )
-    shape = read_shape(base, config.dtype)
-    check_between(config, 0, shape.layers, "role_layers")
-    longest = max(map(len, prompts))
-    length, room = longest + config.response_length + 1, config.card_gb * 1e9 * (1 - CARD_OVERHEAD)
-    check_context(base, length, "--max-prompt-length", "--response-length")
-    plans = ppo_plans(shape, config, runs, longest)
-    rollouts = deal(plans, config, episodes_of_a_process(config), length, room)
-    weights = "a merged 16-bit copy" if rollouts.merged else "the base with its adapters"
-    kept = ", their keys and values kept for the next" if rollouts.kept else ""
-    console.print(f"rollouts: {rollouts.rows} responses at a time, from {weights}{kept}")
-    show_plan(plans(rollouts), length, config)
 
 
 def episodes_of_a_process(config: Any) -> int:

@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from rlhf.engine.decoder import Decoder
 from rlhf.runs.processes import num_processes
-
-import torch
 
 # Dense 16-bit tensor operations a second with float32 accumulation, in 1e12, as the vendor's data sheets have them.
 PEAK = {

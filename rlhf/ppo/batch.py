@@ -7,15 +7,15 @@ Shapes: b episodes, N tokens of their texts, n sampled tokens of all of them, R 
 
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from rlhf.data.format import PromptFormat
 from rlhf.engine.decoder import Padded, Texts, lay_out
 from rlhf.engine.generation import Response
 from rlhf.engine.micro_batches import cut_by_tokens
-from rlhf.runs.cli import UserError
+from rlhf.runs.errors import UserError
 from rlhf.runs.processes import moments, share, totals
-
-import torch
-from torch import Tensor
 
 MEASURED = ("logprobs", "ref_logprobs", "values", "scores")
 

@@ -8,18 +8,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.style import commonest_opening, style_of
-from rlhf.engine.generation import Response
-from rlhf.runs.reporting import (
-    at_equal_length,
-    distinct_2,
-    mean_interval,
-    read_jsonl,
-    repeated_3grams,
-)
-
 import torch
 from torch import Tensor
+
+from rlhf.data.style import commonest_opening, distinct_2, repeated_3grams, style_of
+from rlhf.engine.generation import Response
+from rlhf.runs.metrics import read_jsonl
+from rlhf.runs.statistics import at_equal_length, mean_interval
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,18 +6,20 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.format import PromptFormat
-from rlhf.engine.modeling import SharedBase
-from rlhf.engine.speed import Work, memory_gib, mfu
-from rlhf.ppo.batch import Batch, Measured, count_tokens
-from rlhf.ppo.evaluation import Evaluation, compare, penalty_warnings
-from rlhf.runs.processes import is_main, moments, totals
-from rlhf.runs.reporting import Curves, JsonLines, Panel, Progress, console, plain
-from rlhf.runs.run_warnings import policy_warnings
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from rlhf.data.format import PromptFormat
+from rlhf.engine.roles import SharedBase
+from rlhf.engine.speed import Work, memory_gib, mfu
+from rlhf.ppo.batch import Batch, Measured, count_tokens
+from rlhf.ppo.evaluation import Evaluation, compare, penalty_warnings
+from rlhf.runs.curves import Curves, Panel
+from rlhf.runs.metrics import JsonLines
+from rlhf.runs.processes import is_main, moments, totals
+from rlhf.runs.run_warnings import policy_warnings
+from rlhf.runs.terminal import Progress, console, plain
 
 PANELS = (
     Panel(

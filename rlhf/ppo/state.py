@@ -10,29 +10,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf.engine.adapters import save_stacked
 from rlhf.engine.generation import Response
-from rlhf.engine.modeling import SharedBase, save_stacked
+from rlhf.engine.micro_batches import keep_tokens
+from rlhf.engine.roles import SharedBase
 from rlhf.ppo.batch import NotFinite
 from rlhf.ppo.evaluation import Evaluation, plot_frontier
 from rlhf.ppo.log import Log, whole_speed
 from rlhf.runs.checkpoints import check_same, write_run
-from rlhf.runs.cli import Stopped, UserError
+from rlhf.runs.curves import drawing
+from rlhf.runs.errors import Stopped, UserError
+from rlhf.runs.metrics import read_jsonl
 from rlhf.runs.processes import agree, is_main, world
-from rlhf.runs.reporting import console, drawing, read_jsonl
-from rlhf.runs.resume import (
-    HARMLESS,
-    SaveClock,
-    keep_tokens,
-    new_state,
-    newest_state,
-    read_facts,
-    states,
-    stop_when_asked,
-)
-
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from rlhf.runs.resume import HARMLESS, SaveClock, new_state, newest_state, read_facts, states
+from rlhf.runs.stop import stop_when_asked
+from rlhf.runs.terminal import console
 
 COLUMNS = ("scores", "kl", "entropy", "gold_scores", "refusal_odds", "overrefusal_odds")
 

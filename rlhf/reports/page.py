@@ -11,10 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.runs.reporting import ENDINGS, SPEAKERS, conclusions, plain, read_jsonl
-
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+
+from rlhf.data.rows import SPEAKERS
+from rlhf.engine.generation import ENDINGS
+from rlhf.runs.metrics import read_jsonl
+from rlhf.runs.terminal import plain
 
 MAX_POINTS = 200  # of a curve; of more, neighbours are averaged
 LARGEST = 1e30  # numbers beyond it are left out, as NaN is
@@ -343,3 +346,8 @@ def ticks(low: float, high: float, whole: bool = False) -> list[tuple[float, str
     step = max(1.0, step) if whole else step
     values = [count * step for count in range(math.ceil(low / step), math.floor(high / step) + 1)]
     return [(value, f"{round(value, 12):.6g}") for value in values]
+
+
+def conclusions(report: dict[str, Any]) -> list[str]:
+    """What a comparison shows, in words: a sentence for each two models, then its notes."""
+    return [f"{pair['verdict']}." for pair in report["pairs"]] + report["notes"]

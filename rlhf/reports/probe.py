@@ -24,17 +24,18 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from rlhf.data.format import PromptFormat, TokenPair, tokenize_pairs
 from rlhf.data.rows import parse_row
 from rlhf.engine.decoder import lay_out_pairs
 from rlhf.engine.logprobs import chosen_logprobs
 from rlhf.engine.micro_batches import cut_by_tokens
-from rlhf.engine.modeling import SharedBase
+from rlhf.engine.roles import SharedBase
+from rlhf.runs.metrics import read_jsonl
 from rlhf.runs.processes import gather, share
-from rlhf.runs.reporting import preference, read_jsonl, wilson_interval
-
-import torch
-from torch import Tensor
+from rlhf.runs.statistics import preference, wilson_interval
 
 PATH = Path(__file__).with_name("probe.jsonl")
 KINDS = ("harmful", "harmless")

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.runs.reporting import bootstrap, mean_interval, preference, wilson_interval
-
 import numpy as np
+
+from rlhf.runs.statistics import bootstrap, mean_interval, preference, wilson_interval
 
 BINS = 10  # of the calibration at most, with as many pairs each
 BIN_PAIRS = 20  # in each at least

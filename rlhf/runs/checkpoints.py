@@ -8,26 +8,23 @@ the parents with their hashes; the next script checks it before it loads anythin
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
-import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Container, Iterator
-from fnmatch import fnmatch
+from collections.abc import Container
 from pathlib import Path
-from typing import IO, Any
-
-from rlhf.runs.cli import UserError, is_disk_full, one_line
-from rlhf.runs.processes import agree, is_main, this_process, wait
-from rlhf.runs.reporting import console
+from typing import Any
 
 import torch
+
+from rlhf.runs.device import peak_memory_gib
+from rlhf.runs.errors import UserError
+from rlhf.runs.folders import partial_of, place_of, put_in_place
+from rlhf.runs.processes import agree, is_main, this_process
+from rlhf.runs.terminal import console
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 SCRIPTS = {"sft": "sft_train.py", "reward": "reward_train.py", "ppo": "ppo_train.py"}
@@ -59,219 +56,7 @@ LOGGING = frozenset(  # settings that change nothing of what a run makes
     )
     + ("save_total_limit", "num_printed_samples", "log_with", "eval_steps", "preset")
 )
-LOCK = "lock"  # a file in the partial folder, held by the run that writes there
-# What our output folders hold, as patterns: an adapter, of PPO a second one in value/, what training tells, or an export.
-ADAPTER = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "chat_template.jinja",
-    "tokenizer*",
-    "vocab.*",
-)
-ADAPTER += ("merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
-OURS = (
-    *(
-        *ADAPTER,
-        "run.json",
-        "metrics.jsonl",
-        "samples.jsonl",
-        "curves.png",
-        "frontier.png",
-        LOCK,
-        "*.partial",
-    ),
-    *(
-        "evaluation.json",
-        "evaluation.png",
-        "config.json",
-        "generation_config.json",
-        "model*.safetensors",
-    ),
-    *(
-        "model.safetensors.index.json",
-        "export.json",
-        "README.md",
-        "LICEN[CS]E*",
-        "NOTICE*",
-        "USE_POLICY*",
-    ),
-)
-TRACKED = ("events.out.tfevents.*", "hparams.yml")  # by TensorBoard, in folders of its own
 MAX_RUN_JSON = 1 << 20  # bytes; ours have a few thousand
-
-
-def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool = False) -> None:
-    """Refuse, before any work is done, an output folder that holds something, or one of the run's own `inputs`.
-
-    A run that was cut short and can go on is not thrown away unasked either, and nothing that this project did not write
-    is thrown away at all.
-    """
-    if Path(folder).name in ("", ".."):
-        raise UserError(f"--output-dir '{folder}' must name a folder of its own")
-    path = place_of(folder)
-    if path.is_symlink():
-        raise UserError(
-            f"--output-dir {folder} is a link that leads back to itself: choose another"
-        )
-    blocked = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
-    if blocked:
-        raise UserError(f"--output-dir {folder}: {blocked} is a file; name a folder")
-    parent = next((p for p in path.absolute().parents if p.exists()), path)
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"--output-dir {folder}: {parent} cannot be written to; choose another")
-    for source in filter(None, inputs):
-        if Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
-            raise UserError(
-                f"--output-dir {folder} holds {source}, which this run reads: choose another"
-            )
-    if resume or overwrite:
-        goes_on = partial_of(path).is_dir()  # if not, resuming replaces nothing
-        replaced = not_ours(path) if overwrite or goes_on else None
-        odd = replaced or not_ours(partial_of(path), finished=False)
-        if odd:
-            raise UserError(
-                f"{odd} is no part of an earlier result, and would be removed: move it away, or choose another --output-dir"
-            )
-        return
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError(
-            f"{folder} is not empty: add --overwrite to replace it, or choose another --output-dir"
-        )
-    if any(partial_of(path).glob("step-*/manifest.json")):
-        raise UserError(
-            f"{partial_of(path)} holds a run that was cut short: add --resume to go on, or --overwrite to start anew"
-        )
-
-
-def place_of(folder: str) -> Path:
-    """Where an output folder is: if it is a symbolic link, where that leads, even if nothing is there yet."""
-    path = Path(folder)
-    return Path(os.path.realpath(path)) if path.is_symlink() else path
-
-
-def not_ours(folder: Path, finished: bool = True) -> Path | None:
-    """The first thing in an output folder that no script of this project wrote there; None if there is none.
-
-    Args:
-        finished: only a folder with the run.json or export.json of a finished run holds a result.
-    """
-    if not folder.is_dir():
-        return None
-    paths = sorted(folder.rglob("*"))
-    if finished and not is_result(folder):
-        return paths[0] if paths else None
-    for path in paths:
-        within = path.relative_to(folder).parts[:-1]
-        patterns = {
-            (): OURS,
-            ("value",): ADAPTER,
-            ("additional_chat_templates",): ("*.jinja",),
-        }.get(within, TRACKED)
-        patterns = (
-            ("*",) if within and within[0].startswith("step-") else patterns
-        )  # a state to resume from
-        if (path.is_symlink() or not path.is_dir()) and not any(
-            fnmatch(path.name, pattern) for pattern in patterns
-        ):
-            return path
-    return None
-
-
-def is_result(folder: Path) -> bool:
-    for name, key in (("run.json", "phase"), ("export.json", "adapter to merged")):
-        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-            if key in json.loads((folder / name).read_text(encoding="utf-8")):
-                return True
-    return False
-
-
-def partial_of(folder: Path) -> Path:
-    """Where a run writes until it is finished."""
-    return folder.with_name(folder.name + ".partial")
-
-
-@contextlib.contextmanager
-def output_folder(folder: str, resume: bool = False) -> Iterator[Path]:
-    """Yield `folder.partial` to write to; when the block ends well, rename it to `folder`, replacing what is there.
-
-    When the block raises, an existing `folder` stays as it was, and the partial one stays beside it if it has a state to
-    go on from, or after a crash; the next run of the phase clears it, unless it is given `resume`.
-    """
-    final = place_of(folder)
-    partial = partial_of(final)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if is_disk_full(error):
-            raise
-        raise UserError(
-            f"--output-dir {folder} cannot be made ({one_line(error)}): choose another"
-        ) from None
-    lock = hold(partial) if is_main() else None
-    if agree(is_main() and not lock):
-        raise UserError(
-            f"another run is writing to {partial}: wait for its end, or choose another --output-dir"
-        )
-    try:
-        if is_main() and not resume:
-            clear(partial)
-        wait()
-        yield partial
-        wait()
-        if is_main():
-            put_in_place(final)
-        wait()
-    except Exception as error:
-        if (
-            is_main()
-            and (isinstance(error, UserError) or is_disk_full(error))
-            and not any(partial.glob("step-*/manifest.json"))
-        ):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        if lock:
-            (partial / LOCK).unlink(missing_ok=True)
-            lock.close()
-
-
-def hold(partial: Path) -> IO[str] | None:
-    """The lock of a folder that runs write to, held until it is closed; None if another run holds it."""
-    lock = (partial / LOCK).open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    except OSError:  # a file system without locks
-        pass
-    return lock
-
-
-def clear(partial: Path) -> None:
-    """Remove what an earlier run has left."""
-    for path in partial.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
-
-
-def put_in_place(final: Path) -> None:
-    """Rename the finished `final.partial` to `final`, replacing what is there. Done again after a crash, it does the rest."""
-    partial, old = partial_of(final), final.with_name(f".{final.name}.replaced")
-    if partial.exists():
-        open_up(partial)
-        sync(partial)
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-        partial.rename(final)
-        sync(final.parent, deep=False)
-    (final / LOCK).unlink(missing_ok=True)
-    for state in final.glob("step-*"):
-        shutil.rmtree(state)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def is_finished(config: Any) -> bool:
@@ -535,38 +320,9 @@ def check_other_pairs(
         )
 
 
-def open_up(folder: Path) -> None:
-    """Give the files the mode that the umask asks for: safetensors makes its own readable by nobody else."""
-    os.umask(umask := os.umask(0))
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with contextlib.suppress(OSError):  # of file systems without modes
-                path.chmod(0o666 & ~umask)
-
-
-def sync(path: Path, deep: bool = True) -> None:
-    """Flush a file or a folder, if `deep` with all that is in it, to the disk."""
-    for part in [*(path.rglob("*") if deep else ()), path]:
-        descriptor = os.open(part, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def peak_memory_gib() -> float:
-    """The most that this process has held: of the card's memory if it used one, else of the machine's."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
 
 
 def git_commit() -> str | None:

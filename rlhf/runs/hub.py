@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Iterator
 
-from rlhf.runs.cli import UserError, causes_of, is_disk_full, one_line
-from rlhf.runs.processes import is_main
-from rlhf.runs.reporting import console
-
 import huggingface_hub.utils
 from safetensors import SafetensorError
+
+from rlhf.runs.errors import UserError, causes_of, is_disk_full, one_line
+from rlhf.runs.processes import is_main
+from rlhf.runs.terminal import console
 
 BROKEN = (
     OSError,

@@ -7,23 +7,17 @@ written last, names.
 """
 
 import json
-import os
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.runs.checkpoints import LOGGING, sha256, sync
-from rlhf.runs.cli import Stopped
-from rlhf.engine.micro_batches import MicroBatchSize
-from rlhf.runs.processes import agree, is_main, num_processes, wait
-from rlhf.runs.reporting import console
-
-from accelerate.utils import gather_object
+from rlhf.runs.checkpoints import LOGGING, sha256
+from rlhf.runs.folders import sync
+from rlhf.runs.processes import agree, is_main, wait
+from rlhf.runs.terminal import console
 
 MANIFEST = "manifest.json"
 HARMLESS = (
@@ -50,36 +44,6 @@ HARMLESS = (
 )
 MAX_FACTS = 1 << 26  # bytes of facts.json; a thousand held-out responses have about a million
 
-_asked: list[int] = []  # signals that came
-
-
-@contextmanager
-def stop_when_asked() -> Iterator[None]:
-    """Within it the first SIGINT or SIGTERM is noted, for `check_stop`; a second one ends the process at once."""
-
-    def ask(number: int, _frame: Any) -> None:
-        if _asked:
-            os._exit(128 + number)
-        _asked.append(number)
-        print(
-            "\nStopping as soon as it can go on from there; once more to stop at once.",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    _asked.clear()
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def asked_to_stop() -> int:
-    """The number of the signal that asked the run to end, at whichever process; 0 for none. All processes call it."""
-    return after_step(False, 0)[0]
-
 
 class SaveClock:
     """Says after each step whether a state is due: every `save_steps` of them, or without that every `save_minutes`."""
@@ -95,44 +59,6 @@ class SaveClock:
     def saved(self) -> None:
         """Begin to count anew."""
         self.last = time.monotonic()
-
-
-def after_step(due: bool, tokens: int) -> tuple[int, bool, int]:
-    """What the processes settle after each step, in one message. All processes call it.
-
-    Args:
-        due: whether this process finds that a state is due: the main one decides.
-        tokens: of this process's micro-batches.
-    Returns:
-        the signal that asked the run to end, at whichever process, or 0; whether to save; the least tokens.
-    """
-    number = _asked[0] if _asked else 0
-    if num_processes() == 1:
-        return number, due, tokens
-    signals, dues, sizes = zip(*gather_object([(number, due, tokens)]), strict=True)
-    return max(signals), dues[0], min(sizes)
-
-
-def keep_tokens(config: Any, micro_batch: MicroBatchSize, facts: dict[str, Any]) -> None:
-    """Go on with micro-batches of the size that the state's `facts` name, unless the flag names another."""
-    before = facts["micro_batch_tokens"]
-    if config.micro_batch_tokens == "auto":
-        micro_batch.tokens = before
-    elif micro_batch.tokens != before:
-        console.print(
-            f"A micro-batch has {micro_batch.tokens:,} tokens from now on, not {before:,}."
-        )
-
-
-def check_stop(together: bool = False) -> None:
-    """Raise Stopped if a signal has asked the run to end.
-
-    Several processes must end at the same place: there only the calls count that all make, those with `together`.
-    """
-    if together or num_processes() == 1:
-        number = asked_to_stop()
-        if number:
-            raise Stopped(number)
 
 
 @contextmanager

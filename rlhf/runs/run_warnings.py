@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from rlhf.runs.reporting import console, plain
-from rlhf.data.style import doubled
+from rlhf.runs.statistics import doubled
+from rlhf.runs.terminal import console, plain
 
 ENOUGH_ROWS = 50
 HALVED = -math.log(2)  # of log-odds, in nats

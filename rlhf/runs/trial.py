@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlhf.runs.metrics import read_jsonl
 from rlhf.runs.processes import agree, is_main, wait
-from rlhf.runs.reporting import console, read_jsonl
+from rlhf.runs.terminal import console
 
 SAMPLE = 2000  # training rows to draw from
 STEPS = 4  # the first is not counted: it also makes room for the others

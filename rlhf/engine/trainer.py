@@ -3,21 +3,23 @@
 import contextlib
 import dataclasses
 import math
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer import FSDP_MODEL_NAME
+
 from rlhf.engine.decoder import Decoder
-from rlhf.engine.micro_batches import MicroBatchSize, cut_by_tokens
+from rlhf.engine.micro_batches import MicroBatchSize, cut_by_tokens, keep_tokens
 from rlhf.engine.speed import Stopwatch, Work, memory_gib, mfu
 from rlhf.runs.checkpoints import check_same
-from rlhf.runs.cli import (
-    UserError,
-    check_above_zero,
-    check_at_least_one,
-    check_between,
-    check_tracker,
-)
+from rlhf.runs.curves import Curves, Panel
+from rlhf.runs.errors import UserError
+from rlhf.runs.metrics import JsonLines, read_jsonl
 from rlhf.runs.processes import (
     agree,
     is_main,
@@ -33,51 +35,14 @@ from rlhf.runs.processes import (
     whole,
     world,
 )
-from rlhf.runs.reporting import Panel, TrainerLog, read_jsonl
-from rlhf.runs.resume import (
-    HARMLESS,
-    SaveClock,
-    after_step,
-    check_stop,
-    keep_tokens,
-    new_state,
-    newest_state,
-    read_facts,
-    states,
-    stop_when_asked,
-)
-
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback
-from transformers.trainer import FSDP_MODEL_NAME
+from rlhf.runs.resume import HARMLESS, SaveClock, new_state, newest_state, read_facts, states
+from rlhf.runs.stop import after_step, check_stop, stop_when_asked
+from rlhf.runs.terminal import Progress, console
 
 Row = dict[str, list[int]]  # of a data set: token ids, and labels, by column
 
 EVALUATIONS = 10  # of a run, the last one included
 EVAL_SHARE = 0.1  # of a run's time
-
-# What FSDP must be told: the states are whole files, and checkpointing would give the weights other names.
-SHARDED = {
-    "FSDP_VERSION": "2",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_ACTIVATION_CHECKPOINTING": "false",
-}
-
-
-def device() -> torch.device:
-    """The device of this process: a CUDA card if there is one, unless accelerate was told otherwise.
-
-    Raises:
-        UserError: it is neither a CUDA card nor a CPU.
-    """
-    device = this_process().device
-    if device.type not in ("cuda", "cpu"):
-        raise UserError(
-            f"{device.type} is not supported: set ACCELERATE_USE_CPU=1 to compute on the CPU"
-        )
-    return device
 
 
 def num_steps(config: Any, rows: int) -> int:
@@ -136,95 +101,6 @@ def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) ->
         "disable_tqdm": True,
         "seed": config.seed,
     }
-
-
-def check_numbers(config: Any) -> None:
-    """Raise UserError for a number of a training script that cannot be, and for what else keeps it from starting."""
-    if device().type == "cuda" and torch.cuda.device_count() > 1 and num_processes() == 1:
-        raise UserError(
-            "several GPUs are visible: start the script with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0 to use one"
-        )
-    for name, value in SHARDED.items() if sharded() else ():
-        if os.environ.get(name) != value:
-            raise UserError(f"{name.lower()} must be {value} with FSDP, as in configs/fsdp2.yaml")
-    if config.measure and not config.dry_run:
-        raise UserError("--measure belongs to --dry-run: add it, or leave --measure out")
-    check_tracker(config.log_with)
-    check_at_least_one(
-        config, "lora_rank", "lora_alpha", "max_steps", "max_train_samples", "max_eval_samples"
-    )
-    check_at_least_one(config, "save_steps", "save_total_limit")
-    if config.micro_batch_tokens != "auto":
-        check_at_least_one(config, "micro_batch_tokens")
-    check_above_zero(config, "max_grad_norm", "card_gb", "save_minutes")
-    check_between(config, 0, math.inf, "learning_rate")
-    check_between(config, 0, 2**32 - 1, "seed")
-
-
-def check_trainer_numbers(config: Any) -> None:
-    """The same for the SFT and the reward script."""
-    check_numbers(config)
-    check_at_least_one(config, "batch_size", "max_length")
-    check_above_zero(config, "num_train_epochs")
-    check_between(config, 0, 1, "warmup_ratio")
-    if config.eval_steps != "auto":
-        check_at_least_one(config, "eval_steps")
-    if config.batch_size % num_processes():
-        nearest = nearest_multiple(config.batch_size, num_processes())
-        raise UserError(
-            f"--batch-size {config.batch_size} is not a multiple of {num_processes()} processes: the nearest is {nearest}"
-        )
-
-
-def check_ppo_numbers(config: Any) -> None:
-    """The same for the PPO script."""
-    if sharded():
-        raise UserError(
-            "FSDP is for sft_train.py and reward_train.py: start ppo_train.py with configs/ddp.yaml"
-        )
-    check_numbers(config)
-    check_at_least_one(config, "episodes_per_update", "num_mini_batches", "num_ppo_epochs")
-    check_at_least_one(config, "max_prompt_length", "response_length")
-    check_at_least_one(config, "total_episodes", "eval_steps", "kl_horizon")
-    if config.rollout_batch_size != "auto":
-        check_at_least_one(config, "rollout_batch_size")
-    check_above_zero(
-        config, "temperature", "kl_target", "kl_stop", "cliprange", "cliprange_value", "score_clip"
-    )
-    check_between(config, 0, 1, "gamma", "lam")
-    check_between(config, 0, math.inf, "value_learning_rate", "kl_coef", "missing_eos_penalty")
-    check_between(
-        config, 0, math.inf, "warmup_updates", "critic_warmup_updates", "num_printed_samples"
-    )
-    if config.kl_controller == "adaptive" and config.episodes_per_update >= 5 * config.kl_horizon:
-        raise UserError(
-            f"--kl-horizon {config.kl_horizon} is too short for an update's {config.episodes_per_update} episodes: the "
-            f"coefficient could turn negative; the shortest is {config.episodes_per_update // 5 + 1}"
-        )
-    parts = config.num_mini_batches * num_processes()
-    if config.episodes_per_update % parts:
-        among = f" x {num_processes()} processes" if num_processes() > 1 else ""
-        raise UserError(
-            f"--episodes-per-update {config.episodes_per_update} is not a multiple of {config.num_mini_batches} "
-            f"minibatches{among}: the nearest is {nearest_multiple(config.episodes_per_update, parts)}"
-        )
-    if config.total_episodes % config.episodes_per_update:
-        nearest = nearest_multiple(config.total_episodes, config.episodes_per_update)
-        raise UserError(
-            f"--total-episodes {config.total_episodes} is not a multiple of --episodes-per-update "
-            f"{config.episodes_per_update}: the nearest is {nearest}"
-        )
-    if config.num_updates <= config.critic_warmup_updates:
-        raise UserError(
-            f"--critic-warmup-updates {config.critic_warmup_updates} are all that the run makes "
-            f"({config.num_updates}): the policy would not be trained; at most {config.num_updates - 1} of them "
-            f"are possible, or raise {'--max-steps' if config.max_steps else '--total-episodes'}"
-        )
-
-
-def nearest_multiple(number: int, of: int) -> int:
-    """The multiple of `of`, at least once it, that is nearest to `number`."""
-    return max(1, round(number / of)) * of
 
 
 def keep_fp32(model: nn.Module) -> None:
@@ -587,3 +463,61 @@ class Resumable(Trainer):
         with torch.no_grad():
             for name, parameter in self.trained().items():
                 parameter.copy_(part(weights[name], parameter))
+
+
+class TrainerLog(TrainerCallback):
+    """Writes what transformers' Trainer logs to metrics.jsonl, shows how far it is, draws curves."""
+
+    def __init__(self, folder: Path, name: str, panels: Sequence["Panel"]):
+        self.metrics, self.name = JsonLines(folder / "metrics.jsonl"), name
+        self.curves = Curves(folder, "step", panels)
+        self.progress: Progress | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.progress = Progress(self.name, "step", state.max_steps)
+            self.progress.begin(state.global_step)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.progress and state.global_step == self.progress.first:
+            self.progress.begin(state.global_step)  # what came before it was an evaluation
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            # Since the last start only, and what the Trainer cannot know of batches that are lists.
+            logs = {
+                name: value
+                for name, value in logs.items()
+                if name not in ("train_loss", "total_flos")
+            }
+            if "eval_loss" in logs:
+                before = read_jsonl(self.curves.metrics)
+                console.print(describe_evaluation(state.global_step, logs, before))
+            self.metrics.write({"step": state.global_step, **logs})
+            if "loss" in logs:
+                speed = logs.get("speed/tokens_per_second", 0.0)
+                self.progress.update(state.global_step, loss=float(logs["loss"]), speed=speed)
+                self.curves.draw_when_due()
+
+    def stop(self) -> None:
+        """Give the terminal back, however the training ended."""
+        if self.progress:
+            self.progress.stop()
+
+
+def describe_evaluation(step: int, numbers: dict[str, float], rows: list[dict[str, float]]) -> str:
+    """An evaluation in a line, which also says where the loss was lower before.
+
+    Args:
+        rows: the metrics of the steps before.
+    """
+    said = [f"loss {numbers['eval_loss']:.4f}"]
+    for name in ("accuracy", "margin"):
+        if f"eval_{name}" in numbers:
+            said.append(f"{name} {numbers[f'eval_{name}']:.3f}")
+    line = f"step {step:,}, test rows: {', '.join(said)}"
+    looks = [row for row in rows if "eval_loss" in row]
+    best = min(looks, key=lambda row: row["eval_loss"], default=numbers)
+    if best["eval_loss"] < numbers["eval_loss"]:
+        line += f"; the loss was lowest at step {best['step']:,}, {best['eval_loss']:.4f}"
+    return line

@@ -1,0 +1,78 @@
+"""What a process computes on, in which number format, and how much memory it took."""
+
+import sys
+
+import torch
+
+from rlhf.runs.errors import UserError, one_line
+from rlhf.runs.processes import this_process
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def peak_memory_gib() -> float:
+    """The most that this process has held: of the card's memory if it used one, else of the machine's."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
+
+
+def device() -> torch.device:
+    """The device of this process: a CUDA card if there is one, unless accelerate was told otherwise.
+
+    Raises:
+        UserError: it is neither a CUDA card nor a CPU.
+    """
+    device = this_process().device
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(
+            f"{device.type} is not supported: set ACCELERATE_USE_CPU=1 to compute on the CPU"
+        )
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype the base computes in: what was asked for, or for "auto" the best this device has.
+
+    Adapters, heads and optimizer states are float32 whatever this says.
+
+    Raises:
+        UserError: the device cannot compute in it.
+    """
+    if device.type == "cuda":
+        card, capability = (
+            torch.cuda.get_device_name(device),
+            torch.cuda.get_device_capability(device),
+        )
+        bf16, fp16 = torch.cuda.is_bf16_supported(including_emulation=False), capability >= (6, 0)
+        where = f"{card} (compute capability {capability[0]}.{capability[1]})"
+    else:
+        have = torch.cpu.get_capabilities()
+        bf16, fp16, where = bool(have.get("avx512_bf16") or have.get("amx_bf16")), False, "a CPU"
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.bfloat16 if bf16 else torch.float32
+        if not (bf16 or fp16):
+            raise UserError(
+                f"{where} has neither bf16 nor usable fp16: use a newer card, or --dtype fp32 on a small model"
+            )
+        return torch.bfloat16 if bf16 else torch.float16
+    if (name == "bf16" and device.type == "cuda" and not bf16) or (name == "fp16" and not fp16):
+        raise UserError(f"--dtype {name} does not work on {where}: leave it at auto")
+    return DTYPES[name]
+
+
+def check_4bit(device: torch.device) -> None:
+    """Raise UserError unless NF4 weights can be made and used on `device`: it quantises and runs one small layer."""
+    try:
+        import bitsandbytes as bnb
+
+        layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32).to(device)
+        layer(torch.ones(1, 64, device=device))
+    except Exception as error:
+        raise UserError(
+            f"4-bit weights do not work on {device.type} here ({one_line(error)}): pass --no-load-in-4bit"
+        ) from None

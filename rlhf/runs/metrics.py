@@ -1,0 +1,48 @@
+"""A run's numbers as JSON lines."""
+
+import errno
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from rlhf.runs.errors import UserError
+
+
+class JsonLines:
+    """Appends one JSON object a line, unbuffered, so that a run can be watched and nothing is lost with it."""
+
+    def __init__(self, path: Path):
+        self.file = path.open("ab", buffering=0)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Numbers that are not finite are left out: JSON has none, and fp16 skips a step now and then for such a gradient."""
+        row = {
+            name: value
+            for name, value in row.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        if self.file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def position(self) -> int:
+        """Bytes that are written, and on the disk: what rests on them may be there after a power cut."""
+        if Path(self.file.name).is_file():  # /dev/null cannot be flushed
+            os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def cut(self, position: int) -> None:
+        """Forget what stands after the first `position` bytes."""
+        if position > self.file.seek(0, os.SEEK_END):
+            raise UserError(
+                f"{self.file.name} has lost its end: it ended at byte {position}; start anew with --overwrite"
+            )
+        self.file.seek(position)
+        self.file.truncate()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:  # splitlines would also split at U+2028 within a text
+        return [json.loads(line) for line in file]

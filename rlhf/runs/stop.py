@@ -1,0 +1,70 @@
+"""Ctrl-C and SIGTERM: a run ends where it can go on, at the same place in all processes."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from rlhf.runs.errors import Stopped
+from rlhf.runs.processes import num_processes
+
+_asked: list[int] = []  # signals that came
+
+
+@contextmanager
+def stop_when_asked() -> Iterator[None]:
+    """Within it the first SIGINT or SIGTERM is noted, for `check_stop`; a second one ends the process at once."""
+
+    def ask(number: int, _frame: Any) -> None:
+        if _asked:
+            os._exit(128 + number)
+        _asked.append(number)
+        print(
+            "\nStopping as soon as it can go on from there; once more to stop at once.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    _asked.clear()
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def asked_to_stop() -> int:
+    """The number of the signal that asked the run to end, at whichever process; 0 for none. All processes call it."""
+    return after_step(False, 0)[0]
+
+
+def after_step(due: bool, tokens: int) -> tuple[int, bool, int]:
+    """What the processes settle after each step, in one message. All processes call it.
+
+    Args:
+        due: whether this process finds that a state is due: the main one decides.
+        tokens: of this process's micro-batches.
+    Returns:
+        the signal that asked the run to end, at whichever process, or 0; whether to save; the least tokens.
+    """
+    number = _asked[0] if _asked else 0
+    if num_processes() == 1:
+        return number, due, tokens
+    signals, dues, sizes = zip(*gather_object([(number, due, tokens)]), strict=True)
+    return max(signals), dues[0], min(sizes)
+
+
+def check_stop(together: bool = False) -> None:
+    """Raise Stopped if a signal has asked the run to end.
+
+    Several processes must end at the same place: there only the calls count that all make, those with `together`.
+    """
+    if together or num_processes() == 1:
+        number = asked_to_stop()
+        if number:
+            raise Stopped(number)
