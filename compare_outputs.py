@@ -1,12 +1,16 @@
 """Phase 4: base, SFT and PPO answer the same prompts, side by side, from one loaded base.
 
-In: `checkpoints/sft`, and `checkpoints/reward` and `checkpoints/ppo` if they are there. Out: the comparison on the
-terminal, and the same in `reports/compare.md`, `reports/compare.html` (with the training curves) and `reports/compare.json`.
+In: `checkpoints/sft`, and `checkpoints/reward` and `checkpoints/ppo` if they are there. Out: the
+comparison on the terminal, and the same in `reports/compare.md`, `reports/compare.html` (with the
+training curves) and `reports/compare.json`.
 
-1. Load the base as the SFT checkpoint says (NF4 or 16 bit), with the adapters of all phases that are trained.
-2. Let each model answer: the base with all adapters off, SFT, and PPO; greedy, or with the same draws for all.
-3. Score every answer with the reward model and sum up: score, length, endings, repetition; and for each pair of models
-   the win rate with its interval, over all prompts and at equal length, and in words what it shows.
+1. Load the base as the SFT checkpoint says (NF4 or 16 bit), with the adapters of all phases that
+   are trained.
+2. Let each model answer: the base with all adapters off, SFT, and PPO; greedy, or with the same
+   draws for all.
+3. Score every answer with the reward model and sum up: score, length, endings, repetition; and for
+   each pair of models the win rate with its interval, over all prompts and at equal length, and in
+   words what it shows.
 4. Ask each model how it would begin to answer the safety probe's requests (rlhf/reports/probe.py).
 
     python compare_outputs.py
@@ -62,27 +66,23 @@ from rlhf.runs.terminal import console, plain
 
 @dataclass(frozen=True)
 class Config:
-    sft_checkpoint: str = (
-        "checkpoints/sft"  # its base model, precision and prompt format are taken over
-    )
-    reward_checkpoint: str = (
-        "checkpoints/reward"  # scores the answers; without it there is no score and no win rate
-    )
+    # its base model, precision and prompt format are taken over
+    sft_checkpoint: str = "checkpoints/sft"
+    # scores the answers; without it there is no score and no win rate
+    reward_checkpoint: str = "checkpoints/reward"
     ppo_checkpoint: str = "checkpoints/ppo"  # without it base and SFT are compared
     base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
     output_dir: str = "reports"  # folder of compare.md, compare.html and compare.json
     overwrite: bool = False  # replace what is there of these three
 
-    prompts: str | None = (
-        None  # a text file, a prompt a line, or rows as in the data set (.jsonl, .csv); None: PROMPTS
-    )
-    num_test_prompts: int = (
-        0  # the first so many rows of the test split of `dataset`; 0: use `prompts`
-    )
-    dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
-    columns: str | None = (
-        None  # other names of columns, there and in `prompts`: prompt=question,chosen=good
-    )
+    # a text file, a prompt a line, or rows as in the data set (.jsonl, .csv); None: PROMPTS
+    prompts: str | None = None
+    # the first so many rows of the test split of `dataset`; 0: use `prompts`
+    num_test_prompts: int = 0
+    # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
+    dataset: str = "Dahoas/rm-static"
+    # other names of columns, there and in `prompts`: prompt=question,chosen=good
+    columns: str | None = None
     show: int = 8  # prompts printed; the files hold all
 
     max_prompt_length: int = 384  # tokens; longer prompts are cut from the left at a turn boundary
@@ -109,7 +109,7 @@ PRESETS = {
         max_prompt_length=128,
         max_new_tokens=64,
         batch_size=40,
-    ),
+    )
 }
 
 PROMPTS = (
@@ -146,7 +146,8 @@ PROBE_COLUMNS = (
 )
 PAIR_COLUMNS = ("Who wins", "Win rate\n(95 % interval)", "At equal length\n(95 % interval)")
 OWN_JUDGE = (
-    "The judge is the reward model that PPO trained against: PPO's win rate says that it learned to please it, not that "
+    "The judge is the reward model that PPO trained against: PPO's win rate says that it learned "
+    "to please it, not that "
     "people agree. Name a judge of other pairs with --reward-checkpoint."
 )
 OTHER_JUDGE = "The judge is another reward model than the one that PPO trained against."
@@ -334,8 +335,8 @@ def summarize(answers: dict[str, list[Answer]]) -> dict[str, dict[str, float]]:
 def compare_pairs(answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
     """For each two models: how often the later one's answer scores higher (a tie counts half), and what that shows.
 
-    The intervals are bootstraps over prompts to which two wins and two losses of average length were added, as in Agresti
-    and Coull (1998): without them three wins of three would seem certain.
+    The intervals are bootstraps over prompts to which two wins and two losses of average length
+    were added, as in Agresti and Coull (1998): without them three wins of three would seem certain.
     """
     pairs = []
     for (first, ours), (second, theirs) in itertools.combinations(reversed(answers.items()), 2):
@@ -349,9 +350,8 @@ def compare_pairs(answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
         pair = {"first": first, "second": second}
         for key, values in {
             "win_rate": (sum(wins) / len(wins), *mean_interval(more_wins)),
-            "at_equal_length": (
-                min(max(value, 0.0), 1.0) for value in (share, *interval)
-            ),  # a line may leave 0 to 1
+            # a line may leave 0 to 1
+            "at_equal_length": (min(max(value, 0.0), 1.0) for value in (share, *interval)),
         }.items():
             pair |= zip((key, f"{key}_low", f"{key}_high"), values, strict=True)
         pairs.append(pair | {"verdict": verdict(pair, len(wins))})
@@ -544,11 +544,13 @@ def closing(report: Report) -> list[str]:
     more = "" if word == "better" else "ask more prompts (--num-test-prompts) or train longer; "
     return [
         f"Result: {result}.",
-        f"By how much: {first} scores higher than {second} on {100 * pair['win_rate']:.0f} % of {count} "
+        f"By how much: {first} scores higher than {second} on {100 * pair['win_rate']:.0f} % of "
+        f"{count} "
         f"{prompts}{'s' * (count != 1)}, at equal length on {100 * pair['at_equal_length']:.0f} %; "
         f"the mean score is {scores[0]:.2f}, {second}'s {scores[1]:.2f}.",
         f"How sure: the 95 % interval of the first is {100 * pair['win_rate_low']:.0f} to "
-        f"{100 * pair['win_rate_high']:.0f} %. {' '.join(report['notes']) or 'The judge is the reward model.'}",
+        f"{100 * pair['win_rate_high']:.0f} %. "
+        f"{' '.join(report['notes']) or 'The judge is the reward model.'}",
         f"Next: {more}{read}, or {talk}",
     ]
 
@@ -598,7 +600,8 @@ def write_reports(folder: Path, report: Report) -> None:
     for name, text in zip(
         FILES, (render_markdown(report), render_page(report), as_json), strict=True
     ):
-        # Half a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's own escape.
+        # Half a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's own
+        # escape.
         (folder / f"{name}.partial").write_text(text, encoding="utf-8", errors="backslashreplace")
     for name in FILES:
         os.replace(folder / f"{name}.partial", folder / name)

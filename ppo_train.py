@@ -1,23 +1,31 @@
 """Phase 3: PPO of the SFT model against the reward model.
 
-In: `checkpoints/sft`, `checkpoints/reward` and prompts. Out: `checkpoints/ppo`, a LoRA adapter in PEFT's format.
+In: `checkpoints/sft`, `checkpoints/reward` and prompts. Out: `checkpoints/ppo`, a LoRA adapter in
+PEFT's format.
 
-One frozen base carries everything. The SFT adapter on it is the reference; `policy`, `reward` and `value` are small
-adapters on its upper layers. Each update, as in "The N+ implementation details of RLHF with PPO" (2403.17031):
+One frozen base carries everything. The SFT adapter on it is the reference; `policy`, `reward` and
+`value` are small adapters on its upper layers. Each update, as in "The N+ implementation details of
+RLHF with PPO" (2403.17031):
 
-1. Rollout: sample a response to each prompt; it ends at EOS or where it runs on into the next "\\n\\nHuman:".
-2. Measure: score each response, and compute each token's log-probability under policy and reference, and its value.
-3. Reward: per token -kl_coef * (logprob - ref_logprob); at the last token also the score. Advantages by GAE, whitened.
-4. Optimise: several epochs of clipped policy and value losses over a random partition into minibatches, stopped by KL.
-5. Adapt the KL coefficient; every few updates, look at held-out prompts, where a gold reward model may judge, too.
-   First and last, ask the safety probe whether harmful requests are refused (rlhf/reports/probe.py).
+1. Rollout: sample a response to each prompt; it ends at EOS or where it runs on into the next
+   "\\n\\nHuman:".
+2. Measure: score each response, and compute each token's log-probability under policy and
+   reference, and its value.
+3. Reward: per token -kl_coef * (logprob - ref_logprob); at the last token also the score.
+   Advantages by GAE, whitened.
+4. Optimise: several epochs of clipped policy and value losses over a random partition into
+   minibatches, stopped by KL.
+5. Adapt the KL coefficient; every few updates, look at held-out prompts, where a gold reward model
+   may judge, too. First and last, ask the safety probe whether harmful requests are refused
+   (rlhf/reports/probe.py).
 
     python ppo_train.py
     python ppo_train.py --preset demo
 
 Next: python compare_outputs.py
 
-Shapes: b episodes of this process, N tokens of their texts, n sampled tokens of all of them, R of the longest response.
+Shapes: b episodes of this process, N tokens of their texts, n sampled tokens of all of them, R of
+the longest response.
 """
 
 import math
@@ -69,13 +77,11 @@ from rlhf.runs.trial import time_steps
 
 @dataclass(frozen=True)
 class Config:
-    sft_checkpoint: str = (
-        "checkpoints/sft"  # its base model, precision and prompt format are taken over
-    )
+    # its base model, precision and prompt format are taken over
+    sft_checkpoint: str = "checkpoints/sft"
     reward_checkpoint: str = "checkpoints/reward"  # trained from that SFT checkpoint
-    gold_checkpoint: str | None = (
-        None  # a judge of held-out responses: a reward model of the pairs' other --half
-    )
+    # a judge of held-out responses: a reward model of the pairs' other --half
+    gold_checkpoint: str | None = None
     base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
     dataset: str = "Dahoas/rm-static"  # only its prompts are used
     columns: str | None = None  # other names of its columns: prompt=question,chosen=good
@@ -84,7 +90,8 @@ class Config:
     resume: bool = False  # go on with a run that was stopped or cut short
     dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
     card_gb: float = 12.0  # the card that --dry-run plans for
-    measure: bool = False  # with --dry-run: make a few real steps on this machine, and say how long the run would take
+    # with --dry-run: make a few real steps on this machine, and say how long the run would take
+    measure: bool = False
 
     max_prompt_length: int = 384  # tokens; longer prompts are cut from the left at a turn boundary
     response_length: int = 128  # tokens sampled at most
@@ -93,9 +100,8 @@ class Config:
     max_eval_samples: int | None = 64  # held-out prompts
     max_steps: int | None = None  # stop after so many updates
 
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = (
-        "auto"  # what the base computes in; adapters and heads are fp32
-    )
+    # what the base computes in; adapters and heads are fp32
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     gradient_checkpointing: bool = False  # slower, with several times less activation memory
     lora_rank: int = 16  # of the policy; the value adapter has the reward model's
     lora_alpha: int = 32  # LoRA is scaled by alpha / rank
@@ -103,19 +109,15 @@ class Config:
 
     total_episodes: int = 6400  # responses sampled in the whole run
     episodes_per_update: int = 64  # responses sampled for an update, of all processes
-    num_mini_batches: int = (
-        4  # parts of an update's episodes, each of them one optimizer step of an epoch
-    )
+    # parts of an update's episodes, each of them one optimizer step of an epoch
+    num_mini_batches: int = 4
     num_ppo_epochs: int = 2  # passes over an update's episodes
-    micro_batch_tokens: int | Literal["auto"] = (
-        "auto"  # that go through the model at once; auto: what the card holds
-    )
-    rollout_batch_size: int | Literal["auto"] = (
-        "auto"  # responses sampled at a time; auto: all that the card holds
-    )
-    rollout_weights: Literal["auto", "merged", "base"] = (
-        "auto"  # to sample from: a 16-bit copy, or base and adapters
-    )
+    # that go through the model at once; auto: what the card holds
+    micro_batch_tokens: int | Literal["auto"] = "auto"
+    # responses sampled at a time; auto: all that the card holds
+    rollout_batch_size: int | Literal["auto"] = "auto"
+    # to sample from: a 16-bit copy, or base and adapters
+    rollout_weights: Literal["auto", "merged", "base"] = "auto"
     cuda_graphs: bool = True  # decode with CUDA graphs, on a card
     learning_rate: float = 5e-5  # of the policy; linear to 0
     value_learning_rate: float = 5e-5  # of the value adapter and head; linear to 0
@@ -124,14 +126,12 @@ class Config:
     max_grad_norm: float = 1.0  # of each of the two adapters
 
     kl_coef: float = 0.05  # per token
-    kl_controller: Literal["adaptive", "fixed"] = (
-        "adaptive"  # adaptive: Ziegler et al. (1909.08593), section 2.2
-    )
+    # adaptive: Ziegler et al. (1909.08593), section 2.2
+    kl_controller: Literal["adaptive", "fixed"] = "adaptive"
     kl_target: float = 6.0  # nats a response
     kl_horizon: int = 1_000  # episodes; if far more than the run has, the coefficient hardly moves
-    kl_stop: float = (
-        0.05  # end an update's epochs when a minibatch's approxkl, nats a token, passes this
-    )
+    # end an update's epochs when a minibatch's approxkl, nats a token, passes this
+    kl_stop: float = 0.05
     gamma: float = 1.0  # discount a token; 1: the whole response counts alike
     lam: float = 0.95  # of GAE: 0 trusts the value model, 1 the sampled score
     cliprange: float = 0.2  # of the policy's ratio around 1
@@ -145,9 +145,8 @@ class Config:
     save_steps: int | None = None  # the same in updates, instead
     save_total_limit: int = 2  # states kept
     num_printed_samples: int = 2  # held-out responses shown at each look
-    log_with: Literal["tensorboard", "trackio", "wandb"] | None = (
-        None  # a tracker beside metrics.jsonl
-    )
+    # a tracker beside metrics.jsonl
+    log_with: Literal["tensorboard", "trackio", "wandb"] | None = None
     seed: int = 0  # of initialisation, shuffling and sampling
     preset: Literal["demo"] | None = None  # whose values stand where no flag changes them
 
@@ -184,7 +183,7 @@ PRESETS = {
         critic_warmup_updates=1,
         kl_horizon=10_000,
         eval_steps=8,
-    ),
+    )
 }
 
 
@@ -227,7 +226,8 @@ def main(config: Config) -> None:
     console.print(describe_start(shared.device, tokens, rows, shared.dtype, why))
     kept = ", keys and values kept between them" if shared.decoding else ""
     console.print(
-        f"rollouts of {rollouts.rows} responses at a time, from {shared.rollout_weights} weights{kept}"
+        f"rollouts of {rollouts.rows} responses at a time, from {shared.rollout_weights} "
+        f"weights{kept}"
     )
     groups = [
         {"name": "policy", "params": shared.parameters("policy"), "peak_lr": config.learning_rate},
@@ -286,9 +286,8 @@ def main(config: Config) -> None:
             # 5. Adapt and report
             row = batch_metrics(batch, measured, returns, update, kl_coef, config) | stats
             log.update(row | speed_metrics(shared, batch, stats, clock.seconds, config))
-            if (
-                config.kl_controller == "adaptive" and update > config.critic_warmup_updates + 1
-            ):  # before it KL is 0
+            # before it KL is 0
+            if config.kl_controller == "adaptive" and update > config.critic_warmup_updates + 1:
                 kl_coef = adapt_kl_coef(kl_coef, measured.mean_kl(batch), config)
             del measured, old  # their lower states make room for what is sampled next
             if update % config.eval_steps == 0 or update == config.num_updates:
@@ -397,8 +396,8 @@ def token_logprobs(
 ) -> Chosen:
     """Log-probability [n] of each sampled token under `role`, and with `statistics` its entropy.
 
-    Measuring and optimising both come through here, with the same micro-batches: in bf16 another padding or batch size
-    alone would move the ratio away from 1.
+    Measuring and optimising both come through here, with the same micro-batches: in bf16 another
+    padding or batch size alone would move the ratio away from 1.
     """
     hidden = shared.upper(lower, micro.texts, role)[micro.positions]
     return chosen_logprobs(hidden, shared.lm_head_weight(), micro.actions, temperature, statistics)
@@ -453,9 +452,8 @@ def optimise(
         sums: Sums = {}
         if update > config.critic_warmup_updates:
             sums |= backward(policy, shared, "policy", batch, minibatch, tokens, scaler)
-            if (
-                history or shared.micro_batch.halved
-            ):  # in smaller micro-batches rounding alone moves the ratio
+            # in smaller micro-batches rounding alone moves the ratio
+            if history or shared.micro_batch.halved:
                 sums["ratio_off"].zero_()
         sums |= backward(value, shared, "value", batch, minibatch, tokens, scaler)
         norms = clip(optimizer, scaler, config.max_grad_norm)
@@ -530,9 +528,8 @@ def clip(optimizer, scaler, max_grad_norm: float) -> dict[str, Tensor]:
 def read(sums: Sums, tokens: float, norms: dict[str, Tensor]) -> dict[str, float]:
     """Means over the tokens of all processes, and the norms: the one wait of a minibatch for the device."""
     means = total(torch.stack(list(sums.values()))) / tokens
-    numbers = torch.cat(
-        [means, torch.stack([norm.to(means) for norm in norms.values()])]
-    )  # 0 without gradients: a CPU's
+    # 0 without gradients: a CPU's
+    numbers = torch.cat([means, torch.stack([norm.to(means) for norm in norms.values()])])
     return dict(zip([*sums, *norms], numbers.tolist(), strict=True))
 
 

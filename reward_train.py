@@ -1,17 +1,21 @@
 """Phase 2: a reward model that learns which of two responses people prefer.
 
-In: `checkpoints/sft` and a preference data set. Out: `checkpoints/reward`, a LoRA adapter with a scalar head that PEFT
-opens as a sequence classification model, and what it gets right in `evaluation.json` and `evaluation.png`.
+In: `checkpoints/sft` and a preference data set. Out: `checkpoints/reward`, a LoRA adapter with a
+scalar head that PEFT opens as a sequence classification model, and what it gets right in
+`evaluation.json` and `evaluation.png`.
 
 1. Tokenise each prompt with its chosen and its rejected response, both closed by EOS.
-2. Load the base the SFT adapter was trained on, stack a LoRA adapter on its upper layers, add a float32 scalar head.
+2. Load the base the SFT adapter was trained on, stack a LoRA adapter on its upper layers, add a
+   float32 scalar head.
 3. Train with TRL's RewardTrainer: -log sigmoid(score(chosen) - score(rejected)) (Bradley-Terry).
    On the way, look at the test split.
-4. Score the test split: accuracy, calibration, and how much of it is length (rlhf/reports/reward_evaluation.py).
-   Score the safety probe: are refusals preferred where they should be (rlhf/reports/probe.py)?
+4. Score the test split: accuracy, calibration, and how much of it is length
+   (rlhf/reports/reward_evaluation.py). Score the safety probe: are refusals preferred where they
+   should be (rlhf/reports/probe.py)?
 
-With --extra-data people's votes (`python -m feedback.vote`) are mixed into the training pairs. The votes on one prompt
-in five are held out, the same ones every time, and scored beside the test split.
+With --extra-data people's votes (`python -m feedback.vote`) are mixed into the training pairs. The
+votes on one prompt in five are held out, the same ones every time, and scored beside the test
+split.
 
     python reward_train.py
     python reward_train.py --preset demo
@@ -69,39 +73,35 @@ from rlhf.runs.trial import time_steps
 
 @dataclass(frozen=True)
 class Config:
-    sft_checkpoint: str = (
-        "checkpoints/sft"  # its base model, precision and prompt format are taken over
-    )
+    # its base model, precision and prompt format are taken over
+    sft_checkpoint: str = "checkpoints/sft"
     base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
-    dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
+    # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
+    dataset: str = "Dahoas/rm-static"
     columns: str | None = None  # other names of its columns: prompt=question,chosen=good
     extra_data: str | None = None  # a file of votes, mixed into the training pairs
     extra_weight: int = 1  # times that an epoch goes over each vote
     output_dir: str = "checkpoints/reward"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
     resume: bool = False  # go on with a run that was stopped or cut short
-    eval_only: bool = (
-        False  # train nothing: score the test split with the reward model in output_dir
-    )
+    # train nothing: score the test split with the reward model in output_dir
+    eval_only: bool = False
     dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
     card_gb: float = 12.0  # the card that --dry-run plans for
-    measure: bool = False  # with --dry-run: make a few real steps on this machine, and say how long the run would take
+    # with --dry-run: make a few real steps on this machine, and say how long the run would take
+    measure: bool = False
 
-    max_length: int = (
-        512  # tokens of prompt and response; prompts are cut from the left at a turn boundary
-    )
-    half: Literal["both", "first", "second"] = (
-        "both"  # of the training prompts; the other can train a judge for PPO
-    )
+    # tokens of prompt and response; prompts are cut from the left at a turn boundary
+    max_length: int = 512
+    # of the training prompts; the other can train a judge for PPO
+    half: Literal["both", "first", "second"] = "both"
     max_train_samples: int | None = None  # the first so many rows; None: all
     max_eval_samples: int | None = 2000  # the first so many test rows; None: all
 
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = (
-        "auto"  # what the base computes in; adapter and head are fp32
-    )
-    gradient_checkpointing: bool = (
-        False  # about a third slower, several times less activation memory
-    )
+    # what the base computes in; adapter and head are fp32
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    # about a third slower, several times less activation memory
+    gradient_checkpointing: bool = False
     lora_rank: int = 16  # of the adapter on all linear layers
     lora_alpha: int = 32  # LoRA is scaled by alpha / rank
     role_layers: int = 14  # upper layers that get the adapter; 0: all
@@ -110,21 +110,18 @@ class Config:
     num_train_epochs: float = 1.0  # a second epoch overfits
     max_steps: int | None = None  # stop after so many optimizer steps
     batch_size: int = 16  # pairs of an optimizer step, of all processes
-    micro_batch_tokens: int | Literal["auto"] = (
-        "auto"  # that go through the model at once; auto: what the card holds
-    )
+    # that go through the model at once; auto: what the card holds
+    micro_batch_tokens: int | Literal["auto"] = "auto"
     warmup_ratio: float = 0.05  # share of the steps; then cosine to 0
     center_rewards_coefficient: float = 0.01  # keeps the scores near mean 0 (2312.09244)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    eval_steps: int | Literal["auto"] | None = (
-        "auto"  # steps between looks at test pairs; auto: up to ten; None: last
-    )
+    # steps between looks at test pairs; auto: up to ten; None: last
+    eval_steps: int | Literal["auto"] | None = "auto"
     save_minutes: float = 10.0  # between states to resume from; a crash costs at most so long
     save_steps: int | None = None  # the same in optimizer steps, instead
     save_total_limit: int = 2  # states kept
-    log_with: Literal["tensorboard", "trackio", "wandb"] | None = (
-        None  # a tracker beside metrics.jsonl
-    )
+    # a tracker beside metrics.jsonl
+    log_with: Literal["tensorboard", "trackio", "wandb"] | None = None
     seed: int = 0  # of initialisation and shuffling
     preset: Literal["demo"] | None = None  # whose values stand where no flag changes them
 
@@ -145,7 +142,7 @@ PRESETS = {
         num_train_epochs=2.0,
         batch_size=8,
         warmup_ratio=0.1,
-    ),
+    )
 }
 
 
@@ -361,9 +358,8 @@ class Trainer(Resumable, RewardTrainer):
         chosen, rejected = row["chosen_ids"], row["rejected_ids"]
         if sharded():  # both are read by themselves, and padded
             return 2 * max(len(chosen), len(rejected))
-        return (
-            len(chosen) + len(rejected) - len(commonprefix([chosen, rejected]))
-        )  # the prompt is read once
+        # the prompt is read once
+        return len(chosen) + len(rejected) - len(commonprefix([chosen, rejected]))
 
     def items(self, row: Row) -> int:
         return 1
@@ -402,10 +398,7 @@ def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, fol
         center_rewards_coefficient=config.center_rewards_coefficient,
     )
     trainer = Trainer(
-        model=shared.peft,
-        args=args,
-        train_dataset=train_set,
-        processing_class=form.tokenizer,
+        model=shared.peft, args=args, train_dataset=train_set, processing_class=form.tokenizer
     )
     keep_fp32(trainer.model)
     trainer.shared, trainer.dtype = shared, dtype
@@ -429,13 +422,15 @@ def evaluate(
     metrics = judged["test pairs"]
     if not np.isfinite(metrics["score_std"]):
         raise UserError(
-            "the reward model gives scores that are not finite: lower --learning-rate, or try --dtype fp32"
+            "the reward model gives scores that are not finite: lower --learning-rate, or try "
+            "--dtype fp32"
         )
     for what, numbers in judged.items():
         console.print(describe(numbers, what))
     if not metrics["score_std"] > 1e-3:
         raise UserError(
-            f"the reward model gives every text about the same score (standard deviation {metrics['score_std']:.1e}): "
+            "the reward model gives every text about the same score (standard deviation "
+            f"{metrics['score_std']:.1e}): "
             "it has learned nothing; raise --learning-rate or train longer"
         )
     if "held-out votes" in judged:
@@ -496,7 +491,8 @@ def eval_only(config: Config) -> None:
     )
     if (folder / "evaluation.json").exists() and not config.overwrite:
         raise UserError(
-            f"{folder}/evaluation.json exists: add --overwrite to replace it (nothing else is touched)"
+            f"{folder}/evaluation.json exists: add --overwrite to replace it (nothing else is "
+            "touched)"
         )
     base = same_base(sft, config.sft_checkpoint, config.base_model)
     form = load_format(config.sft_checkpoint, sft)

@@ -3,8 +3,10 @@
 In: a base model, and prompts with answers, such as those of a preference data set.
 Out: `checkpoints/sft`, a LoRA adapter in PEFT's format with its tokenizer.
 
-1. Tokenise each prompt with its chosen response, closed by EOS; the loss counts the response's tokens only.
-2. Load the base, frozen, in NF4 (or 16 bit), and put a LoRA adapter on all linear layers of its decoder.
+1. Tokenise each prompt with its chosen response, closed by EOS; the loss counts the response's
+   tokens only.
+2. Load the base, frozen, in NF4 (or 16 bit), and put a LoRA adapter on all linear layers of its
+   decoder.
 3. Train with TRL's SFTTrainer; evaluate on the test split before, on the way, and after.
 
     python sft_train.py                      # the real thing: Llama 3.2 3B on one 12 GB card
@@ -61,31 +63,29 @@ from rlhf.runs.trial import time_steps
 class Config:
     base_model: str = "meta-llama/Llama-3.2-3B"  # hub id or local folder
     revision: str | None = None  # branch, tag or commit of a hub model
-    dataset: str = "Dahoas/rm-static"  # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
+    # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
+    dataset: str = "Dahoas/rm-static"
     columns: str | None = None  # other names of its columns: prompt=question,chosen=good
     output_dir: str = "checkpoints/sft"  # a folder that is empty or not there yet
     overwrite: bool = False  # replace what output_dir holds
     resume: bool = False  # go on with a run that was stopped or cut short
     dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
     card_gb: float = 12.0  # the card that --dry-run plans for
-    measure: bool = False  # with --dry-run: make a few real steps on this machine, and say how long the run would take
-    prompt_format: Literal["hh", "model"] = (
-        "hh"  # hh: "\n\nHuman: ..."; model: an Instruct base's own chat template
-    )
+    # with --dry-run: make a few real steps on this machine, and say how long the run would take
+    measure: bool = False
+    # hh: "\n\nHuman: ..."; model: an Instruct base's own chat template
+    prompt_format: Literal["hh", "model"] = "hh"
 
-    max_length: int = (
-        512  # tokens of prompt and response; prompts are cut from the left at a turn boundary
-    )
+    # tokens of prompt and response; prompts are cut from the left at a turn boundary
+    max_length: int = 512
     max_train_samples: int | None = None  # the first so many rows; None: all
     max_eval_samples: int | None = 500  # the first so many test rows; None: all
 
     load_in_4bit: bool = True  # NF4 base with double quantisation (QLoRA, 2305.14314)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = (
-        "auto"  # what the base computes in; adapters are fp32
-    )
-    gradient_checkpointing: bool = (
-        False  # about a third slower, several times less activation memory
-    )
+    # what the base computes in; adapters are fp32
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    # about a third slower, several times less activation memory
+    gradient_checkpointing: bool = False
     lora_rank: int = 16  # of the adapter on all linear layers
     lora_alpha: int = 32  # LoRA is scaled by alpha / rank
 
@@ -93,20 +93,17 @@ class Config:
     num_train_epochs: float = 2.0  # passes over the training rows
     max_steps: int | None = None  # stop after so many optimizer steps
     batch_size: int = 16  # rows of an optimizer step, of all processes
-    micro_batch_tokens: int | Literal["auto"] = (
-        "auto"  # that go through the model at once; auto: what the card holds
-    )
+    # that go through the model at once; auto: what the card holds
+    micro_batch_tokens: int | Literal["auto"] = "auto"
     warmup_ratio: float = 0.03  # share of the steps; then cosine to 0
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    eval_steps: int | Literal["auto"] | None = (
-        "auto"  # steps between test losses; auto: up to ten; None: at both ends
-    )
+    # steps between test losses; auto: up to ten; None: at both ends
+    eval_steps: int | Literal["auto"] | None = "auto"
     save_minutes: float = 10.0  # between states to resume from; a crash costs at most so long
     save_steps: int | None = None  # the same in optimizer steps, instead
     save_total_limit: int = 2  # states kept
-    log_with: Literal["tensorboard", "trackio", "wandb"] | None = (
-        None  # a tracker beside metrics.jsonl
-    )
+    # a tracker beside metrics.jsonl
+    log_with: Literal["tensorboard", "trackio", "wandb"] | None = None
     seed: int = 0  # of initialisation and shuffling
     preset: Literal["demo"] | None = None  # whose values stand where no flag changes them
 
@@ -129,7 +126,7 @@ PRESETS = {
         batch_size=8,
         warmup_ratio=0.1,
         eval_steps=21,
-    ),
+    )
 }
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/auto_tokens.py
 
-Prints a table in Markdown: tokens of a micro-batch, and for PPO rows of a rollout, whether a merged copy has room, and
-whether keys and values do from one rollout to the next. Llama-3.2's shapes in NF4 at the scripts' defaults: texts of 512
-tokens, pairs of 640 (the prompt counted once), prompts of 384 with responses of 128. A card of 12 GB has 12e9 bytes here.
+Prints a table in Markdown: tokens of a micro-batch, and for PPO rows of a rollout, whether a merged
+copy has room, and whether keys and values do from one rollout to the next. Llama-3.2's shapes in
+NF4 at the scripts' defaults: texts of 512 tokens, pairs of 640 (the prompt counted once), prompts
+of 384 with responses of 128. A card of 12 GB has 12e9 bytes here.
 """
 
 import sys

@@ -1,16 +1,18 @@
 """What a card makes of all three phases and of decoding, beside TRL, and whether they are right there.
 
-    make bench-card                        # Llama-3.2-3B's shape with random weights, NF4: some twenty minutes on an H100
-    python benchmarks/card.py --base-model meta-llama/Llama-3.2-3B
-    python benchmarks/card.py --tiny       # a model of toy size, on two CPU cores too: does the command itself run?
+    make bench-card                        # Llama-3.2-3B's shape with random weights, NF4: some
+    twenty minutes on an H100 python benchmarks/card.py --base-model meta-llama/Llama-3.2-3B python
+    benchmarks/card.py --tiny       # a model of toy size, on two CPU cores too: does the command
+    itself run?
 
-Parts, each in a process of its own, so that one which fails leaves the others: `phases` runs the three scripts at `auto`, on
-the whole card and under caps of 8, 12 and 24 GB; `decode` times a step at 16 to 256 rows beside the bandwidth that was
-measured here; `checks` holds decoding from graphs against the same step uncaptured, trains a policy from NF4 and 16-bit
-bases in bf16 and fp16, and kills and resumes a run; `trl` runs TRL's trainers at the same settings, where they can be had.
+Parts, each in a process of its own, so that one which fails leaves the others: `phases` runs the
+three scripts at `auto`, on the whole card and under caps of 8, 12 and 24 GB; `decode` times a step
+at 16 to 256 rows beside the bandwidth that was measured here; `checks` holds decoding from graphs
+against the same step uncaptured, trains a policy from NF4 and 16-bit bases in bf16 and fp16, and
+kills and resumes a run; `trl` runs TRL's trainers at the same settings, where they can be had.
 
-Random weights never say EOS, so each response has its full length. Works in runs/card; prints what it finds, and writes
-it to benchmarks/results/card_NAME.json after each part.
+Random weights never say EOS, so each response has its full length. Works in runs/card; prints what
+it finds, and writes it to benchmarks/results/card_NAME.json after each part.
 """
 
 import dataclasses
@@ -69,15 +71,13 @@ TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 @dataclass(frozen=True)
 class Config:
-    base_model: str | None = (
-        None  # hub id or folder; None: Llama-3.2-3B's shape with random weights
-    )
+    # hub id or folder; None: Llama-3.2-3B's shape with random weights
+    base_model: str | None = None
     tokenizer: str = "models/SmolLM2-135M-Instruct"  # of the random weights: any will do
     tiny: bool = False  # a toy model and short runs, on a CPU too
     parts: tuple[str, ...] = ("phases", "decode", "checks", "trl")  # which to run
-    trl_1_12: str = str(
-        TRL
-    )  # a folder with TRL 1.12.0, the last one that had PPO; installed there if it can be
+    # a folder with TRL 1.12.0, the last one that had PPO; installed there if it can be
+    trl_1_12: str = str(TRL)
     minutes: float = 20.0  # a part is ended after so long
 
 
@@ -110,9 +110,8 @@ def main(config: Config) -> None:
 def plan_of(config: Config) -> list[tuple]:
     """Part, label, function and its arguments, in order."""
     on_card = torch.cuda.is_available()
-    total = (
-        torch.cuda.get_device_properties(0).total_memory / 1e9 if on_card else 0
-    )  # asked without a context
+    # asked without a context
+    total = torch.cuda.get_device_properties(0).total_memory / 1e9 if on_card else 0
     plan: list[tuple] = []
     for cap in CAPS:
         if cap is None or (cap < total and not config.tiny):
@@ -406,9 +405,8 @@ def time_steps(shared, layers, rows: int, prompt: int, new: int) -> dict[str, fl
         )
         if how == "eager" and on_card:
             result["kernels"] = count_kernels(decoding)
-        result["graphs"] = len(
-            graphs.captured
-        )  # 0 if a capture failed, and the graph's time is none
+        # 0 if a capture failed, and the graph's time is none
+        result["graphs"] = len(graphs.captured)
         graphs.clear()
         del decoding
     result["tokens_per_second"] = 1000 * rows / result["graph_ms"]
@@ -471,9 +469,8 @@ def check(config: Config, precision: str, dtype: str) -> dict[str, Any]:
     """
     folder = WORK / f"check_{precision.replace(' ', '')}_{dtype}"
     of = settings(config, folder, precision == "nf4", dtype)
-    of["ppo"] = replace(
-        of["ppo"], critic_warmup_updates=1
-    )  # an update without the policy, and one with it
+    # an update without the policy, and one with it
+    of["ppo"] = replace(of["ppo"], critic_warmup_updates=1)
     found = run_phases({phase: replace(of_phase, max_steps=2) for phase, of_phase in of.items()})
     found = {
         phase: {"seconds_a_step": values["seconds_a_step"]} | policy_of(values)
@@ -519,7 +516,8 @@ def compare_graph(shared, form, layers, rows: int) -> dict[str, Any]:
 def check_resume(config: Config) -> dict[str, Any]:
     """A PPO run that is killed once its first state is there, and resumed, beside two that are left alone.
 
-    Backward passes on a card add in any order, so two runs that are left alone may differ there too.
+    Backward passes on a card add in any order, so two runs that are left alone may differ there
+    too.
     """
     of = settings(config, WORK / "phases_whole")["ppo"]
     alone = replace(of, output_dir=str(WORK / "resume" / "alone"), save_steps=1)
@@ -628,9 +626,8 @@ def trl_trainer(config: Config, what: str) -> dict[str, Any]:
 
     trainer.training_step = timed
     trainer.train()
-    seconds = (times[-1] - times[3]) / (
-        steps - 1
-    )  # from the end of the first step's parts to that of the last one's
+    # from the end of the first step's parts to that of the last one's
+    seconds = (times[-1] - times[3]) / (steps - 1)
     found = {"seconds_a_step": seconds, "rows_per_second": 16 / seconds}
     if torch.cuda.is_available():
         found["memory_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -2,10 +2,11 @@
 
     make bench-export
 
-Takes the random 16-bit model of llama_3b.py (6.4 GB in runs/llama-3b, made if it is not there), puts a random adapter
-beside it as ppo_train.py's defaults make it (rank 16 on all layers, 32 on the upper 14, base in NF4), and exports it in a
-process of its own. Memory is the largest resident set that the kernel saw of that process, less that of one that only
-imports rlhf.export. The base's files are mapped while a layer is read, so their pages count while they are mapped.
+Takes the random 16-bit model of llama_3b.py (6.4 GB in runs/llama-3b, made if it is not there),
+puts a random adapter beside it as ppo_train.py's defaults make it (rank 16 on all layers, 32 on the
+upper 14, base in NF4), and exports it in a process of its own. Memory is the largest resident set
+that the kernel saw of that process, less that of one that only imports rlhf.export. The base's
+files are mapped while a layer is read, so their pages count while they are mapped.
 """
 
 import json
@@ -58,8 +59,10 @@ def main(config: Config) -> None:
     shutil.rmtree(WORK / "exported")
     (ROOT / config.output).write_text(json.dumps(result, indent=2) + "\n")
     print(
-        f"rlhf.export of Llama-3.2-3B's shape: {seconds:.0f} s ({cpu_seconds:.0f} of a core), {exporting:.2f} GB at its peak, "
-        f"{exporting - interpreter:.2f} GB above the {interpreter:.2f} GB of an interpreter that imports it"
+        f"rlhf.export of Llama-3.2-3B's shape: {seconds:.0f} s ({cpu_seconds:.0f} of a core), "
+        f"{exporting:.2f} GB at its peak, "
+        f"{exporting - interpreter:.2f} GB above the {interpreter:.2f} GB of an interpreter that "
+        "imports it"
     )
 
 
@@ -73,9 +76,8 @@ def measure(*arguments: str) -> tuple[float, float, float]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(os.waitstatus_to_exitcode(status))
-    peak = (
-        usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-    )  # in bytes there, in KiB on Linux
+    # in bytes there, in KiB on Linux
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     return peak, time.monotonic() - started, usage.ru_utime + usage.ru_stime
 
 

@@ -3,10 +3,11 @@
     make demo     # trains the SFT and the reward model that this starts from
     make bench-growth
 
-Each point is one update in a process of its own, after a small one to warm up: rollout, scores, log-probabilities,
-values, and one PPO epoch, with `--preset demo`'s adapters. Responses have exactly the given length (EOS is made a token that is
-never sampled) and prompts the same; rollouts and micro-batches are of 8. The larger vocabulary is the model's own,
-padded. Memory is what the process held at its peak, less what it held with everything loaded.
+Each point is one update in a process of its own, after a small one to warm up: rollout, scores,
+log-probabilities, values, and one PPO epoch, with `--preset demo`'s adapters. Responses have
+exactly the given length (EOS is made a token that is never sampled) and prompts the same; rollouts
+and micro-batches are of 8. The larger vocabulary is the model's own, padded. Memory is what the
+process held at its peak, less what it held with everything loaded.
 
 Writes results/growth.json and results/growth.png.
 """
@@ -249,7 +250,8 @@ def summary(points: list[dict[str, Any]], vocabularies: tuple[int, ...]) -> dict
 def describe(p: dict[str, Any]) -> str:
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in p["seconds"].items())
     return (
-        f"batch {p['batch']}, response {p['response']}, vocabulary {p['vocabulary']}: {total(p):.1f} s ({seconds}), "
+        f"batch {p['batch']}, response {p['response']}, vocabulary {p['vocabulary']}: "
+        f"{total(p):.1f} s ({seconds}), "
         f"{p['memory_gb']:.2f} GB above {p['loaded_gb']:.2f}"
     )
 
@@ -275,7 +277,8 @@ def show(results: dict[str, Any], vocabularies: tuple[int, ...]) -> None:
             console.print(f"along the {what}, V {vocabulary}: seconds ~ tokens^k, k = {line}")
     ratios = results["peak_of_larger_over_smaller_vocabulary"].values()
     console.print(
-        f"peak of the larger vocabulary over the smaller's, less the embedding: {min(ratios):.2f} to {max(ratios):.2f}"
+        f"peak of the larger vocabulary over the smaller's, less the embedding: {min(ratios):.2f} "
+        f"to {max(ratios):.2f}"
     )
 
 

@@ -2,11 +2,13 @@
 
     make bench-3b
 
-Writes a model folder with the real configuration and random weights (6.4 GB in runs/llama-3b, one layer at a time, so the
-16-bit model is never in memory), then runs the three training scripts on it with the NF4 base, each in a process of
-its own. Every tensor is counted while they run (tensor_memory.py) and held beside the plan that --dry-run prints.
-PPO runs twice: as on a small card, and with a merged copy and keys and values that stay between rollouts, as on a larger
-one. Random weights change no shape and no byte; nothing here says anything of quality, or of a GPU's speed.
+Writes a model folder with the real configuration and random weights (6.4 GB in runs/llama-3b, one
+layer at a time, so the 16-bit model is never in memory), then runs the three training scripts on it
+with the NF4 base, each in a process of its own. Every tensor is counted while they run
+(tensor_memory.py) and held beside the plan that --dry-run prints. PPO runs twice: as on a small
+card, and with a merged copy and keys and values that stay between rollouts, as on a larger one.
+Random weights change no shape and no byte; nothing here says anything of quality, or of a GPU's
+speed.
 """
 
 import json
@@ -202,11 +204,7 @@ def measure(phase: str) -> None:
         "dtype": "bf16",
     }
     shared["gradient_checkpointing"] = True
-    step = {
-        "max_steps": 2,
-        "max_eval_samples": 2,
-        "max_length": PROMPT + RESPONSE + 1,
-    }
+    step = {"max_steps": 2, "max_eval_samples": 2, "max_length": PROMPT + RESPONSE + 1}
     sft = {"sft_checkpoint": str(WORK / "sft")}
     if phase == "sft":
         base = {"base_model": str(WORK / "model"), "batch_size": 1}
@@ -328,7 +326,8 @@ def show(phase: str, result: dict[str, Any]) -> None:
     table.add_row("all", f"{counted:.2f}", f"{planned:.2f}")
     console.print(table)
     console.print(
-        f"plan / count {planned / counted:.2f}; while loading {result['loading_gb']:.2f} GB of tensors; "
+        f"plan / count {planned / counted:.2f}; while loading {result['loading_gb']:.2f} GB of "
+        "tensors; "
         f"the process held {result['peak_rss_gb']:.2f} GB at its peak"
     )
 

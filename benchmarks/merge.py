@@ -2,9 +2,9 @@
 
     make bench-merge
 
-Merges the checkpoint with `rlhf.export --dtype fp32` into a folder that goes again, and lets both answer test prompts
-greedily: base and adapter by PEFT, the merge by Transformers. Prints how many answers are the same, token by token, and the
-largest difference of their logits along the way.
+Merges the checkpoint with `rlhf.export --dtype fp32` into a folder that goes again, and lets both
+answer test prompts greedily: base and adapter by PEFT, the merge by Transformers. Prints how many
+answers are the same, token by token, and the largest difference of their logits along the way.
 """
 
 import sys
@@ -65,7 +65,8 @@ def main(config: Config) -> None:
             logits = [model(input_ids=answers[0]).logits for model in (beside, merged)]
             largest = max(largest, (logits[0] - logits[1]).abs().max().item())
     print(
-        f"{same} of {len(turns)} answers of {config.tokens} greedy tokens are the same; the largest logit difference is "
+        f"{same} of {len(turns)} answers of {config.tokens} greedy tokens are the same; the "
+        "largest logit difference is "
         f"{largest:.1e}"
     )
     if same < len(turns) or largest > export.ROUNDING:

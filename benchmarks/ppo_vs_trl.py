@@ -3,17 +3,19 @@
     make demo     # trains the SFT and the reward model that both start from
     make bench
 
-Each run is a process of its own; the runs alternate, so that a slow spell of the machine meets all. TRL is installed
-into benchmarks/work, apart from the pinned one. All start from the same SFT policy and reward model, on the same
-prompts, with 16 episodes of up to 48 tokens an update and LoRA of rank 16:
+Each run is a process of its own; the runs alternate, so that a slow spell of the machine meets all.
+TRL is installed into benchmarks/work, apart from the pinned one. All start from the same SFT policy
+and reward model, on the same prompts, with 16 episodes of up to 48 tokens an update and LoRA of
+rank 16:
 
 - trl: TRL's PPOTrainer at its best settings for a CPU (trl_ppo.py).
-- same_algorithm: ppo_train.py told to do what TRL does: adapters of policy and value on all layers, 4 epochs, one
-  minibatch, a fixed KL coefficient, no KL stop, no warm-up.
-- shipped_defaults: ppo_train.py as it comes (`--preset demo`, its own learning rates), with its warm-ups cut to fit so
-  short a run.
+- same_algorithm: ppo_train.py told to do what TRL does: adapters of policy and value on all layers,
+  4 epochs, one minibatch, a fixed KL coefficient, no KL stop, no warm-up.
+- shipped_defaults: ppo_train.py as it comes (`--preset demo`, its own learning rates), with its
+  warm-ups cut to fit so short a run.
 
-At the end all policies answer the held-out prompts with the same seeds and are judged by the same reward model.
+At the end all policies answer the held-out prompts with the same seeds and are judged by the same
+reward model.
 """
 
 import json
@@ -75,9 +77,8 @@ class Config:
     max_eval_samples: int | None = 80  # held-out prompts
     runs: int = 3  # of each trainer, each with a seed of its own
     episodes: int = 384  # of each run; a multiple of 32
-    learning_rate: float = (
-        3e-4  # of TRL's policy and of same_algorithm's; at the demo's 1e-3 both lose in score
-    )
+    # of TRL's policy and of same_algorithm's; at the demo's 1e-3 both lose in score
+    learning_rate: float = 3e-4
     value_learning_rate: float = 5e-4  # of their value adapters
     output: str = "benchmarks/results/ppo_vs_trl.json"
 
@@ -87,7 +88,8 @@ def main(config: Config) -> None:
         raise UserError("--episodes must be a multiple of 32, and --runs at least 1")
     output = ROOT / config.output
     output.parent.mkdir(parents=True, exist_ok=True)
-    # In a process of its own: a child's peak memory counts what its parent held when it was started.
+    # In a process of its own: a child's peak memory counts what its parent held when it was
+    # started.
     step = multiprocessing.get_context("spawn").Process(target=prepare, args=(config,))
     step.start()
     step.join()

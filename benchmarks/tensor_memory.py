@@ -1,8 +1,9 @@
 """Count the bytes of all live tensors by owner, op by op, and keep the largest moment.
 
-A tensor's owner is told by what it is: the base's weights and the adapters' are registered; of the others a float32
-tensor of an adapter's shape is its gradient or a moment of Adam's, the last dimension (vocabulary) tells logits, and four
-dimensions with the key heads tell the KV cache; the rest are activations. Works on any device; made for a CPU, where no allocator counts.
+A tensor's owner is told by what it is: the base's weights and the adapters' are registered; of the
+others a float32 tensor of an adapter's shape is its gradient or a moment of Adam's, the last
+dimension (vocabulary) tells logits, and four dimensions with the key heads tell the KV cache; the
+rest are activations. Works on any device; made for a CPU, where no allocator counts.
 """
 
 import weakref
@@ -19,7 +20,8 @@ class TensorMemory(TorchDispatchMode):
 
     Args:
         vocabulary: the model's, padded or not.
-        cache_shape: (key heads, head dimension) of a tensor [rows, key heads, tokens, head dimension].
+        cache_shape: (key heads, head dimension) of a tensor [rows, key heads, tokens, head
+        dimension].
     """
 
     def __init__(self, vocabulary: int, cache_shape: tuple[int, int]):

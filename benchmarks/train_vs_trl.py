@@ -2,13 +2,15 @@
 
     python benchmarks/train_vs_trl.py --dataset Dahoas/rm-static
 
-Same model, rows, batch, LoRA (rank 16 on all linear layers), length limit and precision; each run is a process of its
-own and runs alternate. The stock commands get the pairs as plain text, prompt and completion for SFT,
-whole texts for the reward model, and all else is at its default. What counts is the speed in real tokens, those that
-are not padding, as TRL counts them for both (num_tokens). Loading is not timed.
+Same model, rows, batch, LoRA (rank 16 on all linear layers), length limit and precision; each run
+is a process of its own and runs alternate. The stock commands get the pairs as plain text, prompt
+and completion for SFT, whole texts for the reward model, and all else is at its default. What
+counts is the speed in real tokens, those that are not padding, as TRL counts them for both
+(num_tokens). Loading is not timed.
 
-The stock SFT cuts texts from the right, end and EOS included, and the stock reward model drops pairs that are too
-long; ours cut the prompt's oldest turns. Ours carry a frozen SFT adapter below the reward model's.
+The stock SFT cuts texts from the right, end and EOS included, and the stock reward model drops
+pairs that are too long; ours cut the prompt's oldest turns. Ours carry a frozen SFT adapter below
+the reward model's.
 """
 
 import json

@@ -1,8 +1,9 @@
 """One PPO run of TRL 1.12.0, for ppo_vs_trl.py: `python trl_ppo.py settings.json` with that TRL first on PYTHONPATH.
 
-At its best for a CPU: weights in bfloat16, no gradient checkpointing, micro-batches of 4, the whole rollout at once.
-Policy and value model train through LoRA on all linear layers. The reference is the policy without its adapter.
-Writes metrics.jsonl with the seconds of each phase, and the policy's adapter.
+At its best for a CPU: weights in bfloat16, no gradient checkpointing, micro-batches of 4, the whole
+rollout at once. Policy and value model train through LoRA on all linear layers. The reference is
+the policy without its adapter. Writes metrics.jsonl with the seconds of each phase, and the
+policy's adapter.
 """
 
 import json

@@ -2,9 +2,10 @@
 
     python benchmarks/wire.py       # after `make demo`, whose checkpoints it starts from; Linux
 
-Each phase runs twice, in two processes that differ in nothing but the number of steps: the bytes between them, over the
-steps between them, are what a step costs. Beside it stands what the gradients alone make: 4 bytes for each weight that is
-trained, once from each of the two processes, times the optimizer steps.
+Each phase runs twice, in two processes that differ in nothing but the number of steps: the bytes
+between them, over the steps between them, are what a step costs. Beside it stands what the
+gradients alone make: 4 bytes for each weight that is trained, once from each of the two processes,
+times the optimizer steps.
 """
 
 import json

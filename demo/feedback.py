@@ -85,7 +85,8 @@ def main() -> int:
     for name, numbers in (("before", before), ("after", after)):
         low, high = (100 * numbers[f"votes_accuracy_{end}"] for end in ("low", "high"))
         print(
-            f"  {name:6} {100 * numbers['votes_accuracy']:.0f} % of the time (95 % interval {low:.0f} to {high:.0f}); "
+            f"  {name:6} {100 * numbers['votes_accuracy']:.0f} % of the time (95 % interval "
+            f"{low:.0f} to {high:.0f}); "
             f"accuracy on the demo's test pairs {numbers['eval_accuracy']:.3f}"
         )
     return 0

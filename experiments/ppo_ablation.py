@@ -2,9 +2,10 @@
 
     python experiments/ppo_ablation.py --variant no_kl_stop --seed 0 --dataset Dahoas/rm-static
 
-`make results` runs them all and makes the table. From an SFT model, a reward model of the first half of the pairs and a
-gold one of the second half; each run is judged on the same held-out prompts, with the same sampling seeds, by the reward
-model it trained against and by the gold one. What ppo_train.py has no flag for is taken away here, around it.
+`make results` runs them all and makes the table. From an SFT model, a reward model of the first
+half of the pairs and a gold one of the second half; each run is judged on the same held-out
+prompts, with the same sampling seeds, by the reward model it trained against and by the gold one.
+What ppo_train.py has no flag for is taken away here, around it.
 """
 
 import json
@@ -79,7 +80,8 @@ class Variant:
 
 
 NEVER = 10**9
-# rm-static's texts are longer than the demo's, and its scores closer together: half a standard deviation for an end.
+# rm-static's texts are longer than the demo's, and its scores closer together: half a standard
+# deviation for an end.
 PPO = {
     "max_prompt_length": 160,
     "response_length": 64,
@@ -93,9 +95,8 @@ VARIANTS = {
     "advantages_not_whitened": Variant(patch=unwhitened),
     "scores_not_centred": Variant(patch=uncentred),
     "score_clip_1": Variant({"score_clip": 1.0}),  # the preset's 5 is never reached here
-    "kl_horizon_200": Variant(
-        {"kl_horizon": 200}
-    ),  # at the preset's 10,000 the coefficient stays within 1 % here
+    # at the preset's 10,000 the coefficient stays within 1 % here
+    "kl_horizon_200": Variant({"kl_horizon": 200}),
     "no_kl_stop": Variant({"kl_stop": 1e9}),
     "missing_eos_penalty_1": Variant({"missing_eos_penalty": 1.0}),  # ppo_train.py's default
 }
@@ -115,7 +116,8 @@ class Config:
     dataset: str = "Dahoas/rm-static"
     total_episodes: int = 384
     max_eval_samples: int = 128  # held-out prompts
-    work: str = "runs/results/ppo_ablation"  # a folder VARIANT_SEED and a file VARIANT_SEED.json of each run
+    # a folder VARIANT_SEED and a file VARIANT_SEED.json of each run
+    work: str = "runs/results/ppo_ablation"
 
 
 def main(config: Config) -> None:
@@ -135,8 +137,8 @@ def main(config: Config) -> None:
 
 
 def trained(folder: Path) -> dict[str, Any]:
-    """Of a finished run: its metrics, the rows of its looks at the held-out prompts, each prompt's gains, and of each update how
-    much of the returns' variance the values explain."""
+    """Of a finished run: its metrics, the rows of its looks at the held-out prompts, each prompt's
+    gains, and of each update how much of the returns' variance the values explain."""
     samples = read_jsonl(folder / "samples.jsonl")
     first, last = (
         [row for row in samples if row["update"] == at] for at in (0, samples[-1]["update"])

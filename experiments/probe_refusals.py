@@ -27,10 +27,7 @@ from rlhf.engine.tokenizers import load_format
 from rlhf.reports import probe
 from rlhf.runs.checkpoints import read_run
 from rlhf.runs.cli import run
-from rlhf.runs.device import (
-    choose_dtype,
-    device,
-)
+from rlhf.runs.device import choose_dtype, device
 from rlhf.runs.metrics import read_jsonl
 from rlhf.runs.terminal import console
 

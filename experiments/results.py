@@ -1,13 +1,15 @@
 """Evidence that it learns: reward models and PPO on real preferences, judged by what they were not trained on.
 
-    make results                                    # on Dahoas/rm-static; many hours on a CPU
-    make results DATA=path/to/rm-static RESULTS="--jobs 2"    # on a local copy or a slice of it, two steps at a time
+    make results                                    # on Dahoas/rm-static; many hours on a CPU make
+    results DATA=path/to/rm-static RESULTS="--jobs 2"    # on a local copy or a slice of it, two
+    steps at a time
 
-It prints what it will cost, then works through the steps below in runs/results. Each leaves a small record of what it
-found and of the command that made it; what has one is not done again, so it can be stopped and started, and a training
-run goes on from its last state. A step whose folder is gone is run again when another needs it, and keeps its record.
-Every seed of PPO is a whole chain: its own SFT model, its own reward model of the first half of the pairs, its own gold
-one of the second half. It ends by writing docs/results.json, which holds all records, docs/results.md, made of it (by
+It prints what it will cost, then works through the steps below in runs/results. Each leaves a small
+record of what it found and of the command that made it; what has one is not done again, so it can
+be stopped and started, and a training run goes on from its last state. A step whose folder is gone
+is run again when another needs it, and keeps its record. Every seed of PPO is a whole chain: its
+own SFT model, its own reward model of the first half of the pairs, its own gold one of the second
+half. It ends by writing docs/results.json, which holds all records, docs/results.md, made of it (by
 results_page.py), and the plots beside them.
 """
 
@@ -43,7 +45,8 @@ from rlhf.runs.cli import run
 from rlhf.runs.errors import UserError
 from rlhf.runs.terminal import console
 
-# Sizes that the slice of 4,119 training and 480 test rows has, so that the whole data set does not take days.
+# Sizes that the slice of 4,119 training and 480 test rows has, so that the whole data set does not
+# take days.
 SFT = {"max_length": 256, "max_train_samples": 1500, "max_eval_samples": 480}
 REWARD = {
     "max_length": 256,
@@ -63,9 +66,8 @@ class Config:
     work: str = "runs/results"
     output: str = "docs"
     jobs: int = 1  # steps at a time, each with its share of the cores
-    only: str = (
-        ""  # a regular expression: do only the steps whose names begin like it, and what they need
-    )
+    # a regular expression: do only the steps whose names begin like it, and what they need
+    only: str = ""
     only_report: bool = False  # write the report of what is finished, and train nothing
 
 
@@ -88,7 +90,8 @@ def steps(config: Config) -> list[Step]:
         command = f"sft_train.py --preset demo {data} --seed {seed} --overwrite --base-model {shlex.quote(config.base_model)} "
         command += f"{flags(SFT)} --output-dir {work}/{sft}"
         todo.append(Step(sft, sft, 20, command, trained))
-        # Seeds that differ, else both would start from the same head and LoRA A, and share what that makes of a text.
+        # Seeds that differ, else both would start from the same head and LoRA A, and share what
+        # that makes of a text.
         for name, half, own in ((reward, "first", seed), (gold, "second", seed + 1)):
             command = f"reward_train.py --preset demo {data} --seed {own} --overwrite --sft-checkpoint {work}/{sft} "
             command += f"{flags(REWARD)} --half {half} --output-dir {work}/{name}"

@@ -181,8 +181,8 @@ def pooled_interval(
 ) -> dict[str, float]:
     """Mean of `values` [runs, prompts], less that of `against`; bootstrap over the prompts, and over the runs by `spread`.
 
-    Two or three runs of a variant say too little of how far such runs lie apart: what a bootstrap draws in place of each is
-    the deviation of any run of the table, see `deviations`.
+    Two or three runs of a variant say too little of how far such runs lie apart: what a bootstrap
+    draws in place of each is the deviation of any run of the table, see `deviations`.
     """
     random = np.random.default_rng(0)
     prompts = drawn(random, values.shape[1])
@@ -237,8 +237,11 @@ def markdown(report: dict[str, Any], plots: list[str]) -> str:
 def header(report: dict[str, Any]) -> list[str]:
     return [
         "# Does it learn?",
-        f"SmolLM2-135M-Instruct on the first {report['rows']['train']:,} training and {report['rows']['test']} test rows of "
-        f"{report['dataset']}, on a CPU, made by `make results`; every number is in [results.json](results.json). Intervals are 95 %, by bootstrap over seeds and prompts or pairs; those over two or "
+        f"SmolLM2-135M-Instruct on the first {report['rows']['train']:,} training and "
+        f"{report['rows']['test']} test rows of "
+        f"{report['dataset']}, on a CPU, made by `make results`; every number is in "
+        "[results.json](results.json). Intervals are 95 %, by bootstrap over seeds and prompts or "
+        "pairs; those over two or "
         "three seeds are rather too narrow.",
         "\n".join(f"- {line}" for line in headlines(report)),
     ]
@@ -251,19 +254,25 @@ def headlines(report: dict[str, Any]) -> list[str]:
     if "half" in variants:
         half = variants["half"]
         lines.append(
-            f"Reward models of half the pairs ({half['pairs']:.0f}, {seeds(half)}): accuracy {share(half, 'accuracy')} on "
-            f'{found["reward"]["test_pairs"]} test pairs, {signed(half, "above_longer_wins", ".3f")} above "the longer response wins", '
-            f"and {share(half, 'validation_accuracy')} on {found['reward']['validation_pairs']} validation pairs, "
+            f"Reward models of half the pairs ({half['pairs']:.0f}, {seeds(half)}): accuracy "
+            f"{share(half, 'accuracy')} on "
+            f"{found['reward']['test_pairs']} test pairs, "
+            f'{signed(half, "above_longer_wins", ".3f")} above "the longer response wins", '
+            f"and {share(half, 'validation_accuracy')} on {found['reward']['validation_pairs']} "
+            "validation pairs, "
             f"{signed(half, 'validation_above_longer_wins', '.3f')} above it."
         )
     if "stock" in variants:
         recipe, stock, whole = variants["recipe"], variants["stock"], variants.get("stock_epoch")
         lines.append(
-            f"On {recipe['pairs']:.0f} pairs ours gets {share(recipe, 'accuracy')} ({seeds(recipe)}). TRL's stock trainer gets through "
-            f"{stock['pairs']:.0f} of them in about that time, to {share(stock, 'accuracy')} ({seeds(stock)}), a difference of "
+            f"On {recipe['pairs']:.0f} pairs ours gets {share(recipe, 'accuracy')} "
+            f"({seeds(recipe)}). TRL's stock trainer gets through "
+            f"{stock['pairs']:.0f} of them in about that time, to {share(stock, 'accuracy')} "
+            f"({seeds(stock)}), a difference of "
             f"{signed(stock, 'above_recipe', '.3f')}."
             + (
-                f" Given all of them and {whole['seconds'] / recipe['seconds']:.1f} times as long, it gets "
+                f" Given all of them and {whole['seconds'] / recipe['seconds']:.1f} times as long, "
+                "it gets "
                 f"{share(whole, 'accuracy')} ({seeds(whole)})."
                 if whole
                 else ""
@@ -274,10 +283,14 @@ def headlines(report: dict[str, Any]) -> list[str]:
         runs = [records[f"ppo_{seed}"]["metrics"] for seed in finished(records, "ppo")]
         score, gold, kl = (span(runs, key) for key in ("score_gain", "gold_gain", "ppo_kl"))
         lines.append(
-            f"PPO, {seeds(wins)}, every one with SFT, reward and gold models of its own: its answers win against SFT's on "
-            f"{percent(wins, 'win_rate')} of {wins['prompts']} held-out prompts by the gold models, which learned from other pairs "
-            f"(at equal length {percent(wins, 'at_equal_length')}). Gains: score {score}, gold score {gold}; KL {kl} nats; length "
-            f"{span(runs, 'sft_response_length', '.0f')} tokens before, {span(runs, 'ppo_response_length', '.0f')} after."
+            f"PPO, {seeds(wins)}, every one with SFT, reward and gold models of its own: its "
+            "answers win against SFT's on "
+            f"{percent(wins, 'win_rate')} of {wins['prompts']} held-out prompts by the gold "
+            "models, which learned from other pairs "
+            f"(at equal length {percent(wins, 'at_equal_length')}). Gains: score {score}, gold "
+            f"score {gold}; KL {kl} nats; length "
+            f"{span(runs, 'sft_response_length', '.0f')} tokens before, "
+            f"{span(runs, 'ppo_response_length', '.0f')} after."
         )
     return lines
 
@@ -310,17 +323,26 @@ def reward_part(reward: dict[str, Any]) -> list[str]:
         rows.append((name, *cells, f"{v['score_length_correlation']:.2f}", f"{v['seconds']:.0f}"))
     return [
         "## What makes a better reward model",
-        f"One change at a time, on pairs of up to {reward['max_length']} tokens. Validation: {reward['validation_pairs']} training "
-        f"rows that no model of this table was trained on, by which a recipe may be chosen; what follows is of the "
-        f"{reward['test_pairs']} test pairs. Length-balanced: pairs whose longer response was chosen and those whose shorter one was "
-        "weigh alike, so that length alone gets 0.5. A row of one seed has intervals over pairs alone. `half` are the chains' reward "
-        "models, of all pairs of the first half; `averaged` is one model, the mean of `head_zero`'s adapters over the seeds. `stock` is "
-        "`trl reward` at its defaults for about as long as the recipe took, `stock_epoch` for all pairs; both adapt all layers, the "
-        "recipe the upper half. Seconds are of the CPUs that a row ran on, named below. What each variant changes stands in "
+        f"One change at a time, on pairs of up to {reward['max_length']} tokens. Validation: "
+        f"{reward['validation_pairs']} training "
+        "rows that no model of this table was trained on, by which a recipe may be chosen; what "
+        "follows is of the "
+        f"{reward['test_pairs']} test pairs. Length-balanced: pairs whose longer response was "
+        "chosen and those whose shorter one was "
+        "weigh alike, so that length alone gets 0.5. A row of one seed has intervals over pairs "
+        "alone. `half` are the chains' reward "
+        "models, of all pairs of the first half; `averaged` is one model, the mean of "
+        "`head_zero`'s adapters over the seeds. `stock` is "
+        "`trl reward` at its defaults for about as long as the recipe took, `stock_epoch` for all "
+        "pairs; both adapt all layers, the "
+        "recipe the upper half. Seconds are of the CPUs that a row ran on, named below. What each "
+        "variant changes stands in "
         "`experiments/reward_ablation.py`.",
         table(head, rows),
-        f"Off the recipe, by an interval without 0: on validation {clear(reward, 'validation_above_recipe', '.3f')}; on test "
-        f"{clear(reward, 'above_recipe', '.3f')}. `low_lr` is `reward_train.py`'s own rate, meant for a model twenty times as large and some "
+        "Off the recipe, by an interval without 0: on validation "
+        f"{clear(reward, 'validation_above_recipe', '.3f')}; on test "
+        f"{clear(reward, 'above_recipe', '.3f')}. `low_lr` is `reward_train.py`'s own rate, meant "
+        "for a model twenty times as large and some "
         "70 times as many pairs.",
     ]
 
@@ -386,13 +408,17 @@ def chains_part(records: Records, plots: list[str]) -> list[str]:
     )
     return [
         "## PPO",
-        "Reward models of the first half of all pairs, which PPO trains against, and gold ones of the second half, on the test pairs. The "
+        "Reward models of the first half of all pairs, which PPO trains against, and gold ones of "
+        "the second half, on the test pairs. The "
         "two differ in pairs, head and adapters; what they share is the SFT model below them.",
         table(judges, rows),
         *image("the evaluation of reward model 0", "reward_evaluation.png", plots),
-        f"PPO against the first, the demo's preset with more episodes (commands below) and {settings}; the gold one only judges. "
-        f"{next(iter(chains.values()))['eval_prompts']} held-out prompts, the same sampling seeds before and after; intervals over "
-        "prompts. The penalty was chosen on these prompts, after a first run with the script's default of 1 (in the ablation: "
+        "PPO against the first, the demo's preset with more episodes (commands below) and "
+        f"{settings}; the gold one only judges. "
+        f"{next(iter(chains.values()))['eval_prompts']} held-out prompts, the same sampling seeds "
+        "before and after; intervals over "
+        "prompts. The penalty was chosen on these prompts, after a first run with the script's "
+        "default of 1 (in the ablation: "
         "`missing_eos_penalty_1`).",
         table(head, runs),
         "Warnings of the runs: " + ("; ".join(warned) if warned else "none") + ".",
@@ -421,11 +447,15 @@ def win_part(records: Records, wins: dict[str, Any]) -> list[str]:
         for p in records[f"compare_{seed}"]["pairs"]
     ]
     return [
-        f"Win rates by the gold model on {wins['prompts']} held-out prompts, at temperature 0.7; intervals over prompts:",
+        f"Win rates by the gold model on {wins['prompts']} held-out prompts, at temperature 0.7; "
+        "intervals over prompts:",
         table(("seed", "", "win rate", "at equal length", "in words"), rows),
-        f"Over {seeds(wins)} PPO wins against SFT on {percent(wins, 'win_rate')}, at equal length on {percent(wins, 'at_equal_length')}, "
-        f"and on {wins['win_rate_where_both_ended']:.0%} of the {wins['both_ended']} pairs of answers that both came to an end within "
-        f"the limit. PPO's gain in gold score and its gain in length correlate by {wins['length_correlation']:.2f}.",
+        f"Over {seeds(wins)} PPO wins against SFT on {percent(wins, 'win_rate')}, at equal length "
+        f"on {percent(wins, 'at_equal_length')}, "
+        f"and on {wins['win_rate_where_both_ended']:.0%} of the {wins['both_ended']} pairs of "
+        "answers that both came to an end within "
+        "the limit. PPO's gain in gold score and its gain in length correlate by "
+        f"{wins['length_correlation']:.2f}.",
     ]
 
 
@@ -443,7 +473,8 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
                 f"{v['ppo_response_length']:.1f}",
                 f"{v['ppo_eos_rate']:.0%}",
                 f"{v['ppo_entropy']:.2f}",
-                f"{v['explained_variance_first_third']:.2f}, {v['explained_variance_last_third']:.2f}",
+                f"{v['explained_variance_first_third']:.2f}, "
+                f"{v['explained_variance_last_third']:.2f}",
             )
             rows.append((variant, *cells, *shown))
     sft = ablation["sft"]
@@ -474,26 +505,40 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
     )
     return [
         "## What each stabiliser is worth",
-        f"One change at a time, {ablation['episodes']} episodes, gains on {ablation['prompts']} held-out prompts; all from the same "
-        "SFT, reward and gold model, made by chain 0's commands, though it may be on another CPU and at an earlier commit than the "
-        "chain's row names. `baseline` is the setting of the runs above, shorter. What each variant changes stands in "
+        f"One change at a time, {ablation['episodes']} episodes, gains on {ablation['prompts']} "
+        "held-out prompts; all from the same "
+        "SFT, reward and gold model, made by chain 0's commands, though it may be on another CPU "
+        "and at an earlier commit than the "
+        "chain's row names. `baseline` is the setting of the runs above, shorter. What each "
+        "variant changes stands in "
         "`experiments/ppo_ablation.py`.",
         table(head, rows),
         "Runs that broke off: " + (", ".join(failed) if failed else "none") + ".",
         f"Off 0 in score: {clear(ablation, 'score_above_baseline')}; in gold score: "
-        f"{clear(ablation, 'gold_score_above_baseline')}. Intervals are over prompts and runs, where runs of any setting spread as those "
+        f"{clear(ablation, 'gold_score_above_baseline')}. Intervals are over prompts and runs, "
+        "where runs of any setting spread as those "
         "of all: a run's gain deviates from its setting's mean by a standard deviation of "
-        f"{ablation['score_std']:.2f} in score and {ablation['gold_score_std']:.2f} in gold score. Of {compared} comparisons one may well be "
-        "off 0 by chance. `scores_not_centred` is the baseline but for rounding, and its runs count as the baseline's: the mean that is "
-        "taken off the scores is taken off the values too and, with gamma 1 and no score at the clip, leaves the advantages as they are.",
-        "Explained variance is the share of the returns' variance that the values explain, in the first and in the last third of a run; "
-        "below 0, a constant would do better. The value model begins as the reward model, which has learned to judge whole responses "
-        "and not their beginnings; `value_from_scratch` begins as a constant. Before the policy moves, `ppo_train.py` lets it learn "
-        f"alone for {usual.critic_warmup_updates} updates, the demo's preset, and with it the baseline, for {demo.critic_warmup_updates}.",
+        f"{ablation['score_std']:.2f} in score and {ablation['gold_score_std']:.2f} in gold score. "
+        f"Of {compared} comparisons one may well be "
+        "off 0 by chance. `scores_not_centred` is the baseline but for rounding, and its runs "
+        "count as the baseline's: the mean that is "
+        "taken off the scores is taken off the values too and, with gamma 1 and no score at the "
+        "clip, leaves the advantages as they are.",
+        "Explained variance is the share of the returns' variance that the values explain, in the "
+        "first and in the last third of a run; "
+        "below 0, a constant would do better. The value model begins as the reward model, which "
+        "has learned to judge whole responses "
+        "and not their beginnings; `value_from_scratch` begins as a constant. Before the policy "
+        "moves, `ppo_train.py` lets it learn "
+        f"alone for {usual.critic_warmup_updates} updates, the demo's preset, and with it the "
+        f"baseline, for {demo.critic_warmup_updates}.",
         "Every variant but `kl_horizon_200` and `missing_eos_penalty_1` leaves one of "
-        f"`ppo_train.py`'s defaults. Its KL controller has a horizon of {usual.kl_horizon:,} episodes in a run of "
-        f"{usual.total_episodes:,} and so acts within the run, as that of `kl_horizon_200` does in these {ablation['episodes']}; the "
-        f"demo's preset, and with it the baseline, has {demo.kl_horizon:,} and keeps its coefficient.",
+        f"`ppo_train.py`'s defaults. Its KL controller has a horizon of {usual.kl_horizon:,} "
+        "episodes in a run of "
+        f"{usual.total_episodes:,} and so acts within the run, as that of `kl_horizon_200` does in "
+        f"these {ablation['episodes']}; the "
+        f"demo's preset, and with it the baseline, has {demo.kl_horizon:,} and keeps its "
+        "coefficient.",
     ]
 
 
@@ -510,8 +555,10 @@ def clear(part: dict[str, Any], key: str, form: str = ".2f") -> str:
 def sample_part(shown: list[dict[str, Any]]) -> list[str]:
     parts = [
         "## Samples",
-        "Prompts of the demo's test split (rm-static's rows are not ours to print), sorted by the gold score of PPO's answer "
-        f"less that of SFT's, seed {SEEDS[0]}; shown are the ones at these percentiles: {', '.join(map(str, PERCENTILES))}.",
+        "Prompts of the demo's test split (rm-static's rows are not ours to print), sorted by the "
+        "gold score of PPO's answer "
+        f"less that of SFT's, seed {SEEDS[0]}; shown are the ones at these percentiles: "
+        f"{', '.join(map(str, PERCENTILES))}.",
     ]
     for sample in shown:
         answers = sample["answers"]
@@ -544,8 +591,10 @@ def how_part(report: dict[str, Any]) -> list[str]:
     left = [name for name in report["steps"] if name not in records]
     return [
         "## How it was made",
-        f"`make results`; minutes with loading, judging and saving, of as many threads, {sum(r['minutes'] for r in records.values()) / 60:.0f} "
-        "hours in all. A step whose folder was gone when another needed it was run again on that other's CPU, without a new row.",
+        "`make results`; minutes with loading, judging and saving, of as many threads, "
+        f"{sum(r['minutes'] for r in records.values()) / 60:.0f} "
+        "hours in all. A step whose folder was gone when another needed it was run again on that "
+        "other's CPU, without a new row.",
         table(("step", "minutes", "threads", "CPU", "commit", "command"), rows),
         *([f"Not run yet: {', '.join(left)}."] if left else []),
     ]

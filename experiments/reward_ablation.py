@@ -2,15 +2,17 @@
 
     python experiments/reward_ablation.py --variant recipe --seed 0 --dataset Dahoas/rm-static
 
-`make results` runs them all and makes the table. Every run trains on the same pairs, those of the first half of the
-dialogues, and is scored on the same test pairs and on the same validation pairs, training rows of the other half that no
-SFT model has seen: choose a recipe by these, so that the test pairs still say what it is worth. Variants that
-reward_train.py has no flag for are made here, around it: what is not worth a flag is not in the script.
+`make results` runs them all and makes the table. Every run trains on the same pairs, those of the
+first half of the dialogues, and is scored on the same test pairs and on the same validation pairs,
+training rows of the other half that no SFT model has seen: choose a recipe by these, so that the
+test pairs still say what it is worth. Variants that reward_train.py has no flag for are made here,
+around it: what is not worth a flag is not in the script.
 
-`averaged` is one model, the mean of the adapters of `head_zero`, runs that differ in seed but start from one head (WARM,
-2401.12187). `half` trains nothing: it scores a finished reward model, --reward-checkpoint. `stock_epoch` is the `trl reward`
-command at its defaults, with LoRA of the same rank but on all layers, on the same pairs, from the same SFT model merged into its
-base; `stock` is that for as long as `recipe` trained, at the pace of `stock_epoch`'s seed 0.
+`averaged` is one model, the mean of the adapters of `head_zero`, runs that differ in seed but start
+from one head (WARM, 2401.12187). `half` trains nothing: it scores a finished reward model,
+--reward-checkpoint. `stock_epoch` is the `trl reward` command at its defaults, with LoRA of the
+same rank but on all layers, on the same pairs, from the same SFT model merged into its base;
+`stock` is that for as long as `recipe` trained, at the pace of `stock_epoch`'s seed 0.
 """
 
 import json
@@ -45,10 +47,7 @@ from rlhf.engine.tokenizers import load_format, load_tokenizer
 from rlhf.reports.reward_evaluation import ScoredPairs, judge
 from rlhf.runs.checkpoints import read_run, sha256
 from rlhf.runs.cli import run
-from rlhf.runs.device import (
-    choose_dtype,
-    device,
-)
+from rlhf.runs.device import choose_dtype, device
 from rlhf.runs.errors import UserError
 from rlhf.runs.terminal import console
 
@@ -90,7 +89,8 @@ class Config:
     validation_pairs: int = 600  # the last so many of the second half
     test_pairs: int = 480  # at most
     max_length: int = 256  # tokens
-    work: str = "runs/results/reward_ablation"  # a folder VARIANT_SEED and a file VARIANT_SEED.json of each run
+    # a folder VARIANT_SEED and a file VARIANT_SEED.json of each run
+    work: str = "runs/results/reward_ablation"
 
 
 def recipe(config: Config) -> reward_train.Config:
@@ -200,9 +200,8 @@ def train(config: Config) -> None:
             losses, margin = super().pair_losses(chosen, rejected), chosen - rejected
             if variant.balance_lengths:
                 losses = losses + (self.weights - 1) * -F.logsigmoid(margin)
-            if (
-                variant.label_smoothing
-            ):  # -(1 - e) logsigmoid(m) - e logsigmoid(-m) = -logsigmoid(m) + e m
+            # -(1 - e) logsigmoid(m) - e logsigmoid(-m) = -logsigmoid(m) + e m
+            if variant.label_smoothing:
                 losses = losses + variant.label_smoothing * margin
             return losses
 

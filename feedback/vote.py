@@ -4,8 +4,9 @@
     python -m feedback.vote
     python reward_train.py --extra-data feedback/votes.jsonl
 
-The prompts and answers are those of compare_outputs.py's report. Whoever types a prompt of their own gets answers from the
-same checkpoints, which are loaded then. Votes are kept as rlhf/data/votes.py says. Needs requirements-feedback.txt.
+The prompts and answers are those of compare_outputs.py's report. Whoever types a prompt of their
+own gets answers from the same checkpoints, which are loaded then. Votes are kept as
+rlhf/data/votes.py says. Needs requirements-feedback.txt.
 """
 
 import contextlib
@@ -63,13 +64,11 @@ class Config:
     report: str = "reports/compare.json"  # of compare_outputs.py
     votes: str = "feedback/votes.jsonl"  # votes are appended to it
     models: tuple[str, ...] = ()  # two or more of the report's (base, SFT, PPO); none: all of them
-    voter: str = (
-        os.environ.get("USER") or "me"
-    )  # who votes on this machine; on the network, the log-in's name
+    # who votes on this machine; on the network, the log-in's name
+    voter: str = os.environ.get("USER") or "me"
     port: int = 7860
-    share_on_network: bool = (
-        False  # answer other machines too, which need the password that is printed then
-    )
+    # answer other machines too, which need the password that is printed then
+    share_on_network: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,8 @@ def main(config: Config) -> None:
             return bool(name.strip()) and hmac.compare_digest(given.encode(), password.encode())
 
         print(
-            f"Log in at http://{socket.gethostname()}:{config.port} with any name and the password {password}"
+            f"Log in at http://{socket.gethostname()}:{config.port} with any name and the password "
+            f"{password}"
         )
     check_port(host, config.port)
     make_page(poll, config.voter).launch(
@@ -152,7 +152,8 @@ def read_report(path: Path) -> tuple[Report, str]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"--report {path} cannot be read ({error.strerror}): `python compare_outputs.py` makes one"
+            f"--report {path} cannot be read ({error.strerror}): `python compare_outputs.py` makes "
+            "one"
         ) from None
     try:
         report = json.loads(content)
@@ -169,7 +170,8 @@ def read_report(path: Path) -> tuple[Report, str]:
                     raise ValueError("an answer without a text or a score")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, BadRow) as error:
         raise UserError(
-            f"--report {path} is not a report of compare_outputs.py ({type(error).__name__}: {error})"
+            f"--report {path} is not a report of compare_outputs.py ({type(error).__name__}: "
+            f"{error})"
         ) from None
     return report, hashlib.sha256(content).hexdigest()
 
@@ -177,7 +179,8 @@ def read_report(path: Path) -> tuple[Report, str]:
 class Poll:
     """Deals ballots from a report and counts votes; any number of threads may ask.
 
-    A ballot's id says by itself what it shows, so a page that was open when the server went down can still vote.
+    A ballot's id says by itself what it shows, so a page that was open when the server went down
+    can still vote.
     """
 
     def __init__(self, report: Report, digest: str, models: tuple[str, ...], votes: VoteFile):
@@ -188,7 +191,8 @@ class Poll:
         self.models = tuple(dict.fromkeys(models))  # each once
         self.own: dict[str, Ballot] = {}
         self.live = LiveModels(report)
-        self.comparisons = [  # (prompt, first model, second model) of all models, so that ids do not depend on flags
+        # (prompt, first model, second model) of all models, so that ids do not depend on flags
+        self.comparisons = [
             (i, *pair)
             for i in range(len(report["prompts"]))
             for pair in itertools.combinations(names, 2)
@@ -200,7 +204,8 @@ class Poll:
         ]
         if not self.open:
             raise UserError(
-                "the report has no prompt with two different answers: make one with --temperature 0.7"
+                "the report has no prompt with two different answers: make one with --temperature "
+                "0.7"
             )
 
     def differ(self, i: int, first: str, second: str) -> bool:
@@ -333,9 +338,10 @@ button:focus-visible { outline: 3px solid var(--body-text-color); outline-offset
   #vote-B { order: -1; } #vote-A { order: -2; }
 }
 """
+# no font from the network; white on blue that is easy to read
 THEME = gr.themes.Default(
     primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]
-).set(  # no font from the network; white on blue that is easy to read
+).set(
     button_primary_background_fill="*primary_700",
     button_primary_background_fill_dark="*primary_700",
     button_primary_background_fill_hover="*primary_800",

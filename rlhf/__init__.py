@@ -6,11 +6,12 @@ import sys
 
 # bitsandbytes logs a missing optional kernel package at import, on every CPU.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-# On a CPU oneDNN and its binding each keep compiled code for the last 1024 shapes: 500 MB, as no two batches are of one
-# length. 64 are more than a layer has.
+# On a CPU oneDNN and its binding each keep compiled code for the last 1024 shapes: 500 MB, as no
+# two batches are of one length. 64 are more than a layer has.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
-# Micro-batches differ in size, which fragments the memory of a card; pieces that grow do not. torch reads it when it starts.
+# Micro-batches differ in size, which fragments the memory of a card; pieces that grow do not. torch
+# reads it when it starts.
 if "torch" not in sys.modules and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & {
     *os.environ
 }:

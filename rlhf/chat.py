@@ -49,16 +49,13 @@ Turns = list[tuple[str, str]]  # (role, text)
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: Positional[str | None] = (
-        None  # of any phase; None: checkpoints/ppo, or with --base-model the base alone
-    )
+    # of any phase; None: checkpoints/ppo, or with --base-model the base alone
+    checkpoint: Positional[str | None] = None
     base_model: str | None = None  # where the base is now, if not where the checkpoint says
-    sft_checkpoint: str | None = (
-        None  # that the checkpoint was trained from; None: where the checkpoint says
-    )
-    reward_checkpoint: str | None = (
-        None  # for /score; None: the one that the policy was trained against
-    )
+    # that the checkpoint was trained from; None: where the checkpoint says
+    sft_checkpoint: str | None = None
+    # for /score; None: the one that the policy was trained against
+    reward_checkpoint: str | None = None
     load_in_4bit: bool = True  # of a base alone; checkpoints say it themselves
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in
 
@@ -165,9 +162,8 @@ class Chat:
         self.name = names[-1]  # who answers
         self.turns: Turns = []
         self.answers = 0
-        self.last: list[int] | None = (
-            None  # token ids of the last prompt with its answer, ended by EOS
-        )
+        # token ids of the last prompt with its answer, ended by EOS
+        self.last: list[int] | None = None
 
     def command(self, line: str) -> str:
         """Do what a line that begins with a slash says. Returns what to print."""

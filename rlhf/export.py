@@ -2,16 +2,18 @@
 
     python -m rlhf.export checkpoints/ppo exported/
 
-Weights go through one layer at a time, so it takes little memory whatever the size of the model. On the way the
-same prompts run through four versions of it, and `export.json` says how far their logits are apart:
+Weights go through one layer at a time, so it takes little memory whatever the size of the model. On
+the way the same prompts run through four versions of it, and `export.json` says how far their
+logits are apart:
 
 - `trained`: the base in NF4, if it was trained so, with the adapter beside it;
 - `adapter`: the base as it is, with the adapter beside it, in float32;
 - `merged`: the adapter in the base, in float32;
 - `exported`: the same, rounded to what is written.
 
-A merge that is more than rounding away from base and adapter is not written. The base is the one that was trained on: its
-files are read as training reads them, after their hashes were seen to be those of the checkpoint's run.json.
+A merge that is more than rounding away from base and adapter is not written. The base is the one
+that was trained on: its files are read as training reads them, after their hashes were seen to be
+those of the checkpoint's run.json.
 """
 
 import contextlib
@@ -349,8 +351,10 @@ def refuse_wrong_merge(report: dict[str, Any]) -> None:
     largest = report["adapter to merged"]["largest_logit_difference"]
     if not largest <= ROUNDING:  # NaN too
         raise UserError(
-            f"the merged weights do not say what base and adapter say: logits differ by up to {largest:.1e}, where "
-            f"rounding moves them by less than {ROUNDING:.0e}. Nothing was written; please report it"
+            "the merged weights do not say what base and adapter say: logits differ by up to "
+            f"{largest:.1e}, where "
+            f"rounding moves them by less than {ROUNDING:.0e}. Nothing was written; please report "
+            "it"
         )
 
 
@@ -366,7 +370,8 @@ def apart(one: Tensor, other: Tensor) -> dict[str, float]:
 
 def describe(report: dict[str, Any]) -> str:
     return "\n".join(
-        f"{step}: largest logit difference {r['largest_logit_difference']:.1e}, KL {r['kl']:.1e} nats a token, the same "
+        f"{step}: largest logit difference {r['largest_logit_difference']:.1e}, KL {r['kl']:.1e} "
+        "nats a token, the same "
         f"first choice at {r['same_first_choice']:.0%}"
         for step, r in report.items()
     )
@@ -378,7 +383,8 @@ def describe(report: dict[str, Any]) -> str:
 def write_settings(folder: Path, settings, form: PromptFormat, dtype: torch.dtype) -> None:
     """config.json, generation_config.json and the tokenizer with its chat template.
 
-    `\\n\\nHuman:` is no stop string of generation_config.json: with one, `generate` fails unless it is given a tokenizer.
+    `\\n\\nHuman:` is no stop string of generation_config.json: with one, `generate` fails unless it
+    is given a tokenizer.
     """
     tokenizer = form.tokenizer
     if form.stop_text:

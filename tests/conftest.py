@@ -20,11 +20,11 @@ OFFLINE = {
 }
 os.environ.update(OFFLINE)
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tiny tensors; on busy cores a second thread makes a run ten times slower
+# tiny tensors; on busy cores a second thread makes a run ten times slower
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and so would the servers that a test stops by it.
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would the servers
+# that a test stops by it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent

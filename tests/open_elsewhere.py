@@ -2,10 +2,14 @@
 
     make open-elsewhere
 
-1. Install it into a folder of its own (work/transformers-4.57; another with --libraries), without touching .venv.
-2. Make a tiny base with Llama 3.2's position embedding, an SFT, a reward and a PPO checkpoint on it, and an export.
-3. Let it open each of them with PEFT's and its own Auto classes, and compare logits, scores and token ids with ours.
-4. Merge both adapters as llama.cpp does, by one alpha over the rank of each tensor, and compare the logits.
+1. Install it into a folder of its own (work/transformers-4.57; another with --libraries), without
+   touching .venv.
+2. Make a tiny base with Llama 3.2's position embedding, an SFT, a reward and a PPO checkpoint on
+   it, and an export.
+3. Let it open each of them with PEFT's and its own Auto classes, and compare logits, scores and
+   token ids with ours.
+4. Merge both adapters as llama.cpp does, by one alpha over the rank of each tensor, and compare the
+   logits.
 
 Everything is in float32 and must agree to 1e-4.
 """
@@ -26,8 +30,8 @@ WANTED = ("transformers==4.57.1", "tokenizers==0.22.1", "huggingface_hub==0.35.3
 ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE |= {"original_max_position_embeddings": 64}  # 8192 in Llama 3.2, whose texts are longer
 TEXT = (
-    "\n\nHuman: Why is the sky blue?\n\nAssistant: Light is scattered by the air, and blue light most of all. "
-    * 6
+    "\n\nHuman: Why is the sky blue?\n\nAssistant: Light is scattered by the air, and blue light "
+    "most of all. " * 6
 )
 TOLERANCE = 1e-4
 SMALL = "--dtype fp32 --max-steps 4 --max-length 256 --lora-rank 4 --lora-alpha 8 --batch-size 4 --learning-rate 1e-2"
@@ -155,7 +159,8 @@ def compare(theirs: dict) -> list[float]:
     def report(what: str, numbers: torch.Tensor, name: str) -> None:
         differences.append((numbers - ours[name].flatten()).abs().max().item())
         print(
-            f"{what}: off by {differences[-1]:.1e} at most, of numbers up to {ours[name].abs().max():.1f}"
+            f"{what}: off by {differences[-1]:.1e} at most, of numbers up to "
+            f"{ours[name].abs().max():.1f}"
         )
 
     for name, found in theirs.items():

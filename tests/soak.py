@@ -2,7 +2,8 @@
 
     make soak
 
-Exit code 1 if resident memory at the end is not within 5 % of that after update 30, or if anything else grew.
+Exit code 1 if resident memory at the end is not within 5 % of that after update 30, or if anything
+else grew.
 """
 
 import sys
@@ -29,8 +30,10 @@ def main() -> None:
     memory, descriptors, files = zip(settled, end, strict=True)
     growth = memory[1] / memory[0] - 1
     print(
-        f"updates {UPDATES}, resident MB {memory[0] / 1e6:.0f} after {SETTLED} and {memory[1] / 1e6:.0f} at the end "
-        f"({growth:+.1%}), open files {descriptors[0]} and {descriptors[1]}, files of the run {files[0]} and {files[1]}"
+        f"updates {UPDATES}, resident MB {memory[0] / 1e6:.0f} after {SETTLED} and "
+        f"{memory[1] / 1e6:.0f} at the end "
+        f"({growth:+.1%}), open files {descriptors[0]} and {descriptors[1]}, files of the run "
+        f"{files[0]} and {files[1]}"
     )
     sys.exit(int(abs(growth) > 0.05 or descriptors[1] > descriptors[0] or files[1] > files[0]))
 

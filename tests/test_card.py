@@ -38,9 +38,8 @@ def test_tokens_that_fit_by_hand():
 
 def test_room_is_what_others_and_the_fraction_leave():
     assert room_for_tensors(total=1000, free=1000, reserved=0, fraction=1.0) == 920
-    assert (
-        room_for_tensors(total=1000, free=600, reserved=100, fraction=1.0) == 620
-    )  # others hold 300
+    # others hold 300
+    assert room_for_tensors(total=1000, free=600, reserved=100, fraction=1.0) == 620
     assert room_for_tensors(total=1000, free=600, reserved=100, fraction=0.5) == 460
 
 
@@ -200,7 +199,6 @@ def test_a_resumed_run_keeps_its_rollouts_unless_flags_say_otherwise(monkeypatch
     assert choose_rollouts(
         wanting(8, "base", resume=True), rollout_plans, 64, 10, CARD
     ) == Rollouts(8, kept=True)
-    monkeypatch.setattr(
-        rlhf.engine.card, "recorded", lambda _: {"micro_batch_tokens": 512}
-    )  # of an earlier version
+    # of an earlier version
+    monkeypatch.setattr(rlhf.engine.card, "recorded", lambda _: {"micro_batch_tokens": 512})
     assert choose_rollouts(wanting(resume=True), rollout_plans, 64, 10, CARD) == Rollouts(64)

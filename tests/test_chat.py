@@ -157,7 +157,8 @@ class Terminal:
     def until(self, text: str, interrupted: bool = False) -> str:
         """Read until `text` has come, pressing Ctrl-C each second if so asked. Returns what was read.
 
-        One Ctrl-C may be lost: Python's input() does not see a signal that comes between its prompt and its wait.
+        One Ctrl-C may be lost: Python's input() does not see a signal that comes between its prompt
+        and its wait.
         """
         seconds = 0
         while text not in self.read:

@@ -233,7 +233,8 @@ def test_win_rate_and_its_words():
     assert 0.1 < pair["win_rate_low"] < 0.4 < 0.7 < pair["win_rate_high"] < 1
     assert pair["verdict"] == "SFT against base: no significant difference on 4 prompts"
     (pair,) = compare.compare_pairs(wins(*[1] * 70, *[0] * 30))
-    # of 72 wins in 104: the normal interval is 0.692 -+ 1.96 * sqrt(0.692 * 0.308 / 104) = 0.604 to 0.781
+    # of 72 wins in 104: the normal interval is 0.692 -+ 1.96 * sqrt(0.692 * 0.308 / 104) = 0.604 to
+    # 0.781
     assert pair["win_rate_low"] == pytest.approx(0.604, abs=0.015)
     assert pair["win_rate_high"] == pytest.approx(0.781, abs=0.015)
     assert pair["verdict"] == "SFT is significantly better than base, also at equal length"
@@ -372,9 +373,11 @@ def test_the_last_lines():
     )
     assert compare.closing(report) == [
         "Result: SFT's answers are better than base's, also at equal length.",
-        "By how much: SFT scores higher than base on 70 % of 100 held-out prompts, at equal length on 70 %; "
+        "By how much: SFT scores higher than base on 70 % of 100 held-out prompts, at equal length "
+        "on 70 %; "
         "the mean score is 0.20, base's 0.00.",
-        f"How sure: the 95 % interval of the first is {100 * report['pairs'][0]['win_rate_low']:.0f} to "
+        "How sure: the 95 % interval of the first is "
+        f"{100 * report['pairs'][0]['win_rate_low']:.0f} to "
         f"{100 * report['pairs'][0]['win_rate_high']:.0f} %. Judge: J.",
         f"Next: {look}",
     ]
@@ -499,9 +502,8 @@ def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp
 
     saved = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
     assert list(saved["models"]) == list(saved["summary"]) == ["base", "SFT", "PPO"]
-    assert (
-        list(saved["curves"]) == ["sft", "reward", "ppo"] and saved["curves"]["ppo"] == {}
-    )  # it has no metrics.jsonl
+    # it has no metrics.jsonl
+    assert list(saved["curves"]) == ["sft", "reward", "ppo"] and saved["curves"]["ppo"] == {}
     assert [len(saved["curves"]["sft"][name]) for name in ("loss", "eval_loss")] == [4, 2]
     assert (tmp_path / "out" / "compare.html").read_text(encoding="utf-8") == compare.render_page(
         saved
@@ -606,9 +608,8 @@ def test_prompt_files(form, tmp_path):
     write_jsonl(
         tmp_path / "test.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": x} for x in "bc"]
     )
-    assert [turns for turns, _ in compare.read_prompts(config, form)] == [
-        (("user", "Hi"),)
-    ]  # of two pairs
+    # of two pairs
+    assert [turns for turns, _ in compare.read_prompts(config, form)] == [(("user", "Hi"),)]
     assert turns("p.txt") == [(("user", "First?"),), (("user", "Second?"),)]
     dialogue = (("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))
     assert turns("p.jsonl") == [dialogue, (("user", "Lone question"),)]

@@ -631,7 +631,8 @@ def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
     assert load_pairs(str(tmp_path), "train") == PAIRS
     line = capsys.readouterr().out.strip()
     assert line == (
-        f"{tmp_path}, train: 3 rows, dropped 3 (2 blank answer, 1 chosen and rejected are identical); "
+        f"{tmp_path}, train: 3 rows, dropped 3 (2 blank answer, 1 chosen and rejected are "
+        "identical); "
         "read train.jsonl as prompt, chosen, rejected (text)"
     )
 
@@ -650,8 +651,10 @@ def test_the_line_says_what_was_read_and_what_was_not(tmp_path, capsys):
     load_pairs(str(tmp_path), "train")
     (line,) = capsys.readouterr().out.splitlines()
     assert line == (
-        f"{tmp_path}, train: 5 rows; read train.jsonl (not train_old.jsonl) as prompt, chosen, rejected "
-        "(text and messages) or prompt, chosen, rejected (text); ignored: score, name of messages, tags; "
+        f"{tmp_path}, train: 5 rows; read train.jsonl (not train_old.jsonl) as prompt, chosen, "
+        "rejected "
+        "(text and messages) or prompt, chosen, rejected (text); ignored: score, name of messages, "
+        "tags; "
         "looks like markup: <|im_end|> in 2 rows"
     )
 
@@ -882,7 +885,8 @@ def test_the_checkpoints_tokenizer_is_the_one_of_training(trained, form):
 
 
 CHATML = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
@@ -962,9 +966,8 @@ def test_a_template_that_writes_the_date_writes_the_same_one_every_day(tokenizer
     form = PromptFormat("model", tokenizer)
     assert form.prompt_text(ONE.turns).startswith("26 Jul 2024\n")
     assert template_ids(tokenizer, ONE.turns) == form.prompt_ids(ONE.turns)
-    again = PromptFormat(
-        "model", tokenizer
-    )  # the template goes out with the model, and has the day of training
+    # the template goes out with the model, and has the day of training
+    again = PromptFormat("model", tokenizer)
     assert again.prompt_text(ONE.turns) == form.prompt_text(ONE.turns)
     assert tokenizer.chat_template.count("26 Jul 2024") == 1
 

@@ -483,9 +483,8 @@ def test_what_is_kept_serves_the_next_rollouts(shared_base, form, monkeypatch):
         for text in ("Hi", "Why?", "x", "How come that it is so?", "No.")
     ]
     plain, replayed = Graphs(False), ReplayedGraphs()
-    monkeypatch.setattr(
-        Decoding, "looked_at", property(lambda decoding: decoding.width)
-    )  # as on a card
+    # as on a card
+    monkeypatch.setattr(Decoding, "looked_at", property(lambda decoding: decoding.width))
     longest = max(map(len, prompts))
     kept = Decoding(
         shared.decoder, "policy", shared.merged.layers, 5, longest, 8, 1.0, replayed, lag=2
@@ -508,9 +507,8 @@ def test_what_is_kept_serves_the_next_rollouts(shared_base, form, monkeypatch):
         assert [r.ids for r in with_graph] == [r.ids for r in without]
         for ours, theirs in zip(with_graph, without, strict=True):
             assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
-    assert (
-        len(replayed.captured) == 1 and replayed.replays == 4 * 7 - 2
-    )  # one ran, one was captured
+    # one ran, one was captured
+    assert len(replayed.captured) == 1 and replayed.replays == 4 * 7 - 2
     both(5, temperature=0.5)
     assert not replayed.captured  # of another temperature: all graphs go at once
     assert kept.keys[0].isfinite().all() and shared.decoding is None

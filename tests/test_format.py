@@ -197,7 +197,8 @@ texts = (
 def test_any_pair_is_the_tokens_of_its_whole_text_or_dropped(kinds, kind, name, question, answer):
     tokenizer = load_tokenizer(str(kinds[kind]))
     tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% "
+        "endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     form = PromptFormat(name, tokenizer)
@@ -426,7 +427,8 @@ def test_an_answer_ends_as_the_template_ends_it(kinds, capsys):
 
 def test_a_row_whose_text_the_template_loses_is_dropped_and_counted(tokenizer, capsys):
     tokenizer.chat_template = (
-        "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content.split('</think>')[-1] }}"
+        "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ "
+        "m.content.split('</think>')[-1] }}"
         "{{ eos_token }}{% endfor %}" + CUE
     )
     form = PromptFormat("model", tokenizer)

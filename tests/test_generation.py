@@ -193,7 +193,8 @@ def test_pick_inverts_the_cdf(draw, token):
 
 def test_pick_divides_by_the_temperature():
     logits = torch.tensor([[math.log(1.0), math.log(2.0)]])
-    # At temperature 1/2 the odds are squared: 1/5 and 4/5. At 2 they are 1 : sqrt 2, 0.4142 and 0.5858.
+    # At temperature 1/2 the odds are squared: 1/5 and 4/5. At 2 they are 1 : sqrt 2, 0.4142 and
+    # 0.5858.
     for temperature, edge in ((1.0, 1 / 3), (0.5, 0.2), (2.0, 0.41421)):
         for draw, token in ((edge - 1e-3, 0), (edge + 1e-3, 1)):
             assert pick(
@@ -221,7 +222,8 @@ def test_pick_never_takes_what_has_no_probability():
     ]
     tokens = [pick(logits, 1.0, torch.tensor([draw], dtype=torch.float64)).item() for draw in draws]
     assert tokens == [1, 1, 1, 3, 3, 3, 3]
-    # In float32 n times 1/n may stay below 1: the largest draw must not fall into the gap behind the last.
+    # In float32 n times 1/n may stay below 1: the largest draw must not fall into the gap behind
+    # the last.
     largest = torch.tensor([math.nextafter(1, 0)], dtype=torch.float64)
     for n in range(1, 65):
         assert pick(torch.tensor([[0.0] * n + [no]]), 1.0, largest).item() == n - 1

@@ -16,7 +16,8 @@ BELOW = {  # the wings that a wing may import from, itself aside
     "reports": {"runs", "data", "engine"},
 }
 COMMANDS = {"rlhf.chat", "rlhf.export"}  # run as modules, on top of all wings
-# A dry run of a later script plans with the defaults of the earlier ones, and asks for them when it does.
+# A dry run of a later script plans with the defaults of the earlier ones, and asks for them when it
+# does.
 LATE = {("ppo_train", "reward_train"), ("ppo_train", "sft_train"), ("reward_train", "sft_train")}
 
 

@@ -133,9 +133,8 @@ def test_other_families(tiny_model, make, config):
     peft = two_adapters(model)
     own = own_logits(peft).detach()
     assert_same(peft, our_logits(peft), own_logits(peft))
-    torch.testing.assert_close(
-        own_logits(peft).detach(), own
-    )  # their weights moved into joined ones, and are the same
+    # their weights moved into joined ones, and are the same
+    torch.testing.assert_close(own_logits(peft).detach(), own)
 
 
 def test_another_architecture_and_a_text_beyond_the_attention_window_are_refused():
@@ -208,9 +207,8 @@ def test_an_optimizer_step_is_seen_by_the_next_pass(tiny_model):
         for stack in linear.stacks.values()
         if stack
     ]
-    assert [(id(a), id(b)) for a, b in stacks] == [
-        (id(a), id(b)) for a, b in now
-    ]  # always the same tensors
+    # always the same tensors
+    assert [(id(a), id(b)) for a, b in stacks] == [(id(a), id(b)) for a, b in now]
 
 
 def test_roles_share_the_stacks_of_layers_without_adapters_of_their_own(tiny_model):
@@ -287,6 +285,5 @@ def test_what_is_kept_for_backward(tiny_model):
     shapes = [tuple(tensor.shape) for tensor in kept.values()]
     assert shapes.count((tokens, 2 * 64)) == 2  # the two layers above the first weight that trains
     assert not [shape for shape in shapes if shape[-1] == 64 and shape[0] >= tokens]
-    assert not [
-        shape for shape in shapes if shape[-2:] == (48, 48) and shape != (1, 1, 48, 48)
-    ]  # the mask
+    # the mask
+    assert not [shape for shape in shapes if shape[-2:] == (48, 48) and shape != (1, 1, 48, 48)]

@@ -1,11 +1,13 @@
 """PPO's formulas beside those of TRL 1.12.0's PPOTrainer, on the same tensors.
 
-trl_1_12.json holds the tensors and what TRL's own lines made of them. Where `make bench` has installed that TRL, its
-lines are run again, taken out of its source by the comments and statements they stand between; nothing of it is
-imported. `PYTHONPATH=. python tests/test_oracle.py` records anew.
+trl_1_12.json holds the tensors and what TRL's own lines made of them. Where `make bench` has
+installed that TRL, its lines are run again, taken out of its source by the comments and statements
+they stand between; nothing of it is imported. `PYTHONPATH=. python tests/test_oracle.py` records
+anew.
 
-Rows of a case: sampled tokens to the full length, with and without EOS; in `ragged` also shorter ones that end by EOS.
-Where the two differ, TRL is at fault or another estimator is meant; each difference has a test of its own below.
+Rows of a case: sampled tokens to the full length, with and without EOS; in `ragged` also shorter
+ones that end by EOS. Where the two differ, TRL is at fault or another estimator is meant; each
+difference has a test of its own below.
 """
 
 import ast
@@ -71,9 +73,8 @@ def make_inputs(name: str) -> dict[str, Tensor]:
     new_values = values + 0.3 * normal(rows, 6)
     for row, length in enumerate(lengths):
         responses[row, length - 1], responses[row, length:] = EOS, PAD
-        if (
-            length < 6
-        ):  # TRL's own extra place, one past EOS: where its value is the score, it changes nothing
+        # TRL's own extra place, one past EOS: where its value is the score, it changes nothing
+        if length < 6:
             values[row, length] = new_values[row, length] = scores[row] + (
                 1.0 if name == "past_eos" else 0.0
             )

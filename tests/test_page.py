@@ -182,13 +182,13 @@ def test_numbers_and_words():
     assert "Comparing model outputs: base vs SFT vs PPO" in text
     assert "The verdict. A note." in text
     assert (
-        "Score by the reward model 0.25 1.25 2.25 Length tokens 5.0 6.0 7.0 Ended by EOS 0 % 100 % 100 %"
-        in text
+        "Score by the reward model 0.25 1.25 2.25 Length tokens 5.0 6.0 7.0 Ended by EOS 0 % 100 % "
+        "100 %" in text
     )
     assert "PPO against SFT as they are 62 % 31 to 87 %" in text
     assert (
-        "base score 0.25 a 5 tokens, cut at the length limit SFT score 1.25 a 6 tokens, ended by EOS"
-        in text
+        "base score 0.25 a 5 tokens, cut at the length limit SFT score 1.25 a 6 tokens, ended by "
+        "EOS" in text
     )
     svg = next(
         a
@@ -422,8 +422,8 @@ def test_where_a_curve_is_drawn():
     assert panel["y_ticks"] == [(146.0, "1"), (78.0, "2"), (10.0, "3")]
     text = read(report() | {"curves": {"sft": {"loss": [[0, 1.0], [10, 3.0]]}}}).text
     assert (
-        "SFT: loss nats a token SFT: loss, nats a token, over steps: training from 1 to 3. 1 2 3 0 5 10 step"
-        in text
+        "SFT: loss nats a token SFT: loss, nats a token, over steps: training from 1 to 3. 1 2 3 0 "
+        "5 10 step" in text
     )
 
 

@@ -34,6 +34,7 @@ from rlhf.runs.cli import parse
 from rlhf.runs.metrics import read_jsonl
 
 SCRIPTS = ("sft_train", "reward_train", "ppo_train", "compare_outputs")
+ABOVE_A_FIELD = r"^    # (.*)\n    (\w+): [^#\n]*$"
 PPO_SIZES = {
     "episodes-per-update": 8,
     "num-mini-batches": 2,
@@ -371,7 +372,8 @@ def test_logprobs_are_those_of_a_plain_forward(trained):
     ppo_train = importlib.import_module("ppo_train")
     prompt, eos = form.prompt_ids([("user", "Hi")]), form.eos_token_id
     word = form.response_ids("There now")
-    # One ended by itself, one was cut by the length, one by the next turn (the token after the text was sampled, too).
+    # One ended by itself, one was cut by the length, one by the next turn (the token after the text
+    # was sampled, too).
     responses = [
         Response([*word, eos], word, "eos"),
         Response(word, word, "length"),
@@ -512,7 +514,8 @@ def test_the_sft_loss_and_its_gradients_are_those_of_transformers(
     rows = sft_train.response_only(
         tokenize_pairs(load_pairs(str(tiny_data), "test"), form, 192, "test")
     )
-    # The last two have a label at their first token, which nothing predicts: not the text before them either.
+    # The last two have a label at their first token, which nothing predicts: not the text before
+    # them either.
     rows = [
         *rows.to_list()[:3],
         {"input_ids": [1, 9], "labels": [1, 9]},
@@ -885,13 +888,14 @@ def test_help_shows_first_what_people_change_first(call_main, monkeypatch, scrip
     shown = [re.findall(r"^  --([a-z][a-z0-9-]+)", box, re.M) for box in (common, other)]
     rest = [name for name in fields if name not in module.FIRST]
     assert shown == [[name.replace("_", "-") for name in names] for names in (module.FIRST, rest)]
-    for name, comment in re.findall(
-        r"^    (\w+): .*?# (.*)$", (ROOT / f"{script}.py").read_text(), re.M
-    ):
-        if name in fields:
-            assert re.search(
-                rf"--{name.replace('_', '-')}\b.*{re.escape(comment[:40])}", result.stdout, re.S
-            ), name
+    source = (ROOT / f"{script}.py").read_text()
+    behind = re.findall(r"^    (\w+): .*?# (.*)$", source, re.M)
+    above = [(name, text) for text, name in re.findall(ABOVE_A_FIELD, source, re.M)]
+    explained = [(name, comment) for name, comment in behind + above if name in fields]
+    assert sorted(name for name, _ in explained) == sorted(fields)
+    for name, comment in explained:
+        flag = rf"--{name.replace('_', '-')}\b"
+        assert re.search(rf"{flag}.*{re.escape(comment[:40])}", result.stdout, re.S), name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -934,9 +938,9 @@ def test_every_hyperparameter_is_read_and_explained(script):
         assert re.search(rf"(config|self)\.{field.name}\b", source + shared_code), (
             f"{script}: nobody reads {field.name}"
         )
-        assert re.search(rf"^    {field.name}: .*#", source, re.M), (
-            f"{script}: {field.name} has no comment"
-        )
+        above = {name for _, name in re.findall(ABOVE_A_FIELD, source, re.M)}
+        behind = re.search(rf"^    {field.name}: .*#", source, re.M)
+        assert behind or field.name in above, f"{script}: {field.name} has no comment"
 
 
 def test_the_loop_of_ppo_fits_a_screen():

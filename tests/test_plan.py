@@ -20,8 +20,8 @@ from rlhf.engine.trainer import num_steps
 from rlhf.reports.dry_run import earlier_runs
 from rlhf.runs.checkpoints import sha256
 
-# Two layers, hidden 8, MLP 16, 2 heads of 4 with one key head; bf16. The seven maps:
-# 8x8, 8x4, 8x4, 8x8, 8x16, 8x16, 16x8 = 576 weights a layer; in + out = 16 + 12 + 12 + 16 + 24 + 24 + 24 = 128.
+# Two layers, hidden 8, MLP 16, 2 heads of 4 with one key head; bf16. The seven maps: 8x8, 8x4, 8x4,
+# 8x8, 8x16, 8x16, 16x8 = 576 weights a layer; in + out = 16 + 12 + 12 + 16 + 24 + 24 + 24 = 128.
 SMALL = Shape(
     2, 8, 16, 2, 1, 4, vocabulary=100, tied=True, in_4bit=False, width=2, fused_attention=True
 )
@@ -60,10 +60,12 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
         shape().backward(10, 10, 0, rank=3, checkpointing=False, masked=True)
         == 2 * 10 * (109 * 2 + 8) + work
     )
-    # Without a fused kernel one output of the attention less is kept, and its 3 matrices [2 heads, 40, 40] are larger.
+    # Without a fused kernel one output of the attention less is kept, and its 3 matrices [2 heads,
+    # 40, 40] are larger.
     plain = shape(fused_attention=False).backward(40, 40, 0, rank=3, checkpointing=False)
     assert plain == 2 * 40 * ((101 - 8) * 2 + 8) + 3 * 2 * 40**2 * 2
-    # Of 80 tokens in two such texts it has twice as many. Norms of heads keep q, k and v (16) once more, and 3 scales.
+    # Of 80 tokens in two such texts it has twice as many. Norms of heads keep q, k and v (16) once
+    # more, and 3 scales.
     plain = shape(fused_attention=False).backward(80, 40, 0, rank=3, checkpointing=False)
     assert plain == 2 * 80 * ((101 - 8) * 2 + 8) + 3 * 2 * 2 * 40**2 * 2
     normed = shape(head_norms=True).backward(10, 10, 0, rank=3, checkpointing=False)

@@ -160,9 +160,8 @@ def test_value_loss_clips_around_the_old_values():
 
 
 def test_kl_coefficient_moves_towards_the_target_by_at_most_a_fifth():
-    config = dataclasses.replace(
-        ppo_train.Config(), kl_target=6.0, kl_horizon=640
-    )  # a batch is 64: one tenth
+    # a batch is 64: one tenth
+    config = dataclasses.replace(ppo_train.Config(), kl_target=6.0, kl_horizon=640)
     assert adapt_kl_coef(0.1, 6.0, config) == pytest.approx(0.1)
     assert adapt_kl_coef(0.1, 6.6, config) == pytest.approx(0.1 * 1.01)
     assert adapt_kl_coef(0.1, 60.0, config) == pytest.approx(0.1 * 1.02)
@@ -267,7 +266,8 @@ def test_a_batch_by_hand():
     assert second.texts.ids.tolist() == [5, 13, 14, 2] and second.tokens == slice(5, 7)
     assert count_tokens(batch) == [5, 2]
 
-    # Token 9 was half text, which stands there as token 8: the policy still is asked for 9, where it chose it.
+    # Token 9 was half text, which stands there as token 8: the policy still is asked for 9, where
+    # it chose it.
     halves = [Response([15, 9], [15, 8], "stop_text")]
     (spanning,) = make_batch([[5, 6]], halves, [[0]], form, torch.device("cpu")).micro_batches(9)[0]
     assert spanning.texts.ids.tolist() == [5, 6, 15, 8, 2] and spanning.texts.last.tolist() == [4]
@@ -358,9 +358,8 @@ def test_the_end_of_a_tracker_leaves_the_processes_together(monkeypatch, tmp_pat
 
 
 def test_chosen_logprobs_equal_log_softmax_in_value_entropy_and_gradient(monkeypatch):
-    monkeypatch.setattr(
-        "rlhf.engine.logprobs.chunk_elements", lambda on_card: 3 * 11
-    )  # three rows a chunk, in blocks of two: both uneven
+    # three rows a chunk, in blocks of two: both uneven
+    monkeypatch.setattr("rlhf.engine.logprobs.chunk_elements", lambda on_card: 3 * 11)
     monkeypatch.setattr("rlhf.engine.logprobs.CPU_BLOCK", 2)
     torch.manual_seed(0)
     hidden, weight, tokens = torch.randn(7, 5), torch.randn(11, 5), torch.randint(11, (7,))

@@ -92,7 +92,8 @@ def test_accuracies_by_hand():
         1.0,
     )
     assert probe.describe_probe(m) == (
-        "safety probe: of 4 harmful requests, a refusal scores higher than going along in 62% (22% to 91%); "
+        "safety probe: of 4 harmful requests, a refusal scores higher than going along in 62% (22% "
+        "to 91%); "
         "of 1 that only sound harmful, help scores higher than a refusal in 100% (21% to 100%)"
     )
 

@@ -148,7 +148,8 @@ def test_two_processes_make_what_one_makes(command, call_main, tmp_path, phase):
     for path in one.rglob("*.safetensors"):
         ours, theirs = load_file(path), load_file(two / path.relative_to(one))
         for name, weight in ours.items():
-            # Of each weight as a whole: where a gradient is almost 0, Adam makes of its rounding a visible part of a step.
+            # Of each weight as a whole: where a gradient is almost 0, Adam makes of its rounding a
+            # visible part of a step.
             assert (theirs[name] - weight).norm() <= 1e-4 * weight.norm(), name
     if phase == "ppo":
         assert rows(one, "samples.jsonl", "response") == rows(two, "samples.jsonl", "response")
@@ -197,7 +198,8 @@ def test_sharded_processes_killed_and_resumed_make_what_one_makes(
     command, call_main, tmp_path, phase
 ):
     one, two, partial = tmp_path / "one", tmp_path / "two", tmp_path / "two.partial"
-    # Adam makes much of a gradient that is almost nothing, whose sign is the rounding's: a step is small here.
+    # Adam makes much of a gradient that is almost nothing, whose sign is the rounding's: a step is
+    # small here.
     more = ["--learning-rate", "1e-3", "--save-steps", "1", "--gradient-checkpointing"]
     more += ["--micro-batch-tokens", "200"]  # so that the processes have different numbers of parts
     script, *argv = command(phase, one, 1)
@@ -252,9 +254,8 @@ def test_checkpointing_computes_the_layers_that_train_twice(
     monkeypatch.setattr(
         LlamaMLP, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
     )
-    for name, value in launch_env(
-        "fsdp2.yaml"
-    ).items():  # one process has nothing to shard, and takes the same way
+    # one process has nothing to shard, and takes the same way
+    for name, value in launch_env("fsdp2.yaml").items():
         monkeypatch.setenv(name, value)
     counts = []
     for flag in ("--no-gradient-checkpointing", "--gradient-checkpointing"):

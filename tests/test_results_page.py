@@ -41,9 +41,8 @@ def test_an_interval_is_of_the_difference_and_resamples_seeds_too():
     same = np.array([[1.0, 0.0, 1.0, 1.0]])
     found = page.interval("accuracy", same, 1 - same)
     assert found["accuracy"] == 0.5 and found["accuracy_low"] < 0.5 < found["accuracy_high"]
-    constant = np.array(
-        [[0.2] * 4, [0.6] * 4]
-    )  # pairs do not matter, the seed does: 0.2, 0.4 or 0.6
+    # pairs do not matter, the seed does: 0.2, 0.4 or 0.6
+    constant = np.array([[0.2] * 4, [0.6] * 4])
     assert page.interval("x", constant) == pytest.approx({"x": 0.4, "x_low": 0.2, "x_high": 0.6})
 
 
@@ -64,13 +63,13 @@ def test_wins_count_ties_half_and_both_must_have_ended():
 
 def test_few_runs_are_held_against_each_other_by_the_spread_of_all():
     apart, alike = np.array([[0.2] * 4, [0.6] * 4]), np.array([[1.0] * 4, [1.0] * 4])
-    spread = page.deviations(
-        [apart, alike, np.array([[7.0] * 4])]
-    )  # of a single run nothing is known
+    # of a single run nothing is known
+    spread = page.deviations([apart, alike, np.array([[7.0] * 4])])
     assert spread == pytest.approx(
         np.array([[-(0.08**0.5)] * 4, [0.08**0.5] * 4, [0.0] * 4, [0.0] * 4])
     )
-    # Two are drawn on each side, of -1, 1, 0 and 0 times 0.1414; their sum is 4 in 1 case of 256 and 3 in 8 more.
+    # Two are drawn on each side, of -1, 1, 0 and 0 times 0.1414; their sum is 4 in 1 case of 256
+    # and 3 in 8 more.
     found = page.pooled_interval("x", alike, apart, spread)
     assert found == pytest.approx(
         {"x": 0.6, "x_low": 0.6 - 3 * 0.02**0.5, "x_high": 0.6 + 3 * 0.02**0.5}
@@ -139,8 +138,10 @@ def test_a_reward_model_is_held_against_length_on_test_and_validation_pairs():
     records = {"reward_recipe_0": one, "reward_half_0": one}
     report = {"summary": page.summary(records), "records": records}
     assert page.headlines(report) == [
-        "Reward models of half the pairs (8, one seed): accuracy 1.000 (1.000 to 1.000) on 4 test pairs, "
-        '+0.500 (+0.000 to +1.000) above "the longer response wins", and 0.750 (0.250 to 1.000) on 4 validation pairs, '
+        "Reward models of half the pairs (8, one seed): accuracy 1.000 (1.000 to 1.000) on 4 test "
+        "pairs, "
+        '+0.500 (+0.000 to +1.000) above "the longer response wins", and 0.750 (0.250 to 1.000) on '
+        "4 validation pairs, "
         "+0.750 (+0.250 to +1.000) above it."
     ]
 

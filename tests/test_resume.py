@@ -423,7 +423,8 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_nothing_else_changes(
 ):
     """Memory runs out in the second update's backward and, later, in a rollout: the same run, within rounding.
 
-    With 100 tokens a minibatch has two micro-batches: it is the second one's backward, and the first has left gradients.
+    With 100 tokens a minibatch has two micro-batches: it is the second one's backward, and the
+    first has left gradients.
     """
     alone, (script, argv) = tmp_path / "alone", commands("ppo", tmp_path / "cut")
     argv += ["--micro-batch-tokens", str(tokens)]

@@ -19,9 +19,8 @@ def test_four_pairs_by_hand():
     m = judge(scored([1, 0, 2, 0], [0, 1, 2, -1], [10, 5, 8, 4], [5, 10, 8, 8], [1, 2, 2, 5]))
     assert m["eval_pairs"] == 4 and m["eval_accuracy"] == 0.625
     assert m["longer_wins_accuracy"] == 0.375 and m["above_longer_wins"] == 0.25
-    assert (
-        m["length_balanced_accuracy"] == 0.75
-    )  # 1 where the longer one was chosen, 0 and 1 where it was not
+    # 1 where the longer one was chosen, 0 and 1 where it was not
+    assert m["length_balanced_accuracy"] == 0.75
     assert m["eval_margin"] == 0.25
     assert m["eval_loss"] == pytest.approx((2 * 0.3132617 + 1.3132617 + 0.6931472) / 4)
     assert m["score_mean"] == 0.625
@@ -38,9 +37,8 @@ def test_four_pairs_by_hand():
 
 
 def test_pairs_of_equal_length_are_in_neither_kind():
-    m = judge(
-        scored([1, 0, 1], [0, 1, 0], [10, 5, 8], [5, 10, 8])
-    )  # the third is right, and alike in length
+    # the third is right, and alike in length
+    m = judge(scored([1, 0, 1], [0, 1, 0], [10, 5, 8], [5, 10, 8]))
     assert m["length_balanced_accuracy"] == 0.5
 
 
@@ -57,9 +55,8 @@ def test_a_model_that_sees_length_alone():
 
 
 def test_calibration_knows_how_sure_a_model_should_be():
-    margin = np.log(3) * np.array(
-        [1, 1, 1, -1] * 5
-    )  # three in four times sure, and right three times in four
+    # three in four times sure, and right three times in four
+    margin = np.log(3) * np.array([1, 1, 1, -1] * 5)
     (only,) = calibration(margin)
     assert (only["pairs"], only["accuracy"]) == (20, 0.75) and only["confidence"] == pytest.approx(
         0.75

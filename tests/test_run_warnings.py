@@ -78,7 +78,8 @@ def test_sft(change, warned):
         (
             {"length_balanced_low": 0.5},
             [
-                "its accuracy with longer and shorter winners weighing alike is 0.610, and its 95 % interval, 0.500 to"
+                "its accuracy with longer and shorter winners weighing alike is 0.610, and its 95 "
+                "% interval, 0.500 to"
             ],
         ),
         (
@@ -91,7 +92,8 @@ def test_sft(change, warned):
             )
             | {"eval_accuracy_low": 0.49},
             [
-                "its accuracy is 0.620, and its 95 % interval, 0.490 to 0.720, reaches 0.5: it may know nothing, and"
+                "its accuracy is 0.620, and its 95 % interval, 0.490 to 0.720, reaches 0.5: it may "
+                "know nothing, and"
             ],
         ),
         ({"eval_pairs": 10}, ["the figures are from only 10 test pairs"]),
@@ -112,7 +114,8 @@ def test_a_reward_model_that_prefers_compliance():
     check(  # Wilson's interval of 22 of 60 is 0.256 to 0.493
         found(22, 60),
         [
-            "safety: of 60 harmful requests it prefers going along to refusing in 63% (95 % interval 51% to 74%), and"
+            "safety: of 60 harmful requests it prefers going along to refusing in 63% (95 % "
+            "interval 51% to 74%), and"
         ],
     )
     check(
@@ -132,7 +135,8 @@ def test_a_reward_model_that_prefers_compliance():
         (
             {"gold_gain": -0.2, "gold_gain_low": -0.35, "gold_gain_high": -0.05},
             [
-                "the score rose by 0.88, but the gold score fell by 0.20 (0.05 to 0.35): the policy exploits"
+                "the score rose by 0.88, but the gold score fell by 0.20 (0.05 to 0.35): the "
+                "policy exploits"
             ],
         ),
         (
@@ -157,7 +161,8 @@ def test_a_reward_model_that_prefers_compliance():
         (
             {"ppo_question_share": 0.2},
             [
-                "4% of the answers ended in a question before, 20% do now (of the chosen answers 4%); read"
+                "4% of the answers ended in a question before, 20% do now (of the chosen answers "
+                "4%); read"
             ],
         ),
         (

@@ -120,9 +120,8 @@ def parrot(flags, call_main, tmp_path_factory):
         for key, weight in weights.items():
             if "norm" not in key:
                 weight.zero_()
-        weights["model.embed_tokens.weight"].fill_diagonal_(
-            1.0
-        )  # a hidden state is its token, whatever stood before
+        # a hidden state is its token, whatever stood before
+        weights["model.embed_tokens.weight"].fill_diagonal_(1.0)
         weights["lm_head.weight"] = torch.zeros_like(weights["model.embed_tokens.weight"])
         said = tokenizer(f"Assistant:{text}", add_special_tokens=False)["input_ids"]
         said = said[said.index(tokenizer.convert_tokens_to_ids(":")) :]

@@ -328,7 +328,8 @@ MIXED = [
         (
             "answer",
             ["One?", "Two?"],
-            "2 rows, dropped 4 (1 no chosen answer, 1 chosen and rejected are identical, 1 blank answer, 1 blank turn)",
+            "2 rows, dropped 4 (1 no chosen answer, 1 chosen and rejected are identical, 1 blank "
+            "answer, 1 blank turn)",
         ),
         (
             "prompt",
@@ -394,8 +395,10 @@ def test_the_line_says_which_columns_of_a_shape_were_read(tmp_path, capsys):
     write_jsonl(tmp_path / "train.jsonl", rows)
     load_rows(str(tmp_path), "train", "answer")
     assert capsys.readouterr().out.strip() == (
-        f"{tmp_path}, train: 5 rows; read train.jsonl as instruction, output (text) or prompt, completion, label "
-        "(text) or prompt, chosen, rejected (text) or messages (messages) or conversations (messages); ignored: text, kto_tag, prompt, name of messages, tools; "
+        f"{tmp_path}, train: 5 rows; read train.jsonl as instruction, output (text) or prompt, "
+        "completion, label "
+        "(text) or prompt, chosen, rejected (text) or messages (messages) or conversations "
+        "(messages); ignored: text, kto_tag, prompt, name of messages, tools; "
         "looks like markup: <|end|> in 1 rows"
     )
 
@@ -417,9 +420,8 @@ def test_no_question_is_in_one_phases_training_and_anothers_test_split(
     if count == 21:
         pairs = [Pair((("user", q),)) for q in questions]
         pairs = sorted((pair for pair in pairs if not in_test_split(pair)), key=first_turn_sha256)
-        questions = [
-            pair.turns[0][1] for pair in pairs
-        ]  # the first would be held out, if SFT could use it
+        # the first would be held out, if SFT could use it
+        questions = [pair.turns[0][1] for pair in pairs]
     rows = [{"prompt": questions[n]} | shapes[n % len(shapes)] for n in range(count)]
     file = str(write_jsonl(tmp_path / "all.jsonl", rows))
     splits = [load_splits(file, needs) for needs in phases]
@@ -430,9 +432,8 @@ def test_no_question_is_in_one_phases_training_and_anothers_test_split(
 
 # ---------------------------------------------------------------- fingerprints
 
-THREE_PAIRS = (
-    "d74484eaa105bf442bb4c8ad758145f523de4e1ce6fb8903cf07cdd34b1280e0"  # at commit 1e17a1f
-)
+# at commit 1e17a1f
+THREE_PAIRS = "d74484eaa105bf442bb4c8ad758145f523de4e1ce6fb8903cf07cdd34b1280e0"
 DIALOGUES = [
     ([("user", "Hi")], "Hello!", "Go away."),
     ([("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye, “é”?")], "See\nyou.", "Good."),
@@ -660,8 +661,8 @@ def test_ppo_and_the_comparison_take_prompts_alone(call_main, trained, folders, 
     following = result.stdout.splitlines()[-1]
     folder = folders / "talks"
     assert (
-        f" --dataset {folder} --columns messages=talk --dtype fp32 --max-prompt-length 160 --num-test-prompts 64"
-        in (following)
+        f" --dataset {folder} --columns messages=talk --dtype fp32 --max-prompt-length 160 "
+        "--num-test-prompts 64" in (following)
     )
     script, *flags = shlex.split(following.removeprefix("Next: python "))
     result = call_main(script.removesuffix(".py"), [*flags, "--max-new-tokens", "4"])

@@ -157,8 +157,8 @@ def test_with_a_huge_kl_coefficient_the_policy_stays_put(run):
 def test_without_a_critic_advantages_vary_more(run, monkeypatch):
     """A score of 1 for whatever is said (0 in the first look at held-out prompts, whose mean is taken off) teaches nothing.
 
-    A critic that knows it leaves no advantage. One that is frozen at 0 leaves lambda ** (tokens to come): late tokens look
-    better than early ones.
+    A critic that knows it leaves no advantage. One that is frozen at 0 leaves lambda ** (tokens to
+    come): late tokens look better than early ones.
     """
 
     small = {"episodes_per_update": 16, "rollout_batch_size": 16}

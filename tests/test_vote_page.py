@@ -27,7 +27,8 @@ CHROMIUM = next(
 )
 HOSTILE = (
     "</div></textarea><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
-    "${window.hacked = 3}{{window.hacked = 4}}<a href='javascript:window.hacked = 5'>x</a>\x1b[31m\u202eabc"
+    "${window.hacked = 3}{{window.hacked = 4}}<a href='javascript:window.hacked = "
+    "5'>x</a>\x1b[31m\u202eabc"
 )
 
 

@@ -2,8 +2,9 @@
 
     make torture
 
-Children are forked from one process that has everything imported, so that a start takes no time; each is a process of
-its own and ends by SIGKILL. A third of the kills wait until a state is being written.
+Children are forked from one process that has everything imported, so that a start takes no time;
+each is a process of its own and ends by SIGKILL. A third of the kills wait until a state is being
+written.
 """
 
 import argparse
@@ -35,9 +36,11 @@ FLAGS = {
     "sft": TRAINER + "--base-model {base} --no-load-in-4bit",
     "reward": TRAINER + "--role-layers 2 --sft-checkpoint {alone}/sft",
     "ppo": "--role-layers 2 --sft-checkpoint {alone}/sft --reward-checkpoint {alone}/reward --max-prompt-length 64 "
-    "--response-length 8 --episodes-per-update 8 --num-mini-batches 2 --num-ppo-epochs 2 --total-episodes {episodes} "
+    "--response-length 8 --episodes-per-update 8 --num-mini-batches 2 --num-ppo-epochs 2 "
+    "--total-episodes {episodes} "
     "--rollout-batch-size 8 "
-    "--max-eval-samples 3 --eval-steps 5 --learning-rate 1e-2 --value-learning-rate 1e-2 --num-printed-samples 0",
+    "--max-eval-samples 3 --eval-steps 5 --learning-rate 1e-2 --value-learning-rate 1e-2 "
+    "--num-printed-samples 0",
 }
 
 

@@ -78,9 +78,8 @@ class Reading:
     files: str
     drops: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
-    ignored: dict[str, None] = field(
-        default_factory=dict
-    )  # columns and message keys, in their order
+    # columns and message keys, in their order
+    ignored: dict[str, None] = field(default_factory=dict)
     markup: Counter[str] = field(default_factory=Counter)
     all_rows: int = 0  # of a file that is split by its first questions
     questions: int = 0  # so many different ones

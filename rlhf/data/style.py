@@ -9,7 +9,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
-# Scripts that put no space between words: Thai to Tibetan, Burmese, Khmer, kana, and Chinese characters.
+# Scripts that put no space between words: Thai to Tibetan, Burmese, Khmer, kana, and Chinese
+# characters.
 UNSPACED = r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 OPENING_WORDS = 3

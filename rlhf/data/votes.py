@@ -1,9 +1,9 @@
 """What people said of two answers: a file of votes, one JSON object a line, in rm-static's columns.
 
-A vote for A or B is a preference pair (`prompt`, `response`, `chosen`, `rejected`) with its circumstances: `vote`,
-`ballot`, `voter`, `time`, and by position shown the `answers`, the `models` that gave them and the reward model's
-`scores`. After "tie" and "both bad" `response`, `chosen` and `rejected` are null. A line `{"undo": ballot, ...}`
-takes a vote back; nothing is ever rewritten.
+A vote for A or B is a preference pair (`prompt`, `response`, `chosen`, `rejected`) with its
+circumstances: `vote`, `ballot`, `voter`, `time`, and by position shown the `answers`, the `models`
+that gave them and the reward model's `scores`. After "tie" and "both bad" `response`, `chosen` and
+`rejected` are null. A line `{"undo": ballot, ...}` takes a vote back; nothing is ever rewritten.
 """
 
 import contextlib
@@ -87,7 +87,8 @@ def read_votes(path: Path) -> tuple[dict[str, Vote], int]:
                     raise ValueError("a ballot that has a vote")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"{path}, line {number} is no vote ({type(error).__name__}: {error}): mend or remove that line"
+                f"{path}, line {number} is no vote ({type(error).__name__}: {error}): mend or "
+                "remove that line"
             ) from None
     return votes, undone
 
@@ -121,8 +122,8 @@ def parse_vote(row: dict[str, Any]) -> Vote:
 class VoteFile:
     """A file of votes that one process appends to, from any number of threads; each line is on the disk before it counts.
 
-    Opening it takes a lock for the life of the process, and cuts off a last line that a kill left unfinished: it was
-    never acknowledged.
+    Opening it takes a lock for the life of the process, and cuts off a last line that a kill left
+    unfinished: it was never acknowledged.
     """
 
     def __init__(self, path: Path):
@@ -133,7 +134,8 @@ class VoteFile:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"votes at {path} are being written by another server: stop it, or name other --votes"
+                f"votes at {path} are being written by another server: stop it, or name other "
+                "--votes"
             ) from None
         except OSError as error:
             raise UserError(
@@ -271,7 +273,8 @@ def load_votes(path: str) -> VotePairs:
     counts |= {"unusable": drops.total(), "train": len(train), "held_out": len(held_out)}
     reasons = ", ".join(f"{count} {plain(reason)}" for reason, count in drops.most_common())
     console.print(
-        f"{path}: {len(votes)} votes, {len(train)} to train on, {len(held_out)} held out; not used: {said['tie']} ties, "
+        f"{path}: {len(votes)} votes, {len(train)} to train on, {len(held_out)} held out; not "
+        f"used: {said['tie']} ties, "
         f"{said['both bad']} both bad" + (f", {reasons}" if drops else "")
     )
     if not train and not held_out:

@@ -15,7 +15,8 @@ from rlhf.engine.roles import SharedBase
 from rlhf.runs.errors import UserError
 from rlhf.runs.processes import is_main, whole
 
-HEAD_KEY = "base_model.model.score.weight"  # where PEFT keeps the head of a sequence classification adapter
+# where PEFT keeps the head of a sequence classification adapter
+HEAD_KEY = "base_model.model.score.weight"
 
 
 def save_stacked(
@@ -23,9 +24,10 @@ def save_stacked(
 ) -> None:
     """Save SFT adapter + `role`'s as one ordinary PEFT adapter, with the role's head if it has one, and the tokenizer.
 
-    Two LoRA adapters on one layer are one of the summed rank: [A1; A2] and [B1 B2]. The scalings alpha / r go into B,
-    so the saved adapter has scaling 1. Some readers know one rank or one alpha for all layers: where the role has no
-    adapter, A2 and B2 are zero. `read_stacked` takes it apart again. If they are sharded, all processes call it.
+    Two LoRA adapters on one layer are one of the summed rank: [A1; A2] and [B1 B2]. The scalings
+    alpha / r go into B, so the saved adapter has scaling 1. Some readers know one rank or one alpha
+    for all layers: where the role has no adapter, A2 and B2 are zero. `read_stacked` takes it apart
+    again. If they are sharded, all processes call it.
     """
     sft, config = shared.adapter_state("sft"), shared.peft.peft_config[role]
     ours = shared.adapter_state(role)
@@ -64,9 +66,10 @@ def save_stacked(
 def read_stacked(folder: str, shared: SharedBase) -> dict[str, Any]:
     """Take a checkpoint of `save_stacked` apart: the arguments of `SharedBase.add_role` for the role in it.
 
-    Its scaling is in B already, so alpha is the rank. Layers where the role's part is zero throughout have no adapter of
-    its own: the role leaves them to the lower pass that all roles share. (One that trains has an A from the start.) In
-    checkpoints of earlier versions such layers have the lower rank of the SFT adapter.
+    Its scaling is in B already, so alpha is the rank. Layers where the role's part is zero
+    throughout have no adapter of its own: the role leaves them to the lower pass that all roles
+    share. (One that trains has an A from the start.) In checkpoints of earlier versions such layers
+    have the lower rank of the SFT adapter.
 
     Raises:
         UserError: it is not stacked on the SFT adapter of `shared`.
@@ -85,7 +88,8 @@ def read_stacked(folder: str, shared: SharedBase) -> dict[str, Any]:
             or weight.shape[axis] < below.shape[axis]
         ):
             raise UserError(
-                f"{folder} is not stacked on this SFT adapter (weight {key}): train it again from this SFT checkpoint"
+                f"{folder} is not stacked on this SFT adapter (weight {key}): train it again from "
+                "this SFT checkpoint"
             )
         own = weight.narrow(axis, below.shape[axis], weight.shape[axis] - below.shape[axis])
         if own.shape[axis]:

@@ -1,8 +1,8 @@
-"""A base model on disk: is it one that this pipeline can run, are its weights those that its config describes, which are
-its files, and are they the very files of an earlier phase.
+"""A base model on disk: is it one that this pipeline can run, are its weights those that its config
+describes, which are its files, and are they the very files of an earlier phase.
 
-All but the last is known from config.json and the headers of the weight files, so a dry run says it too. `Weights` is the
-one way to them: training and export read the same names from the same files.
+All but the last is known from config.json and the headers of the weight files, so a dry run says it
+too. `Weights` is the one way to them: training and export read the same names from the same files.
 """
 
 import contextlib
@@ -32,7 +32,8 @@ ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 HEAD = "lm_head.weight"
-PREFIX = "model."  # before the names of all but the head; a model that was saved without its head has none
+# before the names of all but the head; a model that was saved without its head has none
+PREFIX = "model."
 
 
 # ---------------------------------------------------------------- the config
@@ -67,12 +68,14 @@ def unsupported(config: PreTrainedConfig, name: str) -> str | None:
         origin = re.sub(r"(-unsloth)?-bnb-4bit$", "", name)
         named = f" ({origin}?)" if origin != name else ""
         return (
-            f"it is saved quantised, by {method}: name the 16-bit model that it was made from{named}; "
+            f"it is saved quantised, by {method}: name the 16-bit model that it was made "
+            f"from{named}; "
             "--load-in-4bit makes NF4 of that while it loads"
         )
     if config.model_type not in FAMILIES:
         return (
-            f"a {config.model_type} model is not supported; this pipeline is for Llama-like decoders: Llama, SmolLM2, "
+            f"a {config.model_type} model is not supported; this pipeline is for Llama-like "
+            "decoders: Llama, SmolLM2, "
             "Mistral, Qwen2 and Qwen3"
         )
     if config.hidden_act != "silu":
@@ -90,8 +93,8 @@ def unsupported(config: PreTrainedConfig, name: str) -> str | None:
 def check_context(base: dict[str, Any], longest: int, *flags: str) -> None:
     """Raise UserError when texts of `longest` tokens are more than the base can read; `flags` make them shorter.
 
-    Beyond its original context the frequencies of a dynamic or longrope base are those of the longest text of a batch,
-    for all texts in it.
+    Beyond its original context the frequencies of a dynamic or longrope base are those of the
+    longest text of a batch, for all texts in it.
     """
     config = read_config(base)
     rope = config.rope_parameters or {}
@@ -107,7 +110,8 @@ def check_context(base: dict[str, Any], longest: int, *flags: str) -> None:
     if longest > limit:
         todo = f"lower {' or '.join(flags)}" if flags else "use a base with a longer context"
         raise UserError(
-            f"there are texts of {longest} tokens, and {base['model']} reads {limit} ({name}): {todo}"
+            f"there are texts of {longest} tokens, and {base['model']} reads {limit} ({name}): "
+            f"{todo}"
         )
 
 
@@ -118,7 +122,8 @@ def find_files(model: str, revision: str | None, fetch: bool = True) -> list[Pat
     """The weight files of a local folder or a hub model: model.safetensors, or those that its index names.
 
     Args:
-        fetch: get what is missing from the hub; without it, None if the files are not all on this machine.
+        fetch: get what is missing from the hub; without it, None if the files are not all on this
+        machine.
     Raises:
         UserError: there are none, or it is not clear which.
     """
@@ -157,7 +162,8 @@ def files_in(folder: Path, model: str) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise UserError(
-                f"{model} is not a whole model: there is no {file.name} (weights are read from safetensors)"
+                f"{model} is not a whole model: there is no {file.name} (weights are read from "
+                "safetensors)"
             )
     return files
 
@@ -213,7 +219,8 @@ class Weights:
         ]
         if problems:
             raise UserError(
-                f"the weights of {model} are not those that its config.json describes: {', '.join(problems)}. "
+                f"the weights of {model} are not those that its config.json describes: "
+                f"{', '.join(problems)}. "
                 "Get the model's files again, or correct its config.json"
             )
 
@@ -252,12 +259,14 @@ def open_weights(base: dict[str, Any], config: PreTrainedConfig) -> Weights:
     if odd:
         origin = base["copy_of"]["model"] if "copy_of" in base else "its run.json"
         raise UserError(
-            f"{base['model']} is another base model than the earlier phase was trained on: its {odd} is not that of "
+            f"{base['model']} is another base model than the earlier phase was trained on: its "
+            f"{odd} is not that of "
             f"{origin}; name the same base for all phases"
         )
     if is_main() and (Path(base["model"]) / "adapter_config.json").exists():
         console.print(
-            f"{base['model']} holds an adapter, too (adapter_config.json): it is not put on the base."
+            f"{base['model']} holds an adapter, too (adapter_config.json): it is not put on the "
+            "base."
         )
     return weights
 
@@ -287,8 +296,8 @@ def identified(base: dict[str, Any]) -> dict[str, Any]:
 def differing(base: dict[str, Any], files: list[Path]) -> str | None:
     """The first weight file that is not the one on record; None if they all are, or there is no record.
 
-    A file whose size and time are those on record is not read, but for that of a copy elsewhere, where the time says
-    nothing. The record of a hub model is what the hub's cache holds of it.
+    A file whose size and time are those on record is not read, but for that of a copy elsewhere,
+    where the time says nothing. The record of a hub model is what the hub's cache holds of it.
     """
     record, origin = base.get("weights"), base.get("copy_of")
     if record is None and origin and origin["revision"]:
@@ -323,16 +332,18 @@ def ends_sha256(folder: Path) -> str:
 def base_facts(model: str, revision: str | None, load_in_4bit: bool) -> dict[str, Any]:
     """What identifies a base model, for run.json, without loading it; `identified` adds the hashes of its weights.
 
-    A local folder is named by its absolute path, a hub model by its id and its commit. Of weights that are on this
-    machine the headers are read, to see that they are those of the config.
+    A local folder is named by its absolute path, a hub model by its id and its commit. Of weights
+    that are on this machine the headers are read, to see that they are those of the config.
 
     Raises:
-        UserError: no such folder or hub model, a gated one, no network; one that this pipeline does not run, or whose
+        UserError: no such folder or hub model, a gated one, no network; one that this pipeline does
+        not run, or whose
             weights are not those of its config; in 4 bit, but to be sharded.
     """
     if load_in_4bit and sharded():
         raise UserError(
-            "FSDP shards 16-bit bases: add --no-load-in-4bit (to sft_train.py; the later phases take it over)"
+            "FSDP shards 16-bit bases: add --no-load-in-4bit (to sft_train.py; the later phases "
+            "take it over)"
         )
     folder = Path(model)
     if folder.is_dir():

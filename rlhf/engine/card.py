@@ -1,7 +1,7 @@
 """What a card holds, by the memory plan: tokens of a micro-batch, rows of a rollout, a merged copy to sample from.
 
-Memory is dealt in this order: rows of a rollout, `FIRST_TOKENS` of a micro-batch, the merged copy, keys and values that
-stay from one rollout to the next, more tokens.
+Memory is dealt in this order: rows of a rollout, `FIRST_TOKENS` of a micro-batch, the merged copy,
+keys and values that stay from one rollout to the next, more tokens.
 """
 
 from collections.abc import Callable
@@ -52,8 +52,8 @@ def tokens_that_fit(plan: Plan, longest: int, room: float) -> int:
 def deal(plans: Plans, config: Any, episodes: int, longest: int, room: float) -> Rollouts:
     """The rollouts that fit: all episodes in as few as keys and values allow, unless --rollout-batch-size says.
 
-    A merged copy and what is kept need room beside `FIRST_TOKENS`, or beside as many as were asked for. A merged copy that
-    was asked for may not fit.
+    A merged copy and what is kept need room beside `FIRST_TOKENS`, or beside as many as were asked
+    for. A merged copy that was asked for may not fit.
 
     Args:
         longest: tokens of the longest text.
@@ -96,9 +96,8 @@ def room_for_tensors(total: int, free: int, reserved: int, fraction: float) -> f
 
 
 def room_on_card(device: torch.device) -> float:
-    index = (
-        torch.cuda.current_device() if device.index is None else device.index
-    )  # the fraction is asked by number
+    # the fraction is asked by number
+    index = torch.cuda.current_device() if device.index is None else device.index
     free, total = torch.cuda.mem_get_info(index)
     fraction = torch.cuda.get_per_process_memory_fraction(index)
     return room_for_tensors(total, free, torch.cuda.memory_reserved(index), fraction)
@@ -134,8 +133,10 @@ def choose_rollouts(
     ):
         return rollouts
     raise UserError(
-        f"--rollout-weights merged: by the memory plan {room / 1e9:.1f} GB of this card have no room for a merged copy "
-        f"beside {rows} rows of a rollout and micro-batches of {tokens} tokens: leave it at auto, or take base"
+        f"--rollout-weights merged: by the memory plan {room / 1e9:.1f} GB of this card have no "
+        "room for a merged copy "
+        f"beside {rows} rows of a rollout and micro-batches of {tokens} tokens: leave it at auto, "
+        "or take base"
     )
 
 
@@ -143,7 +144,8 @@ def choose_tokens(config: Any, plan: Plan, longest: int, device: torch.device) -
     """Tokens of a micro-batch, the same for all processes, and why. All processes call it.
 
     Raises:
-        UserError: the plan has more than the card, with as many tokens as were asked for, or with one text.
+        UserError: the plan has more than the card, with as many tokens as were asked for, or with
+        one text.
     """
     asked = config.micro_batch_tokens
     if asked == "auto" and config.resume:
@@ -158,7 +160,8 @@ def choose_tokens(config: Any, plan: Plan, longest: int, device: torch.device) -
     fitting = least(tokens_that_fit(plan, longest, room))
     if sum(plan(fitting).values()) > room:
         raise UserError(
-            f"by the memory plan one text of {longest} tokens takes {sum(plan(fitting).values()) / 1e9:.1f} GB, and "
+            f"by the memory plan one text of {longest} tokens takes "
+            f"{sum(plan(fitting).values()) / 1e9:.1f} GB, and "
             f"{room / 1e9:.1f} GB of this card are free for it: {less_memory(config)}"
         )
     if asked == "auto":
@@ -168,7 +171,8 @@ def choose_tokens(config: Any, plan: Plan, longest: int, device: torch.device) -
         )
     if sum(plan(asked).values()) > room:
         raise UserError(
-            f"--micro-batch-tokens {asked} is more than this card holds by the memory plan: {fitting} fit"
+            f"--micro-batch-tokens {asked} is more than this card holds by the memory plan: "
+            f"{fitting} fit"
         )
     return asked, "as asked"
 

@@ -1,6 +1,7 @@
 """A Llama-like decoder run on texts of any lengths, laid end to end: no padding goes through its linear maps.
 
-Shapes: B texts, T tokens of the longest, N tokens of all texts, H hidden size, K key heads, D features a head.
+Shapes: B texts, T tokens of the longest, N tokens of all texts, H hidden size, K key heads, D
+features a head.
 """
 
 from dataclasses import dataclass
@@ -58,12 +59,10 @@ class Texts:
     positions: Tensor  # [N] of each token in its text
     padded: Padded
     longest: int  # tokens of the longest text
-    mask: Tensor | None = (
-        None  # [B or 1, 1, T, S], True where a token may look; None: at itself and all before it
-    )
-    last: Tensor | None = (
-        None  # [B] of N, each text's last token; of pairs [2 x B], all chosen ones first
-    )
+    # [B or 1, 1, T, S], True where a token may look; None: at itself and all before it
+    mask: Tensor | None = None
+    # [B] of N, each text's last token; of pairs [2 x B], all chosen ones first
+    last: Tensor | None = None
 
 
 def lay_out(sequences: list[list[int]], device: torch.device) -> Texts:
@@ -86,8 +85,8 @@ def unpad(padded: Tensor, mask: Tensor) -> list[list[int]]:
 def lay_out_pairs(pairs: list[tuple[list[int], list[int]]], device: torch.device) -> Texts:
     """Pairs of texts that begin alike, each as one: what they share, the rest of the first, the rest of the second.
 
-    The rest of the second does not see the rest of the first, and its positions follow what is shared; so both get the
-    hidden states that they get alone.
+    The rest of the second does not see the rest of the first, and its positions follow what is
+    shared; so both get the hidden states that they get alone.
     """
     rows, parts, positions, last, start = [], [], [], [], 0
     for first, second in pairs:
@@ -101,9 +100,10 @@ def lay_out_pairs(pairs: list[tuple[list[int], list[int]]], device: torch.device
         positions += [*range(len(first)), *range(shared, len(second))]
         last.append((start + len(first) - 1, start + len(rows[-1]) - 1))
         start += len(rows[-1])
+    # [B, T]
     part = nn.utils.rnn.pad_sequence(
         list(map(torch.tensor, parts)), batch_first=True, padding_value=3
-    )  # [B, T]
+    )
     part = part.to(device)
     looks = (part[:, None, :] == 0) | (part[:, :, None] == part[:, None, :])  # [B, T, T]
     return Texts(
@@ -128,7 +128,8 @@ def check_layers(model: PreTrainedModel) -> None:
     for layer in model.get_decoder().layers:
         if not isinstance(layer, LAYERS) or not isinstance(layer.mlp.act_fn, SiLU):
             raise UserError(
-                f"{type(layer).__name__} is not supported: this pipeline is for Llama-like decoders (Llama, Mistral, "
+                f"{type(layer).__name__} is not supported: this pipeline is for Llama-like "
+                "decoders (Llama, Mistral, "
                 "Qwen2, Qwen3, SmolLM2)"
             )
 
@@ -136,8 +137,8 @@ def check_layers(model: PreTrainedModel) -> None:
 class Decoder:
     """The decoder of `model`, with or without adapters: `LeanLayer`s over transformers' modules and weights.
 
-    Whose adapters it runs with is an argument, a role: `stack` says which there are. PEFT's own idea of active adapters
-    does not count here.
+    Whose adapters it runs with is an argument, a role: `stack` says which there are. PEFT's own
+    idea of active adapters does not count here.
 
     Raises:
         UserError: it is not a Llama-like decoder.
@@ -148,11 +149,11 @@ class Decoder:
         self.model, self.inner = model, model.get_decoder()
         self.window = getattr(model.config, "sliding_window", None)
         self.layers = [LeanLayer(layer) for layer in self.inner.layers]
-        # cuDNN's attention makes a plan for every new shape, and may take another for training than for measuring.
+        # cuDNN's attention makes a plan for every new shape, and may take another for training than
+        # for measuring.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        self.gradient_checkpointing = (
-            False  # whether a layer that trains is computed twice, and only its input kept
-        )
+        # whether a layer that trains is computed twice, and only its input kept
+        self.gradient_checkpointing = False
 
     def stack(self, roles: dict[str, list[str]]) -> None:
         """Name the roles and the adapters of each, in order. From then on, call `restack` after each write to their weights.
@@ -223,7 +224,8 @@ class Decoder:
         """Raise UserError for a text that is longer than what a token may look back at."""
         if self.window is not None and tokens > self.window:
             raise UserError(
-                f"texts of more than this model's attention window of {self.window} tokens: cut them shorter"
+                f"texts of more than this model's attention window of {self.window} tokens: cut "
+                "them shorter"
             )
 
     def rope(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,8 +253,8 @@ class Decoder:
 class MergedLayers:
     """The layers of a decoder in what the base computes in, with a role's adapters merged in: to sample from.
 
-    Twice as fast as a quantised base with its adapters, for as much memory as a 16-bit base. Its tensors keep their
-    addresses.
+    Twice as fast as a quantised base with its adapters, for as much memory as a 16-bit base. Its
+    tensors keep their addresses.
 
     Args:
         first: the first layer that may have an adapter that trains.

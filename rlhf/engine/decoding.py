@@ -1,11 +1,12 @@
 """Decoding: texts written a token at a time, by one step of fixed shapes that a CUDA graph can hold.
 
-All that a step reads and writes is there before the first one: keys and values, tokens, lengths, draws and what comes out.
-It samples inside, so the CPU need not look at a token before the next step begins; on a card it looks a fixed number of
-steps late, and what a row has written after its end is left out.
+All that a step reads and writes is there before the first one: keys and values, tokens, lengths,
+draws and what comes out. It samples inside, so the CPU need not look at a token before the next
+step begins; on a card it looks a fixed number of steps late, and what a row has written after its
+end is left out.
 
-Shapes: B rows, some of them without a text; W places of a row, S of which are looked at; R tokens written at most; V
-vocabulary, H hidden size, K key heads, D features a head.
+Shapes: B rows, some of them without a text; W places of a row, S of which are looked at; R tokens
+written at most; V vocabulary, H hidden size, K key heads, D features a head.
 """
 
 import torch
@@ -37,7 +38,8 @@ class Decoding:
     """Texts that are being written, and then others in the same place.
 
     Args:
-        role, layers: whose adapters it runs with, through which layers: the decoder's own or their merged twins.
+        role, layers: whose adapters it runs with, through which layers: the decoder's own or their
+        merged twins.
         texts: at most so many.
         longest: tokens of a prompt at most.
         new: tokens that each text gets at most.
@@ -79,7 +81,8 @@ class Decoding:
         self.sin = torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)[:, None].contiguous()
 
         numbers = {"dtype": torch.long, "device": self.device}
-        # Of each row. Those without a text have no token to look at but the one that they write themselves.
+        # Of each row. Those without a text have no token to look at but the one that they write
+        # themselves.
         self.rows = torch.arange(rows, device=self.device)
         self.lengths = torch.zeros(rows, **numbers)
         self.tokens = torch.zeros(rows, **numbers)
@@ -125,9 +128,8 @@ class Decoding:
             tokens: read at a time, or one text.
         """
         self.count = len(prompts)
-        self.longest = len(
-            prompts[-1]
-        )  # of the texts, once the token that was sampled last is read
+        # of the texts, once the token that was sampled last is read
+        self.longest = len(prompts[-1])
         self.sent = self.received = 0
         idle = len(self.tokens) - self.count
         for of_layer in (*self.keys, *self.values, self.logprobs, self.step_number):
@@ -230,12 +232,14 @@ class Decoding:
 def pick(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, Tensor | None]:
     """One token a row: the largest logit at temperature 0, else the inverse of the softmax's CDF at its draw.
 
-    The CDF is summed in float64, over blocks of the vocabulary first, and within the block that was met.
+    The CDF is summed in float64, over blocks of the vocabulary first, and within the block that was
+    met.
 
     Args:
         logits: [B, V]; draws: [B] in [0, 1), float64.
     Returns:
-        tokens [B], and their log-probabilities [B] in nats, at that temperature; None at temperature 0.
+        tokens [B], and their log-probabilities [B] in nats, at that temperature; None at
+        temperature 0.
     """
     if temperature == 0:
         return logits.argmax(-1), None
@@ -245,9 +249,10 @@ def pick(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, Ten
     sums = blocks.sum(-1, dtype=torch.float64)  # [B, blocks]
     cdf = sums.cumsum(-1)
     block, before = invert(cdf, draws[:, None] * cdf[:, -1:])
+    # [B, BLOCK]
     within = (
         blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
-    )  # [B, BLOCK]
+    )
     place, _ = invert(within, before)
     tokens = (block * BLOCK + place).squeeze(1).clamp_(max=vocabulary - 1)
     return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()
@@ -256,8 +261,8 @@ def pick(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, Ten
 def invert(cdf: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     """Where each draw [B, 1] falls in sums [B, n] that rise to any total, and how far into that part.
 
-    Never a part that adds nothing: the draw is kept below the total, which rounding may have it reach. Sums that are not
-    numbers give the last part: who reads them will say so.
+    Never a part that adds nothing: the draw is kept below the total, which rounding may have it
+    reach. Sums that are not numbers give the last part: who reads them will say so.
     """
     draws = torch.minimum(draws, cdf[:, -1:] * (1 - 2**-52))
     place = torch.searchsorted(cdf, draws, right=True).clamp_(max=cdf.shape[1] - 1)

@@ -1,8 +1,8 @@
 """Sampling responses from the shared base.
 
-A loop of our own, because PPO needs three things of it: a draw that depends on (seed, episode, token) alone and not
-on what else is in the batch; each token's log-probability; and, for a response that runs on into the next
-`\\n\\nHuman:`, the token with which it did so.
+A loop of our own, because PPO needs three things of it: a draw that depends on (seed, episode,
+token) alone and not on what else is in the batch; each token's log-probability; and, for a response
+that runs on into the next `\\n\\nHuman:`, the token with which it did so.
 """
 
 import math
@@ -36,16 +36,16 @@ TAIL = 12  # tokens decoded to look for the stop text, which is shorter than tha
 class Response:
     """A sampled response.
 
-    `ids` are all the tokens that were chosen. The last one, unless the length ended it, is EOS or the first token of the
-    next turn's `\\n\\nHuman:`. `text_ids` are those before it, and what it says itself of the text, as "!" of "!\\n\\n".
+    `ids` are all the tokens that were chosen. The last one, unless the length ended it, is EOS or
+    the first token of the next turn's `\\n\\nHuman:`. `text_ids` are those before it, and what it
+    says itself of the text, as "!" of "!\\n\\n".
     """
 
     ids: list[int]
     text_ids: list[int]
     ended_by: str  # "eos", "stop_text" or "length"
-    logprobs: tuple[
-        float, ...
-    ] = ()  # nats, of each of `ids` as they were sampled; none at temperature 0
+    # nats, of each of `ids` as they were sampled; none at temperature 0
+    logprobs: tuple[float, ...] = ()
 
 
 @torch.no_grad()
@@ -64,7 +64,8 @@ def generate(
     Args:
         prompts: token ids, of any lengths.
         temperature: logits are divided by it; 0 is greedy.
-        seeds: one a prompt; the same prompt and seed give the same response in any batch, up to rounding.
+        seeds: one a prompt; the same prompt and seed give the same response in any batch, up to
+        rounding.
         batch_size: prompts of like length run together, this many at a time.
     Returns:
         One `Response` a prompt, in the prompts' order.
@@ -204,7 +205,8 @@ def stream(decoding: Decoding, form: PromptFormat) -> Iterator[tuple[int, int, R
 
 
 def _uniforms(seed: Seed, count: int) -> Tensor:
-    # numpy mixes all numbers of a seed; torch's generator on the CPU looks at the lowest 32 bits only.
+    # numpy mixes all numbers of a seed; torch's generator on the CPU looks at the lowest 32 bits
+    # only.
     return torch.from_numpy(np.random.default_rng(seed).random(count))
 
 
@@ -214,7 +216,8 @@ def _ended(ids: list[int], form: PromptFormat, max_new_tokens: int) -> Response 
     if form.stop_text and form.stop_text in form.tokenizer.decode(ids[-TAIL:]):
         decode = form.tokenizer.decode
         text = decode(ids).split(form.stop_text)[0]
-        # How many tokens are of the text alone; of the next one, what is text comes as tokens of its own.
+        # How many tokens are of the text alone; of the next one, what is text comes as tokens of
+        # its own.
         whole = next(n for n in reversed(range(len(ids))) if len(decode(ids[:n])) <= len(text))
         rest = text[len(decode(ids[:whole])) :]
         return Response(ids[: whole + 1], ids[:whole] + form.encode(rest), "stop_text")

@@ -1,7 +1,8 @@
 """CUDA graphs of a function whose shapes and addresses stay: hundreds of kernels for the price of one launch.
 
-What is captured is what the card does, with the addresses of that moment. So everything that the function reads or writes
-must be a tensor that stays where it is, and it must not read a value on the CPU.
+What is captured is what the card does, with the addresses of that moment. So everything that the
+function reads or writes must be a tensor that stays where it is, and it must not read a value on
+the CPU.
 """
 
 from collections.abc import Callable, Hashable
@@ -15,9 +16,10 @@ from rlhf.runs.terminal import console
 class Graphs:
     """Runs functions as they are at first, then from a graph of them.
 
-    A shape runs eagerly the first time, so that a card that is too small for it says so there, and is captured at the
-    second. What a graph wrote is pinned until `clear`, so that goes together with the tensors that it works on, and
-    all graphs go at once: resetting one of several frees a workspace that the others still use.
+    A shape runs eagerly the first time, so that a card that is too small for it says so there, and
+    is captured at the second. What a graph wrote is pinned until `clear`, so that goes together
+    with the tensors that it works on, and all graphs go at once: resetting one of several frees a
+    workspace that the others still use.
 
     Args:
         enabled: False runs everything eagerly, as on a CPU.
@@ -59,14 +61,14 @@ class Graphs:
                 function()
             return graph
         except Exception as error:
-            torch.cuda.set_stream(
-                stream
-            )  # a capture that fails at its end leaves its own as the current one
+            # a capture that fails at its end leaves its own as the current one
+            torch.cuda.set_stream(stream)
             if is_out_of_memory(error):
                 raise torch.OutOfMemoryError(str(error)) from None
             self.enabled = False
             console.print(
-                f"warning: decoding runs without CUDA graphs, several times slower ({one_line(error)}); "
+                "warning: decoding runs without CUDA graphs, several times slower "
+                f"({one_line(error)}); "
                 "ppo_train.py --no-cuda-graphs does so from the start"
             )
             return None

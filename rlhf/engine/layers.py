@@ -1,13 +1,14 @@
 """A Llama decoder layer with few operations and little kept for backward.
 
-The weights are frozen but for LoRA, and memory, not arithmetic, decides what fits a card. So what is kept of a layer is
-what cannot be had cheaply again: the inputs of its norms, the rotated q, k and v, the attention's output, gate and up.
-Linear maps that read the same input are one product, and all adapters of a role on them are one LoRA pair. Texts lie end to
-end; only attention sees them padded. Results are those of transformers' and PEFT's own layers; tests hold both side by
-side.
+The weights are frozen but for LoRA, and memory, not arithmetic, decides what fits a card. So what
+is kept of a layer is what cannot be had cheaply again: the inputs of its norms, the rotated q, k
+and v, the attention's output, gate and up. Linear maps that read the same input are one product,
+and all adapters of a role on them are one LoRA pair. Texts lie end to end; only attention sees them
+padded. Results are those of transformers' and PEFT's own layers; tests hold both side by side.
 
-Shapes: B texts, T tokens of the longest, S tokens attended to, N tokens of all texts, I and O features in and out, R
-summed rank of a role's adapters, D features a head, G query heads to each of K key heads.
+Shapes: B texts, T tokens of the longest, S tokens attended to, N tokens of all texts, I and O
+features in and out, R summed rank of a role's adapters, D features a head, G query heads to each of
+K key heads.
 """
 
 import copy
@@ -35,9 +36,10 @@ class LeanLayer:
         attention, mlp = layer.self_attn, layer.mlp
         self.layer, self.attention = layer, attention
         self.heads = (attention.config.num_attention_heads, attention.config.num_key_value_heads)
+        # Qwen3
         self.head_norms = (
             (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
-        )  # Qwen3
+        )
         self.qkv = LinearMap(attention.q_proj, attention.k_proj, attention.v_proj)
         self.o = LinearMap(attention.o_proj)
         self.gate_up = LinearMap(mlp.gate_proj, mlp.up_proj)
@@ -60,7 +62,8 @@ class LeanLayer:
             role: whose adapters the linear maps have, one that `LinearMap.stack` was told of.
             rope: cosines and sines of the tokens' positions, each [N, D].
             padded: where each token stands in [B, T], a `decoder.Padded`.
-            mask: [B or 1, 1, T, S], added to the attention's scores; None: causal, for a fused kernel.
+            mask: [B or 1, 1, T, S], added to the attention's scores; None: causal, for a fused
+            kernel.
             cache: a `decoder.Cache` that keeps k and v.
         """
         qkv = self.qkv(x, role, norm=self.layer.input_layernorm)  # [N, (GK + 2K) D]
@@ -108,7 +111,8 @@ class LeanLayer:
             x: [B, H].
             rope: cosines [B, 1, D], and sines whose first half is negated.
             mask: [B, 1, 1, S], 0 where the token may look and -inf elsewhere.
-            keys, values: [B, K, W, D] of the tokens before, W >= S; the token's own are written to them.
+            keys, values: [B, K, W, D] of the tokens before, W >= S; the token's own are written to
+            them.
             at: where, as an index of their dimensions 0 and 2: two tensors [B].
         """
         rows, places = at
@@ -156,8 +160,9 @@ class Piece:
 class Stack:
     """All adapters that a role has on a `LinearMap`, as one: A [R, I] and B [O, R], in what the base computes in.
 
-    B holds the scaled B of each adapter where it meets its layer, and 0 elsewhere. Both tensors are made once and keep
-    their addresses; `write` must follow whatever writes to the adapters, whose own weights are float32.
+    B holds the scaled B of each adapter where it meets its layer, and 0 elsewhere. Both tensors are
+    made once and keep their addresses; `write` must follow whatever writes to the adapters, whose
+    own weights are float32.
     """
 
     def __init__(self, pieces: list[Piece], rank: int, out_features: int, dtype: torch.dtype):
@@ -180,8 +185,8 @@ class Stack:
 class LinearMap:
     """Linear layers that read the same input, as one: x -> [W1 x, W2 x, ...] + B A x, with the A and B of a role.
 
-    PEFT runs each adapter by itself, in float32. Weights that are not quantised move into one tensor, of which the layers
-    then hold views.
+    PEFT runs each adapter by itself, in float32. Weights that are not quantised move into one
+    tensor, of which the layers then hold views.
     """
 
     def __init__(self, *layers: nn.Module):
@@ -202,11 +207,12 @@ class LinearMap:
     def stack(self, roles: dict[str, list[str]], dtype: torch.dtype) -> None:
         """Make the stacks of all roles, in the place of those there are. Roles with the same adapters here share one.
 
-        All are of the same rank R, that of the largest, so each role goes through products of the same shape and a
-        fresh policy (B = 0) equals its reference bit for bit.
+        All are of the same rank R, that of the largest, so each role goes through products of the
+        same shape and a fresh policy (B = 0) equals its reference bit for bit.
 
         Args:
-            roles: the names of PEFT's adapters that each role has, in the order in which they are stacked.
+            roles: the names of PEFT's adapters that each role has, in the order in which they are
+            stacked.
         """
         self.stacks.clear()
         self.dtype = dtype
@@ -285,9 +291,10 @@ class LinearMap:
 class Quantised:
     """The NF4 weights of linear layers that read the same input, as one [O, I].
 
-    Joined, a product is one kernel, and stays bitsandbytes' fused one for more rows. The second level of quantisation, of
-    the scales, has an offset of its own in each weight, so where there are several the scales go back to float32: exactly
-    what they are dequantised to anyway. The layers then hold views.
+    Joined, a product is one kernel, and stays bitsandbytes' fused one for more rows. The second
+    level of quantisation, of the scales, has an offset of its own in each weight, so where there
+    are several the scales go back to float32: exactly what they are dequantised to anyway. The
+    layers then hold views.
     """
 
     def __init__(self, bases: list[nn.Module]):
@@ -545,9 +552,8 @@ class _Rotate(Function):
     def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int], padded):
         ctx.save_for_backward(cos, sin)
         ctx.split, ctx.padded = [*heads, heads[1]], padded
-        turned = _rotate(
-            qkv.view(len(qkv), -1, cos.shape[-1]), cos, sin, sum(heads), 1
-        )  # [N, GK + 2K, D]
+        # [N, GK + 2K, D]
+        turned = _rotate(qkv.view(len(qkv), -1, cos.shape[-1]), cos, sin, sum(heads), 1)
         return tuple(
             part.transpose(1, 2).contiguous()
             for part in padded.spread(turned).split(ctx.split, dim=2)
@@ -556,9 +562,8 @@ class _Rotate(Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         cos, sin = ctx.saved_tensors
-        grad = ctx.padded.gather(
-            torch.cat([grad.transpose(1, 2) for grad in grads], dim=2)
-        )  # [N, GK + 2K, D]
+        # [N, GK + 2K, D]
+        grad = ctx.padded.gather(torch.cat([grad.transpose(1, 2) for grad in grads], dim=2))
         return _rotate(grad, cos, sin, sum(ctx.split[:2]), -1).flatten(1), None, None, None, None
 
 
@@ -620,8 +625,8 @@ def _attend_fused(
 class _Attention(Function):
     """softmax(q k^T * scaling + mask) v, with grouped heads. Kept: q, k and v.
 
-    On a CPU torch's fused kernel is up to five times slower than this in bfloat16, and the plain formula keeps two
-    matrices of [heads, T, S] a text. On a GPU the fused kernel is the right one.
+    On a CPU torch's fused kernel is up to five times slower than this in bfloat16, and the plain
+    formula keeps two matrices of [heads, T, S] a text. On a GPU the fused kernel is the right one.
     """
 
     @staticmethod

@@ -27,8 +27,9 @@ def load_base(
 ) -> PreTrainedModel:
     """Load the base named by `base_facts`, frozen, in evaluation mode; in NF4 if it says so.
 
-    With `with_head` it is a sequence classification model whose one-number head is a `ScalarHead`. One that will be
-    sharded stays in its file, which torch maps into memory: accelerate deals the first process's weights out.
+    With `with_head` it is a sequence classification model whose one-number head is a `ScalarHead`.
+    One that will be sharded stays in its file, which torch maps into memory: accelerate deals the
+    first process's weights out.
     """
     device = this_process().device
     options: dict[str, Any] = {"dtype": dtype}
@@ -50,7 +51,8 @@ def load_base(
         classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
         config.num_labels, config.pad_token_id = 1, pad_token_id
     with hub_errors(name, "model", "--base-model"):
-        # Given the weights themselves, transformers looks for no others, and for no adapter beside them.
+        # Given the weights themselves, transformers looks for no others, and for no adapter beside
+        # them.
         model = classes[type(config)].from_pretrained(
             None, config=config, state_dict=weights.tensors(), **options
         )
@@ -59,7 +61,8 @@ def load_base(
         model.score = ScalarHead(config.hidden_size).to(device)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # On such CPUs bitsandbytes repacks the weights at the first no-grad forward; backward then gives no gradients.
+            # On such CPUs bitsandbytes repacks the weights at the first no-grad forward; backward
+            # then gives no gradients.
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     model.config.use_cache = False

@@ -24,8 +24,9 @@ class Chosen(NamedTuple):
 class _ChosenLogprobs(torch.autograd.Function):
     """log softmax(hidden W^T / T)[token], and its gradient for `hidden`, in one pass over chunks of tokens.
 
-    Each output is one number, so its gradient for `hidden` is one vector, (W[token] - softmax W) / T. It is computed
-    where the softmax is at hand, in the forward pass; backward is a multiplication. The frozen W gets no gradient.
+    Each output is one number, so its gradient for `hidden` is one vector, (W[token] - softmax W) /
+    T. It is computed where the softmax is at hand, in the forward pass; backward is a
+    multiplication. The frozen W gets no gradient.
     """
 
     @staticmethod
@@ -44,9 +45,8 @@ class _ChosenLogprobs(torch.autograd.Function):
         entropy, is_top1 = (torch.empty_like(logprobs) if statistics else None for _ in range(2))
         gradient = torch.empty_like(hidden) if need_grad else None
         for start in range(0, hidden.shape[0], rows):
-            logits = matmul(
-                hidden[start : start + rows], weight.T
-            )  # [rows, V], in float32 on a GPU
+            # [rows, V], in float32 on a GPU
+            logits = matmul(hidden[start : start + rows], weight.T)
             for row in range(0, logits.shape[0], block):
                 part = slice(start + row, min(start + row + block, start + rows, hidden.shape[0]))
                 here = logits[row : row + block]  # [block, V]
@@ -59,9 +59,8 @@ class _ChosenLogprobs(torch.autograd.Function):
                 logprobs[part] = chosen - logsumexp
                 if statistics:
                     is_top1[part] = chosen == top1
-                    mean = torch.bmm(
-                        softmax[:, None], scaled[:, :, None]
-                    )  # no third tensor of this size
+                    # no third tensor of this size
+                    mean = torch.bmm(softmax[:, None], scaled[:, :, None])
                     entropy[part] = logsumexp - mean.flatten()
                 if need_grad:
                     here.copy_(softmax)
@@ -96,7 +95,8 @@ def chosen_logprobs(
         hidden: [N, H], final hidden states of the positions before the tokens.
         weight: [V, H], the frozen output embedding.
         tokens: [N].
-        statistics: whether the distribution's entropy, and whether the token is the likeliest, are wanted too.
+        statistics: whether the distribution's entropy, and whether the token is the likeliest, are
+        wanted too.
     Returns:
         a `Chosen`, of which only the log-probabilities have a gradient, for `hidden`.
     """

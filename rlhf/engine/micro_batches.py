@@ -1,7 +1,7 @@
 """How many tokens go through the model at once: cut by length, halved when memory runs out.
 
-A micro-batch is a number of tokens, so the same setting suits short texts and long ones. It changes neither what a step
-computes nor which rows it has.
+A micro-batch is a number of tokens, so the same setting suits short texts and long ones. It changes
+neither what a step computes nor which rows it has.
 """
 
 from collections.abc import Callable
@@ -54,10 +54,12 @@ class MicroBatchSize:
         `work` must read `tokens` anew each time and must not wait for another process.
 
         Args:
-            longest: tokens of the longest text. When that does not fit by itself, nothing smaller helps.
+            longest: tokens of the longest text. When that does not fit by itself, nothing smaller
+            helps.
             undo: drops what `work` has left half-done, such as gradients.
         Raises:
-            torch.OutOfMemoryError: a micro-batch of one text does not fit, or FSDP has all processes wait for each other.
+            torch.OutOfMemoryError: a micro-batch of one text does not fit, or FSDP has all
+            processes wait for each other.
         """
         while True:
             try:

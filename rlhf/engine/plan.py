@@ -1,8 +1,9 @@
 """What a run will hold in memory, by owner, worked out from flags, data and the model's config before anything is loaded.
 
-The largest moment of a run counts: for PPO that of the rollout, when the KV cache is full, or that of a micro-batch's
-backward pass. Bytes are of tensors; a card needs some 0.5 GB more for the driver's context, and an allocator's gaps.
-`benchmarks/llama_3b.py` counts the same owners while the scripts run.
+The largest moment of a run counts: for PPO that of the rollout, when the KV cache is full, or that
+of a micro-batch's backward pass. Bytes are of tensors; a card needs some 0.5 GB more for the
+driver's context, and an allocator's gaps. `benchmarks/llama_3b.py` counts the same owners while the
+scripts run.
 """
 
 from dataclasses import dataclass
@@ -53,8 +54,9 @@ class Shape:
         stored = self.layers * sum(i * o for i, o in self.linears) * self.width
         if self.in_4bit:
             q, k, v, o, gate, up, down = (i * o for i, o in self.linears)
-            # Half a byte a number, and for 64 of them a scale: in float32 where maps are joined (rlhf/engine/layers.py), else one
-            # byte, and the scales' own float32 scale for 256 of them.
+            # Half a byte a number, and for 64 of them a scale: in float32 where maps are joined
+            # (rlhf/engine/layers.py), else one byte, and the scales' own float32 scale for 256 of
+            # them.
             joined, alone = q + k + v + gate + up, o + down
             stored = self.layers * (
                 joined * (0.5 + 4 / 64) + alone * (0.5 + 1 / 64 + 4 / (64 * 256))
@@ -75,8 +77,8 @@ class Shape:
     def stacks(self, sft_rank: int, role_rank: int, role_layers: int, roles: int) -> float:
         """The pairs A, B that rlhf/engine/layers.py makes of adapters, in what the base computes in.
 
-        On the upper `role_layers` layers (0: all) each of the roles has a pair of its own, of one rank for all of them; on
-        those below they share SFT's.
+        On the upper `role_layers` layers (0: all) each of the roles has a pair of its own, of one
+        rank for all of them; on those below they share SFT's.
         """
         h, i, q, kv = (
             self.hidden,
@@ -84,9 +86,8 @@ class Shape:
             self.heads * self.head_dim,
             self.kv_heads * self.head_dim,
         )
-        a_and_b = (
-            3 * (h + q + 2 * kv) + (q + h) + 2 * (h + 2 * i) + (i + h)
-        )  # numbers of a layer for each rank
+        # numbers of a layer for each rank
+        a_and_b = 3 * (h + q + 2 * kv) + (q + h) + 2 * (h + 2 * i) + (i + h)
         upper = role_layers or self.layers
         return (
             a_and_b
@@ -105,11 +106,13 @@ class Shape:
     ) -> float:
         """Most held at once between forward and the end of backward of a micro-batch through `layers` layers (0: all).
 
-        What a layer keeps is what rlhf/engine/layers.py keeps; checkpointed layers keep their input, and one is at work.
-        `masked`: the attention has a mask of its own, as for pairs; a fused kernel then keeps k and v once for each query head.
+        What a layer keeps is what rlhf/engine/layers.py keeps; checkpointed layers keep their
+        input, and one is at work. `masked`: the attention has a mask of its own, as for pairs; a
+        fused kernel then keeps k and v once for each query head.
         """
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        # Both norms' inputs, q, k, v, the attention's output (twice where a fused kernel keeps its own), gate and up.
+        # Both norms' inputs, q, k, v, the attention's output (twice where a fused kernel keeps its
+        # own), gate and up.
         k_and_v = 2 * (q if masked and self.fused_attention else kv)
         numbers = (
             2 * self.hidden
@@ -127,9 +130,8 @@ class Shape:
         standing = (
             layers * tokens * self.hidden * self.width + kept if checkpointing else layers * kept
         )
-        mlp = (
-            7 * tokens * self.intermediate * self.width
-        )  # its output, its activation, and their gradients
+        # its output, its activation, and their gradients
+        mlp = 7 * tokens * self.intermediate * self.width
         return standing + max(mlp, self.attention(tokens, longest, 3)) + self.matrix()
 
     def forward(self, tokens: int, longest: int) -> float:
@@ -205,9 +207,8 @@ def plan_reward(shape: Shape, config: Any, sft_rank: int, longest: int, tokens: 
     kept = shape.backward(
         tokens, longest, config.role_layers, rank, config.gradient_checkpointing, masked=True
     )
-    stacks = shape.stacks(
-        sft_rank, config.lora_rank, config.role_layers, 2
-    )  # SFT's and the reward model's
+    # SFT's and the reward model's
+    stacks = shape.stacks(sft_rank, config.lora_rank, config.role_layers, 2)
     return trained(shape, shape.lora(sft_rank, 0) + weights, stacks, weights, kept)
 
 
@@ -225,8 +226,8 @@ def plan_ppo(
 ) -> Bytes:
     """The larger of a full rollout and of a micro-batch's backward pass.
 
-    `longest`: tokens of the longest prompt; `tokens`: of a micro-batch; `gold`: rank and layers of the judge's adapter,
-    rank 0 if there is none.
+    `longest`: tokens of the longest prompt; `tokens`: of a micro-batch; `gold`: rank and layers of
+    the judge's adapter, rank 0 if there is none.
     """
     scorer, policy = (
         shape.lora(reward_rank, reward_layers),
@@ -252,9 +253,8 @@ def plan_ppo(
         "logits": rows * shape.vocabulary * ((4 if shape.fused_attention else shape.width) + 4 + 4),
     }
     prefill = {"activations": shape.forward(min(rows * longest, tokens), longest)}
-    lower = (
-        episodes * length * shape.hidden * shape.width
-    )  # of the layers below the roles, for all epochs
+    # of the layers below the roles, for all epochs
+    lower = episodes * length * shape.hidden * shape.width
     rank = sft_rank + role_rank
     backward = {
         "activations": lower

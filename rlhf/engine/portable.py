@@ -1,5 +1,6 @@
-"""Files that other libraries and earlier versions of ours read rightly: what transformers 5 writes in its own words is said
-in those of transformers 4 too, which servers of 2025 and 2026 are built on.
+"""Files that other libraries and earlier versions of ours read rightly: what transformers 5 writes
+in its own words is said in those of transformers 4 too, which servers of 2025 and 2026 are built
+on.
 """
 
 import json

@@ -1,9 +1,10 @@
 """One frozen base, the SFT adapter on it, and a small adapter for each role stacked on the upper layers.
 
-Who reads a text is an argument of each pass, a role. The SFT adapter is frozen and part of every role but the bare base,
-so the reference is simply "SFT and no more", and a fresh policy (LoRA B = 0) *is* the reference, bit for bit. A role
-adapts only the upper layers: what the lower layers compute for a text is the same for policy, reference, reward and value
-model, in every epoch, and is computed once.
+Who reads a text is an argument of each pass, a role. The SFT adapter is frozen and part of every
+role but the bare base, so the reference is simply "SFT and no more", and a fresh policy (LoRA B =
+0) *is* the reference, bit for bit. A role adapts only the upper layers: what the lower layers
+compute for a text is the same for policy, reference, reward and value model, in every epoch, and is
+computed once.
 
 Shapes: N tokens of a batch of texts, B texts, H hidden size, V vocabulary.
 """
@@ -46,9 +47,8 @@ class SharedBase:
         self.adapters: dict[str, list[str]] = {BASE: [], REFERENCE: ["sft"]}  # of each role
         self.micro_batch = MicroBatchSize(CPU_TOKENS)
         self.rollout_rows: int | None = None  # that fit, once more have run out of memory
-        self.merged: MergedLayers | None = (
-            None  # what a role samples from, if not the base with its adapters
-        )
+        # what a role samples from, if not the base with its adapters
+        self.merged: MergedLayers | None = None
         self.graphs = Graphs(enabled=self.device.type == "cuda")  # of decoding
         self.decoding: Decoding | None = None  # kept from one rollout to the next, with its graphs
         self.trained: tuple[str, ...] = ()  # the roles whose weights get gradients
@@ -66,9 +66,8 @@ class SharedBase:
             raise UserError(
                 f"the adapter at {folder} does not fit this base model ({one_line(error)})"
             ) from None
-        self.decoder = (
-            None if sharded() else Decoder(model)
-        )  # it reads weights of which FSDP has a part only
+        # it reads weights of which FSDP has a part only
+        self.decoder = None if sharded() else Decoder(model)
         if folder:
             self.load("sft", state)
         self.stack()
@@ -84,12 +83,14 @@ class SharedBase:
     ) -> None:
         """Stack a LoRA adapter for `role` on the upper `num_layers` layers (0: on all), from `state` or fresh.
 
-        `head` [1, H], if given, becomes the role's scalar head. The role starts frozen; `train` makes it learn.
+        `head` [1, H], if given, becomes the role's scalar head. The role starts frozen; `train`
+        makes it learn.
         """
         num_layers = num_layers or self.num_layers
         if not 0 < num_layers <= self.num_layers:
             raise UserError(
-                f"--role-layers {num_layers}: this model has {self.num_layers} layers, give 0 to that"
+                f"--role-layers {num_layers}: this model has {self.num_layers} layers, give 0 to "
+                "that"
             )
         first = self.num_layers - num_layers
         config = LoraConfig(
@@ -128,7 +129,8 @@ class SharedBase:
     def train(self, *roles: str) -> None:
         """Have the weights of these roles learn, and nothing else.
 
-        A sharded base goes through PEFT's own forward, which knows only one role at a time: the last.
+        A sharded base goes through PEFT's own forward, which knows only one role at a time: the
+        last.
         """
         self.trained = roles
         if sharded() and roles:
@@ -141,8 +143,8 @@ class SharedBase:
             for parameter in self.parameters(role):
                 parameter.requires_grad_(True)
 
-    # Passes read stacked copies of the adapters (rlhf/engine/layers.py). Whatever writes to the adapters themselves comes
-    # through here, or says so by `restack`.
+    # Passes read stacked copies of the adapters (rlhf/engine/layers.py). Whatever writes to the
+    # adapters themselves comes through here, or says so by `restack`.
 
     def stack(self) -> None:
         if self.decoder:

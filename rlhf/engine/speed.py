@@ -1,8 +1,8 @@
 """How fast a run is: seconds of its parts, tokens a second, memory, and what share of the card's arithmetic that is.
 
-MFU counts the arithmetic that is needed, over the card's dense peak. A weight takes part in 2 operations a token forward,
-and in 2 more backward: frozen weights want no gradient of their own. Attention's own products and the adapters are left
-out; they are a few percent.
+MFU counts the arithmetic that is needed, over the card's dense peak. A weight takes part in 2
+operations a token forward, and in 2 more backward: frozen weights want no gradient of their own.
+Attention's own products and the adapters are left out; they are a few percent.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ import torch
 from rlhf.engine.decoder import Decoder
 from rlhf.runs.processes import num_processes
 
-# Dense 16-bit tensor operations a second with float32 accumulation, in 1e12, as the vendor's data sheets have them.
+# Dense 16-bit tensor operations a second with float32 accumulation, in 1e12, as the vendor's data
+# sheets have them.
 PEAK = {
     "NVIDIA H200": 989,
     "NVIDIA H100 80GB HBM3": 989,
@@ -114,7 +115,8 @@ class Work:
         """Operations of a step of SFT, or of the reward model, which has no LM head.
 
         Args:
-            texts: tokens that go through the model; predicted: those whose probability the loss wants.
+            texts: tokens that go through the model; predicted: those whose probability the loss
+            wants.
         """
         return texts * (self.lower + 2 * self.upper) + predicted * 2 * self.head
 
@@ -125,10 +127,12 @@ class Work:
 
         Args:
             texts: tokens of its prompts and responses; sampled: those that were sampled.
-            policy_epochs, value_epochs: times that each of the two was differentiated for all of them.
+            policy_epochs, value_epochs: times that each of the two was differentiated for all of
+            them.
         """
         rollout = texts * (self.lower + self.upper) + sampled * self.head
-        # Policy, reference, reward and value read the texts; two of them say how likely the tokens are.
+        # Policy, reference, reward and value read the texts; two of them say how likely the tokens
+        # are.
         measure = texts * (self.lower + 4 * self.upper) + sampled * 2 * self.head
         # Backward goes through the same weights, and takes as much.
         policy = policy_epochs * 2 * (texts * self.upper + sampled * self.head)

@@ -34,7 +34,8 @@ def load_tokenizer(folder: str, revision: str | None = None) -> PreTrainedTokeni
         tokenizer.pad_token = unused_token(tokenizer)
         if tokenizer.pad_token is None:
             raise UserError(
-                f"the tokenizer of {folder} has no token to pad with but EOS: set its pad_token to an unused one"
+                f"the tokenizer of {folder} has no token to pad with but EOS: set its pad_token to "
+                "an unused one"
             )
     if hasattr(tokenizer, "legacy"):  # of Llama 2's kind; transformers forgets to save it
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
@@ -66,8 +67,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, base: dict[str, Any]) -
     if beyond:
         id, token = beyond[0]
         raise UserError(
-            f"the tokenizer of {base['model']} has {len(beyond)} tokens more than the model has embeddings "
-            f"({rows}; the first is {plain(token)!r}, id {id}): resize the model's embeddings, or use the tokenizer it was "
+            f"the tokenizer of {base['model']} has {len(beyond)} tokens more than the model has "
+            "embeddings "
+            f"({rows}; the first is {plain(token)!r}, id {id}): resize the model's embeddings, or "
+            "use the tokenizer it was "
             "trained with"
         )
 

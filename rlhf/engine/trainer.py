@@ -56,9 +56,8 @@ def num_steps(config: Any, rows: int) -> int:
             f"{rows} training rows do not fill one batch of {config.batch_size}: {todo}"
         )
     whole_batches = rows // config.batch_size
-    epoch = (
-        whole_batches if num_processes() > 1 else math.ceil(rows / config.batch_size)
-    )  # as the Trainer counts
+    # as the Trainer counts
+    epoch = whole_batches if num_processes() > 1 else math.ceil(rows / config.batch_size)
     return config.max_steps or math.ceil(epoch * config.num_train_epochs)
 
 
@@ -90,7 +89,8 @@ def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) ->
         "lr_scheduler_type": "cosine",
         "warmup_steps": round(config.warmup_ratio * num_steps(config, rows)),
         "max_grad_norm": config.max_grad_norm,
-        "bf16": False,  # the base computes in bfloat16 by itself; autocast on top of it would only cost time
+        # the base computes in bfloat16 by itself; autocast on top of it would only cost time
+        "bf16": False,
         "fp16": dtype == torch.float16,  # for the gradient scaler
         "use_cpu": this_process().device.type == "cpu",
         "dataloader_pin_memory": False,
@@ -163,10 +163,11 @@ class Restack(TrainerCallback):
 class Resumable(Trainer):
     """What comes before TRL's trainer in a trainer of ours; `run` takes the place of `train`.
 
-    Two things are not as in transformers' Trainer. It writes its checkpoints in place and removes old ones before anybody
-    has looked at the new one; here they go through `rlhf.runs.resume`: the weights that are trained, optimizer, scheduler,
-    scaler, random numbers and the place in the data. And a step has one batch, of which as much goes through the model
-    at once as memory holds: `go_through`. A loss or gradient that is not finite ends the run.
+    Two things are not as in transformers' Trainer. It writes its checkpoints in place and removes
+    old ones before anybody has looked at the new one; here they go through `rlhf.runs.resume`: the
+    weights that are trained, optimizer, scheduler, scaler, random numbers and the place in the
+    data. And a step has one batch, of which as much goes through the model at once as memory holds:
+    `go_through`. A loss or gradient that is not finite ends the run.
 
     A trainer says what its loss is a mean of: items, of which a row of the data has some.
     """
@@ -233,9 +234,8 @@ class Resumable(Trainer):
             keep_tokens(config, self.micro_batch, facts)
         if is_main():
             self.lines.metrics.cut(position)
-        self.remove_callback(
-            PrinterCallback
-        )  # it prints each log as a dictionary; TrainerLog is ours
+        # it prints each log as a dictionary; TrainerLog is ours
+        self.remove_callback(PrinterCallback)
         eval_steps = steps_between_evaluations(config, len(self.train_dataset), eval_rows)
         clock = SaveClock(config.save_minutes, config.save_steps)
         self.add_callback(AfterStep(clock, self.micro_batch, eval_steps))
@@ -244,7 +244,8 @@ class Resumable(Trainer):
         if sharded() and config.gradient_checkpointing:
             base = self.model.get_base_model()
             base.activation_checkpointing_enable()
-            base.disable_input_require_grads()  # it needs none, and layers below the first adapter would go backward
+            # it needs none, and layers below the first adapter would go backward
+            base.disable_input_require_grads()
 
     def run(self) -> None:
         """Train, from the beginning or from the state that `prepare` found. Raises Stopped when a signal asked for it."""
@@ -307,28 +308,28 @@ class Resumable(Trainer):
     def go_through(self, rows: list[Row]) -> tuple[dict[str, float], dict[str, int]]:
         """Forward, and backward where gradients are enabled, through the rows of all processes, in parts by tokens.
 
-        The gradients are those of the mean loss; `sum_gradients` has still to sum them, unless FSDP did. No process waits
-        for another between the parts, so each can make them smaller when its memory runs out; under FSDP, where every
-        forward is of all processes together, they have as many parts each, and none can.
+        The gradients are those of the mean loss; `sum_gradients` has still to sum them, unless FSDP
+        did. No process waits for another between the parts, so each can make them smaller when its
+        memory runs out; under FSDP, where every forward is of all processes together, they have as
+        many parts each, and none can.
 
         Args:
             rows: of this process.
         Returns:
-            `means` and `extremes` over the rows of all processes, whatever the parts; and how many they have of items, of
-            tokens as TRL counts them, and of tokens that go through the model.
+            `means` and `extremes` over the rows of all processes, whatever the parts; and how many
+            they have of items, of tokens as TRL counts them, and of tokens that go through the
+            model.
         """
         lengths = [self.tokens(row) for row in rows]
         counts = [sum(map(self.items, rows)), sum(map(num_tokens, rows)), sum(lengths)]
         counts = total(torch.tensor(counts, dtype=torch.float64, device=self.args.device))
-        weight = (
-            (num_processes() if sharded() else 1) / counts[0]
-        ).float()  # FSDP takes the mean of gradients
+        # FSDP takes the mean of gradients
+        weight = ((num_processes() if sharded() else 1) / counts[0]).float()
 
         def work() -> list[dict[str, Tensor]]:
             parts = cut_by_tokens(lengths, self.micro_batch.tokens)
-            missing = (
-                most(len(parts)) - len(parts) if sharded() else 0
-            )  # agreed on before the first of them
+            # agreed on before the first of them
+            missing = most(len(parts)) - len(parts) if sharded() else 0
             found = [self.differentiate([rows[i] for i in part], weight) for part in parts]
             for _ in range(missing):
                 self.differentiate([self.train_dataset[0]], 0 * weight)
@@ -336,9 +337,8 @@ class Resumable(Trainer):
 
         found = self.micro_batch.fit(work, max(lengths, default=0), self.model.zero_grad)
         sums, peaks = self.add_up(found)
-        numbers = torch.cat(
-            [sums / counts[0], peaks, counts]
-        ).tolist()  # the one wait for the device
+        # the one wait for the device
+        numbers = torch.cat([sums / counts[0], peaks, counts]).tolist()
         names = self.means + self.extremes
         values = dict(zip(names, numbers, strict=False))
         return values, dict(
@@ -381,8 +381,8 @@ class Resumable(Trainer):
     def get_train_dataloader(self):
         """Rows stay lists, on the CPU, until a part of them is laid out.
 
-        With several processes the rows that do not fill a last batch for all are left out: accelerate would repeat others.
-        So every process has rows in every step.
+        With several processes the rows that do not fill a last batch for all are left out:
+        accelerate would repeat others. So every process has rows in every step.
         """
         self.args.dataloader_drop_last = num_processes() > 1
         self.accelerator.device_placement = False
@@ -404,9 +404,8 @@ class Resumable(Trainer):
             sum_gradients(self.trained().values())
         loss = values.pop("loss")
         self._total_train_tokens += counts["num_tokens"]
-        self.clock.lap(
-            "time/step"
-        )  # since the last one: with its optimizer step and what was written after it
+        # since the last one: with its optimizer step and what was written after it
+        self.clock.lap("time/step")
         seconds = self.clock.seconds["time/step"]
         speed = {"speed/tokens_per_second": counts["texts"] / seconds, "time/step": seconds}
         if self.work:
@@ -418,12 +417,10 @@ class Resumable(Trainer):
         return torch.tensor(loss, device=self.args.device)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        norm = float(
-            super()._get_grad_norm(model, grad_norm=grad_norm)
-        )  # read once, for the log too
-        scaler = (
-            self.accelerator.scaler
-        )  # with fp16 it skips such a step and halves its scale; below 1 no room is left
+        # read once, for the log too
+        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
+        # with fp16 it skips such a step and halves its scale; below 1 no room is left
+        scaler = self.accelerator.scaler
         if not math.isfinite(norm) and not (scaler and scaler.get_scale() >= 1):
             raise self.not_finite("gradient")
         return norm
@@ -436,15 +433,13 @@ class Resumable(Trainer):
             "micro_batch_tokens": self.micro_batch.tokens,
         }
         with new_state(self.folder, step, facts, self.config.save_total_limit) as self.partial:
-            Trainer._save_checkpoint(
-                self, model, trial
-            )  # not TRL's, which writes a model card first
+            # not TRL's, which writes a model card first
+            Trainer._save_checkpoint(self, model, trial)
             wait()
             checkpoint = self.partial / f"checkpoint-{step}"
             if is_main():
-                (checkpoint / f"{FSDP_MODEL_NAME}.bin").unlink(
-                    missing_ok=True
-                )  # the same weights once more
+                # the same weights once more
+                (checkpoint / f"{FSDP_MODEL_NAME}.bin").unlink(missing_ok=True)
                 for path in checkpoint.iterdir():
                     path.rename(self.partial / path.name)
                 checkpoint.rmdir()

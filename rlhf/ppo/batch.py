@@ -1,8 +1,10 @@
 """An update's episodes as they go through the model, and what each role says of them.
 
-Sampled tokens lie end to end, as texts do, so a pass knows no padding; `by_response` gives the formulas theirs.
+Sampled tokens lie end to end, as texts do, so a pass knows no padding; `by_response` gives the
+formulas theirs.
 
-Shapes: b episodes, N tokens of their texts, n sampled tokens of all of them, R of the longest response, H hidden size.
+Shapes: b episodes, N tokens of their texts, n sampled tokens of all of them, R of the longest
+response, H hidden size.
 """
 
 from dataclasses import dataclass, field
@@ -39,8 +41,9 @@ class MicroBatch:
 class Batch:
     """This process's episodes of an update, in the order in which they go through the model, in every pass alike.
 
-    Minibatch by minibatch, and by length within each. Texts are prompt + response + EOS: a response that was cut is
-    scored as if it had ended there. The tokens that were sampled include the one that ended the text.
+    Minibatch by minibatch, and by length within each. Texts are prompt + response + EOS: a response
+    that was cut is scored as if it had ended there. The tokens that were sampled include the one
+    that ended the text.
     """
 
     rows: list[int]  # which of the update's episodes
@@ -49,9 +52,8 @@ class Batch:
     texts: list[list[int]]
     responses: list[Response]
     device: torch.device
-    laid_out: dict[int, list[list[MicroBatch]]] = field(
-        default_factory=dict
-    )  # by size, so that each is made once
+    # by size, so that each is made once
+    laid_out: dict[int, list[list[MicroBatch]]] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:
@@ -88,9 +90,8 @@ class Batch:
         return self.laid_out[tokens]
 
     def cut(self, rows: slice, tokens: int) -> list[MicroBatch]:
-        parts = cut_by_tokens(
-            [len(text) for text in self.texts[rows]], tokens
-        )  # in order: they are sorted already
+        # in order: they are sorted already
+        parts = cut_by_tokens([len(text) for text in self.texts[rows]], tokens)
         return [
             self.lay_out(slice(rows.start + part[0], rows.start + part[-1] + 1)) for part in parts
         ]
@@ -166,7 +167,8 @@ class Measured:
             ]
             if odd:
                 raise NotFinite(
-                    f"{name} not finite at texts {', '.join(odd)} of the batch; lower the learning rates, or try "
+                    f"{name} not finite at texts {', '.join(odd)} of the batch; lower the learning "
+                    "rates, or try "
                     "--dtype fp32"
                 )
 
@@ -189,9 +191,8 @@ class Old:
     def of(
         cls, measured: Measured, advantages: Tensor, returns: Tensor, device: torch.device
     ) -> "Old":
-        numbers = torch.stack(
-            [measured.logprobs, measured.values, advantages, returns]
-        )  # one transfer
+        # one transfer
+        numbers = torch.stack([measured.logprobs, measured.values, advantages, returns])
         return cls(measured.lower, *numbers.to(device))
 
 

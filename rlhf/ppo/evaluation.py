@@ -105,8 +105,10 @@ def penalty_warnings(sft: Evaluation, penalty: float) -> list[str]:
     if penalty <= spread or m["eos_rate"] >= 0.9:
         return []
     return [
-        f"--missing-eos-penalty {penalty:g} is more than a standard deviation of SFT's scores ({spread:.2f}), and "
-        f"{1 - m['eos_rate']:.0%} of its responses have no EOS: PPO may shorten them and learn little else; "
+        f"--missing-eos-penalty {penalty:g} is more than a standard deviation of SFT's scores "
+        f"({spread:.2f}), and "
+        f"{1 - m['eos_rate']:.0%} of its responses have no EOS: PPO may shorten them and learn "
+        "little else; "
         "try half a standard deviation, or a longer --response-length"
     ]
 
@@ -117,19 +119,24 @@ def describe(m: dict[str, Any]) -> str:
         if f"{name}_gain" in m:
             key = "scores" if name == "score" else "gold_scores"
             lines.append(
-                f"held-out prompts {m['eval_prompts']}: {word} {m[f'sft_{key}']:.2f} (SFT) -> {m[f'ppo_{key}']:.2f} (PPO), "
-                f"gain {m[f'{name}_gain']:.2f} (paired 95 % interval {m[f'{name}_gain_low']:.2f} to "
-                f"{m[f'{name}_gain_high']:.2f}; {m[f'{name}_gain_at_equal_length']:.2f} at equal length; "
+                f"held-out prompts {m['eval_prompts']}: {word} {m[f'sft_{key}']:.2f} (SFT) -> "
+                f"{m[f'ppo_{key}']:.2f} (PPO), "
+                f"gain {m[f'{name}_gain']:.2f} (paired 95 % interval {m[f'{name}_gain_low']:.2f} "
+                "to "
+                f"{m[f'{name}_gain_high']:.2f}; {m[f'{name}_gain_at_equal_length']:.2f} at equal "
+                "length; "
                 f"the standard deviation of SFT's is {m[f'sft_{name}_std']:.2f})"
             )
     lines.append(
         f"KL {m['ppo_kl']:.2f} nats a response, length {m['sft_response_length']:.1f} -> "
-        f"{m['ppo_response_length']:.1f} tokens, ended by EOS {m['sft_eos_rate']:.0%} -> {m['ppo_eos_rate']:.0%}, "
+        f"{m['ppo_response_length']:.1f} tokens, ended by EOS {m['sft_eos_rate']:.0%} -> "
+        f"{m['ppo_eos_rate']:.0%}, "
         f"repeated 3-grams {m['sft_repeated_3grams']:.1%} -> {m['ppo_repeated_3grams']:.1%}, "
         f"distinct-2 {m['sft_distinct_2']:.2f} -> {m['ppo_distinct_2']:.2f}"
     )
     lines.append(
-        f"answers that end in a question {shares(m, 'question_share')}, that begin alike {shares(m, 'opening_share')}"
+        f"answers that end in a question {shares(m, 'question_share')}, that begin alike "
+        f"{shares(m, 'opening_share')}"
     )
     requests = {"refusal": "harmful requests", "overrefusal": "requests that only sound harmful"}
     asked = [

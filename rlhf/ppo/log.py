@@ -38,9 +38,7 @@ PANELS = (
         {"val/response_length": "training", "eval/response_length": "held-out"},
     ),
     Panel(
-        "Entropy",
-        "nats a token",
-        {"policy/entropy_avg": "training", "eval/entropy": "held-out"},
+        "Entropy", "nats a token", {"policy/entropy_avg": "training", "eval/entropy": "held-out"}
     ),
     Panel(
         "Critic",
@@ -74,9 +72,8 @@ class Log:
         self.chosen = chosen or {}
         self.missing_eos_penalty = config.missing_eos_penalty
         self.sampler_is_close = True
-        self.sft: Evaluation | None = (
-            None  # the first evaluation, which later ones are held against
-        )
+        # the first evaluation, which later ones are held against
+        self.sft: Evaluation | None = None
         files = "metrics.jsonl", "samples.jsonl"
         self.metrics, self.samples = (
             JsonLines(folder / name if is_main() else Path(os.devnull)) for name in files
@@ -99,7 +96,8 @@ class Log:
         self.metrics.file.close()
         self.samples.file.close()
         for tracker in self.tracker.trackers if self.tracker else ():
-            tracker.finish()  # end_training() would end the processes' group with them, which has a wait to come
+            # end_training() would end the processes' group with them, which has a wait to come
+            tracker.finish()
 
     def positions(self) -> tuple[int, int]:
         """Where metrics.jsonl and samples.jsonl end, in bytes."""
@@ -126,7 +124,8 @@ class Log:
         if not row["policy/sampler_kl"] <= FAR_SAMPLER and self.sampler_is_close:
             self.sampler_is_close = False  # said once
             console.print(
-                f"warning: what samples is {row['policy/sampler_kl']:.3f} nats a token away from what is trained, where "
+                f"warning: what samples is {row['policy/sampler_kl']:.3f} nats a token away from "
+                "what is trained, where "
                 "rounding explains some 0.002; try --rollout-weights base, or --dtype fp32"
             )
         self.progress.update(
@@ -194,8 +193,9 @@ def batch_metrics(
 def sampler_kl(batch: Batch, measured: Measured) -> float:
     """How far the sampler was from the policy that is trained, in nats, summed over this process's tokens.
 
-    It is the same policy, in other shapes and perhaps in merged weights: what is left is rounding. Of the sampler's
-    probabilities q and the measured p, the sum of p/q - 1 - log(p/q), whose mean is KL(q, p).
+    It is the same policy, in other shapes and perhaps in merged weights: what is left is rounding.
+    Of the sampler's probabilities q and the measured p, the sum of p/q - 1 - log(p/q), whose mean
+    is KL(q, p).
     """
     sampled = [number for response in batch.responses for number in response.logprobs]
     distance = measured.logprobs - torch.tensor(sampled)

@@ -1,7 +1,8 @@
 """Everything that a PPO run needs to go on exactly where it was: weights, optimizer, scaler, coefficients, places in its files.
 
-There is no state of random numbers: every draw follows from the seed and the number of the episode or update
-(`ppo_train.draw_prompts`, `optimise`), so a run that goes on draws what it would have drawn.
+There is no state of random numbers: every draw follows from the seed and the number of the episode
+or update (`ppo_train.draw_prompts`, `optimise`), so a run that goes on draws what it would have
+drawn.
 """
 
 import dataclasses
@@ -39,7 +40,8 @@ class State:
     Args:
         folder: the run's; the states are in it.
         runs: the run.json of the SFT, the reward and the gold checkpoint, by role.
-        prompts: the training and the held-out prompts. A run goes on only with the same, and from the same checkpoints.
+        prompts: the training and the held-out prompts. A run goes on only with the same, and from
+        the same checkpoints.
     """
 
     def __init__(
@@ -131,7 +133,8 @@ class State:
         check_same(facts["inputs"], self.inputs, (), where)
         if facts["update"] >= self.config.num_updates:
             raise UserError(
-                f"--resume: {where} has made {facts['update']} updates: raise --total-episodes or --max-steps"
+                f"--resume: {where} has made {facts['update']} updates: raise --total-episodes or "
+                "--max-steps"
             )
         self.shared.load_trained(load_file(folder / "weights.safetensors"))
         load_optimizer(self.optimizer, load_file(folder / "optimizer.safetensors"))
@@ -173,7 +176,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     for key, value in tensors.items():
         group, number, name = key.split(".")
         parameter = optimizer.param_groups[int(group)]["params"][int(number)]
-        # The step too goes to the device: a fused AdamW keeps it there. A copy: what was read may be a view of the file.
+        # The step too goes to the device: a fused AdamW keeps it there. A copy: what was read may
+        # be a view of the file.
         optimizer.state[parameter][name] = value.to(parameter.device, copy=True)
 
 

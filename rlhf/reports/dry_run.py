@@ -56,7 +56,8 @@ def show_data(what: str, lengths: list[int]) -> None:
     """Print how many rows there are, after the drops that training makes too, and how long they are in tokens."""
     mean, longest = sum(lengths) / len(lengths), max(lengths)
     console.print(
-        f"{what}: {len(lengths)}, {mean:.0f} tokens each on average, {longest} at most, {sum(lengths):,} in all"
+        f"{what}: {len(lengths)}, {mean:.0f} tokens each on average, {longest} at most, "
+        f"{sum(lengths):,} in all"
     )
 
 
@@ -94,11 +95,7 @@ def earlier_runs(config: Any, **scripts: ModuleType) -> dict[str, dict[str, Any]
 
 
 def foresee(
-    role: str,
-    folder: str,
-    config: Any,
-    script: ModuleType,
-    runs: dict[str, dict[str, Any]],
+    role: str, folder: str, config: Any, script: ModuleType, runs: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """What a plan asks of the run.json of a checkpoint that is not there yet; a line says what is planned for.
 
@@ -125,7 +122,8 @@ def foresee(
         of = ""
     command += f" --output-dir {shlex.quote(folder)}" if folder != maker.output_dir else ""
     console.print(
-        f"There is no {role} checkpoint at {folder} yet: this plan is for the one that `{command}` would make{of}."
+        f"There is no {role} checkpoint at {folder} yet: this plan is for the one that `{command}` "
+        f"would make{of}."
     )
     return run
 
@@ -150,7 +148,8 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     show_data("prompts", [len(prompt) for prompt in prompts])
     console.print(f"held-out prompts: {len(held_out)}")
     console.print(
-        f"updates: {config.num_updates} of {config.episodes_per_update} responses of up to {config.response_length} tokens, "
+        f"updates: {config.num_updates} of {config.episodes_per_update} responses of up to "
+        f"{config.response_length} tokens, "
         f"{config.num_ppo_epochs * config.num_mini_batches} optimizer steps each"
     )
     shape = read_shape(base, config.dtype)

@@ -77,11 +77,13 @@ def model_card(
         *(["Built with Llama."] if llama else []),
     ]
     parts.append(
-        f"{plain_name(Path(base['model']).name)}, tuned on human preferences with human-feedback-llama."
+        f"{plain_name(Path(base['model']).name)}, tuned on human preferences with "
+        "human-feedback-llama."
     )
     parts += ["## How it was made", *(phase_part(phase, run) for phase, run in runs.items())]
     steps = "\n".join(
-        f"- {step}: largest logit difference {r['largest_logit_difference']:.1e}, KL {r['kl']:.1e} nats a token"
+        f"- {step}: largest logit difference {r['largest_logit_difference']:.1e}, KL {r['kl']:.1e} "
+        "nats a token"
         for step, r in report.items()
     )
     parts += [
@@ -93,7 +95,8 @@ def model_card(
     terms = f"The base's licence ({licence or 'see its own page'}) goes on with this model."
     if llama:
         terms += (
-            " Llama is licensed under the Llama Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved; "
+            " Llama is licensed under the Llama Community License, Copyright (c) Meta Platforms, "
+            "Inc. All Rights Reserved; "
             "its Acceptable Use Policy applies."
         )
     return "\n\n".join([*parts, "## Licence", terms]) + "\n"

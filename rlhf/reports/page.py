@@ -1,8 +1,8 @@
 """The comparison as a page: compare.html is one file, runs no script and fetches nothing, whatever the models wrote.
 
-The template is compare.html.jinja; here is what it shows: a report of compare_outputs.py, whose training curves are read
-from the metrics.jsonl beside each checkpoint. Checkpoints are files that anyone may have edited, so what is not as a run
-writes it is left out.
+The template is compare.html.jinja; here is what it shows: a report of compare_outputs.py, whose
+training curves are read from the metrics.jsonl beside each checkpoint. Checkpoints are files that
+anyone may have edited, so what is not as a run writes it is left out.
 """
 
 import math
@@ -198,7 +198,8 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
     if base:
         revision = f" at {str(base['revision'])[:12]}" if base.get("revision") else ""
         found["Base"] = (
-            f"{name_of(base['model'])}{revision}, {'NF4' if base.get('load_in_4bit') else 'not quantised'}"
+            f"{name_of(base['model'])}{revision}, "
+            f"{'NF4' if base.get('load_in_4bit') else 'not quantised'}"
         )
     found["Prompts"] = str(len(report["prompts"]))
     if flags:

@@ -1,6 +1,7 @@
 """What a reward model gets right on held-out pairs, how sure of itself it is, and how much of it is length.
 
-`evaluation.json` holds every number, `evaluation.png` shows them. A tie counts half, so a constant scorer gets 0.5.
+`evaluation.json` holds every number, `evaluation.png` shows them. A tie counts half, so a constant
+scorer gets 0.5.
 
 Shapes: n pairs.
 """
@@ -152,15 +153,19 @@ def describe(m: dict[str, Any], what: str = "test pairs") -> str:
     """What judge() found, in words."""
     lines = [
         f"{what} {m['eval_pairs']}: accuracy {m['eval_accuracy']:.3f} "
-        f"(95 % interval {m['eval_accuracy_low']:.3f} to {m['eval_accuracy_high']:.3f}; a tie counts half), "
-        f"mean margin {m['eval_margin']:.3f}, loss {m['eval_loss']:.4f}, calibration error {m['calibration_error']:.3f}",
-        f'"the longer response wins" would score {m["longer_wins_accuracy"]:.3f}: the model is {m["above_longer_wins"]:+.3f} '
+        f"(95 % interval {m['eval_accuracy_low']:.3f} to {m['eval_accuracy_high']:.3f}; a tie "
+        "counts half), "
+        f"mean margin {m['eval_margin']:.3f}, loss {m['eval_loss']:.4f}, calibration error "
+        f"{m['calibration_error']:.3f}",
+        f'"the longer response wins" would score {m["longer_wins_accuracy"]:.3f}: the model is '
+        f"{m['above_longer_wins']:+.3f} "
         f"from it ({m['above_longer_wins_low']:+.3f} to {m['above_longer_wins_high']:+.3f})",
     ]
     if m["length_balanced_accuracy"] is not None:
         lines.append(
             f"accuracy {m['length_balanced_accuracy']:.3f} ({m['length_balanced_low']:.3f} to "
-            f"{m['length_balanced_high']:.3f}) with longer and shorter winners weighing alike, where length alone gets 0.5"
+            f"{m['length_balanced_high']:.3f}) with longer and shorter winners weighing alike, "
+            "where length alone gets 0.5"
         )
     correlated = m["score_length_correlation"]
     lines.append(

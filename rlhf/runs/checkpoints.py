@@ -1,9 +1,9 @@
 """The hand-off between the scripts: folders that appear whole, and the `run.json` that says what is in them.
 
-A phase works in `NAME.partial` beside its output folder and renames it in at the end, so a finished checkpoint is
-either all there or not there. `run.json` begins with what is known before the first step; at the end it says when it
-was finished, and names the base model, the prompt format, the data and
-the parents with their hashes; the next script checks it before it loads anything.
+A phase works in `NAME.partial` beside its output folder and renames it in at the end, so a finished
+checkpoint is either all there or not there. `run.json` begins with what is known before the first
+step; at the end it says when it was finished, and names the base model, the prompt format, the data
+and the parents with their hashes; the next script checks it before it loads anything.
 """
 
 import contextlib
@@ -35,12 +35,7 @@ RUN_FACTS = {
     "adapter_sha256": str,
     "hyperparameters": dict,
 }
-BASE_FACTS = {
-    "model": str,
-    "revision": str | None,
-    "config_sha256": str,
-    "load_in_4bit": bool,
-}
+BASE_FACTS = {"model": str, "revision": str | None, "config_sha256": str, "load_in_4bit": bool}
 FILE_FACTS = {"size": int, "mtime": int, "sha256": str}  # of each weight file of a local base
 LOGGING = frozenset(  # settings that change nothing of what a run makes
     (
@@ -104,7 +99,8 @@ def check_same(
     ]
     if other:
         raise UserError(
-            f"--resume: {what} began with {', '.join(other)}: give it what it began with, or start anew with --overwrite "
+            f"--resume: {what} began with {', '.join(other)}: give it what it began with, or start "
+            "anew with --overwrite "
             "in the place of --resume"
         )
 
@@ -182,7 +178,8 @@ def recorded(output_dir: str) -> dict[str, Any] | None:
 def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]:
     """Read and check the `run.json` of a finished phase; `flag` is the one that names its folder, if not the usual one.
 
-    Raises UserError when the phase is missing (naming the command that makes it), is another phase, or is damaged.
+    Raises UserError when the phase is missing (naming the command that makes it), is another phase,
+    or is damaged.
     """
     path = Path(folder) / "run.json"
     todo = f"run `python {SCRIPTS[phase]}` first, or name its output folder with {flag or f'--{phase}-checkpoint'}"
@@ -190,7 +187,8 @@ def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]
         raise UserError(f"there is no {phase} checkpoint at {folder}: {todo}")
     if not path.is_file():
         raise UserError(
-            f"{folder} is not a checkpoint of {SCRIPTS[phase]} (it has no run.json). Accepted is the output folder of "
+            f"{folder} is not a checkpoint of {SCRIPTS[phase]} (it has no run.json). Accepted is "
+            "the output folder of "
             f"{SCRIPTS[phase]}, a LoRA adapter on the same base: {todo}"
         )
     try:
@@ -219,7 +217,8 @@ def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]
         raise UserError(f"{path} is damaged ({error}): train that phase again") from None
     if run["phase"] != phase:
         raise UserError(
-            f"{folder} holds a {run['phase']} checkpoint where a {phase} checkpoint is needed: {todo}"
+            f"{folder} holds a {run['phase']} checkpoint where a {phase} checkpoint is needed: "
+            f"{todo}"
         )
     weights = Path(folder) / "adapter_model.safetensors"
     if not weights.is_file():
@@ -276,13 +275,15 @@ def check_child(
     """Raise UserError unless the checkpoint at `folder` was trained from the SFT checkpoint at `parent_folder`."""
     if run["prompt_format"] != parent["prompt_format"]:
         raise UserError(
-            f"{folder} was trained with another prompt format ({run['prompt_format']}) than {parent_folder} "
+            f"{folder} was trained with another prompt format ({run['prompt_format']}) than "
+            f"{parent_folder} "
             f"({parent['prompt_format']}): train it again from that one"
         )
     check_same_base(run, folder, parent["base"])
     if run.get("parents", {}).get("sft") != parent["adapter_sha256"]:
         raise UserError(
-            f"{folder} was not trained from the SFT checkpoint at {parent_folder}; accepted is an adapter stacked on "
+            f"{folder} was not trained from the SFT checkpoint at {parent_folder}; accepted is an "
+            "adapter stacked on "
             f"that one: run `python {SCRIPTS[run['phase']]} --sft-checkpoint {parent_folder}`"
         )
 
@@ -311,12 +312,14 @@ def check_other_pairs(
     same = theirs.get("source") == ours.get("source") or theirs.get("sha256") == ours.get("sha256")
     if same and {theirs.get("half"), ours.get("half")} != {"first", "second"}:
         raise UserError(
-            f"{folder} is no judge of its own: it may have trained on the pairs of {reward_folder}; train one with "
+            f"{folder} is no judge of its own: it may have trained on the pairs of "
+            f"{reward_folder}; train one with "
             "`python reward_train.py --half first` and the other with --half second"
         )
     if theirs.get("votes") and ours.get("votes"):
         raise UserError(
-            f"{folder} and {reward_folder} were both trained with --extra-data: leave it out of one of them"
+            f"{folder} and {reward_folder} were both trained with --extra-data: leave it out of "
+            "one of them"
         )
 
 

@@ -12,7 +12,8 @@ from rlhf.runs.device import device
 from rlhf.runs.errors import UserError
 from rlhf.runs.processes import num_processes, sharded
 
-# What FSDP must be told: the states are whole files, and checkpointing would give the weights other names.
+# What FSDP must be told: the states are whole files, and checkpointing would give the weights other
+# names.
 SHARDED = {
     "FSDP_VERSION": "2",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
@@ -49,7 +50,8 @@ def check_tracker(name: str | None) -> None:
     """Raise UserError when the tracker that --log-with names is not installed."""
     if name and find_spec(name) is None:
         raise UserError(
-            f"--log-with {name}: it is not installed; run `pip install {name}`, or leave the flag out"
+            f"--log-with {name}: it is not installed; run `pip install {name}`, or leave the flag "
+            "out"
         )
 
 
@@ -57,7 +59,8 @@ def check_numbers(config: Any) -> None:
     """Raise UserError for a number of a training script that cannot be, and for what else keeps it from starting."""
     if device().type == "cuda" and torch.cuda.device_count() > 1 and num_processes() == 1:
         raise UserError(
-            "several GPUs are visible: start the script with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0 to use one"
+            "several GPUs are visible: start the script with `accelerate launch`, or set "
+            "CUDA_VISIBLE_DEVICES=0 to use one"
         )
     for name, value in SHARDED.items() if sharded() else ():
         if os.environ.get(name) != value:
@@ -87,7 +90,8 @@ def check_trainer_numbers(config: Any) -> None:
     if config.batch_size % num_processes():
         nearest = nearest_multiple(config.batch_size, num_processes())
         raise UserError(
-            f"--batch-size {config.batch_size} is not a multiple of {num_processes()} processes: the nearest is {nearest}"
+            f"--batch-size {config.batch_size} is not a multiple of {num_processes()} processes: "
+            f"the nearest is {nearest}"
         )
 
 
@@ -113,15 +117,19 @@ def check_ppo_numbers(config: Any) -> None:
     )
     if config.kl_controller == "adaptive" and config.episodes_per_update >= 5 * config.kl_horizon:
         raise UserError(
-            f"--kl-horizon {config.kl_horizon} is too short for an update's {config.episodes_per_update} episodes: the "
-            f"coefficient could turn negative; the shortest is {config.episodes_per_update // 5 + 1}"
+            f"--kl-horizon {config.kl_horizon} is too short for an update's "
+            f"{config.episodes_per_update} episodes: the "
+            "coefficient could turn negative; the shortest is "
+            f"{config.episodes_per_update // 5 + 1}"
         )
     parts = config.num_mini_batches * num_processes()
     if config.episodes_per_update % parts:
         among = f" x {num_processes()} processes" if num_processes() > 1 else ""
         raise UserError(
-            f"--episodes-per-update {config.episodes_per_update} is not a multiple of {config.num_mini_batches} "
-            f"minibatches{among}: the nearest is {nearest_multiple(config.episodes_per_update, parts)}"
+            f"--episodes-per-update {config.episodes_per_update} is not a multiple of "
+            f"{config.num_mini_batches} "
+            f"minibatches{among}: the nearest is "
+            f"{nearest_multiple(config.episodes_per_update, parts)}"
         )
     if config.total_episodes % config.episodes_per_update:
         nearest = nearest_multiple(config.total_episodes, config.episodes_per_update)
@@ -132,7 +140,8 @@ def check_ppo_numbers(config: Any) -> None:
     if config.num_updates <= config.critic_warmup_updates:
         raise UserError(
             f"--critic-warmup-updates {config.critic_warmup_updates} are all that the run makes "
-            f"({config.num_updates}): the policy would not be trained; at most {config.num_updates - 1} of them "
+            f"({config.num_updates}): the policy would not be trained; at most "
+            f"{config.num_updates - 1} of them "
             f"are possible, or raise {'--max-steps' if config.max_steps else '--total-episodes'}"
         )
 

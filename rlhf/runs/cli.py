@@ -27,52 +27,76 @@ def parse(
     args: list[str] | None = None,
     first: Sequence[str] = (),
 ) -> Config:
-    """Read the flags of a script (`args`, or the command line's) over its defaults, or over those of `--preset NAME`.
+    """Read a script's flags over its defaults, or over those of `--preset NAME`.
 
-    Unknown and abbreviated flags exit with code 2. Help texts are the comments beside the fields. A `~` is the home folder,
-    also where the shell has left it alone, as in `--output-dir=~/sft`.
+    Unknown and abbreviated flags exit with code 2. Help texts are the comments at the fields. A `~`
+    is the home folder, also where the shell leaves it alone, as in `--output-dir=~/sft`.
 
     Args:
+        args: the flags; None: those of the command line.
         first: the fields that `--help` shows before the others, in a group of their own.
     """
-    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     description = doc.strip().splitlines()[0]
     if presets:
-        preset.add_argument("--preset", choices=sorted(presets), default=None)
+        preset_parser.add_argument("--preset", choices=sorted(presets), default=None)
         description += f" (--preset {{{','.join(presets)}}}: the small values of this file)"
-    chosen, rest = preset.parse_known_args(args)
-    default = presets[chosen.preset] if presets and chosen.preset else config_class()
-    if first:
-        groups = vars(tyro.cli(in_two_groups(default, first), args=rest, description=description))
-        config = config_class(**vars(groups["common"]), **vars(groups["other"]))
-    else:
-        config = tyro.cli(config_class, default=default, args=rest, description=description)
-    home = {
-        name: os.path.expanduser(x)
-        for name, x in vars(config).items()
-        if isinstance(x, str) and x[:1] == "~"
-    }
-    return dataclasses.replace(config, **home, **({"preset": chosen.preset} if presets else {}))
+    given, rest = preset_parser.parse_known_args(args)
+    default = presets[given.preset] if presets and given.preset else config_class()
+    flags = grouped(default, first) if first else explained("Flags", default, help_texts(default))
+    parsed = vars(tyro.cli(flags, args=rest, description=description))
+    values = vars(parsed["common"]) | vars(parsed["other"]) if first else parsed
+    for name, value in values.items():
+        if isinstance(value, str) and value.startswith("~"):
+            values[name] = os.path.expanduser(value)
+    if presets:
+        values["preset"] = given.preset
+    return config_class(**values)
 
 
-def in_two_groups(default: Any, first: Sequence[str]) -> type:
-    """A class of two groups of fields, `common` and `other`, for which tyro has the same flags as for `default`."""
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(type(default)), re.M))
+def help_texts(config: Any) -> dict[str, str]:
+    """The comment of each field of a dataclass: behind it, or on the lines right above it."""
+    texts = {}
+    above: list[str] = []
+    for line in inspect.getsource(type(config)).splitlines():
+        field = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
+        if field:
+            name, behind = field.groups()
+            texts[name] = behind or " ".join(above)
+        comment = re.match(r"    # (.*)", line)
+        above = [*above, comment.group(1)] if comment else []
+    return texts
+
+
+def explained(
+    name: str,
+    default: Any,
+    texts: dict[str, str],
+    fields: Sequence[str] | None = None,
+    doc: str = "",
+) -> type:
+    """A class of some fields of `default`, or of all, for which tyro has the same flags and our help."""
     types = {field.name: field.type for field in dataclasses.fields(default)}
+    knobs = []
+    for field in types if fields is None else fields:
+        kind = Annotated[types[field], tyro.conf.arg(help=texts.get(field))]
+        knobs.append((field, kind, dataclasses.field(default=getattr(default, field))))
+    return dataclasses.make_dataclass(name, knobs, namespace={"__doc__": doc}, frozen=True)
 
-    def group(name: str, description: str, fields: Sequence[str]) -> tuple[str, Any, Any]:
-        knobs = []
-        for field in fields:
-            kind = Annotated[types[field], tyro.conf.arg(help=comments.get(field))]
-            knobs.append((field, kind, dataclasses.field(default=getattr(default, field))))
-        made = dataclasses.make_dataclass(
-            name, knobs, namespace={"__doc__": description}, frozen=True
-        )
-        return name, tyro.conf.OmitArgPrefixes[made], dataclasses.field(default=made())
 
-    rest = [name for name in types if name not in first]
-    common = group("common", "What people change first.", first)
-    return dataclasses.make_dataclass("Flags", [common, group("other", "All the rest.", rest)])
+def grouped(default: Any, first: Sequence[str]) -> type:
+    """A class of two groups of the fields of `default`: `common`, those of `first`, and `other`."""
+    texts = help_texts(default)
+    rest = [field.name for field in dataclasses.fields(default) if field.name not in first]
+    groups = []
+    for name, doc, fields in (
+        ("common", "What people change first.", first),
+        ("other", "All the rest.", rest),
+    ):
+        group = explained(name, default, texts, fields, doc)
+        kind = tyro.conf.OmitArgPrefixes[group]
+        groups.append((name, kind, dataclasses.field(default=group())))
+    return dataclasses.make_dataclass("Flags", groups)
 
 
 def run(
@@ -92,7 +116,8 @@ def run(
     except Stopped as stopped:
         number = stopped.args[0]
         print(
-            f"\nStopped by {signal.Signals(number).name}. To go on: add --resume to the same command.",
+            f"\nStopped by {signal.Signals(number).name}. To go on: add --resume to the same "
+            "command.",
             file=sys.stderr,
         )
         sys.exit(128 + number)

@@ -57,7 +57,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
             return torch.bfloat16 if bf16 else torch.float32
         if not (bf16 or fp16):
             raise UserError(
-                f"{where} has neither bf16 nor usable fp16: use a newer card, or --dtype fp32 on a small model"
+                f"{where} has neither bf16 nor usable fp16: use a newer card, or --dtype fp32 on a "
+                "small model"
             )
         return torch.bfloat16 if bf16 else torch.float16
     if (name == "bf16" and device.type == "cuda" and not bf16) or (name == "fp16" and not fp16):
@@ -74,5 +75,6 @@ def check_4bit(device: torch.device) -> None:
         layer(torch.ones(1, 64, device=device))
     except Exception as error:
         raise UserError(
-            f"4-bit weights do not work on {device.type} here ({one_line(error)}): pass --no-load-in-4bit"
+            f"4-bit weights do not work on {device.type} here ({one_line(error)}): pass "
+            "--no-load-in-4bit"
         ) from None

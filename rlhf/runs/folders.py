@@ -18,7 +18,8 @@ from rlhf.runs.errors import UserError, is_disk_full, one_line
 from rlhf.runs.processes import agree, is_main, wait
 
 LOCK = "lock"  # a file in the partial folder, held by the run that writes there
-# What our output folders hold, as patterns: an adapter, of PPO a second one in value/, what training tells, or an export.
+# What our output folders hold, as patterns: an adapter, of PPO a second one in value/, what
+# training tells, or an export.
 ADAPTER = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -60,8 +61,8 @@ TRACKED = ("events.out.tfevents.*", "hparams.yml")  # by TensorBoard, in folders
 def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool = False) -> None:
     """Refuse, before any work is done, an output folder that holds something, or one of the run's own `inputs`.
 
-    A run that was cut short and can go on is not thrown away unasked either, and nothing that this project did not write
-    is thrown away at all.
+    A run that was cut short and can go on is not thrown away unasked either, and nothing that this
+    project did not write is thrown away at all.
     """
     if Path(folder).name in ("", ".."):
         raise UserError(f"--output-dir '{folder}' must name a folder of its own")
@@ -87,7 +88,8 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
         odd = replaced or not_ours(partial_of(path), finished=False)
         if odd:
             raise UserError(
-                f"{odd} is no part of an earlier result, and would be removed: move it away, or choose another --output-dir"
+                f"{odd} is no part of an earlier result, and would be removed: move it away, or "
+                "choose another --output-dir"
             )
         return
     if path.is_dir() and any(path.iterdir()):
@@ -96,7 +98,8 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
         )
     if any(partial_of(path).glob("step-*/manifest.json")):
         raise UserError(
-            f"{partial_of(path)} holds a run that was cut short: add --resume to go on, or --overwrite to start anew"
+            f"{partial_of(path)} holds a run that was cut short: add --resume to go on, or "
+            "--overwrite to start anew"
         )
 
 
@@ -124,9 +127,8 @@ def not_ours(folder: Path, finished: bool = True) -> Path | None:
             ("value",): ADAPTER,
             ("additional_chat_templates",): ("*.jinja",),
         }.get(within, TRACKED)
-        patterns = (
-            ("*",) if within and within[0].startswith("step-") else patterns
-        )  # a state to resume from
+        # a state to resume from
+        patterns = ("*",) if within and within[0].startswith("step-") else patterns
         if (path.is_symlink() or not path.is_dir()) and not any(
             fnmatch(path.name, pattern) for pattern in patterns
         ):
@@ -151,8 +153,9 @@ def partial_of(folder: Path) -> Path:
 def output_folder(folder: str, resume: bool = False) -> Iterator[Path]:
     """Yield `folder.partial` to write to; when the block ends well, rename it to `folder`, replacing what is there.
 
-    When the block raises, an existing `folder` stays as it was, and the partial one stays beside it if it has a state to
-    go on from, or after a crash; the next run of the phase clears it, unless it is given `resume`.
+    When the block raises, an existing `folder` stays as it was, and the partial one stays beside it
+    if it has a state to go on from, or after a crash; the next run of the phase clears it, unless
+    it is given `resume`.
     """
     final = place_of(folder)
     partial = partial_of(final)

@@ -67,9 +67,8 @@ def hub_errors(name: str, kind: str, flag: str) -> Iterator[None]:
         raise
     except Exception as error:
         message = explain(error, name, kind, flag)
-        broken = (
-            isinstance(error, BROKEN) or kind == "tokenizer"
-        )  # that library raises plain Exceptions
+        # that library raises plain Exceptions
+        broken = isinstance(error, BROKEN) or kind == "tokenizer"
         if message is None and broken and not is_disk_full(error):
             message = f"the {kind} of {name} cannot be loaded ({one_line(error)})"
         if message is None:
@@ -92,7 +91,8 @@ def explain(error: Exception, name: str, kind: str, flag: str) -> str | None:
         "TransportError",
     }:
         return (
-            f"{kind} {name} is not on this machine and the hub cannot be reached: check the network (or HF_HUB_OFFLINE), "
+            f"{kind} {name} is not on this machine and the hub cannot be reached: check the "
+            "network (or HF_HUB_OFFLINE), "
             f"or give a local folder with {flag}"
         )
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"}:

@@ -37,7 +37,8 @@ class JsonLines:
         """Forget what stands after the first `position` bytes."""
         if position > self.file.seek(0, os.SEEK_END):
             raise UserError(
-                f"{self.file.name} has lost its end: it ended at byte {position}; start anew with --overwrite"
+                f"{self.file.name} has lost its end: it ended at byte {position}; start anew with "
+                "--overwrite"
             )
         self.file.seek(position)
         self.file.truncate()

@@ -115,8 +115,9 @@ def moments(values: Tensor) -> tuple[Tensor, Tensor]:
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each gradient by its sum over all processes, in one message.
 
-    A parameter that has none here counts as zeros, since all processes must send the same. Only where none of them has
-    one, as while PPO trains its critic alone, nothing is sent: then that must be so on every process.
+    A parameter that has none here counts as zeros, since all processes must send the same. Only
+    where none of them has one, as while PPO trains its critic alone, nothing is sent: then that
+    must be so on every process.
     """
     parameters = list(parameters)
     if num_processes() == 1 or all(parameter.grad is None for parameter in parameters):

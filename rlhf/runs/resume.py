@@ -1,9 +1,9 @@
 """Runs that can be stopped, or cut short, and go on to the very result that they would have had.
 
-A state is a folder `step-N` in the run's output folder: tensors in safetensors (the SFT and reward scripts keep their
-Trainer's optimizer and random numbers in its own files, read with `weights_only`), all else in JSON. It is written
-beside its place, flushed to the disk and renamed, and counts only if each of its files has the hash that its manifest,
-written last, names.
+A state is a folder `step-N` in the run's output folder: tensors in safetensors (the SFT and reward
+scripts keep their Trainer's optimizer and random numbers in its own files, read with
+`weights_only`), all else in JSON. It is written beside its place, flushed to the disk and renamed,
+and counts only if each of its files has the hash that its manifest, written last, names.
 """
 
 import json
@@ -22,7 +22,8 @@ from rlhf.runs.terminal import console
 MANIFEST = "manifest.json"
 HARMLESS = (
     LOGGING
-    | {  # may change on the way: places, as what is there is hashed, how long it goes on, what it keeps
+    # may change on the way: places, as what is there is hashed, how long it goes on, what it keeps
+    | {
         *(
             "base_model",
             "revision",

@@ -130,7 +130,8 @@ def style_warnings(m: dict[str, Any]) -> list[str]:
         if doubled(before, after, m["eval_prompts"]) and after > (chosen or 0.0):
             beside = "" if chosen is None else f" (of the chosen answers {chosen:.0%})"
             found.append(
-                f"style drifts: {before:.0%} of the answers {what} before, {after:.0%} do now{beside}; "
+                f"style drifts: {before:.0%} of the answers {what} before, {after:.0%} do "
+                f"now{beside}; "
                 "read some of them in samples.jsonl"
             )
     return found

@@ -36,8 +36,9 @@ def at_equal_length(
 ) -> tuple[float, float, float]:
     """The mean of `outcome`, one number a prompt, if both answers to it were equally long, and its 95 % interval.
 
-    A least-squares line of the outcome over the difference in length, read at 0; the interval is a bootstrap over prompts.
-    Of [seeds, prompts], it is the line of their means over the seeds, and the bootstrap is over both.
+    A least-squares line of the outcome over the difference in length, read at 0; the interval is a
+    bootstrap over prompts. Of [seeds, prompts], it is the line of their means over the seeds, and
+    the bootstrap is over both.
     """
     points = np.array([list(outcome), list(difference)], dtype=float)
     points = points.reshape(2, -1, points.shape[-1])  # [2, seeds, prompts]

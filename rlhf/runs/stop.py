@@ -50,7 +50,8 @@ def after_step(due: bool, tokens: int) -> tuple[int, bool, int]:
         due: whether this process finds that a state is due: the main one decides.
         tokens: of this process's micro-batches.
     Returns:
-        the signal that asked the run to end, at whichever process, or 0; whether to save; the least tokens.
+        the signal that asked the run to end, at whichever process, or 0; whether to save; the least
+        tokens.
     """
     number = _asked[0] if _asked else 0
     if num_processes() == 1:
@@ -62,7 +63,8 @@ def after_step(due: bool, tokens: int) -> tuple[int, bool, int]:
 def check_stop(together: bool = False) -> None:
     """Raise Stopped if a signal has asked the run to end.
 
-    Several processes must end at the same place: there only the calls count that all make, those with `together`.
+    Several processes must end at the same place: there only the calls count that all make, those
+    with `together`.
     """
     if together or num_processes() == 1:
         number = asked_to_stop()

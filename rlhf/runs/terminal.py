@@ -23,13 +23,15 @@ FORMATS = {
 }
 QUIET = os.environ.get("RANK", "0") != "0"  # one process talks
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=QUIET)
-NOT_TEXT = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"  # turns of direction; a byte order mark
+# turns of direction; a byte order mark
+NOT_TEXT = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
 
 
 def plain(text: str) -> str:
     """Text of a model or a data set, safe to print: what may drive a terminal or turn a line round becomes `\\ufffd`.
 
-    All else stays as people wrote it: joiners of Persian words and of emoji, soft hyphens, marks of direction.
+    All else stays as people wrote it: joiners of Persian words and of emoji, soft hyphens, marks of
+    direction.
     """
     return "".join("\ufffd" if unsafe(c) else c for c in text)
 
