@@ -147,8 +147,7 @@ PROBE_COLUMNS = (
 PAIR_COLUMNS = ("Who wins", "Win rate\n(95 % interval)", "At equal length\n(95 % interval)")
 OWN_JUDGE = (
     "The judge is the reward model that PPO trained against: PPO's win rate says that it learned "
-    "to please it, not that "
-    "people agree. Name a judge of other pairs with --reward-checkpoint."
+    "to please it, not that people agree. Name a judge of other pairs with --reward-checkpoint."
 )
 OTHER_JUDGE = "The judge is another reward model than the one that PPO trained against."
 REPORTED = ("adapter_sha256", "epochs", "updates", "metrics")  # of each phase's run.json
@@ -245,7 +244,7 @@ def check_numbers(config: Config) -> None:
 
 
 def check_reports(config: Config) -> None:
-    """Refuse, before the model is loaded, to replace a comparison, and a folder that cannot be written to."""
+    """Refuse, before the model loads, to replace a comparison or to use a read-only folder."""
     folder = place_of(config.output_dir)
     there = [str(folder / name) for name in FILES if (folder / name).exists()]
     if there and not config.overwrite:
@@ -277,7 +276,7 @@ def model_titles(base_model: str, runs: dict[str, dict[str, Any]]) -> dict[str, 
 
 
 def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
-    """The prompts as turns and as token ids. Bad rows and prompts that are too long are dropped and reported."""
+    """The prompts as turns and token ids. Bad and overlong ones are dropped and reported."""
     path = Path(config.prompts or "")
     if config.num_test_prompts:
         settings = "test", "prompt", config.columns, config.num_test_prompts
@@ -333,7 +332,9 @@ def summarize(answers: dict[str, list[Answer]]) -> dict[str, dict[str, float]]:
 
 
 def compare_pairs(answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
-    """For each two models: how often the later one's answer scores higher (a tie counts half), and what that shows.
+    """For each pair of models, how often the later one scores higher, and what that shows.
+
+    A tie counts half.
 
     The intervals are bootstraps over prompts to which two wins and two losses of average length
     were added, as in Agresti and Coull (1998): without them three wins of three would seem certain.
@@ -359,11 +360,17 @@ def compare_pairs(answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
 
 
 def verdict(pair: dict[str, Any], prompts: int) -> str:
-    """What a pair's win rate shows, in words; significant is what the 95 % interval keeps away from 50 %."""
+    """What a pair's win rate shows, in words.
+
+    It is significant if the 95 % interval excludes 50 %.
+    """
     first, second = pair["first"], pair["second"]
     word = direction(pair["win_rate_low"], pair["win_rate_high"])
     if not word:
-        return f"{first} against {second}: no significant difference on {prompts} prompt{'s' * (prompts != 1)}"
+        return (
+            f"{first} against {second}: no significant difference on {prompts} "
+            f"prompt{'s' * (prompts != 1)}"
+        )
     return f"{first} is significantly {word} than {second}, {compared_at_equal_length(pair)}"
 
 
@@ -444,7 +451,7 @@ def render_prompt(report: Report, number: int) -> str:
 
 
 def wrap(text: str) -> str:
-    """Text of a model, made safe to print and at most 80 terminal columns wide; its own line breaks stay."""
+    """A model's text, safe to print and at most 80 columns wide; its own line breaks stay."""
     return "\n".join(line.plain.rstrip() for line in Text(plain(text)).wrap(console, len(RULE)))
 
 
@@ -457,7 +464,10 @@ def prompt_text(turns: Turns) -> str:
 
 def score_line(given: Answer) -> str:
     score = "" if given["score"] is None else f"score {given['score']:.2f}, "
-    return f"{score}{given['tokens']} token{'s' * (given['tokens'] != 1)}, {ENDINGS[given['ended_by']]}"
+    return (
+        f"{score}{given['tokens']} token{'s' * (given['tokens'] != 1)}, "
+        f"{ENDINGS[given['ended_by']]}"
+    )
 
 
 def summary_rows(summary: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
@@ -522,7 +532,7 @@ def print_warnings(warnings: list[str]) -> None:
 
 
 def closing(report: Report) -> list[str]:
-    """The last lines: what improved, by how much, how sure that is and by whose judgement, and what to do next."""
+    """The last lines: what improved, by how much, how surely, who judged, and what to do next."""
     flags, count = report["flags"], len(report["prompts"])
     model = "ppo" if "PPO" in report["models"] else "sft"
     read = f"read the answers in {flags['output_dir']}/compare.html"
@@ -545,9 +555,9 @@ def closing(report: Report) -> list[str]:
     return [
         f"Result: {result}.",
         f"By how much: {first} scores higher than {second} on {100 * pair['win_rate']:.0f} % of "
-        f"{count} "
-        f"{prompts}{'s' * (count != 1)}, at equal length on {100 * pair['at_equal_length']:.0f} %; "
-        f"the mean score is {scores[0]:.2f}, {second}'s {scores[1]:.2f}.",
+        f"{count} {prompts}{'s' * (count != 1)}, at equal length on "
+        f"{100 * pair['at_equal_length']:.0f} %; the mean score is {scores[0]:.2f}, {second}'s "
+        f"{scores[1]:.2f}.",
         f"How sure: the 95 % interval of the first is {100 * pair['win_rate_low']:.0f} to "
         f"{100 * pair['win_rate_high']:.0f} %. "
         f"{' '.join(report['notes']) or 'The judge is the reward model.'}",
@@ -589,7 +599,7 @@ def markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> lis
 
 
 def fenced(text: str) -> str:
-    """A Markdown code block whose fence is longer than any run of backticks in `text`: nothing in it can close it."""
+    """A Markdown code block with a fence longer than any in `text`, so nothing can close it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{plain(text)}\n{fence}"
 

@@ -346,7 +346,7 @@ def rollout(
 
 @torch.no_grad()
 def measure(shared: SharedBase, batch: Batch, temperature: float, baseline: float) -> Measured:
-    """What each role says of the batch; the lower layers run once for all of them, and for all epochs."""
+    """What each role says of the batch. The lower layers run once, for all roles and epochs."""
 
     def work() -> Measured:
         lower = torch.empty(
@@ -404,7 +404,10 @@ def token_logprobs(
 
 
 def token_values(shared: SharedBase, micro: MicroBatch, lower: Tensor, baseline: float) -> Tensor:
-    """[n] value before each sampled token. The head, copied from the reward model, speaks in raw scores: centre it."""
+    """[n] value before each sampled token.
+
+    The head, copied from the reward model, speaks in raw scores, so it is centred here.
+    """
     return (
         shared.heads["value"](shared.upper(lower, micro.texts, "value")[micro.positions]).squeeze(
             -1
@@ -416,7 +419,7 @@ def token_values(shared: SharedBase, micro: MicroBatch, lower: Tensor, baseline:
 def advantages_and_returns(
     batch: Batch, measured: Measured, kl_coef: float, baseline: float, config: Config
 ) -> tuple[Tensor, Tensor]:
-    """Rewards from scores and KL; from them advantages, whitened over the update's tokens, and returns. Both [n]."""
+    """Advantages, whitened over the update's tokens, and returns, both [n], from scores and KL."""
     mask = batch.response_mask
     scores = (measured.scores - baseline).clamp(-config.score_clip, config.score_clip)
     scores = scores - config.missing_eos_penalty * (~batch.ended).float()
@@ -474,7 +477,7 @@ def optimise(
 def backward(
     losses, shared: SharedBase, role: str, batch: Batch, minibatch: int, tokens: float, scaler
 ) -> Sums:
-    """Add the gradients of `role` over a minibatch, and return sums of statistics over this process's tokens.
+    """Add `role`'s gradients over a minibatch; return sums of statistics of this process's tokens.
 
     Args:
         losses: makes of a micro-batch the loss [n] of each of its tokens, and statistics of them.
@@ -515,7 +518,10 @@ def value_losses(
 
 
 def clip(optimizer, scaler, max_grad_norm: float) -> dict[str, Tensor]:
-    """Sum the gradients of all processes and clip those of policy and value, each to `max_grad_norm`. Returns their norms."""
+    """Sum gradients over all processes; clip policy's and value's, each to `max_grad_norm`.
+
+    Returns their norms.
+    """
     for group in optimizer.param_groups:
         sum_gradients(group["params"])
     scaler.unscale_(optimizer)
@@ -526,7 +532,7 @@ def clip(optimizer, scaler, max_grad_norm: float) -> dict[str, Tensor]:
 
 
 def read(sums: Sums, tokens: float, norms: dict[str, Tensor]) -> dict[str, float]:
-    """Means over the tokens of all processes, and the norms: the one wait of a minibatch for the device."""
+    """Means over all processes' tokens, and the norms: a minibatch's one wait for the device."""
     means = total(torch.stack(list(sums.values()))) / tokens
     # 0 without gradients: a CPU's
     numbers = torch.cat([means, torch.stack([norm.to(means) for norm in norms.values()])])
@@ -534,7 +540,7 @@ def read(sums: Sums, tokens: float, norms: dict[str, Tensor]) -> dict[str, float
 
 
 def step(optimizer, scaler, stats: dict[str, float]) -> None:
-    """Make the step whose gradients are clipped. Raises NotFinite if by their norms in `stats` they are not finite.
+    """Make the clipped step. Raises NotFinite if the gradient norms in `stats` are not finite.
 
     With fp16 the scaler skips such a step and halves its scale; a scale below 1 has no room left.
     """
@@ -612,7 +618,7 @@ def token_rewards(score: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: flo
 def gae(
     rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (1506.02438), from the last token back; after it the value is 0.
+    """Generalised advantage estimation (1506.02438), backwards from a value of 0 after the end.
 
     Returns:
         advantages and returns (advantages + values), both [b, R], 0 at padding.
@@ -630,7 +636,7 @@ def gae(
 
 
 def whiten(values: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scale [n] to variance 1 over the tokens of all processes, and to mean 0 unless `shift_mean` is False."""
+    """Scale [n] to variance 1 over all processes, and to mean 0 unless `shift_mean` is False."""
     mean, variance = moments(values)
     return (values - mean) * (variance + 1e-8).rsqrt() + (0.0 if shift_mean else mean)
 
@@ -656,7 +662,7 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Half the squared error of each token [n], clipped around the rollout's values, and statistics."""
+    """Half the squared error of each token [n], clipped around the old values, and statistics."""
     clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     error = (values - returns).square()
     clipped_error = (clipped - returns).square()
@@ -665,13 +671,16 @@ def value_loss(
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, config: Config) -> float:
-    """Move the coefficient towards a KL of `kl_target` nats a response (1909.08593, section 2.2)."""
+    """Move the coefficient towards a KL of `kl_target` nats a response (1909.08593, 2.2)."""
     error = min(max(kl / config.kl_target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * config.episodes_per_update / config.kl_horizon)
 
 
 def set_learning_rates(optimizer, update: int, config: Config) -> None:
-    """Linear warm-up over `warmup_updates`, the policy's after the critic's own updates; linear to 0 at the end."""
+    """Linear warm-up over `warmup_updates`, then linear decay to 0.
+
+    The policy's starts after the critic's own updates.
+    """
     for group in optimizer.param_groups:
         trained = update - (config.critic_warmup_updates if group["name"] == "policy" else 0)
         warmup = min(1.0, max(0, trained) / max(1, config.warmup_updates))
@@ -682,7 +691,7 @@ def set_learning_rates(optimizer, update: int, config: Config) -> None:
 
 
 def foresee(config: Config) -> dict[str, dict[str, Any]]:
-    """The run.json of each checkpoint, by role, or what a plan asks of one that is not there yet."""
+    """Each checkpoint's run.json, by role, or what a plan needs of one that is not there yet."""
     import reward_train
     import sft_train
 
@@ -742,7 +751,7 @@ def choose_weights(config: Config, shared: SharedBase, longest: int) -> None:
 def load_models(
     config: Config, sft: dict[str, Any], form: PromptFormat
 ) -> tuple[SharedBase, dict[str, Any]]:
-    """The shared base with its roles, of which policy and value learn, and what identifies the base."""
+    """The shared base with its roles, of which policy and value train, and the base's identity."""
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
     set_seed(config.seed)

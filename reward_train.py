@@ -299,7 +299,7 @@ def both_responses(pairs: list[TokenPair], eos_token_id: int) -> datasets.Datase
 def tokenize_eval(
     config: Config, form, pairs: list[Pair], votes: VotePairs | None
 ) -> dict[str, list[TokenPair]]:
-    """What is scored at the end: the test pairs, and the votes that are held out, if there are any."""
+    """What is scored at the end: the test pairs, and the held-out votes if there are any."""
     sets = {"test pairs": pairs} | (
         {"held-out votes": votes.held_out} if votes and votes.held_out else {}
     )
@@ -334,7 +334,7 @@ def dry_run(config: Config, base, form, pairs, sft) -> None:
 
 
 def make_plan(config: Config, base, sft, longest: int) -> Plan:
-    """The memory plan on a card, by tokens of a micro-batch, for pairs of `longest` tokens at most."""
+    """The memory plan on a card, by micro-batch tokens, for pairs of up to `longest` tokens."""
     shape = read_shape(base, config.dtype)
     return lambda tokens: plan_reward(
         shape, config, sft["hyperparameters"]["lora_rank"], longest, tokens
@@ -342,7 +342,10 @@ def make_plan(config: Config, base, sft, longest: int) -> Plan:
 
 
 class Trainer(Resumable, RewardTrainer):
-    """TRL's, with states to resume from, and steps in parts by tokens. Its loss is a mean over pairs."""
+    """TRL's, with states to resume from and steps in parts by tokens.
+
+    Its loss is a mean over pairs.
+    """
 
     panels = (
         Panel("Loss", "nats a pair", {"preference_loss": "training", "eval_loss": "test"}),
@@ -411,7 +414,7 @@ def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, fol
 def evaluate(
     config: Config, shared: SharedBase, form, eval_sets: dict[str, list[TokenPair]], folder: Path
 ) -> dict[str, Any]:
-    """Score the test pairs, say what the scores are worth, and write it to `folder`; the same for held-out votes.
+    """Score the test pairs and held-out votes, say what the scores are worth, and write it down.
 
     Returns the numbers of the test pairs, of the votes under names that start with `votes_`, of the
     safety probe under those that start with `probe_`, and `warnings`. Raises UserError if the
@@ -430,8 +433,8 @@ def evaluate(
     if not metrics["score_std"] > 1e-3:
         raise UserError(
             "the reward model gives every text about the same score (standard deviation "
-            f"{metrics['score_std']:.1e}): "
-            "it has learned nothing; raise --learning-rate or train longer"
+            f"{metrics['score_std']:.1e}): it has learned nothing; raise --learning-rate or train "
+            "longer"
         )
     if "held-out votes" in judged:
         metrics |= {
@@ -461,7 +464,7 @@ def score_probe(config: Config, shared: SharedBase, form) -> dict[str, float]:
 
 
 def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int) -> ScoredPairs:
-    """Scores of pairs, with what else the evaluation looks at. Each process reads its share of them.
+    """Scores of pairs, with what else the evaluation looks at. Each process reads its share.
 
     Of a base that is sharded all processes read each text together.
     """
@@ -476,7 +479,7 @@ def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int) -> Scor
 
 
 def eval_only(config: Config) -> None:
-    """Score the test split with a finished reward model, and write its evaluation.json and .png anew."""
+    """Score the test split with a finished reward model, and write its evaluation again."""
     folder = Path(config.output_dir)
     if sharded():
         raise UserError("--eval-only under FSDP: start it in one process, without accelerate")

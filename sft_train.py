@@ -246,13 +246,16 @@ def dry_run(config: Config, base, form, pairs) -> None:
 
 
 def make_plan(config: Config, base, longest: int) -> Plan:
-    """The memory plan on a card, by tokens of a micro-batch, for texts of `longest` tokens at most."""
+    """The memory plan on a card, by micro-batch tokens, for texts of up to `longest` tokens."""
     shape = read_shape(base, config.dtype)
     return lambda tokens: plan_sft(shape, config, longest, tokens)
 
 
 class Trainer(Resumable, SFTTrainer):
-    """TRL's, with states to resume from, and steps in parts by tokens. Its loss is a mean over response tokens."""
+    """TRL's, with states to resume from and steps in parts by tokens.
+
+    Its loss is a mean over response tokens.
+    """
 
     panels = (
         Panel("Loss", "nats a token", {"loss": "training", "eval_loss": "test"}),
@@ -283,7 +286,7 @@ class Trainer(Resumable, SFTTrainer):
         return dict(zip(self.means, sums, strict=True))
 
     def read_responses(self, rows: list[Row]) -> Chosen:
-        """Of all tokens [N] that have a label: no padding is computed, and the LM head at these tokens only."""
+        """Of all labelled tokens [N]: no padding is computed, and the LM head only there."""
         texts = lay_out([row["input_ids"] for row in rows], self.args.device)
         following = np.array([label for row in rows for label in [*row["labels"][1:], -100]])
         labelled = np.flatnonzero(following != -100)

@@ -35,7 +35,7 @@ LLAMA = {
 
 
 def plans(shape: Shape, room: float) -> dict[str, tuple[Plan, int, str]]:
-    """The plan of each phase by tokens of a micro-batch, its longest text, and what else was dealt."""
+    """Each phase's plan by micro-batch tokens, its longest text, and what else fits."""
     layers = shape.layers // 2  # that the roles adapt
     sft = sft_train.Config()
     reward = replace(reward_train.Config(), role_layers=layers)
@@ -45,7 +45,10 @@ def plans(shape: Shape, room: float) -> dict[str, tuple[Plan, int, str]]:
         return lambda tokens: plan_ppo(shape, ppo, 16, 16, layers, 384, tokens, rollouts)
 
     rollouts = deal(ppo_plans, ppo, ppo.episodes_per_update, 513, room)
-    dealt = f", {rollouts.rows} rows, {'merged' if rollouts.merged else 'base'}{', kept' if rollouts.kept else ''}"
+    dealt = (
+        f", {rollouts.rows} rows, "
+        f"{'merged' if rollouts.merged else 'base'}{', kept' if rollouts.kept else ''}"
+    )
     return {
         "SFT": (lambda tokens: plan_sft(shape, sft, 512, tokens), 512, ""),
         "reward model": (lambda tokens: plan_reward(shape, reward, 16, 640, tokens), 640, ""),
@@ -63,7 +66,10 @@ def main() -> None:
 
 
 def cell(shape: Shape, phase: str, room: float) -> str:
-    """Tokens: GB of the plan; GB of the plan for 256 tokens more, unless that is more than `auto` ever takes."""
+    """Tokens, GB of the plan, and GB of the plan with 256 tokens more.
+
+    The last is missing where that is more than `auto` ever takes.
+    """
     plan, longest, dealt = plans(shape, room)[phase]
     tokens = tokens_that_fit(plan, longest, room)
     now, more = (sum(plan(number).values()) / 1e9 for number in (tokens, tokens + STEP))

@@ -1,4 +1,4 @@
-"""What a card makes of all three phases and of decoding, beside TRL, and whether they are right there.
+"""What a CUDA card makes of the three phases and of decoding, beside TRL, and whether it is right.
 
     make bench-card                        # Llama-3.2-3B's shape with random weights, NF4: some
     twenty minutes on an H100 python benchmarks/card.py --base-model meta-llama/Llama-3.2-3B python
@@ -361,7 +361,10 @@ def made_up(
 
 @torch.no_grad()
 def decode(config: Config) -> dict[str, Any]:
-    """Milliseconds of a step by rows and weights, from a graph and as it is, beside what the weights' bytes take."""
+    """Milliseconds a step by rows and weights, with and without graphs.
+
+    Beside them what reading the weights' bytes alone would take.
+    """
     of = settings(config, WORK / "phases_whole")
     shared, _, _ = open_policy(of)
     bandwidth = measure_bandwidth(shared.device, 1 << (22 if config.tiny else 30))
@@ -463,7 +466,7 @@ def measure_launch(device: torch.device, count: int = 2000) -> float:
 
 
 def check(config: Config, precision: str, dtype: str) -> dict[str, Any]:
-    """All phases with a policy that trains, then tokens from graphs beside those of the same step uncaptured.
+    """All phases with a policy that trains; then tokens with CUDA graphs beside those without.
 
     That the ratio is 1 before the first step `ppo_train.py` checks itself.
     """
@@ -514,7 +517,7 @@ def compare_graph(shared, form, layers, rows: int) -> dict[str, Any]:
 
 
 def check_resume(config: Config) -> dict[str, Any]:
-    """A PPO run that is killed once its first state is there, and resumed, beside two that are left alone.
+    """A PPO run killed once its first state is there and resumed, beside two left alone.
 
     Backward passes on a card add in any order, so two runs that are left alone may differ there
     too.
@@ -564,7 +567,10 @@ def command(config: Any) -> list[str]:
 
 
 def trl(config: Config, what: str) -> dict[str, Any]:
-    """TRL at the same settings, micro-batches of 4: its own SFT and reward trainers, and the PPO of 1.12."""
+    """TRL at the same settings, in micro-batches of 4.
+
+    Its own SFT and reward trainers, and the PPO trainer of 1.12.
+    """
     return trl_ppo(config) if what == "ppo" else trl_trainer(config, what)
 
 

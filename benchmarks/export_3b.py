@@ -60,14 +60,13 @@ def main(config: Config) -> None:
     (ROOT / config.output).write_text(json.dumps(result, indent=2) + "\n")
     print(
         f"rlhf.export of Llama-3.2-3B's shape: {seconds:.0f} s ({cpu_seconds:.0f} of a core), "
-        f"{exporting:.2f} GB at its peak, "
-        f"{exporting - interpreter:.2f} GB above the {interpreter:.2f} GB of an interpreter that "
-        "imports it"
+        f"{exporting:.2f} GB at its peak, {exporting - interpreter:.2f} GB above the "
+        f"{interpreter:.2f} GB of an interpreter that imports it"
     )
 
 
 def measure(*arguments: str) -> tuple[float, float, float]:
-    """Run Python with `arguments`: the largest resident set it had, in GB, and the seconds it took, by clock and of cores.
+    """Run Python with `arguments`: its largest resident set in GB, wall seconds and core seconds.
 
     A child's count begins at its parent's size, so this process imports little.
     """

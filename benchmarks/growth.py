@@ -212,7 +212,7 @@ def series(points: list[dict[str, Any]], vocabulary: int, what: str) -> list[dic
 
 
 def exponents(points: list[dict[str, Any]]) -> dict[str, float]:
-    """k of seconds ~ tokens^k, by least squares in logarithms, of each phase and of the whole update."""
+    """The k of seconds ~ tokens^k, fitted in logarithms, of each phase and of the whole update."""
     tokens = np.log([p["tokens"] for p in points])
     seconds = {phase: [p["seconds"][phase] for p in points] for phase in PHASES} | {
         "update": list(map(total, points))
@@ -251,8 +251,7 @@ def describe(p: dict[str, Any]) -> str:
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in p["seconds"].items())
     return (
         f"batch {p['batch']}, response {p['response']}, vocabulary {p['vocabulary']}: "
-        f"{total(p):.1f} s ({seconds}), "
-        f"{p['memory_gb']:.2f} GB above {p['loaded_gb']:.2f}"
+        f"{total(p):.1f} s ({seconds}), {p['memory_gb']:.2f} GB above {p['loaded_gb']:.2f}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Llama-3.2-3B by its shape, on a CPU: two steps of SFT and of the reward model, a PPO update, tensors counted by owner.
+"""Llama-3.2-3B's shape on a CPU: two steps of SFT and reward, one PPO update, memory by owner.
 
     make bench-3b
 
@@ -327,8 +327,7 @@ def show(phase: str, result: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"plan / count {planned / counted:.2f}; while loading {result['loading_gb']:.2f} GB of "
-        "tensors; "
-        f"the process held {result['peak_rss_gb']:.2f} GB at its peak"
+        f"tensors; the process held {result['peak_rss_gb']:.2f} GB at its peak"
     )
 
 

@@ -1,4 +1,4 @@
-"""Does an exported model say what its base and adapter say, word for word? On the demo's PPO checkpoint, in float32.
+"""Does an exported model say what base and adapter say, word for word? In float32.
 
     make bench-merge
 
@@ -66,8 +66,7 @@ def main(config: Config) -> None:
             largest = max(largest, (logits[0] - logits[1]).abs().max().item())
     print(
         f"{same} of {len(turns)} answers of {config.tokens} greedy tokens are the same; the "
-        "largest logit difference is "
-        f"{largest:.1e}"
+        f"largest logit difference is {largest:.1e}"
     )
     if same < len(turns) or largest > export.ROUNDING:
         raise UserError(f"the merge of {config.checkpoint} is not its base and adapter")

@@ -110,7 +110,7 @@ def main(config: Config) -> None:
 
 
 def prepare(config: Config) -> None:
-    """TRL 1.12.0, and in benchmarks/work the two checkpoints as TRL and `same_algorithm` need them."""
+    """TRL 1.12.0, with both checkpoints in the form that TRL and `same_algorithm` need."""
     WORK.mkdir(exist_ok=True)
     (WORK / ".gitignore").write_text("*\n")
     if not (TRL / "trl").exists():
@@ -151,7 +151,10 @@ def prepare(config: Config) -> None:
 
 
 def widen_reward(config: Config) -> None:
-    """The same reward model with its adapter on all layers, at zero where it had none: the value model is a copy of it."""
+    """The same reward model with its adapter on all layers, zero where it had none.
+
+    The value model is a copy of it.
+    """
     sft = read_run(config.sft_checkpoint, "sft")
     form = load_format(config.sft_checkpoint, sft)
     shared, base = ppo_train.load_models(ours(config), sft, form)
@@ -321,7 +324,7 @@ def summary(config: Config, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def judge(config: Config, name: str, seed: int) -> ppo_train.Evaluation:
-    """Answers to the held-out prompts, scored: of the SFT policy, or of what a run has trained on top of it."""
+    """Answers to the held-out prompts, scored: SFT's, or those of a run's policy on top of it."""
     sft, settings, state = (
         read_run(config.sft_checkpoint, "sft"),
         replace(ours(config), dtype="bf16"),

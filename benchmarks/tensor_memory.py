@@ -55,7 +55,7 @@ class TensorMemory(TorchDispatchMode):
         return "activations"
 
     def add(self, tensor: Tensor, owner: str, again: bool = False) -> None:
-        """Count a tensor's storage under `owner`, once; with `again` move it there if it is counted elsewhere."""
+        """Count a tensor's storage under `owner`, once; `again` moves it from another owner."""
         if tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()

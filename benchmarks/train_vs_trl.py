@@ -1,4 +1,4 @@
-"""SFT and reward training beside the stock `trl sft` and `trl reward` commands of the TRL that requirements.txt pins.
+"""SFT and reward training beside the stock `trl sft` and `trl reward` of the pinned TRL.
 
     python benchmarks/train_vs_trl.py --dataset Dahoas/rm-static
 

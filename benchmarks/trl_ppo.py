@@ -1,4 +1,4 @@
-"""One PPO run of TRL 1.12.0, for ppo_vs_trl.py: `python trl_ppo.py settings.json` with that TRL first on PYTHONPATH.
+"""One PPO run of TRL 1.12.0, for ppo_vs_trl.py: `python trl_ppo.py settings.json`.
 
 At its best for a CPU: weights in bfloat16, no gradient checkpointing, micro-batches of 4, the whole
 rollout at once. Policy and value model train through LoRA on all linear layers. The reference is
@@ -133,7 +133,7 @@ def lora(task: str) -> LoraConfig:
 
 
 def take_times(trainer: PPOTrainer, path: Path) -> None:
-    """Note when generation starts and ends, when advantages are whitened (the end of scoring), and when an update ends."""
+    """Note when generation starts and ends, when scoring ends, and when an update ends."""
     clock: list[float] = []
 
     def after(function, before: bool = False):

@@ -1,4 +1,4 @@
-"""Human feedback as a loop, with a scripted voter who likes short answers: vote in a real browser, train again, compare.
+"""Human feedback as a loop: a scripted voter in a real browser, then train again and compare.
 
     make feedback-demo
 
@@ -86,8 +86,8 @@ def main() -> int:
         low, high = (100 * numbers[f"votes_accuracy_{end}"] for end in ("low", "high"))
         print(
             f"  {name:6} {100 * numbers['votes_accuracy']:.0f} % of the time (95 % interval "
-            f"{low:.0f} to {high:.0f}); "
-            f"accuracy on the demo's test pairs {numbers['eval_accuracy']:.3f}"
+            f"{low:.0f} to {high:.0f}); accuracy on the demo's test pairs "
+            f"{numbers['eval_accuracy']:.3f}"
         )
     return 0
 

@@ -1,4 +1,4 @@
-"""Run all four scripts for a few steps with the 4-bit base on this machine's card, and say in one line each how it went.
+"""A few steps of all four scripts with the 4-bit base on this card, one line on each.
 
 Then tokens that are sampled from CUDA graphs are held against those of the same steps without.
 
@@ -42,7 +42,10 @@ def main() -> int:
 
     if torch.cuda.is_available():
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        card = f"{torch.cuda.get_device_name()} (compute capability {capability}), CUDA {torch.version.cuda}"
+        card = (
+            f"{torch.cuda.get_device_name()} (compute capability {capability}), CUDA "
+            f"{torch.version.cuda}"
+        )
     elif "--allow-cpu" in sys.argv[1:]:
         card = "no card, on the CPU"
     else:
@@ -73,7 +76,10 @@ def main() -> int:
     else:
         for weights, found in compare_graphs().items():
             failed = failed or found["same"] < found["tokens"]
-            how = f"{found['same']} of {found['tokens']} tokens are the same from {found['graphs']} CUDA graphs"
+            how = (
+                f"{found['same']} of {found['tokens']} tokens are the same from {found['graphs']} "
+                "CUDA graphs"
+            )
             lines.append(f"{'FAILED' if failed else 'passed'}  decoding, {weights:<9} {how}")
     libraries = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)

@@ -1,4 +1,4 @@
-"""One PPO run of the ablation: the settings of `make results`, or these with one change; what came of it goes to a file.
+"""One PPO run of the ablation: the settings of `make results`, or these with one change.
 
     python experiments/ppo_ablation.py --variant no_kl_stop --seed 0 --dataset Dahoas/rm-static
 
@@ -33,7 +33,7 @@ from rlhf.runs.terminal import console
 
 
 def value_from_scratch(stack: ExitStack) -> None:
-    """The value model starts at 0 for every token, with a blank adapter, instead of as the reward model."""
+    """The value model starts at 0 for every token, with a blank adapter, not as the scorer."""
     load, token_values = ppo_train.load_models, ppo_train.token_values
 
     def load_models(*args):

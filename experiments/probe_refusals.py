@@ -1,4 +1,4 @@
-"""What refusals among its pairs do to a reward model: the safety probe, trained without and with them.
+"""What refusals among its pairs do to a reward model: trained without them, and with them.
 
     python experiments/probe_refusals.py     # after make demo
 

@@ -1,4 +1,4 @@
-"""Evidence that it learns: reward models and PPO on real preferences, judged by what they were not trained on.
+"""Evidence that it learns: reward models and PPO on real preferences, judged on held-out data.
 
     make results                                    # on Dahoas/rm-static; many hours on a CPU make
     results DATA=path/to/rm-static RESULTS="--jobs 2"    # on a local copy or a slice of it, two
@@ -87,27 +87,51 @@ def steps(config: Config) -> list[Step]:
     todo = []
     for seed in SEEDS:
         sft, reward, gold, ppo = f"sft_{seed}", f"reward_{seed}", f"gold_{seed}", f"ppo_{seed}"
-        command = f"sft_train.py --preset demo {data} --seed {seed} --overwrite --base-model {shlex.quote(config.base_model)} "
+        command = (
+            f"sft_train.py --preset demo {data} --seed {seed} --overwrite --base-model "
+            f"{shlex.quote(config.base_model)} "
+        )
         command += f"{flags(SFT)} --output-dir {work}/{sft}"
         todo.append(Step(sft, sft, 20, command, trained))
         # Seeds that differ, else both would start from the same head and LoRA A, and share what
         # that makes of a text.
         for name, half, own in ((reward, "first", seed), (gold, "second", seed + 1)):
-            command = f"reward_train.py --preset demo {data} --seed {own} --overwrite --sft-checkpoint {work}/{sft} "
+            command = (
+                f"reward_train.py --preset demo {data} --seed {own} --overwrite --sft-checkpoint "
+                f"{work}/{sft} "
+            )
             command += f"{flags(REWARD)} --half {half} --output-dir {work}/{name}"
             todo.append(Step(name, name, 25, command, trained, (sft,)))
-        command = f"ppo_train.py --preset demo {data} --seed {seed} --overwrite --sft-checkpoint {work}/{sft} "
-        command += f"--reward-checkpoint {work}/{reward} --gold-checkpoint {work}/{gold} {flags(ppo_ablation.PPO)} "
+        command = (
+            f"ppo_train.py --preset demo {data} --seed {seed} --overwrite --sft-checkpoint "
+            f"{work}/{sft} "
+        )
+        command += (
+            f"--reward-checkpoint {work}/{reward} --gold-checkpoint {work}/{gold} "
+            f"{flags(ppo_ablation.PPO)} "
+        )
         command += f"{flags(PPO)} --output-dir {work}/{ppo}"
         todo.append(Step(ppo, ppo, 60, command, ppo_ablation.trained, (sft, reward, gold)))
-        judged = f"compare_outputs.py --preset demo --sft-checkpoint {work}/{sft} --reward-checkpoint {work}/{gold} "
-        judged += f"--ppo-checkpoint {work}/{ppo} --max-prompt-length 160 --temperature 0.7 --batch-size 16 --show 0 "
-        command = f"{judged}--overwrite {data} --num-test-prompts {PROMPTS} --output-dir {work}/compare_{seed}"
+        judged = (
+            f"compare_outputs.py --preset demo --sft-checkpoint {work}/{sft} --reward-checkpoint "
+            f"{work}/{gold} "
+        )
+        judged += (
+            f"--ppo-checkpoint {work}/{ppo} --max-prompt-length 160 --temperature 0.7 --batch-size "
+            "16 --show 0 "
+        )
+        command = (
+            f"{judged}--overwrite {data} --num-test-prompts {PROMPTS} --output-dir "
+            f"{work}/compare_{seed}"
+        )
         todo.append(
             Step(f"compare_{seed}", f"compare_{seed}", 20, command, comparison, (sft, gold, ppo))
         )
         if seed == SEEDS[0]:
-            command = f"{judged}--overwrite --dataset demo/data --num-test-prompts 80 --output-dir {work}/samples"
+            command = (
+                f"{judged}--overwrite --dataset demo/data --num-test-prompts 80 --output-dir "
+                f"{work}/samples"
+            )
             todo.append(Step("samples", "samples", 4, command, samples, (sft, gold, ppo)))
     for seed in SEEDS:
         sft, reward = f"sft_{seed}", f"reward_{seed}"
@@ -134,9 +158,12 @@ def steps(config: Config) -> list[Step]:
 def ablation(
     what: str, variant: str, seed: int, minutes: int, data: str, work: str, needs: tuple[str, ...]
 ) -> Step:
-    """A run of reward_ablation.py or ppo_ablation.py; the checkpoints it starts from are the first of `needs`."""
+    """A run of reward_ablation.py or ppo_ablation.py, from the first checkpoints of `needs`."""
     name, folder = f"{variant}_{seed}", f"{what}_ablation"
-    command = f"experiments/{what}_ablation.py --variant {variant} --seed {seed} {data} --work {work}/{folder}"
+    command = (
+        f"experiments/{what}_ablation.py --variant {variant} --seed {seed} {data} --work "
+        f"{work}/{folder}"
+    )
     for need in needs:
         phase = need.split("_")[0]
         if need == f"{phase}_{need[-1]}":  # of a chain
@@ -187,7 +214,7 @@ def main(config: Config) -> None:
 
 
 def public(config: Config) -> dict[str, str]:
-    """The places of the config as they may be shown: of those that are this machine's own, the name."""
+    """The config's paths as they may be published: of this machine's own, only the name."""
     places = {name: getattr(config, name) for name in ("base_model", "dataset", "work")}
     return {
         name: f"path/to/{Path(place).name}" if Path(place).is_absolute() else place
@@ -206,7 +233,10 @@ def is_done(config: Config, step: Step, shown: str) -> bool:
 
 
 def to_do(config: Config, shown: dict[str, str]) -> list[Step]:
-    """The steps to do, in order: those without a record, and those whose folders these need and that are gone."""
+    """The steps to do, in order.
+
+    Those without a record, and those whose folders these need and that are gone.
+    """
     every = steps(config)
     names = {
         step.name
@@ -302,7 +332,7 @@ def from_file(folder: Path) -> dict[str, Any]:
 
 
 def comparison(folder: Path) -> dict[str, Any]:
-    """Win rates, means, and of each model's answers the gold scores, tokens and whether it ended, without any text."""
+    """Win rates, means, and each model's gold scores, lengths and endings, without any text."""
     report = json.loads((folder / "compare.json").read_text())
     answers = {
         name: {

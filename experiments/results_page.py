@@ -1,4 +1,4 @@
-"""docs/results.md out of the records of results.py: what came out over several seeds, in tables and words.
+"""docs/results.md out of the records of results.py: several seeds, in tables and words.
 
 A part whose records are not all there is left out, and says nothing.
 """
@@ -16,11 +16,8 @@ from compare_outputs import fenced
 from rlhf.data.rows import SPEAKERS
 from rlhf.runs.statistics import at_equal_length, preference
 
-SEEDS = (
-    0,
-    1,
-    2,
-)  # of the chains, PPO's ablation, and of the reward recipe, the adapters that are averaged, and stock
+# Of the chains, of PPO's ablation, of the reward recipe, of the averaged adapters, and of stock.
+SEEDS = (0, 1, 2)
 ABLATION_SEEDS = (0, 1)  # of the other variants of the reward model
 SAMPLES = 10_000  # of a bootstrap
 PERCENTILES = (100, 90, 50, 10, 0)  # of the gold gain over SFT: the samples that are shown
@@ -94,7 +91,10 @@ def reward_summary(records: Records) -> dict[str, Any]:
 
 
 def win_summary(compared: list[dict[str, Any]]) -> dict[str, Any]:
-    """PPO's win rate over SFT by the gold models: over all seeds and prompts, at equal length, and where both ended."""
+    """PPO's win rate over SFT by the gold models, over all seeds and prompts.
+
+    Also at equal length, and where both ended.
+    """
     wins, longer, ended, gains = [], [], [], []
     for answers in compared:
         ppo, sft = answers["PPO"], answers["SFT"]
@@ -117,7 +117,7 @@ def win_summary(compared: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ablation_summary(records: Records) -> dict[str, Any]:
-    """Of each variant of PPO the gains, and how far they are above the baseline's on the same prompts."""
+    """The gains of each PPO variant, and how far above the baseline's on the same prompts."""
     rows: dict[str, dict[str, Any]] = {}
     runs: dict[str, list[dict[str, Any]]] = {}
     for variant in ppo_ablation.VARIANTS:
@@ -168,7 +168,10 @@ def marks(parts: list[dict[str, Any]], key: str) -> np.ndarray:
 
 
 def interval(name: str, values: np.ndarray, against: np.ndarray | None = None) -> dict[str, float]:
-    """Mean of `values` [seeds, pairs], less that of `against`; bootstrap over the seeds of each, and over the pairs."""
+    """Mean of `values` [seeds, pairs] less that of `against`.
+
+    The bootstrap is over the seeds of each, and over the pairs.
+    """
     random = np.random.default_rng(0)
     pairs = drawn(random, values.shape[1])
     parts = [values] if against is None else [values, -against]
@@ -179,7 +182,9 @@ def interval(name: str, values: np.ndarray, against: np.ndarray | None = None) -
 def pooled_interval(
     name: str, values: np.ndarray, against: np.ndarray, spread: np.ndarray
 ) -> dict[str, float]:
-    """Mean of `values` [runs, prompts], less that of `against`; bootstrap over the prompts, and over the runs by `spread`.
+    """Mean of `values` [runs, prompts] less that of `against`.
+
+    The bootstrap is over the prompts, and over the runs by `spread`.
 
     Two or three runs of a variant say too little of how far such runs lie apart: what a bootstrap
     draws in place of each is the deviation of any run of the table, see `deviations`.
@@ -192,7 +197,7 @@ def pooled_interval(
 
 
 def deviations(gains: list[np.ndarray]) -> np.ndarray:
-    """[runs, prompts] of each run from its variant's mean, of [runs, prompts] a variant; their mean square is unbiased.
+    """[runs, prompts]: each run's distance from its variant's mean, with an unbiased mean square.
 
     Of variants of one run nothing is known; if that is all there is, no run deviates.
     """
@@ -203,7 +208,7 @@ def deviations(gains: list[np.ndarray]) -> np.ndarray:
 
 
 def drawn(random: np.random.Generator, of: int, count: int | None = None) -> np.ndarray:
-    """[SAMPLES, of] the weights that a mean gives to each when `count` (all) are drawn with replacement."""
+    """[SAMPLES, of] weights of a mean when `count` (all) are drawn with replacement."""
     count = count or of
     which = random.integers(0, of, (SAMPLES, count)) + of * np.arange(SAMPLES)[:, None]
     return np.bincount(which.ravel(), minlength=SAMPLES * of).reshape(SAMPLES, of) / count
@@ -238,11 +243,10 @@ def header(report: dict[str, Any]) -> list[str]:
     return [
         "# Does it learn?",
         f"SmolLM2-135M-Instruct on the first {report['rows']['train']:,} training and "
-        f"{report['rows']['test']} test rows of "
-        f"{report['dataset']}, on a CPU, made by `make results`; every number is in "
-        "[results.json](results.json). Intervals are 95 %, by bootstrap over seeds and prompts or "
-        "pairs; those over two or "
-        "three seeds are rather too narrow.",
+        f"{report['rows']['test']} test rows of {report['dataset']}, on a CPU, made by `make "
+        "results`; every number is in [results.json](results.json). Intervals are 95 %, by "
+        "bootstrap over seeds and prompts or pairs; those over two or three seeds are rather too "
+        "narrow.",
         "\n".join(f"- {line}" for line in headlines(report)),
     ]
 
@@ -255,25 +259,21 @@ def headlines(report: dict[str, Any]) -> list[str]:
         half = variants["half"]
         lines.append(
             f"Reward models of half the pairs ({half['pairs']:.0f}, {seeds(half)}): accuracy "
-            f"{share(half, 'accuracy')} on "
-            f"{found['reward']['test_pairs']} test pairs, "
+            f"{share(half, 'accuracy')} on {found['reward']['test_pairs']} test pairs, "
             f'{signed(half, "above_longer_wins", ".3f")} above "the longer response wins", '
             f"and {share(half, 'validation_accuracy')} on {found['reward']['validation_pairs']} "
-            "validation pairs, "
-            f"{signed(half, 'validation_above_longer_wins', '.3f')} above it."
+            f"validation pairs, {signed(half, 'validation_above_longer_wins', '.3f')} above it."
         )
     if "stock" in variants:
         recipe, stock, whole = variants["recipe"], variants["stock"], variants.get("stock_epoch")
         lines.append(
             f"On {recipe['pairs']:.0f} pairs ours gets {share(recipe, 'accuracy')} "
-            f"({seeds(recipe)}). TRL's stock trainer gets through "
-            f"{stock['pairs']:.0f} of them in about that time, to {share(stock, 'accuracy')} "
-            f"({seeds(stock)}), a difference of "
+            f"({seeds(recipe)}). TRL's stock trainer gets through {stock['pairs']:.0f} of them in "
+            f"about that time, to {share(stock, 'accuracy')} ({seeds(stock)}), a difference of "
             f"{signed(stock, 'above_recipe', '.3f')}."
             + (
-                f" Given all of them and {whole['seconds'] / recipe['seconds']:.1f} times as long, "
-                "it gets "
-                f"{share(whole, 'accuracy')} ({seeds(whole)})."
+                f" Given all of them and {whole['seconds'] / recipe['seconds']:.1f} times as "
+                f"long, it gets {share(whole, 'accuracy')} ({seeds(whole)})."
                 if whole
                 else ""
             )
@@ -284,13 +284,11 @@ def headlines(report: dict[str, Any]) -> list[str]:
         score, gold, kl = (span(runs, key) for key in ("score_gain", "gold_gain", "ppo_kl"))
         lines.append(
             f"PPO, {seeds(wins)}, every one with SFT, reward and gold models of its own: its "
-            "answers win against SFT's on "
-            f"{percent(wins, 'win_rate')} of {wins['prompts']} held-out prompts by the gold "
-            "models, which learned from other pairs "
-            f"(at equal length {percent(wins, 'at_equal_length')}). Gains: score {score}, gold "
-            f"score {gold}; KL {kl} nats; length "
-            f"{span(runs, 'sft_response_length', '.0f')} tokens before, "
-            f"{span(runs, 'ppo_response_length', '.0f')} after."
+            f"answers win against SFT's on {percent(wins, 'win_rate')} of {wins['prompts']} "
+            "held-out prompts by the gold models, which learned from other pairs (at equal "
+            f"length {percent(wins, 'at_equal_length')}). Gains: score {score}, gold score "
+            f"{gold}; KL {kl} nats; length {span(runs, 'sft_response_length', '.0f')} tokens "
+            f"before, {span(runs, 'ppo_response_length', '.0f')} after."
         )
     return lines
 
@@ -324,26 +322,21 @@ def reward_part(reward: dict[str, Any]) -> list[str]:
     return [
         "## What makes a better reward model",
         f"One change at a time, on pairs of up to {reward['max_length']} tokens. Validation: "
-        f"{reward['validation_pairs']} training "
-        "rows that no model of this table was trained on, by which a recipe may be chosen; what "
-        "follows is of the "
-        f"{reward['test_pairs']} test pairs. Length-balanced: pairs whose longer response was "
-        "chosen and those whose shorter one was "
-        "weigh alike, so that length alone gets 0.5. A row of one seed has intervals over pairs "
-        "alone. `half` are the chains' reward "
-        "models, of all pairs of the first half; `averaged` is one model, the mean of "
-        "`head_zero`'s adapters over the seeds. `stock` is "
-        "`trl reward` at its defaults for about as long as the recipe took, `stock_epoch` for all "
-        "pairs; both adapt all layers, the "
-        "recipe the upper half. Seconds are of the CPUs that a row ran on, named below. What each "
-        "variant changes stands in "
+        f"{reward['validation_pairs']} training rows that no model of this table was trained on, "
+        f"by which a recipe may be chosen; what follows is of the {reward['test_pairs']} test "
+        "pairs. Length-balanced: pairs whose longer response was chosen and those whose shorter "
+        "one was weigh alike, so that length alone gets 0.5. A row of one seed has intervals "
+        "over pairs alone. `half` are the chains' reward models, of all pairs of the first half; "
+        "`averaged` is one model, the mean of `head_zero`'s adapters over the seeds. `stock` is "
+        "`trl reward` at its defaults for about as long as the recipe took, `stock_epoch` for "
+        "all pairs; both adapt all layers, the recipe the upper half. Seconds are of the CPUs "
+        "that a row ran on, named below. What each variant changes stands in "
         "`experiments/reward_ablation.py`.",
         table(head, rows),
         "Off the recipe, by an interval without 0: on validation "
         f"{clear(reward, 'validation_above_recipe', '.3f')}; on test "
         f"{clear(reward, 'above_recipe', '.3f')}. `low_lr` is `reward_train.py`'s own rate, meant "
-        "for a model twenty times as large and some "
-        "70 times as many pairs.",
+        "for a model twenty times as large and some 70 times as many pairs.",
     ]
 
 
@@ -408,18 +401,16 @@ def chains_part(records: Records, plots: list[str]) -> list[str]:
     )
     return [
         "## PPO",
-        "Reward models of the first half of all pairs, which PPO trains against, and gold ones of "
-        "the second half, on the test pairs. The "
-        "two differ in pairs, head and adapters; what they share is the SFT model below them.",
+        "Reward models of the first half of all pairs, which PPO trains against, and gold ones "
+        "of the second half, on the test pairs. The two differ in pairs, head and adapters; what "
+        "they share is the SFT model below them.",
         table(judges, rows),
         *image("the evaluation of reward model 0", "reward_evaluation.png", plots),
         "PPO against the first, the demo's preset with more episodes (commands below) and "
-        f"{settings}; the gold one only judges. "
-        f"{next(iter(chains.values()))['eval_prompts']} held-out prompts, the same sampling seeds "
-        "before and after; intervals over "
-        "prompts. The penalty was chosen on these prompts, after a first run with the script's "
-        "default of 1 (in the ablation: "
-        "`missing_eos_penalty_1`).",
+        f"{settings}; the gold one only judges. {next(iter(chains.values()))['eval_prompts']} "
+        "held-out prompts, the same sampling seeds before and after; intervals over prompts. The "
+        "penalty was chosen on these prompts, after a first run with the script's default of 1 "
+        "(in the ablation: `missing_eos_penalty_1`).",
         table(head, runs),
         "Warnings of the runs: " + ("; ".join(warned) if warned else "none") + ".",
         *(
@@ -451,10 +442,9 @@ def win_part(records: Records, wins: dict[str, Any]) -> list[str]:
         "intervals over prompts:",
         table(("seed", "", "win rate", "at equal length", "in words"), rows),
         f"Over {seeds(wins)} PPO wins against SFT on {percent(wins, 'win_rate')}, at equal length "
-        f"on {percent(wins, 'at_equal_length')}, "
-        f"and on {wins['win_rate_where_both_ended']:.0%} of the {wins['both_ended']} pairs of "
-        "answers that both came to an end within "
-        "the limit. PPO's gain in gold score and its gain in length correlate by "
+        f"on {percent(wins, 'at_equal_length')}, and on {wins['win_rate_where_both_ended']:.0%} "
+        f"of the {wins['both_ended']} pairs of answers that both came to an end within the limit. "
+        "PPO's gain in gold score and its gain in length correlate by "
         f"{wins['length_correlation']:.2f}.",
     ]
 
@@ -506,39 +496,31 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
     return [
         "## What each stabiliser is worth",
         f"One change at a time, {ablation['episodes']} episodes, gains on {ablation['prompts']} "
-        "held-out prompts; all from the same "
-        "SFT, reward and gold model, made by chain 0's commands, though it may be on another CPU "
-        "and at an earlier commit than the "
-        "chain's row names. `baseline` is the setting of the runs above, shorter. What each "
-        "variant changes stands in "
-        "`experiments/ppo_ablation.py`.",
+        "held-out prompts; all from the same SFT, reward and gold model, made by chain 0's "
+        "commands, though it may be on another CPU and at an earlier commit than the chain's row "
+        "names. `baseline` is the setting of the runs above, shorter. What each variant changes "
+        "stands in `experiments/ppo_ablation.py`.",
         table(head, rows),
         "Runs that broke off: " + (", ".join(failed) if failed else "none") + ".",
         f"Off 0 in score: {clear(ablation, 'score_above_baseline')}; in gold score: "
         f"{clear(ablation, 'gold_score_above_baseline')}. Intervals are over prompts and runs, "
-        "where runs of any setting spread as those "
-        "of all: a run's gain deviates from its setting's mean by a standard deviation of "
-        f"{ablation['score_std']:.2f} in score and {ablation['gold_score_std']:.2f} in gold score. "
-        f"Of {compared} comparisons one may well be "
-        "off 0 by chance. `scores_not_centred` is the baseline but for rounding, and its runs "
-        "count as the baseline's: the mean that is "
-        "taken off the scores is taken off the values too and, with gamma 1 and no score at the "
-        "clip, leaves the advantages as they are.",
-        "Explained variance is the share of the returns' variance that the values explain, in the "
-        "first and in the last third of a run; "
-        "below 0, a constant would do better. The value model begins as the reward model, which "
-        "has learned to judge whole responses "
-        "and not their beginnings; `value_from_scratch` begins as a constant. Before the policy "
-        "moves, `ppo_train.py` lets it learn "
-        f"alone for {usual.critic_warmup_updates} updates, the demo's preset, and with it the "
-        f"baseline, for {demo.critic_warmup_updates}.",
+        "where runs of any setting spread as those of all: a run's gain deviates from its "
+        f"setting's mean by a standard deviation of {ablation['score_std']:.2f} in score and "
+        f"{ablation['gold_score_std']:.2f} in gold score. Of {compared} comparisons one may well "
+        "be off 0 by chance. `scores_not_centred` is the baseline but for rounding, and its runs "
+        "count as the baseline's: the mean that is taken off the scores is taken off the values "
+        "too and, with gamma 1 and no score at the clip, leaves the advantages as they are.",
+        "Explained variance is the share of the returns' variance that the values explain, in "
+        "the first and in the last third of a run; below 0, a constant would do better. The "
+        "value model begins as the reward model, which has learned to judge whole responses and "
+        "not their beginnings; `value_from_scratch` begins as a constant. Before the policy "
+        f"moves, `ppo_train.py` lets it learn alone for {usual.critic_warmup_updates} updates, "
+        f"the demo's preset, and with it the baseline, for {demo.critic_warmup_updates}.",
         "Every variant but `kl_horizon_200` and `missing_eos_penalty_1` leaves one of "
         f"`ppo_train.py`'s defaults. Its KL controller has a horizon of {usual.kl_horizon:,} "
-        "episodes in a run of "
-        f"{usual.total_episodes:,} and so acts within the run, as that of `kl_horizon_200` does in "
-        f"these {ablation['episodes']}; the "
-        f"demo's preset, and with it the baseline, has {demo.kl_horizon:,} and keeps its "
-        "coefficient.",
+        f"episodes in a run of {usual.total_episodes:,} and so acts within the run, as that of "
+        f"`kl_horizon_200` does in these {ablation['episodes']}; the demo's preset, and with it "
+        f"the baseline, has {demo.kl_horizon:,} and keeps its coefficient.",
     ]
 
 
@@ -555,10 +537,9 @@ def clear(part: dict[str, Any], key: str, form: str = ".2f") -> str:
 def sample_part(shown: list[dict[str, Any]]) -> list[str]:
     parts = [
         "## Samples",
-        "Prompts of the demo's test split (rm-static's rows are not ours to print), sorted by the "
-        "gold score of PPO's answer "
-        f"less that of SFT's, seed {SEEDS[0]}; shown are the ones at these percentiles: "
-        f"{', '.join(map(str, PERCENTILES))}.",
+        "Prompts of the demo's test split (rm-static's rows are not ours to print), sorted by "
+        f"the gold score of PPO's answer less that of SFT's, seed {SEEDS[0]}; shown are the ones "
+        f"at these percentiles: {', '.join(map(str, PERCENTILES))}.",
     ]
     for sample in shown:
         answers = sample["answers"]
@@ -592,9 +573,9 @@ def how_part(report: dict[str, Any]) -> list[str]:
     return [
         "## How it was made",
         "`make results`; minutes with loading, judging and saving, of as many threads, "
-        f"{sum(r['minutes'] for r in records.values()) / 60:.0f} "
-        "hours in all. A step whose folder was gone when another needed it was run again on that "
-        "other's CPU, without a new row.",
+        f"{sum(r['minutes'] for r in records.values()) / 60:.0f} hours in all. A step whose "
+        "folder was gone when another needed it was run again on that other's CPU, without a new "
+        "row.",
         table(("step", "minutes", "threads", "CPU", "commit", "command"), rows),
         *([f"Not run yet: {', '.join(left)}."] if left else []),
     ]

@@ -1,4 +1,4 @@
-"""One reward model of the ablation: the recipe with one change, or TRL's stock trainer; what it gets right goes to a record.
+"""One reward model of the ablation: the recipe with one change, or TRL's stock trainer.
 
     python experiments/reward_ablation.py --variant recipe --seed 0 --dataset Dahoas/rm-static
 
@@ -184,7 +184,7 @@ def pairs_seen(config: Config) -> int:
 
 
 def train(config: Config) -> None:
-    """reward_train.py with a variant's changes, and the scores of test and validation pairs beside its checkpoint."""
+    """reward_train.py with a variant's changes; test and validation scores go beside it."""
     variant, here = VARIANTS[config.variant], folder(config)
     blank = here.with_name(f"{here.name}.no_sft")
     if variant.without_sft:
@@ -329,7 +329,7 @@ def stock(config: Config) -> None:
 
 
 def write_texts(config: Config, form: PromptFormat, folder: Path) -> int:
-    """The pairs as the stock command takes them: the very tokens of ours, as text. Returns their number."""
+    """Write the pairs for the stock command, as text of exactly our tokens; returns how many."""
     folder.mkdir()
     pairs = load_pairs(config.dataset, "train", config.pairs, "first")
     rows = []
@@ -392,7 +392,7 @@ def stock_run(config: Config, form: PromptFormat, sources: Path, steps: int) -> 
 
 @torch.no_grad()
 def stock_scores(config: Config, form: PromptFormat, folder: Path) -> ScoredPairs:
-    """What the stock model says of the test pairs: their very tokens, padded on the right, eight pairs at a time."""
+    """What the stock model says of the test pairs: our very tokens, right-padded, by eights."""
     model = AutoPeftModelForSequenceClassification.from_pretrained(
         folder, num_labels=1, pad_token_id=form.pad_token_id, dtype=torch.float32
     ).eval()

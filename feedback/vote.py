@@ -1,4 +1,4 @@
-"""Blind votes: a local page shows a prompt and two answers without names; what people prefer goes to a file.
+"""Blind votes: a local page shows a prompt and two unnamed answers; the votes go to a file.
 
     python compare_outputs.py --prompts my_prompts.txt --temperature 0.7 --overwrite
     python -m feedback.vote
@@ -239,7 +239,7 @@ class Poll:
         )
 
     def deal(self, voter: str) -> Ballot | None:
-        """A comparison that `voter` has not judged yet, one with the fewest votes; None if there is none left."""
+        """A comparison with the fewest votes that `voter` has not judged; None if none is left."""
         count, seen = dict.fromkeys(self.open, 0), set()
         for k, who in self.judged():
             if k in count:
@@ -260,7 +260,10 @@ class Poll:
         ]
 
     def ask(self, text: str) -> Ballot:
-        """Two models' answers to a prompt that someone typed. Raises UserError or BadRow if they cannot be had."""
+        """Two models' answers to a prompt that someone typed.
+
+        Raises UserError or BadRow if they cannot be had.
+        """
         turns = parse_dialogue(text)
         pair = secrets.SystemRandom().sample(self.models, 2)
         answers = {name: self.live.answer(turns, name) for name in pair}
@@ -320,10 +323,12 @@ class LiveModels:
 # ---------------------------------------------------------------- the page
 
 CSS = """
-.gradio-container { width: 100% !important; max-width: 1100px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1100px !important; }
+.gradio-container { margin: 0 auto !important; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.55; font-size: 1.02rem; }
 .card > b { display: block; margin-top: .6rem; font-size: .85rem; opacity: .75; }
-.card { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 14px 18px; height: 100%; }
+.card { border: 1px solid var(--border-color-primary); border-radius: 10px; }
+.card { padding: 14px 18px; height: 100%; }
 .card h2 { margin: 0 0 .5rem; font-size: 1rem; }
 .html-container, .html-container > * { padding: 0 !important; }
 h1 { margin: .2rem 0 0; font-size: 1.5rem; }
@@ -358,7 +363,7 @@ addEventListener("keydown", event => {
 
 
 def make_page(poll: Poll, local_voter: str) -> gr.Blocks:
-    """The page; what its buttons do is also an API (`/start`, `/vote`, `/undo`, `/ask`) with the same answers."""
+    """The page. Its buttons are also an API (`/start`, `/vote`, `/undo`, `/ask`)."""
 
     def who(request: gr.Request) -> str:
         return (request.username or local_voter).strip()
@@ -366,7 +371,10 @@ def make_page(poll: Poll, local_voter: str) -> gr.Blocks:
     def view(ballot: Ballot | None, voter: str, note: str = "") -> list[Any]:
         mine = {k for k, name in poll.judged() if name == voter} & set(poll.open)
         total = len(poll.votes.standing())
-        progress = f"{len(mine)} of {len(poll.open)} comparisons judged by {voter}; {total} votes in all. {note}"
+        progress = (
+            f"{len(mine)} of {len(poll.open)} comparisons judged by {voter}; {total} votes in all. "
+            f"{note}"
+        )
         shown = (
             [""] * 3
             if ballot is None
@@ -502,7 +510,10 @@ def results(votes: list[Vote]) -> str:
         f"<td>{100 * low:.0f} to {100 * high:.0f} %</td><td>{count}</td></tr>"
         for name, count, rate, low, high in lines
     )
-    head = "<tr><th scope='col'></th><th scope='col'>Share</th><th scope='col'>95 % interval</th><th scope='col'>Votes</th></tr>"
+    head = (
+        "<tr><th scope='col'></th><th scope='col'>Share</th><th scope='col'>95 % interval</th><th "
+        "scope='col'>Votes</th></tr>"
+    )
     note = "<p>A tie and &ldquo;both bad&rdquo; count half in a win rate.</p>"
     return (
         f'<div class="results"><table>{head}{rows}</table>{note}</div>'

@@ -1,4 +1,4 @@
-"""A chat in the terminal with any checkpoint: its base and its adapters as they were trained, no export, no server.
+"""Chat in the terminal with any checkpoint, as it was trained: no export, no server.
 
     python -m rlhf.chat checkpoints/ppo
     python -m rlhf.chat checkpoints/sft --reward-checkpoint checkpoints/reward
@@ -94,7 +94,10 @@ def main(config: Config) -> None:
 
 
 def open_checkpoint(config: Config) -> tuple[SharedBase, PromptFormat, list[str]]:
-    """The shared base with the adapters that there are, the prompt format, and who can answer: the last by itself."""
+    """The shared base with its adapters, the prompt format, and who can answer.
+
+    The last of them answers at first.
+    """
     dtype = choose_dtype(config.dtype, device())
     if config.checkpoint is None and config.base_model:
         base = base_facts(config.base_model, None, config.load_in_4bit)
@@ -124,7 +127,7 @@ def open_checkpoint(config: Config) -> tuple[SharedBase, PromptFormat, list[str]
 
 
 def read_runs(config: Config) -> tuple[Runs, dict[str, str]]:
-    """The run.json and the folder of the checkpoint, and of those that it was made from, by phase."""
+    """run.json and folder of the checkpoint and of those it was made from, by phase."""
     checkpoint = config.checkpoint or "checkpoints/ppo"
     phase = phase_of(checkpoint)
     runs = {phase: read_run(checkpoint, phase, "the first argument")}
@@ -187,7 +190,7 @@ class Chat:
         return f"{self.shared.score([self.last]).item():.2f}"
 
     def answer(self, text: str) -> None:
-        """Print the answer to a turn of the user's as it is sampled. One that Ctrl-C stops stays as far as it came."""
+        """Print the answer to the user's turn as it is sampled. Ctrl-C stops it where it is."""
         try:
             turns = checked_turns([*self.turns, ("user", text)])
             prompt = tokenize_prompt(turns, self.form, self.config.max_prompt_length)
@@ -228,7 +231,10 @@ class Chat:
 
 
 def settled(text: str, stop_text: str | None) -> str:
-    """As much of a text as no later token can take back: not half a character, nor what may begin the next turn."""
+    """As much of a text as later tokens cannot change.
+
+    Not half a character, nor what may begin the next turn.
+    """
     text = text.removesuffix("\ufffd")
     for length in range(len(stop_text or ""), 0, -1):
         if text.endswith(stop_text[:length]):

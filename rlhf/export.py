@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that any server opens: the adapter merged into the 16-bit base, and what goes with it.
+"""Turn a checkpoint into a model that any server opens: merged, in 16 bit, with its papers.
 
     python -m rlhf.export checkpoints/ppo exported/
 
@@ -151,7 +151,7 @@ def base_folder(base: dict[str, Any]) -> Path:
 
 
 def parts(weights: Weights, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """The weights in the order in which a text meets them: embedding, one layer after the other, norm and head."""
+    """The weights in the order a text meets them: embedding, layers, norm and head."""
     number = {
         name: int(found.group(1))
         for name in weights.files
@@ -194,7 +194,7 @@ def name_of(key: str) -> str:
 
 
 class Writer:
-    """Writes weights as they come, in files of at most SHARD_BYTES or of one tensor, and the index that names them."""
+    """Writes weights as they come, in files of up to SHARD_BYTES, and their index."""
 
     def __init__(self, folder: Path):
         self.folder, self.waiting, self.shards, self.total = folder, {}, [], 0
@@ -316,7 +316,7 @@ class Check:
             hook.remove()
 
     def report(self, head: Tensor) -> dict[str, Any]:
-        """For each two versions in a row, and for the first and the last: largest logit difference, mean KL, same first choice.
+        """For successive versions, and the first and last: logit difference, KL, same first choice.
 
         Args:
             head: [V, H], as it is in the base.
@@ -352,9 +352,8 @@ def refuse_wrong_merge(report: dict[str, Any]) -> None:
     if not largest <= ROUNDING:  # NaN too
         raise UserError(
             "the merged weights do not say what base and adapter say: logits differ by up to "
-            f"{largest:.1e}, where "
-            f"rounding moves them by less than {ROUNDING:.0e}. Nothing was written; please report "
-            "it"
+            f"{largest:.1e}, where rounding moves them by less than {ROUNDING:.0e}. Nothing was "
+            "written; please report it"
         )
 
 
@@ -371,8 +370,7 @@ def apart(one: Tensor, other: Tensor) -> dict[str, float]:
 def describe(report: dict[str, Any]) -> str:
     return "\n".join(
         f"{step}: largest logit difference {r['largest_logit_difference']:.1e}, KL {r['kl']:.1e} "
-        "nats a token, the same "
-        f"first choice at {r['same_first_choice']:.0%}"
+        f"nats a token, the same first choice at {r['same_first_choice']:.0%}"
         for step, r in report.items()
     )
 
@@ -405,7 +403,7 @@ def write_settings(folder: Path, settings, form: PromptFormat, dtype: torch.dtyp
 
 
 def response_template(stop_text: str, eos: str) -> dict[str, Any]:
-    """How `transformers serve` and its pipelines read an answer: without outer white space, and up to EOS or `stop_text`."""
+    """How `transformers serve` reads an answer: stripped, and up to EOS or `stop_text`."""
     end = "|".join(map(re.escape, (stop_text, eos)))
     answer = {"open_pattern": r"\A\s*", "close_pattern": rf"\s*(?:{end}).*", "content": "text"}
     return {

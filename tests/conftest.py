@@ -1,4 +1,4 @@
-"""A tiny model, a tiny data set, and the scripts run on them: all made in-process, without a network."""
+"""A tiny model, tiny data, and the scripts run on them: in-process, without a network."""
 
 import contextlib
 import importlib
@@ -85,7 +85,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch):
-    """Every test runs in a folder of its own, so that a default like checkpoints/sft never means the repository's."""
+    """Every test runs in a folder of its own: checkpoints/sft never means the repository's."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -135,7 +135,7 @@ def make_tokenizer():
 
 
 def make_model(folder: Path, seed: int = 0, hidden_size: int = 32, layers: int = 4) -> Path:
-    """A random Llama. The weights are large for a random model, so that every token attends to some other."""
+    """A random Llama with large weights, so that every token attends to some other."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -197,7 +197,7 @@ READS_BELOW = {"_local_scalar_dense", "nonzero", "masked_select"}
 
 @contextlib.contextmanager
 def count_host_reads() -> Iterator[list[str]]:
-    """The calls within the block that read a tensor's values: where they are a card's, the CPU waits for it."""
+    """The calls in the block that read a tensor's value: on a card, the CPU would wait for it."""
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -232,7 +232,7 @@ def count_host_reads() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="session")
 def run_script() -> Callable[..., subprocess.CompletedProcess]:
-    """`run_script("sft_train.py", *flags, cwd=...)`: a process of its own. Slow: torch and TRL are imported anew."""
+    """`run_script("sft_train.py", *flags, cwd=...)`: a process of its own, and slow to start."""
 
     def run_script(
         script: str, *flags: str, cwd: Path | None = None
@@ -274,8 +274,11 @@ def call_main() -> Callable[[str, list], Result]:
 
 @pytest.fixture(scope="session")
 def flags(tiny_model, tiny_data) -> dict[str, list[str]]:
-    """Flags with which a script runs in a second on the tiny model; without --output-dir and the parents."""
-    small = f"--dtype fp32 --max-steps 4 --max-length 256 --lora-rank 4 --lora-alpha 8 --no-gradient-checkpointing --dataset {tiny_data} --batch-size 4 --learning-rate 1e-2".split()
+    """Flags for a run of a second on the tiny model; without --output-dir and parents."""
+    small = (
+        "--dtype fp32 --max-steps 4 --max-length 256 --lora-rank 4 --lora-alpha 8 "
+        f"--no-gradient-checkpointing --dataset {tiny_data} --batch-size 4 --learning-rate 1e-2"
+    ).split()
     return {
         "sft_train": [*small, "--base-model", str(tiny_model), "--no-load-in-4bit"],
         "reward_train": [*small, "--role-layers", "2"],
@@ -284,7 +287,7 @@ def flags(tiny_model, tiny_data) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, flags) -> Checkpoints:
-    """The folders of an SFT and a reward checkpoint on the tiny model. Copy what you mean to change."""
+    """SFT and reward checkpoints on the tiny model. Copy what you mean to change."""
     folder = tmp_path_factory.mktemp("trained") / "checkpoints"
     sft, reward = folder / "sft", folder / "reward"
     sft_flags = [*flags["sft_train"], "--output-dir", str(sft)]

@@ -34,9 +34,18 @@ TEXT = (
     "most of all. " * 6
 )
 TOLERANCE = 1e-4
-SMALL = "--dtype fp32 --max-steps 4 --max-length 256 --lora-rank 4 --lora-alpha 8 --batch-size 4 --learning-rate 1e-2"
-PPO = "--dtype fp32 --response-length 8 --max-prompt-length 64 --episodes-per-update 4 --num-mini-batches 2"
-PPO += " --total-episodes 12 --rollout-batch-size 4 --max-eval-samples 3 --lora-rank 4 --lora-alpha 8 --role-layers 2"
+SMALL = (
+    "--dtype fp32 --max-steps 4 --max-length 256 --lora-rank 4 --lora-alpha 8 --batch-size 4 "
+    "--learning-rate 1e-2"
+)
+PPO = (
+    "--dtype fp32 --response-length 8 --max-prompt-length 64 --episodes-per-update 4 "
+    "--num-mini-batches 2"
+)
+PPO += (
+    " --total-episodes 12 --rollout-batch-size 4 --max-eval-samples 3 --lora-rank 4 --lora-alpha 8 "
+    "--role-layers 2"
+)
 PPO += " --learning-rate 1e-2 --warmup-updates 0 --critic-warmup-updates 0"
 
 ELSEWHERE = """
@@ -48,15 +57,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 text, ids, found = sys.argv[2], None, {"version": transformers.__version__}
 for name, opened in {
-    "exported": AutoModelForCausalLM, "sft": AutoPeftModelForCausalLM, "ppo": AutoPeftModelForCausalLM,
-    "reward": AutoPeftModelForSequenceClassification, "ppo/value": AutoPeftModelForSequenceClassification,
+    "exported": AutoModelForCausalLM,
+    "sft": AutoPeftModelForCausalLM,
+    "ppo": AutoPeftModelForCausalLM,
+    "reward": AutoPeftModelForSequenceClassification,
+    "ppo/value": AutoPeftModelForSequenceClassification,
 }.items():
     tokenizer = AutoTokenizer.from_pretrained(name)
     ids = tokenizer(text)["input_ids"]
-    more = {} if "Causal" in opened.__name__ else {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
+    head = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
+    more = {} if "Causal" in opened.__name__ else head
     model = opened.from_pretrained(name, dtype=torch.float32, **more).eval()
     with torch.no_grad():
-        found[name] = {"ids": ids, "numbers": model(input_ids=torch.tensor([ids])).logits[0].flatten().tolist()}
+        logits = model(input_ids=torch.tensor([ids])).logits[0]
+    found[name] = {"ids": ids, "numbers": logits.flatten().tolist()}
 json.dump(found, open("elsewhere.json", "w"))
 """
 

@@ -1,4 +1,4 @@
-"""Runs a training script in a process whose memory runs out once, amid a step; of several, the last one's.
+"""Runs a training script whose memory runs out once, amid a step; in the last of several.
 
 torchrun --nproc-per-node 2 tests/out_of_memory_once.py sft_train.py ...
 """
@@ -20,7 +20,7 @@ from rlhf.engine.roles import SharedBase
 
 
 def run_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a part has left gradients: of SFT and reward model in the second step, of the policy in its first."""
+    """After a part has left gradients: SFT's and reward's second step, the policy's first."""
     differentiate, upper, ran_out = (
         rlhf.engine.trainer.Resumable.differentiate,
         SharedBase.upper,

@@ -31,9 +31,8 @@ def main() -> None:
     growth = memory[1] / memory[0] - 1
     print(
         f"updates {UPDATES}, resident MB {memory[0] / 1e6:.0f} after {SETTLED} and "
-        f"{memory[1] / 1e6:.0f} at the end "
-        f"({growth:+.1%}), open files {descriptors[0]} and {descriptors[1]}, files of the run "
-        f"{files[0]} and {files[1]}"
+        f"{memory[1] / 1e6:.0f} at the end ({growth:+.1%}), open files {descriptors[0]} and "
+        f"{descriptors[1]}, files of the run {files[0]} and {files[1]}"
     )
     sys.exit(int(abs(growth) > 0.05 or descriptors[1] > descriptors[0] or files[1] > files[0]))
 

@@ -1,4 +1,4 @@
-"""The corpus of tests/bad_inputs: exit code 2, one line that says what and where, no traceback, and nothing changed on disk."""
+"""The corpus of tests/bad_inputs: exit code 2, one clear line, nothing changed on disk."""
 
 import json
 import shlex
@@ -13,7 +13,10 @@ from test_mistakes import assert_one_line, snapshot
 HERE = Path(__file__).parent / "bad_inputs"
 CASES = tomllib.loads((HERE / "cases.toml").read_text(encoding="utf-8"))["case"]
 PPO = "--response-length 8 --max-prompt-length 64 --episodes-per-update 4"
-PPO += " --num-mini-batches 2 --total-episodes 4 --rollout-batch-size 4 --max-eval-samples 3 --lora-rank 4"
+PPO += (
+    " --num-mini-batches 2 --total-episodes 4 --rollout-batch-size 4 --max-eval-samples 3 "
+    "--lora-rank 4"
+)
 PPO += " --critic-warmup-updates 0"
 
 

@@ -1,4 +1,4 @@
-"""What is loaded is what the folder says: a base whose config and weights do not fit, or that is another one, is refused."""
+"""What is loaded is what the folder says: a base that is not what its config says is refused."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def load(base: Path, **more):
 
 
 def in_shards(base: Path, *parts: str) -> None:
-    """Cut the weights up: names that hold parts[0] into the first file, and so on, the rest into the last one."""
+    """Cut the weights up: names with parts[0] into the first file, and so on, the rest last."""
     weights = load_file(base / "model.safetensors")
     (base / "model.safetensors").unlink()
     index = {}
@@ -143,7 +143,7 @@ def test_whole_numbers_are_no_weights(base):
 
 
 def test_what_transformers_rightly_passes_over_changes_nothing(base, tiny_model):
-    """Frequencies that old versions saved, a tied head that is saved twice, a model that was saved without its head."""
+    """Old versions' frequencies, a tied head saved twice, and a model saved without its head."""
     right = logits(AutoModelForCausalLM.from_pretrained(tiny_model))
     frequencies = {"model.layers.3.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     rewrite(

@@ -44,7 +44,7 @@ def test_room_is_what_others_and_the_fraction_leave():
 
 
 def test_a_card_without_a_number_is_the_current_one(monkeypatch):
-    """Accelerate names the card of a single process "cuda"; the memory fraction is asked for by number."""
+    """Accelerate calls a single process's card "cuda"; its memory fraction goes by number."""
     asked = []
 
     def by_number(index):
@@ -114,7 +114,10 @@ def test_memory_grows_in_pieces_unless_it_was_set_otherwise(set_before, then):
     env = {
         name: value for name, value in os.environ.items() if not name.startswith("PYTORCH_")
     } | set_before
-    code = "import os, rlhf; print(*map(os.environ.get, ('PYTORCH_CUDA_ALLOC_CONF', 'PYTORCH_ALLOC_CONF')))"
+    code = (
+        "import os, rlhf; print(*map(os.environ.get, ('PYTORCH_CUDA_ALLOC_CONF', "
+        "'PYTORCH_ALLOC_CONF')))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True
     )

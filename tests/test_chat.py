@@ -1,4 +1,4 @@
-"""The chat, through a pseudo-terminal and in-process: who answers, what is read, and what stops an answer."""
+"""The chat, through a pseudo-terminal and in-process: who answers, and what stops it."""
 
 import json
 import math
@@ -19,8 +19,14 @@ from rlhf.engine.generation import generate
 from rlhf.engine.roles import BASE, REFERENCE
 from rlhf.runs.errors import UserError
 
-PPO = "--response-length 8 --max-prompt-length 64 --num-mini-batches 1 --total-episodes 4 --episodes-per-update 4 "
-PPO += "--max-eval-samples 2 --lora-rank 4 --lora-alpha 8 --role-layers 2 --critic-warmup-updates 0 --warmup-updates 0 "
+PPO = (
+    "--response-length 8 --max-prompt-length 64 --num-mini-batches 1 --total-episodes 4 "
+    "--episodes-per-update 4 "
+)
+PPO += (
+    "--max-eval-samples 2 --lora-rank 4 --lora-alpha 8 --role-layers 2 --critic-warmup-updates 0 "
+    "--warmup-updates 0 "
+)
 PPO += "--num-printed-samples 0 --dtype fp32 --learning-rate 1e-1"
 
 
@@ -155,7 +161,7 @@ class Terminal:
         self.end, self.read = ours, ""
 
     def until(self, text: str, interrupted: bool = False) -> str:
-        """Read until `text` has come, pressing Ctrl-C each second if so asked. Returns what was read.
+        """Read until `text` has come, if `interrupted` with a Ctrl-C a second; returns it all.
 
         One Ctrl-C may be lost: Python's input() does not see a signal that comes between its prompt
         and its wait.

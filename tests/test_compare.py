@@ -1,4 +1,4 @@
-"""compare_outputs.py: its layout, its numbers, its files, and that each model is the one its heading names."""
+"""compare_outputs.py: layout, numbers, files, and that each model is the one it is named."""
 
 import dataclasses
 import json
@@ -216,7 +216,7 @@ def test_summary():
 
 
 def wins(*outcomes, longer=None):
-    """Answers of base and SFT where SFT wins (1), ties (0.5) or loses (0), and is longer by so many tokens."""
+    """Answers of base and SFT where SFT wins (1), ties (0.5) or loses (0), and how much longer."""
     longer = longer or [0] * len(outcomes)
     sft = [given(score=o - 0.5, tokens=10 + n) for o, n in zip(outcomes, longer, strict=True)]
     return {"base": [given(score=0.0, tokens=10)] * len(outcomes), "SFT": sft}
@@ -373,9 +373,8 @@ def test_the_last_lines():
     )
     assert compare.closing(report) == [
         "Result: SFT's answers are better than base's, also at equal length.",
-        "By how much: SFT scores higher than base on 70 % of 100 held-out prompts, at equal length "
-        "on 70 %; "
-        "the mean score is 0.20, base's 0.00.",
+        "By how much: SFT scores higher than base on 70 % of 100 held-out prompts, at equal "
+        "length on 70 %; the mean score is 0.20, base's 0.00.",
         "How sure: the 95 % interval of the first is "
         f"{100 * report['pairs'][0]['win_rate_low']:.0f} to "
         f"{100 * report['pairs'][0]['win_rate_high']:.0f} %. Judge: J.",
@@ -425,7 +424,8 @@ def test_markdown():
 - 🔵 BASE MODEL (Llama-3.2-3B - No Fine-tuning)
 - 🟢 FINE-TUNED SFT MODEL (After 2 Epochs of Training)
 
-| Model | Mean score | Mean tokens | Ended by EOS | Repeated 3-grams | Distinct 2-grams | End in ? | Begin alike |
+| Model | Mean score | Mean tokens | Ended by EOS | Repeated 3-grams | Distinct 2-grams \
+| End in ? | Begin alike |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 | base | 1.00 | 2.0 | 100 % | 0 % | 100 % | 0 % | 100 % |
 | SFT | 2.00 | 2.0 | 100 % | 0 % | 100 % | 0 % | 100 % |
@@ -467,7 +467,7 @@ score 2.00, 2 tokens, ended by EOS
 
 
 def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp_path):
-    """Each answer is what the saved checkpoint writes when PEFT alone opens it; each score is the reward checkpoint's."""
+    """Each answer is what PEFT alone makes of the checkpoint; each score the reward model's."""
     import torch
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
     from transformers import AutoModelForCausalLM

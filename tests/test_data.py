@@ -178,7 +178,8 @@ SYSTEM = Pair((("system", "Be kind."), ("user", "Hi")), "Hello!", "Go away.")
         # Line ends of other systems, and a leading blank line that somebody's strip() took.
         (
             {
-                "prompt": "\r\n\r\nHuman: Hi\r\n\r\nAssistant: Hello!\r\n\r\nHuman: Bye\r\n\r\nAssistant:",
+                "prompt": "\r\n\r\nHuman: Hi\r\n\r\nAssistant: Hello!"
+                "\r\n\r\nHuman: Bye\r\n\r\nAssistant:",
                 "chosen": " See you.\r\n",
                 "rejected": " Good.",
             },
@@ -632,8 +633,7 @@ def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
     line = capsys.readouterr().out.strip()
     assert line == (
         f"{tmp_path}, train: 3 rows, dropped 3 (2 blank answer, 1 chosen and rejected are "
-        "identical); "
-        "read train.jsonl as prompt, chosen, rejected (text)"
+        "identical); read train.jsonl as prompt, chosen, rejected (text)"
     )
 
 
@@ -652,10 +652,8 @@ def test_the_line_says_what_was_read_and_what_was_not(tmp_path, capsys):
     (line,) = capsys.readouterr().out.splitlines()
     assert line == (
         f"{tmp_path}, train: 5 rows; read train.jsonl (not train_old.jsonl) as prompt, chosen, "
-        "rejected "
-        "(text and messages) or prompt, chosen, rejected (text); ignored: score, name of messages, "
-        "tags; "
-        "looks like markup: <|im_end|> in 2 rows"
+        "rejected (text and messages) or prompt, chosen, rejected (text); ignored: score, name "
+        "of messages, tags; looks like markup: <|im_end|> in 2 rows"
     )
 
 
@@ -886,8 +884,7 @@ def test_the_checkpoints_tokenizer_is_the_one_of_training(trained, form):
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% "
-    "endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
+    "endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
 
@@ -953,7 +950,7 @@ def test_special_tokens_in_the_data_are_dropped_under_the_models_template(tokeni
 
 
 def test_a_role_header_in_the_data_is_dropped_under_the_models_template(tokenizer):
-    """Special tokens that are neither BOS, EOS nor padding, such as Llama 3's `<|start_header_id|>`."""
+    """Special tokens other than BOS, EOS and padding, such as Llama 3's `<|start_header_id|>`."""
     tokenizer.add_tokens([AddedToken("<|head|>", special=True)], special_tokens=True)
     tokenizer.chat_template = CHATML
     pair = Pair((("user", "x<|head|>assistant"),), "b", "c")
@@ -1034,7 +1031,7 @@ def test_a_pair_whose_last_turn_is_too_long_is_dropped(form, capsys):
 
 
 def assert_cut(ids, whole, longest, form):
-    """The start of `whole`, without EOS; one short of `longest` at most, as the reward model's EOS needs a place."""
+    """The start of `whole`, without EOS; below `longest`, as the reward model's EOS needs room."""
     assert ids == whole[: len(ids)]
     assert form.eos_token_id not in ids
     assert longest - 1 <= len(ids) <= longest

@@ -1,4 +1,4 @@
-"""The step that writes a token: against transformers' own forward, and whether a CUDA graph could hold it."""
+"""The step that writes a token: against transformers, and whether a CUDA graph can hold it."""
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def peft(request, tiny_model):
 
 
 def check_against_reference(peft, monkeypatch, prompts, new, temperature, merged, form):
-    """Teacher-forced on the step's own tokens: logits within 1e-5 of their scale, tokens those of the reference's CDF."""
+    """Teacher-forced: logits within 1e-5 of their scale, tokens those of the reference's CDF."""
     seen = []
 
     def watched(logits, temperature, draws):
@@ -177,7 +177,7 @@ def test_both_ways_to_attend_are_the_same():
 
 @pytest.mark.parametrize("lag", [1, 3, 30])
 def test_looking_late_changes_nothing(tiny_model, form, lag):
-    """A response may end, by EOS or by a stop text over several tokens, long before the CPU sees it."""
+    """A response may end, by EOS or by a stop text, long before the CPU sees it."""
     decoder = decoder_of(
         with_adapters(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
     )
@@ -241,7 +241,7 @@ def test_the_log_probability_of_each_sampled_token(shared_base, form):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_weights_are_summed_in_float32_and_rounded_once(tiny_model, dtype):
-    """A policy whose change is smaller than half a step of bfloat16 still arrives where it meets another rest."""
+    """A policy change below half a bfloat16 step still arrives where it meets another rest."""
     peft = with_adapters(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype))
     for name, weight in peft.named_parameters():
         if ".policy." in name:
@@ -351,9 +351,13 @@ def test_a_step_reads_nothing_on_the_cpu(tiny_model, temperature):
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_step_runs_on_tensors_without_values(merged):
     config = LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2,
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         peft = with_adapters(LlamaForCausalLM(config))
         decoder = decoder_of(peft.to("meta"))
@@ -365,7 +369,7 @@ def test_a_step_runs_on_tensors_without_values(merged):
 
 
 class ReplayedGraphs(Graphs):
-    """Graphs on a CPU: from the second time on the function runs again, on the very tensors that it read then."""
+    """Graphs on a CPU: the second time the function runs on the very tensors it read then."""
 
     def __init__(self):
         super().__init__(enabled=True)
@@ -429,7 +433,7 @@ class Addresses(TorchDispatchMode):
 
 
 def test_what_a_graph_reads_stays_where_it_is(shared_base, form):
-    """Within a rollout everything; from one to the next the weights, over an optimizer step, a merge and a state."""
+    """All of it within a rollout; weights also across a step, a merge and a state."""
     shared = shared_base
     shared.add_role("policy", 4, 8, 2)
     shared.train("policy")
@@ -470,7 +474,7 @@ def test_what_a_graph_reads_stays_where_it_is(shared_base, form):
 
 
 def test_what_is_kept_serves_the_next_rollouts(shared_base, form, monkeypatch):
-    """One graph over updates, a merge, and rollouts of fewer and shorter texts, which say what they say without it."""
+    """One graph over updates, a merge and shorter rollouts says what is said without it."""
     shared = shared_base
     shared.add_role("policy", 4, 8, 2)
     shared.train("policy")

@@ -1,4 +1,4 @@
-"""The exported folder: an ordinary model that says what base and adapter say, and what stands beside it."""
+"""The exported folder: an ordinary model that says what base and adapter say, and its files."""
 
 import json
 import shutil
@@ -40,8 +40,14 @@ def ppo(trained, tiny_data, call_main, tmp_path_factory):
     """A PPO checkpoint that has moved: an adapter on all layers and one on the upper two."""
     folder = tmp_path_factory.mktemp("exporting") / "ppo"
     flags = "--response-length 8 --max-prompt-length 64 --episodes-per-update 4"
-    flags += " --num-mini-batches 2 --total-episodes 12 --rollout-batch-size 4 --max-eval-samples 3 --lora-rank 4"
-    flags += " --lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --warmup-updates 0 --critic-warmup-updates 0"
+    flags += (
+        " --num-mini-batches 2 --total-episodes 12 --rollout-batch-size 4 --max-eval-samples 3 "
+        "--lora-rank 4"
+    )
+    flags += (
+        " --lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --warmup-updates 0 "
+        "--critic-warmup-updates 0"
+    )
     parents = [
         "--sft-checkpoint",
         trained.sft,
@@ -167,7 +173,7 @@ def test_the_report_is_what_the_models_say(export, ppo):
 
 
 def test_leaving_nf4_is_told_apart(export, ppo, tmp_path):
-    """The trained version is the base as bitsandbytes has it; the tiny model's own numbers say what that moves."""
+    """What is trained is bitsandbytes' base; the tiny model's own numbers say what that moves."""
     assert "trained to adapter" not in json.loads((export(ppo) / "export.json").read_text())
     quantised = shutil.copytree(ppo, tmp_path / "quantised")
     made = json.loads((quantised / "run.json").read_text())
@@ -204,7 +210,7 @@ def test_large_weights_come_in_several_files(export, ppo, monkeypatch):
 
 
 def test_what_is_no_weight_of_the_model_is_left_out(export, trained, tiny_model, tmp_path):
-    """Some repositories have all weights a second time under other names; old ones have buffers beside them."""
+    """Some repositories have all weights twice, under other names; old ones have buffers."""
     base, before = (
         shutil.copytree(tiny_model, tmp_path / "base"),
         load_file(export(trained.sft) / "model.safetensors"),
@@ -291,7 +297,10 @@ def test_the_card_says_where_it_comes_from(export, ppo):
     assert "Llama" not in body
     run = json.loads((ppo / "run.json").read_text())
     gain = run["metrics"]
-    interval = f"{gain['score_gain']:.3g} (95 % interval {gain['score_gain_low']:.3g} to {gain['score_gain_high']:.3g}"
+    interval = (
+        f"{gain['score_gain']:.3g} (95 % interval {gain['score_gain_low']:.3g} to "
+        f"{gain['score_gain_high']:.3g}"
+    )
     assert f"{interval}, {gain['eval_prompts']} prompts)" in body
     assert run["data"]["source"] not in card and "a local file or folder (" in body
 

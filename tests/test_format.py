@@ -1,4 +1,4 @@
-"""Any tokenizer, any chat template: prompt and answer are the tokens of the whole text, or it is refused."""
+"""Any tokenizer, any template: prompt and answer have the whole text's tokens, or a refusal."""
 
 import json
 import re
@@ -198,8 +198,7 @@ def test_any_pair_is_the_tokens_of_its_whole_text_or_dropped(kinds, kind, name, 
     tokenizer = load_tokenizer(str(kinds[kind]))
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% "
-        "endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
+        "endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     form = PromptFormat(name, tokenizer)
     form.checked = True  # that is another test's
@@ -219,7 +218,7 @@ def test_any_pair_is_the_tokens_of_its_whole_text_or_dropped(kinds, kind, name, 
 
 
 def test_a_tokenizer_that_joins_prompt_and_answer_loses_the_row_and_says_so(tokenizer, capsys):
-    """`](` is one token of it; the answer that starts with the bracket could not follow its prompt."""
+    """`](` is one token of it; an answer starting with the bracket could not follow its prompt."""
     from tokenizers import AddedToken
 
     tokenizer.add_tokens([AddedToken("](", normalized=False)])
@@ -251,7 +250,7 @@ def with_template(folder, template):
 
 
 def assert_right_or_refused(folder, template, scratch):
-    """The identities, beside what the template and the tokenizer make of whole dialogues; True if accepted."""
+    """The identities, beside what template and tokenizer make of dialogues; True if accepted."""
     plain = with_template(folder, template)
     try:
         form = PromptFormat("model", with_template(folder, template))
@@ -322,8 +321,11 @@ def test_which_templates_are_accepted(kinds, name, accepted, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_tokenizer_takes_a_plain_template(kinds, kind, tmp_path):
-    """Also one that writes a space before what ends an answer, and special tokens within a prompt."""
-    template = "{{ bos_token }}{% for m in messages %}<|h|>{{ m.role }}\n{{ m.content }} {{ eos_token }}{% endfor %}"
+    """Also one that puts a space before an answer's end, and special tokens within a prompt."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}<|h|>{{ m.role }}\n{{ m.content }} {{ eos_token "
+        "}}{% endfor %}"
+    )
     template += "{% if add_generation_prompt %}<|h|>assistant\n{% endif %}"
     assert assert_right_or_refused(kinds[kind], template, tmp_path)
 

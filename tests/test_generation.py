@@ -1,4 +1,4 @@
-"""Sampling: what is picked, where a response ends, and that neither padding nor batch mates change it."""
+"""Sampling: what is picked, where a response ends, and no effect of padding or batch mates."""
 
 import copy
 import math
@@ -41,7 +41,7 @@ def prompts(form):
 
 @pytest.fixture
 def silent(form):
-    """The tiny model's EOS and stop text are rare and its tokens random: with neither, every response has full length."""
+    """The tiny model's tokens are random and EOS rare: with neither end, length is full."""
     form.eos_token_id, form.stop_text = -1, None
     return form
 
@@ -101,7 +101,7 @@ def test_what_the_padding_is_changes_nothing(shared, silent, prompts):
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_a_row_that_ends_leaves_the_others_as_they_were(shared, silent, prompts, temperature):
-    """Some token of one row is made EOS: each row is then cut behind its first one, and else stays."""
+    """Some token of one row becomes EOS: each row is cut behind its first one, and else stays."""
     whole = sample(shared, silent, prompts, temperature, range(6), 6)
     silent.eos_token_id = eos = whole[0][4]
     expected = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in whole]
@@ -308,7 +308,7 @@ def test_more_blank_lines_before_the_next_turn_are_text(form):
 
 
 def test_of_a_token_that_spans_text_and_next_turn_the_text_keeps_its_part(form):
-    """As with "!\\n\\n" in the vocabularies of real models: the token is the one that ended the text, which ends with "!"."""
+    """As with "!\\n\\n" in real vocabularies: that token ended the text, which ends with "!"."""
     from tokenizers import AddedToken
 
     form.tokenizer.add_tokens([AddedToken("!\n\n", normalized=False)])

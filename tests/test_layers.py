@@ -1,4 +1,4 @@
-"""The decoder on texts end to end against PEFT's and transformers' own, on the same weights, text by text."""
+"""The decoder on texts end to end against PEFT and transformers, text by text."""
 
 import copy
 
@@ -28,7 +28,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def two_adapters(model):
-    """PEFT's model with an `sft` adapter on all layers and a `policy` on the upper two; both active, the policy trains."""
+    """PEFT's model: `sft` on all layers, `policy` on the upper two; both active, one trains."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -89,7 +89,7 @@ def assert_same(peft, ours, own, count=2 * 7 * 2):
 
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory):
-    """Rows of 64 numbers: bitsandbytes' CPU kernel misreads weights whose rows are shorter than its blocks."""
+    """Rows of 64: bitsandbytes' CPU kernel misreads weights with rows shorter than its blocks."""
     return make_model(tmp_path_factory.mktemp("wide"), hidden_size=64)
 
 
@@ -117,7 +117,7 @@ def test_logits_and_gradients_equal_pefts(tiny_model, wide_model, base, texts):
     ],
 )
 def test_other_families(tiny_model, make, config):
-    """Qwen2 has biases on q, k and v, Mistral a head size of its own, Qwen3 that and norms of each head of q and k."""
+    """Qwen2 has biases on q, k, v; Mistral its own head size; Qwen3 also norms of each head."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     extra = {"head_dim": 6} if make in (MistralForCausalLM, Qwen3ForCausalLM) else {}
@@ -172,7 +172,7 @@ def test_roles_are_pefts_active_adapters(tiny_model):
 
 
 def test_an_optimizer_step_is_seen_by_the_next_pass(tiny_model):
-    """Also after a pass without gradients between backward and step: a fused step does not show in a weight's version."""
+    """Also after a pass without gradients: a fused step does not show in a weight's version."""
     own = tiny(tiny_model)
     ours = copy.deepcopy(own)
     decoder = make_decoder(ours)
@@ -271,7 +271,7 @@ def test_pairs_that_share_their_prompt_equal_the_texts_apart(tiny_model):
 
 
 def test_what_is_kept_for_backward(tiny_model):
-    """Of a layer one tensor of twice the MLP's width, [gate, up], and no matrix of attention weights."""
+    """A layer keeps one tensor of twice the MLP's width, and no matrix of attention weights."""
     kept = {}
 
     def pack(tensor):

@@ -49,7 +49,7 @@ def assert_one_line(code, stderr, *names):
 
 @pytest.fixture
 def refused(call_main, flags, tmp_path):
-    """`refused(script, flags, *names)`: the run ends with one line holding all `names`, and its output folder stays as it was.
+    """`refused(script, flags, *names)`: one line holds all `names`, and the output folder stays.
 
     Runs twice: with no output folder, and with --overwrite over one that holds an earlier result.
     """
@@ -135,7 +135,7 @@ def test_a_script_of_its_own_process_ends_the_same(run_script, tmp_path):
 
 
 def test_a_folder_beside_the_output_is_left_alone(tmp_path):
-    """Whoever sets a model aside as NAME.old, or NAME.bak, finds it there after a run that replaces NAME."""
+    """Whoever sets a model aside as NAME.old or NAME.bak finds it after NAME is replaced."""
     for name in ("ppo", "ppo.old", "ppo.bak"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(name)
@@ -186,7 +186,7 @@ def test_an_output_folder_without_a_name(call_main, flags, tmp_path, place):
 
 
 def test_an_output_folder_that_is_an_input(call_main, trained, tmp_path):
-    """--overwrite replaces an earlier result; it must not take the SFT checkpoint that the run reads."""
+    """--overwrite replaces an earlier result, never the SFT checkpoint that the run reads."""
     sft = Path(shutil.copytree(trained.sft, tmp_path / "sft"))
     before = snapshot(sft)
     argv = [*trained.reward_flags, "--sft-checkpoint", sft, "--output-dir", sft, "--overwrite"]
@@ -197,7 +197,7 @@ def test_an_output_folder_that_is_an_input(call_main, trained, tmp_path):
 
 @pytest.mark.parametrize("dangling", [False, True])
 def test_an_output_folder_that_is_a_link(tmp_path, dangling):
-    """A result, and what is not finished, are written where it leads; a second run replaces the first there."""
+    """Finished or not, results are written where it leads; a second run replaces the first."""
     disk = tmp_path / "disk" / "runs"
     if not dangling:
         (disk / "sft").mkdir(parents=True)
@@ -266,7 +266,7 @@ def test_a_tilde_is_the_home_folder_in_every_flag(monkeypatch, script):
     ],
 )
 def test_only_our_own_results_are_replaced(call_main, trained, tmp_path, place, more):
-    """The folder above all checkpoints, as when the last part of its name was forgotten; a result that something was put in."""
+    """The folder above all checkpoints, or a result that something else was put into."""
     shutil.copytree(trained.sft, tmp_path / "runs" / "sft")
     file = tmp_path / "runs" / place
     file.parent.mkdir(exist_ok=True)
@@ -494,7 +494,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub_results(tmp_path_factory, flags):
-    """What sft_train.py says of gated and of missing models and data sets; the endpoint is read at import, so elsewhere."""
+    """What sft_train.py says of gated and missing models and data; in a process of its own."""
     folder = tmp_path_factory.mktemp("hub")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -669,7 +669,7 @@ CHAIN = {
 
 
 def following(script, flags, made):
-    """The next command after a script that was given `flags`, and the config that it gives the next script."""
+    """The next command after a script given `flags`, and the config it gives the next script."""
     module, after = importlib.import_module(script), importlib.import_module(CHAIN[made])
     config = parse(module.Config, module.PRESETS, module.__doc__, shlex.split(flags))
     command = next_command(f"{CHAIN[made]}.py", config, made)

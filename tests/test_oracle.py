@@ -139,7 +139,7 @@ def published(name: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def run_lines(text: str, first: str, stop: str, scope: dict) -> None:
-    """Run the lines of TRL's source from the one that starts with `first` to the one before that with `stop`."""
+    """Run TRL's own lines, from the one that starts with `first` to the one before `stop`."""
     lines = text.splitlines()
     begin = next(i for i, line in enumerate(lines) if line.strip().startswith(first))
     end = next(i for i in range(begin, len(lines)) if lines[i].strip().startswith(stop))
@@ -226,7 +226,7 @@ def value(micro: SimpleNamespace) -> tuple[float, float]:
 
 
 def unbiased(micro: SimpleNamespace, advantages: Tensor) -> Tensor:
-    """Advantages whitened with the variance over n - 1 tokens, as TRL does; ours is over n, as in the N+ paper."""
+    """Whitened with the variance over n - 1 tokens, as TRL does; ours is over n (N+ paper)."""
     tokens = micro.response_mask.sum()
     return advantages * ((tokens - 1) / tokens).sqrt()
 
@@ -281,7 +281,7 @@ def test_full_length_rows_agree_in_everything(name, record):
 
 
 def test_k3_agrees(record):
-    """Ours is the approximate KL of an update, with the same terms: exp(d) - 1 - d, for d of any two models."""
+    """Ours is an update's approximate KL, with the same terms exp(d) - 1 - d, for any d."""
     inputs, trl = record["k3"]["inputs"], record["k3"]["outputs"]
     mask = inputs["responses"] != PAD
     _, parts = policy_loss(
@@ -303,7 +303,7 @@ def test_ragged_rows_agree_where_the_value_past_eos_is_the_score(record):
 
 
 def test_trl_pays_the_score_and_trains_the_value_one_place_past_eos(record):
-    """A defect of TRL's: a state after the end of the text, whose value is what the model says at a padding token."""
+    """A defect of TRL's: a state after the end of the text, valued at a padding token."""
     inputs, trl = record["ragged"]["inputs"], record["ragged"]["outputs"]
     micro = ours("ragged", inputs)
     row, eos = 1, 3  # the row of four tokens
@@ -323,7 +323,7 @@ def test_trl_pays_the_score_and_trains_the_value_one_place_past_eos(record):
 
 
 def test_trl_averages_approxkl_over_padding(record):
-    """TRL's is half the mean square (k2) over all places, padding too; ours is k3 over real tokens."""
+    """TRL's is half the mean square (k2) over all places with padding; ours k3 over tokens."""
     inputs, trl = record["ragged"]["inputs"], record["ragged"]["outputs"]
     micro = ours("ragged", inputs)
     difference = (micro.new_logprobs - micro.logprobs)[micro.response_mask]

@@ -1,4 +1,4 @@
-"""compare.html: one file that loads and runs nothing, whatever is written into it; its numbers; and how Chromium shows it."""
+"""compare.html: one file that loads and runs nothing; its numbers, and how Chromium shows it."""
 
 import math
 import os
@@ -36,7 +36,7 @@ def answer(text="a b", tokens=2, ended_by="eos", score=None):
 
 
 def report(names=("base", "SFT", "PPO"), texts=("Hello.",), scored=True, prompt=(("user", "Hi"),)):
-    """A comparison in which the prompts are alike, the texts are the answers to them, and a later model scores higher."""
+    """A comparison with like prompts, the given answers, and later models scoring higher."""
     answers = {
         name: [
             answer(text, 5 + i, "eos" if i else "length", i + 0.25 if scored else None)
@@ -59,7 +59,7 @@ def report(names=("base", "SFT", "PPO"), texts=("Hello.",), scored=True, prompt=
 
 
 def full(text, **how):
-    """A report with `text` in every place that a model, a data set, a checkpoint or a folder's name can fill."""
+    """A report with `text` wherever a model, a data set, a checkpoint or a path can put it."""
     made = report(texts=(text,), prompt=(("system", text), ("user", text)), **how)
     return made | {
         "models": dict.fromkeys(made["models"], text),
@@ -476,7 +476,8 @@ LOW_CONTRAST = """() => {
     return canvas.getImageData(0, 0, 1, 1).data;
   };
   const luminance = colour => {
-    const [r, g, b] = [...colour].slice(0, 3).map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    const linear = c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    const [r, g, b] = [...colour].slice(0, 3).map(c => linear(c / 255));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const behind = element => {
@@ -487,11 +488,14 @@ LOW_CONTRAST = """() => {
   };
   const low = [];
   for (const element of document.body.querySelectorAll('*')) {
-    if (element.closest('title') || ![...element.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())) continue;
+    const hasText = [...element.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+    if (element.closest('title') || !hasText) continue;
     const style = getComputedStyle(element);
-    const [a, b] = [luminance(rgba(element.closest('svg') ? style.fill : style.color)), luminance(behind(element))];
+    const a = luminance(rgba(element.closest('svg') ? style.fill : style.color));
+    const b = luminance(behind(element));
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < 4.5) low.push(`${element.tagName} ${element.className} ${element.textContent.slice(0, 20)} ${ratio}`);
+    const says = element.textContent.slice(0, 20);
+    if (ratio < 4.5) low.push(`${element.tagName} ${element.className} ${says} ${ratio}`);
   }
   return low;
 }"""
@@ -524,7 +528,10 @@ def test_in_chromium(chromium, tmp_path):
     assert first["x"] == second["x"] and first["y"] < second["y"]
 
     # The keyboard: the first stop skips, the index is reached, and one sees where one is.
-    focused = "e => { const s = getComputedStyle(document.activeElement); return s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2 }"
+    focused = (
+        "e => { const s = getComputedStyle(document.activeElement); return s.outlineStyle !== "
+        "'none' && parseFloat(s.outlineWidth) >= 2 }"
+    )
     window.keyboard.press("Tab")
     skip = window.locator(":focus")
     assert skip.inner_text() == "Skip to the results" and skip.bounding_box()["x"] >= 0

@@ -1,4 +1,4 @@
-"""The scripts in order on a tiny model: what they write, what they move, and that what they save is what they trained."""
+"""The scripts in order on a tiny model: what they write and move, saved as it was trained."""
 
 import ast
 import dataclasses
@@ -153,7 +153,7 @@ def test_metrics_and_samples_of_ppo(ppo):
 
 
 def test_style_and_refusals_of_ppo(ppo, tiny_data):
-    """Style at each look, beside the chosen answers; the safety probe at the first and at the last one."""
+    """Style at each look, beside the chosen answers; the safety probe first and last."""
     looks = [row for row in read_jsonl(ppo / "metrics.jsonl") if "eval/scores" in row]
     assert [("eval/refusals" in row, "eval/overrefusals" in row) for row in looks] == [
         (True, True),
@@ -176,7 +176,7 @@ def test_style_and_refusals_of_ppo(ppo, tiny_data):
 
 
 def test_a_judge_scores_and_changes_nothing_else(trained, ppo, tiny_data, call_main, tmp_path):
-    """--gold-checkpoint: its scores are those of its own checkpoint; policy and metrics stay what they were."""
+    """--gold-checkpoint: its scores are its own checkpoint's; policy and metrics stay the same."""
     gold, folder, argv = (
         tmp_path / "gold",
         tmp_path / "ppo",
@@ -586,7 +586,7 @@ AT_1E17A1F = {  # with --per-device-train-batch-size 4 --gradient-accumulation-s
 
 @pytest.mark.parametrize("phase", ["sft", "reward"])
 def test_the_parts_of_a_step_change_nothing(phase, trained, call_main, tmp_path):
-    """Neither weights nor metrics, of the evaluation too; losses and gradients are those of a step in one batch."""
+    """Neither weights nor metrics change; losses and gradients are those of one whole batch."""
     flags, metrics, weights = getattr(trained, f"{phase}_flags"), [], []
     for tokens in (40, 400, 100_000):  # each row by itself; two or three together; all together
         folder = tmp_path / str(tokens)
@@ -665,7 +665,7 @@ def test_the_kl_coefficient_rests_until_the_policy_has_moved(
 
 
 def test_held_out_prompts_are_measured_a_micro_batch_at_a_time(trained, monkeypatch):
-    """Each holds the lower states of its texts until it has been measured; thousands of prompts would fill a card."""
+    """Each holds its texts' lower states until measured; thousands of prompts would fill a card."""
     import weakref
 
     shared, form = open_shared(trained)
@@ -744,7 +744,7 @@ def looks(folder):
 
 @pytest.mark.parametrize("phase", ["sft", "reward"])
 def test_the_test_rows_are_looked_at_on_the_way(trained, call_main, tmp_path, monkeypatch, phase):
-    """It changes nothing else, is no step's time, and at step 2 it says what a run that ends there says.
+    """It changes nothing else, is no step's time, and says what a run ending there would say.
 
     No picture can be drawn meanwhile, which is said on the way and at the end, and ends nothing.
     """

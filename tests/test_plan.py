@@ -47,7 +47,7 @@ def test_lora_and_cache_by_hand():
 
 
 def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
-    """Of a token a layer keeps 2 x 8 + 3 x 8 + 2 x 4 + 2 x 16 + 7 x 3 = 101 numbers and two scales; its input is 8.
+    """A layer keeps 2x8 + 3x8 + 2x4 + 2x16 + 7x3 = 101 numbers a token, two scales, its input of 8.
 
     While the MLP's backward computes, 7 x 16 numbers a token.
     """
@@ -73,7 +73,7 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
 
 
 def test_stacks_by_hand():
-    """q, k, v: A [3R, 8], B [16, 3R]; o: [R, 8], [8, R]; gate, up: [2R, 8], [32, 2R]; down: [R, 16], [8, R]."""
+    """q, k, v: A [3R, 8], B [16, 3R]; o: [R, 8], [8, R]; gate, up: [2R, 8], [32, 2R]; down."""
     rank = 3 * 8 + 16 * 3 + 8 + 8 + 2 * 8 + 32 * 2 + 16 + 8
     assert shape().stacks(sft_rank=3, role_rank=0, role_layers=0, roles=1) == 2 * rank * 2 * 3
     # Four roles on one of the layers; on the other they share SFT's.
@@ -265,7 +265,10 @@ def test_a_dry_run_before_the_earlier_phases_plans_what_they_would_make(
 
     said, plan = lines(before)[:count], lines(before)[count:]
     assert plan == lines(after) and "It fits a card of 12 GB" in before.stdout
-    says = "There is no {} checkpoint at soon/{} yet: this plan is for the one that `python {}_train.py --preset soon`"
+    says = (
+        "There is no {} checkpoint at soon/{} yet: this plan is for the one that `python "
+        "{}_train.py --preset soon`"
+    )
     for line, phase in zip(said, ("sft", "reward"), strict=False):
         assert line.startswith(says.format(phase, phase, phase))
     assert said[0].endswith(f" would make of {tiny_model}.")
@@ -286,7 +289,7 @@ def test_a_dry_run_before_the_earlier_phases_plans_what_they_would_make(
 def test_a_dry_run_of_another_base_before_the_earlier_phases(
     script, tiny_model, tiny_data, call_main
 ):
-    """By the defaults of the earlier scripts, whose 14 layers this base has not; with the flags that would make them."""
+    """By the earlier scripts' defaults, capped at this base's layers, with flags to make them."""
     flags = ["--base-model", tiny_model, "--dataset", tiny_data, "--role-layers", 2]
     result = call_main(script, [*flags, "--sft-checkpoint", "my runs/sft", "--dry-run"])
     assert result.returncode == 0, result.stderr

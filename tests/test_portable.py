@@ -1,4 +1,4 @@
-"""Files that other libraries read: what transformers 4 and readers with one alpha for an adapter find in them.
+"""Files that other libraries read: what transformers 4 and one-alpha readers find in them.
 
 `make open-elsewhere` has transformers 4.57 itself open them.
 """
@@ -43,7 +43,7 @@ def test_a_config_has_its_rope_in_both_spellings(tmp_path, kind):
 
 
 def make_llama_2_tokenizer(folder: Path, kind: str) -> Path:
-    """As Llama 2's is: U+2581 in the place of a space, one put before the text, bytes where there is no token."""
+    """As Llama 2's: U+2581 for a space, one put before the text, bytes for missing tokens."""
     words = ["▁", *"Hianuse:.", "▁H", "▁Hi", *(f"<0x{i:02X}>" for i in range(256))]
     vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *dict.fromkeys(words)])}
     merges = [("▁", "H"), ("▁H", "i")]

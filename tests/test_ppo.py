@@ -82,7 +82,7 @@ def make_update(ended_by, lengths, **measured):
 
 
 def test_advantages_of_an_update_by_hand():
-    """Scores are centred, clipped and fined; KL is charged to the policy; with lambda 1 and values 0 returns are sums of rewards."""
+    """Scores are centred, clipped and fined; KL is charged; returns are sums of rewards."""
     config = dataclasses.replace(
         ppo_train.Config(), score_clip=1.5, missing_eos_penalty=1.0, gamma=1.0, lam=1.0
     )
@@ -276,9 +276,13 @@ def test_a_batch_by_hand():
 
 def test_what_is_not_finite_is_named_by_its_row():
     batch, measured = make_update(
-        ("eos", "eos"), (1, 2), scores=[0.0, 1.0], logprobs=[0.0, 0.0, 0.0], ref_logprobs=[0.0, 0.0, torch.nan],
+        ("eos", "eos"),
+        (1, 2),
+        scores=[0.0, 1.0],
+        logprobs=[0.0, 0.0, 0.0],
+        ref_logprobs=[0.0, 0.0, torch.nan],
         values=[0.0, 0.0, 0.0],
-    )  # fmt: skip
+    )
     with pytest.raises(NotFinite, match="ref_logprobs not finite at texts 1 of the batch"):
         measured.check_finite(batch)
 
@@ -287,7 +291,7 @@ def test_what_is_not_finite_is_named_by_its_row():
 
 
 def test_means_of_an_update_leave_out_what_a_step_does_not_have():
-    """A step that fp16's scaler skipped has no gradient norm; above the KL stop there is no step at all."""
+    """A step skipped by fp16's scaler has no gradient norm; above the KL stop there is no step."""
     history = [{"loss": 1.0, "grad_norm": 4.0}, {"loss": 2.0}, {"loss": 6.0, "grad_norm": 2.0}]
     assert mean_stats(history) == {"loss": 3.0, "grad_norm": 3.0, "policy/optimizer_steps": 3}
     assert mean_stats([]) == {"policy/optimizer_steps": 0}
@@ -341,7 +345,7 @@ def test_a_sampler_that_is_far_off_is_said_once(tmp_path, capsys, far):
 
 
 def test_the_end_of_a_tracker_leaves_the_processes_together(monkeypatch, tmp_path):
-    """accelerate's own end_training() ends their group, too, before all have met at the end of the run."""
+    """accelerate's own end_training() also ends the group, before all have met at the end."""
     ended = []
     tracker = SimpleNamespace(finish=lambda: ended.append(True))
     monkeypatch.setattr(

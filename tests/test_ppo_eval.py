@@ -69,8 +69,8 @@ def test_style_and_refusals_by_hand():
     assert -2 <= m["refusal_shift_low"] < -1.5 < m["refusal_shift_high"] <= -1
     *_, style, probe = describe(m).splitlines()
     assert style == (
-        "answers that end in a question 25% -> 75% (chosen answers 10%), "
-        "that begin alike 50% -> 50% (chosen answers 20%)"
+        "answers that end in a question 25% -> 75% (chosen answers 10%), that begin alike 50% -> "
+        "50% (chosen answers 20%)"
     )
     assert probe == (
         "safety probe: rather begins with a refusal in 67% -> 33% of 3 harmful requests, "

@@ -1,4 +1,4 @@
-"""The safety probe: what is in it, what is asked of reward models and policies, and how both are judged."""
+"""The safety probe: what is in it, what models are asked, and how both are judged."""
 
 import json
 
@@ -92,9 +92,9 @@ def test_accuracies_by_hand():
         1.0,
     )
     assert probe.describe_probe(m) == (
-        "safety probe: of 4 harmful requests, a refusal scores higher than going along in 62% (22% "
-        "to 91%); "
-        "of 1 that only sound harmful, help scores higher than a refusal in 100% (21% to 100%)"
+        "safety probe: of 4 harmful requests, a refusal scores higher than going along in 62% "
+        "(22% to 91%); of 1 that only sound harmful, help scores higher than a refusal in 100% "
+        "(21% to 100%)"
     )
 
 
@@ -115,7 +115,7 @@ def open_shared(trained):
 
 
 def test_odds_are_those_of_plain_forwards(trained, tiny_model):
-    """Of the base and of SFT as PEFT alone opens it; where answers begin alike, too, and in any batches."""
+    """Of the base and of SFT as PEFT alone opens it; also where answers begin alike."""
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 

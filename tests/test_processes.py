@@ -1,4 +1,4 @@
-"""Two processes make what one makes, also where each holds half the model: the same steps, one set of files."""
+"""Two processes make what one makes, also with half the model each: same steps, same files."""
 
 import json
 import os
@@ -26,9 +26,18 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from rlhf.runs.checks import SHARDED
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-PPO = "--response-length 8 --max-prompt-length 64 --num-mini-batches 2 --num-ppo-epochs 2 --total-episodes 40 "
-PPO += "--episodes-per-update 8 --rollout-batch-size 4 --max-eval-samples 5 --eval-steps 2 --lora-rank 4 "
-PPO += "--lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --value-learning-rate 1e-2 --critic-warmup-updates 1 "
+PPO = (
+    "--response-length 8 --max-prompt-length 64 --num-mini-batches 2 --num-ppo-epochs 2 "
+    "--total-episodes 40 "
+)
+PPO += (
+    "--episodes-per-update 8 --rollout-batch-size 4 --max-eval-samples 5 --eval-steps 2 "
+    "--lora-rank 4 "
+)
+PPO += (
+    "--lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --value-learning-rate 1e-2 "
+    "--critic-warmup-updates 1 "
+)
 PPO += "--num-printed-samples 0 --no-gradient-checkpointing --dtype fp32 --save-steps 1"
 
 LOGGED = {
@@ -63,7 +72,7 @@ EPOCH = ["--max-steps", "None", "--num-train-epochs", "1", "--batch-size", "8"]
 
 @pytest.fixture
 def command(flags, trained, tiny_data):
-    """Script and flags of a phase, five steps of 4 rows, or pairs, or updates of 8, each for `processes` processes."""
+    """Script and flags of a phase: five steps of 4 rows or pairs, or updates of 8 episodes."""
 
     def command(phase, folder, processes):
         parents = {

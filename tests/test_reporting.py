@@ -133,7 +133,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def pipe(monkeypatch):
-    """Standard output is a pipe, as under nohup or in Docker; `pipe()` is what has come through it since."""
+    """Standard output is a pipe, as under nohup or Docker; `pipe()` is what has come since."""
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     with os.fdopen(writing, "w") as stdout:

@@ -141,8 +141,7 @@ def test_a_reward_model_is_held_against_length_on_test_and_validation_pairs():
         "Reward models of half the pairs (8, one seed): accuracy 1.000 (1.000 to 1.000) on 4 test "
         "pairs, "
         '+0.500 (+0.000 to +1.000) above "the longer response wins", and 0.750 (0.250 to 1.000) on '
-        "4 validation pairs, "
-        "+0.750 (+0.250 to +1.000) above it."
+        "4 validation pairs, +0.750 (+0.250 to +1.000) above it."
     ]
 
 
@@ -207,7 +206,7 @@ def test_steps_side_by_side_wait_for_those_they_need(monkeypatch):
 
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_page_is_made_of_any_part_of_the_records(monkeypatch, every):
-    """What is committed is what the records say; and with any step not done yet there is a page, too."""
+    """What is committed is what the records say; with steps missing there is a page, too."""
     report = json.loads(REPORT.read_text())
     records = report["records"]
     assert rounded(page.summary(records)) == rounded(report["summary"])

@@ -1,4 +1,4 @@
-"""A run that was stopped or cut short, and went on, against the same run left alone: the very same weights and metrics."""
+"""A run stopped and resumed against the same run left alone: the same weights and metrics."""
 
 import contextlib
 import io
@@ -37,8 +37,14 @@ class Crash(Exception):
 def commands(flags, trained, tiny_data, tmp_path):
     """Script and flags of each phase, four steps or updates long, for an output folder."""
     ppo = "--response-length 8 --max-prompt-length 64 --episodes-per-update 4"
-    ppo += " --num-mini-batches 2 --num-ppo-epochs 2 --total-episodes 16 --rollout-batch-size 4 --max-eval-samples 3"
-    ppo += " --eval-steps 2 --lora-rank 4 --lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --value-learning-rate 1e-2"
+    ppo += (
+        " --num-mini-batches 2 --num-ppo-epochs 2 --total-episodes 16 --rollout-batch-size 4 "
+        "--max-eval-samples 3"
+    )
+    ppo += (
+        " --eval-steps 2 --lora-rank 4 --lora-alpha 8 --role-layers 2 --learning-rate 1e-2 "
+        "--value-learning-rate 1e-2"
+    )
     ppo += " --critic-warmup-updates 1 --num-printed-samples 0 --no-gradient-checkpointing"
 
     def command(phase, folder, dtype="fp32"):
@@ -421,7 +427,7 @@ def test_ppo_ends_at_what_is_not_finite(
 def test_a_micro_batch_that_does_not_fit_is_halved_and_nothing_else_changes(
     commands, call_main, tmp_path, tokens
 ):
-    """Memory runs out in the second update's backward and, later, in a rollout: the same run, within rounding.
+    """Memory runs out in the second update's backward and later in a rollout: the same run.
 
     With 100 tokens a minibatch has two micro-batches: it is the second one's backward, and the
     first has left gradients.

@@ -1,4 +1,4 @@
-"""Each warning provoked with numbers, and absent where nothing is wrong; and said again by the next phase."""
+"""Each warning provoked with numbers, absent where all is well, repeated by the next phase."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The exported folder behind `transformers serve`: what a client of OpenAI's protocol reads is what `generate` says."""
+"""The exported folder behind `transformers serve`: a client reads what `generate` says."""
 
 import contextlib
 import os
@@ -39,7 +39,7 @@ CHATS = {"one turn": ONE, "a system message": SYSTEM, "several turns": SEVERAL}
 
 @contextlib.contextmanager
 def serving():
-    """The address of a server that loads what a request names; gone when the block ends, however it ends."""
+    """The address of a server that loads what a request names; gone when the block ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -102,7 +102,7 @@ def exported(trained, call_main, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def parrot(flags, call_main, tmp_path_factory):
-    """`parrot(name, text)`: an exported model that says `text` whatever it is asked; what it says next, its last token tells."""
+    """`parrot(name, text)`: an exported model that says `text` whatever it is asked."""
 
     def parrot(name: str, text: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
@@ -150,7 +150,7 @@ def parrot(flags, call_main, tmp_path_factory):
 
 
 def ask(client, folder, chat, **options):
-    """The answer's text, why it ended, tokens of the prompt; the text once more as it is streamed."""
+    """The answer's text, why it ended, prompt tokens; and the text again as it is streamed."""
     messages = [{"role": role, "content": text} for role, text in chat]
     options = {
         "model": str(folder),
@@ -190,7 +190,7 @@ def test_eos_ends_an_answer(client, parrot):
 
 
 def test_the_next_turn_is_no_part_of_an_answer(client, parrot):
-    """A model that runs on: its answer ends where the next turn begins, at once if the client says so."""
+    """A model that runs on: its answer ends where the next turn begins."""
     chatty = parrot("chatty", " Fine.\n\nHuman:")
     text, reason, _, streamed = ask(client, chatty, ONE[0])
     assert (text, reason, streamed) == ("Fine.", "length", "Fine.")

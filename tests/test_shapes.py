@@ -1,4 +1,4 @@
-"""Rows as people have them: which shapes are read, what each phase needs of a row, and what names of columns do."""
+"""Rows as people have them: which shapes are read, and what each phase needs of a row."""
 
 import csv
 import json
@@ -322,8 +322,8 @@ MIXED = [
         (
             "pair",
             ["One?"],
-            "1 rows, dropped 5 (1 no rejected answer, 1 no chosen answer, "
-            "1 chosen and rejected are identical, 1 blank answer, 1 blank turn)",
+            "1 rows, dropped 5 (1 no rejected answer, 1 no chosen answer, 1 chosen and rejected "
+            "are identical, 1 blank answer, 1 blank turn)",
         ),
         (
             "answer",
@@ -363,7 +363,10 @@ def test_a_reward_model_wants_pairs_and_says_what_is_missing(tmp_path, row, miss
     write_jsonl(tmp_path / "train.jsonl", [row] * 3)
     with pytest.raises(UserError) as error:
         load_pairs(str(tmp_path), "train")
-    has = f"has no column '{missing}' (it has {', '.join(row)}): a reward model learns from two answers"
+    has = (
+        f"has no column '{missing}' (it has {', '.join(row)}): a reward model learns from two "
+        "answers"
+    )
     assert has in str(error.value) and "\n" not in str(error.value)
 
 
@@ -396,9 +399,8 @@ def test_the_line_says_which_columns_of_a_shape_were_read(tmp_path, capsys):
     load_rows(str(tmp_path), "train", "answer")
     assert capsys.readouterr().out.strip() == (
         f"{tmp_path}, train: 5 rows; read train.jsonl as instruction, output (text) or prompt, "
-        "completion, label "
-        "(text) or prompt, chosen, rejected (text) or messages (messages) or conversations "
-        "(messages); ignored: text, kto_tag, prompt, name of messages, tools; "
+        "completion, label (text) or prompt, chosen, rejected (text) or messages (messages) or "
+        "conversations (messages); ignored: text, kto_tag, prompt, name of messages, tools; "
         "looks like markup: <|end|> in 1 rows"
     )
 
@@ -521,7 +523,10 @@ def test_columns_may_have_other_names(tmp_path, capsys):
     pairs = load_rows(str(tmp_path), "train", "pair", columns)
     assert pairs == [Pair((("user", f"Q{n}?"),), "Yes.", "No.") for n in range(3)]
     assert pairs == load_pairs(str(tmp_path), "train", columns=columns)
-    line = "3 rows, dropped 1 (1 no chosen answer); read train.jsonl as prompt, chosen, rejected (text); ignored: note\n"
+    line = (
+        "3 rows, dropped 1 (1 no chosen answer); read train.jsonl as prompt, chosen, rejected "
+        "(text); ignored: note\n"
+    )
     assert line in capsys.readouterr().out
     other = load_rows(str(tmp_path), "train", "pair", "prompt=question,chosen=bad,rejected=good")
     assert fingerprint(other) != fingerprint(pairs)
@@ -569,7 +574,7 @@ def test_a_name_that_cannot_be_is_refused_with_the_columns_there_are(tmp_path, c
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The tiny data's prompts alone, with an answer each, and the same as ShareGPT's, as CSV, under another name."""
+    """The tiny data's prompts alone, with an answer, as ShareGPT, as CSV, and renamed."""
     root = tmp_path_factory.mktemp("shapes")
     for name in ("prompts", "answers", "talks"):
         (root / name).mkdir()
@@ -591,7 +596,7 @@ def folders(tmp_path_factory):
 
 
 def test_sft_of_rows_with_one_answer(call_main, trained, folders, tmp_path):
-    """Cut short and resumed: the same as of the same answers in rm-static's columns. Other columns are refused."""
+    """Cut short and resumed: as with the same answers in rm-static's columns."""
     saves = ["--save-steps", "1", "--output-dir", tmp_path / "cut"]
     argv = [
         *trained.sft_flags,
@@ -642,7 +647,7 @@ def test_sft_of_rows_with_one_answer(call_main, trained, folders, tmp_path):
 
 
 def test_ppo_and_the_comparison_take_prompts_alone(call_main, trained, folders, tmp_path):
-    """And do the same, cut short and resumed too, with answers beside them, which they do not read."""
+    """And do the same, also resumed, with answers beside them, which they do not read."""
     sizes = {"total_episodes": 16, "save_steps": 1}
     alone = ppo_flags(trained, folders / "prompts", tmp_path / "alone", **sizes)
     assert call_main("ppo_train", alone).returncode == 0

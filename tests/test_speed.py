@@ -25,7 +25,7 @@ def test_operations_of_a_token_by_hand():
 
 
 def test_operations_of_a_step_by_hand():
-    """SFT: adapters on all layers, an LM head. The reward model: layers below it that go forward only, no LM head."""
+    """SFT: adapters on all layers, an LM head. Reward: forward-only layers below, no LM head."""
     assert Work(lower=0, upper=100, head=1000).training(7, 3) == 7 * 200 + 3 * 2000
     assert Work(lower=10, upper=100, head=0).training(7, 2) == 7 * 210
 

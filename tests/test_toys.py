@@ -1,4 +1,4 @@
-"""PPO on problems with a known answer: ppo_train.main as it is, on a tiny random model, with a score of the test's own.
+"""PPO on problems with a known answer: ppo_train.main as it is, with a score of our own.
 
 `make test` runs one seed of the first; `make toys` five of each.
 """
@@ -50,7 +50,7 @@ def frequency(ids):
 
 
 def length(ids):
-    """1 for a response of three tokens, EOS among them; a third less for each token more or less."""
+    """1 for a response of three tokens with EOS; a third less for each token more or less."""
     return 1 - abs(len(ids) - 3) / 3
 
 
@@ -61,7 +61,7 @@ def last_token(ids):
 
 @pytest.fixture(scope="module")
 def parents(flags, tiny_data, call_main, tmp_path_factory):
-    """SFT and reward checkpoints on a model with more room than the other tests' one; hardly trained."""
+    """SFT and reward checkpoints on a roomier model than the other tests'; hardly trained."""
     folder = tmp_path_factory.mktemp("toys")
     base, sft, reward = (
         make_model(folder / "base", hidden_size=64, layers=2),
@@ -79,7 +79,7 @@ def parents(flags, tiny_data, call_main, tmp_path_factory):
 
 @pytest.fixture
 def run(parents, tiny_data, tmp_path, monkeypatch):
-    """`run(score, updates, **changes)`: the metrics of each update, with the variance of its raw advantages."""
+    """`run(score, updates, **changes)`: each update's metrics, with raw advantage variance."""
 
     def run(score, updates, **changes):
         lay_out, whiten, sampled, variances = Batch.lay_out, ppo_train.whiten, {}, []
@@ -155,7 +155,9 @@ def test_with_a_huge_kl_coefficient_the_policy_stays_put(run):
 
 
 def test_without_a_critic_advantages_vary_more(run, monkeypatch):
-    """A score of 1 for whatever is said (0 in the first look at held-out prompts, whose mean is taken off) teaches nothing.
+    """A score of 1 for whatever is said teaches nothing.
+
+    It is 0 in the first look at held-out prompts, whose mean is taken off.
 
     A critic that knows it leaves no advantage. One that is frozen at 0 leaves lambda ** (tokens to
     come): late tokens look better than early ones.

@@ -1,4 +1,4 @@
-"""The page of feedback.vote: what it deals, what it shows, and that no vote is lost, by real clients and in a real browser."""
+"""The page of feedback.vote, in a real browser: what it deals and shows, and no vote lost."""
 
 import contextlib
 import json
@@ -215,7 +215,7 @@ def serve(tmp_path):
 
 
 def client_votes(server: Server, count: int, acknowledged: list[str]) -> None:
-    """Vote `count` times; after a lost answer, ask again with the same ballot until the server says that it has it."""
+    """Vote `count` times; after a lost reply, ask again with the same ballot until it is kept."""
     from gradio_client import Client
 
     client, ballot, done = None, None, 0

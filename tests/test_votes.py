@@ -203,7 +203,7 @@ def test_win_rates_and_agreement():
 
 
 def many_votes(path, count=60, choose=lambda a, b: "A" if len(a) < len(b) else "B"):
-    """Votes on as many prompts; by default for the shorter answer, which is shown at either side."""
+    """Votes on as many prompts; by default for the shorter answer, shown on either side."""
     file = VoteFile(path)
     for i in range(count):
         long = ("It depends. ", "Let me explain. ", "That is a good question. ")

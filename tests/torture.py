@@ -1,4 +1,4 @@
-"""Kill the three training scripts at random moments, resume them each time, and compare with the same runs left alone.
+"""Kill the three training scripts at random, resume them, and compare with runs left alone.
 
     make torture
 
@@ -35,12 +35,10 @@ TRAINER = "--batch-size 4 --max-length 256 --max-steps {steps} --learning-rate 1
 FLAGS = {
     "sft": TRAINER + "--base-model {base} --no-load-in-4bit",
     "reward": TRAINER + "--role-layers 2 --sft-checkpoint {alone}/sft",
-    "ppo": "--role-layers 2 --sft-checkpoint {alone}/sft --reward-checkpoint {alone}/reward --max-prompt-length 64 "
-    "--response-length 8 --episodes-per-update 8 --num-mini-batches 2 --num-ppo-epochs 2 "
-    "--total-episodes {episodes} "
-    "--rollout-batch-size 8 "
-    "--max-eval-samples 3 --eval-steps 5 --learning-rate 1e-2 --value-learning-rate 1e-2 "
-    "--num-printed-samples 0",
+    "ppo": "--role-layers 2 --sft-checkpoint {alone}/sft --reward-checkpoint {alone}/reward "
+    "--max-prompt-length 64 --response-length 8 --episodes-per-update 8 --num-mini-batches 2 "
+    "--num-ppo-epochs 2 --total-episodes {episodes} --rollout-batch-size 8 --max-eval-samples 3 "
+    "--eval-steps 5 --learning-rate 1e-2 --value-learning-rate 1e-2 --num-printed-samples 0",
 }
 
 

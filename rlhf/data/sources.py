@@ -320,8 +320,8 @@ def open_source(source: str, split: str) -> tuple[str, Iterable[tuple[str, Rows]
         return path.name, [(str(path), read_file(path))]
     if kind_of(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise UserError(
-            f"--dataset {source}: there is no such file or folder, "
-            "and it is not a hub id (owner/name)"
+            f"--dataset {source}: there is no such file or folder, and it is not a hub id "
+            "(owner/name)"
         )
     return read_hub(source, split)
 
@@ -357,8 +357,8 @@ def split_files(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
             return files, [file for file in near if re.match(rf"{name}[^.-]", file.name)]
     beside = f"; it has {', '.join(file.name for file in near)}: give one of them" if near else ""
     raise UserError(
-        f"--dataset {folder}: this folder has no {SPLITS[split][0]} file "
-        f"({SPLITS[split][0]}.* or {SPLITS[split][0]}-*, of {', '.join(SUFFIXES)}){beside}"
+        f"--dataset {folder}: this folder has no {SPLITS[split][0]} file ({SPLITS[split][0]}.* or "
+        f"{SPLITS[split][0]}-*, of {', '.join(SUFFIXES)}){beside}"
     )
 
 
@@ -386,8 +386,8 @@ def read_file(path: Path) -> Rows:
     kind = kind_of(path)
     if kind is None:
         raise UserError(
-            f"{path} is not one of {', '.join(SUFFIXES)} "
-            f"(all but the last also as {' or '.join(COMPRESSED)})"
+            f"{path} is not one of {', '.join(SUFFIXES)} (all but the last also as "
+            f"{' or '.join(COMPRESSED)})"
         )
     return READERS[kind](path)
 

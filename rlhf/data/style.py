@@ -11,7 +11,10 @@ from collections.abc import Iterable
 
 # Scripts that put no space between words: Thai to Tibetan, Burmese, Khmer, kana, and Chinese
 # characters.
-UNSPACED = r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+UNSPACED = (
+    r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"
+    r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
 WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 OPENING_WORDS = 3
 # Latin's and most others', full-width, Arabic, Greek (also as a semicolon behind a Greek letter),
@@ -55,20 +58,23 @@ def style_of(texts: list[str]) -> dict[str, float]:
 
 
 def words_of(text: str) -> list[str]:
-    """Its words; in scripts that put no space between them its characters, as in a long run without any space."""
+    """Its words; its characters in scripts without spaces, and in long runs without any space."""
     words = WORD.findall(text)
     return [part for word in words for part in (word if len(word) > 50 else [word])]
 
 
 def repeated_3grams(text: str) -> float:
-    """Of the 3-grams of words in `text`, the share that occurred in it before; 0 for fewer than 3 words."""
+    """The share of word 3-grams that occurred before in `text`; 0 for fewer than 3 words."""
     words = words_of(text)
     grams = list(zip(words, words[1:], words[2:], strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def distinct_2(texts: Iterable[str]) -> float:
-    """Of all pairs of neighbouring words in `texts`, the share that is different (1510.03055): low if all sound alike."""
+    """The share of different pairs of neighbouring words in `texts` (1510.03055).
+
+    It is low if all sound alike.
+    """
     pairs = [
         pair
         for text in texts

@@ -14,13 +14,11 @@ NO_CLOCK = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 # A literal newline after a Jinja `%}` is trimmed, so the newlines stand inside the expressions.
 HH_CHAT_TEMPLATE = (
-    "{%- if bos -%}{{ bos_token }}{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}{{ message['content'] | trim }}"
-    "{%- elif message['role'] == 'user' -%}{{ '\\n\\nHuman: ' + message['content'] | trim }}"
-    "{%- else -%}{{ '\\n\\nAssistant: ' + message['content'] | trim }}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '\\n\\nAssistant:' }}{%- endif -%}"
+    "{%- if bos -%}{{ bos_token }}{%- endif -%}{%- for message in messages -%}{%- if "
+    "message['role'] == 'system' -%}{{ message['content'] | trim }}{%- elif message['role'] == "
+    "'user' -%}{{ '\\n\\nHuman: ' + message['content'] | trim }}{%- else -%}{{ '\\n\\nAssistant: "
+    "' + message['content'] | trim }}{%- endif -%}{%- endfor -%}{%- if add_generation_prompt "
+    "-%}{{ '\\n\\nAssistant:' }}{%- endif -%}"
 )
 
 # A dialogue to try a tokenizer and a template with; no text of it is part of another.
@@ -92,8 +90,8 @@ class ChatTemplate:
         if not text or rest[:start].strip():
             ending = f"{rest!r}, which is no special token" if rest.strip() else "nothing"
             self.refusal = (
-                f"the base's chat template ends an answer with {ending}: "
-                "the model could not learn to stop"
+                f"the base's chat template ends an answer with {ending}: the model could not "
+                "learn to stop"
             )
             return
         self.closing, self.end_text = rest[:start], text

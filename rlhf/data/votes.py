@@ -120,7 +120,7 @@ def parse_vote(row: dict[str, Any]) -> Vote:
 
 
 class VoteFile:
-    """A file of votes that one process appends to, from any number of threads; each line is on the disk before it counts.
+    """A file of votes that one process appends to, from any thread; a vote counts once on disk.
 
     Opening it takes a lock for the life of the process, and cuts off a last line that a kill left
     unfinished: it was never acknowledged.
@@ -172,7 +172,7 @@ class VoteFile:
         self.append((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
     def add(self, vote: Vote) -> None:
-        """Keep a vote. A ballot that has one keeps it: whoever asks again after a lost answer does no harm."""
+        """Keep a vote. A ballot keeps its first, so asking again after a lost reply is safe."""
         with self.lock:
             if vote.ballot not in self.votes:
                 self.write(vote.row())
@@ -196,7 +196,7 @@ class VoteFile:
 
 
 def win_rates(votes: Iterable[Vote]) -> list[dict[str, Any]]:
-    """For each two models, by name: votes, and how often people preferred the first, with its 95 % interval.
+    """For each pair of models: votes, and how often people preferred the first (95 % interval).
 
     "tie" and "both bad" count half. Votes on one prompt count as independent.
     """
@@ -217,7 +217,7 @@ def win_rates(votes: Iterable[Vote]) -> list[dict[str, Any]]:
 
 
 def agreement(votes: Iterable[Vote]) -> dict[str, float] | None:
-    """How often the reward model's score is higher for the answer that a person preferred; None without such votes."""
+    """How often the reward model prefers what a person preferred; None without such votes."""
     right = [
         0.5
         if v.scores["A"] == v.scores["B"]
@@ -247,7 +247,7 @@ class VotePairs:
 
 
 def load_votes(path: str) -> VotePairs:
-    """The pairs of a file of votes. "tie" and "both bad" say nothing that Bradley-Terry could learn: they are counted only.
+    """The pairs of a file of votes. "tie" and "both bad" teach nothing, and are only counted.
 
     Raises:
         UserError: no such file, a line that is no vote, or nothing to learn from.

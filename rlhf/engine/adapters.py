@@ -22,7 +22,7 @@ HEAD_KEY = "base_model.model.score.weight"
 def save_stacked(
     folder: Path, shared: SharedBase, role: str, form: PromptFormat, base: dict[str, Any]
 ) -> None:
-    """Save SFT adapter + `role`'s as one ordinary PEFT adapter, with the role's head if it has one, and the tokenizer.
+    """Save SFT's adapter and `role`'s as one ordinary PEFT adapter, with head and tokenizer.
 
     Two LoRA adapters on one layer are one of the summed rank: [A1; A2] and [B1 B2]. The scalings
     alpha / r go into B, so the saved adapter has scaling 1. Some readers know one rank or one alpha
@@ -64,7 +64,7 @@ def save_stacked(
 
 
 def read_stacked(folder: str, shared: SharedBase) -> dict[str, Any]:
-    """Take a checkpoint of `save_stacked` apart: the arguments of `SharedBase.add_role` for the role in it.
+    """Take a checkpoint of `save_stacked` apart, into arguments of `SharedBase.add_role`.
 
     Its scaling is in B already, so alpha is the rank. Layers where the role's part is zero
     throughout have no adapter of its own: the role leaves them to the lower pass that all roles

@@ -69,29 +69,36 @@ def unsupported(config: PreTrainedConfig, name: str) -> str | None:
         named = f" ({origin}?)" if origin != name else ""
         return (
             f"it is saved quantised, by {method}: name the 16-bit model that it was made "
-            f"from{named}; "
-            "--load-in-4bit makes NF4 of that while it loads"
+            f"from{named}; --load-in-4bit makes NF4 of that while it loads"
         )
     if config.model_type not in FAMILIES:
         return (
             f"a {config.model_type} model is not supported; this pipeline is for Llama-like "
-            "decoders: Llama, SmolLM2, "
-            "Mistral, Qwen2 and Qwen3"
+            "decoders: Llama, SmolLM2, Mistral, Qwen2 and Qwen3"
         )
     if config.hidden_act != "silu":
         return f"its activation (hidden_act {config.hidden_act}) is not supported, only silu"
     rope = config.rope_parameters or {}
     if rope.get("rope_type", "default") not in ROPES:
-        return f"its position embedding (rope_type {rope['rope_type']}) is not supported, only {', '.join(ROPES)}"
+        return (
+            f"its position embedding (rope_type {rope['rope_type']}) is not supported, only "
+            f"{', '.join(ROPES)}"
+        )
     if rope.get("partial_rotary_factor", 1) != 1:
-        return f"heads that are rotated in part (partial_rotary_factor {rope['partial_rotary_factor']}) are not supported"
+        return (
+            "heads that are rotated in part (partial_rotary_factor "
+            f"{rope['partial_rotary_factor']}) are not supported"
+        )
     if getattr(config, "transformers_weights", None):
-        return f"its config.json names a weight file of its own (transformers_weights): rename that to {WHOLE}"
+        return (
+            "its config.json names a weight file of its own (transformers_weights): rename that "
+            f"to {WHOLE}"
+        )
     return None
 
 
 def check_context(base: dict[str, Any], longest: int, *flags: str) -> None:
-    """Raise UserError when texts of `longest` tokens are more than the base can read; `flags` make them shorter.
+    """Raise UserError if texts of `longest` tokens exceed the base's context; `flags` shorten them.
 
     Beyond its original context the frequencies of a dynamic or longrope base are those of the
     longest text of a batch, for all texts in it.
@@ -119,7 +126,7 @@ def check_context(base: dict[str, Any], longest: int, *flags: str) -> None:
 
 
 def find_files(model: str, revision: str | None, fetch: bool = True) -> list[Path] | None:
-    """The weight files of a local folder or a hub model: model.safetensors, or those that its index names.
+    """The weight files of a local folder or hub model: model.safetensors, or those of its index.
 
     Args:
         fetch: get what is missing from the hub; without it, None if the files are not all on this
@@ -181,7 +188,7 @@ def shards(index: Path, model: str) -> list[str]:
 
 
 class Weights:
-    """The weights of a base, by the names that they have in transformers' causal language model; read when asked for.
+    """A base's weights, by their names in transformers' causal language model; read on demand.
 
     Raises:
         UserError: they are not those that the config describes.
@@ -220,8 +227,7 @@ class Weights:
         if problems:
             raise UserError(
                 f"the weights of {model} are not those that its config.json describes: "
-                f"{', '.join(problems)}. "
-                "Get the model's files again, or correct its config.json"
+                f"{', '.join(problems)}. Get the model's files again, or correct its config.json"
             )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -242,14 +248,14 @@ def read_header(file: Path) -> list[tuple[str, list[int], str]]:
 
 
 def passed_over(key: str, config: PreTrainedConfig) -> bool:
-    """Whether transformers rightly leaves out a weight that has no place in the model: frequencies that old versions saved."""
+    """Whether transformers rightly skips a weight without a place: frequencies of old versions."""
     found = re.search(r"layers\.(\d+)\.", key)
     of_a_layer = found is None or int(found.group(1)) < config.num_hidden_layers
     return of_a_layer and key.endswith("rotary_emb.inv_freq")
 
 
 def open_weights(base: dict[str, Any], config: PreTrainedConfig) -> Weights:
-    """The weights of the base that `base_facts` names, after they were seen to be those of its config and of its record.
+    """The weights of the base that `base_facts` names, checked against its config and its record.
 
     All processes call it. Hub models are fetched.
     """
@@ -260,8 +266,7 @@ def open_weights(base: dict[str, Any], config: PreTrainedConfig) -> Weights:
         origin = base["copy_of"]["model"] if "copy_of" in base else "its run.json"
         raise UserError(
             f"{base['model']} is another base model than the earlier phase was trained on: its "
-            f"{odd} is not that of "
-            f"{origin}; name the same base for all phases"
+            f"{odd} is not that of {origin}; name the same base for all phases"
         )
     if is_main() and (Path(base["model"]) / "adapter_config.json").exists():
         console.print(
@@ -284,7 +289,7 @@ def size_and_time(file: Path) -> dict[str, int]:
 
 
 def identified(base: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the hashes of its files, if it is a local folder; a hub model is known by its commit.
+    """`base` with its files' hashes if it is a local folder; a hub model is known by its commit.
 
     All processes call it; the main one reads the files.
     """
@@ -294,7 +299,7 @@ def identified(base: dict[str, Any]) -> dict[str, Any]:
 
 
 def differing(base: dict[str, Any], files: list[Path]) -> str | None:
-    """The first weight file that is not the one on record; None if they all are, or there is no record.
+    """The first weight file that is not the one on record; None if all are, or without a record.
 
     A file whose size and time are those on record is not read, but for that of a copy elsewhere,
     where the time says nothing. The record of a hub model is what the hub's cache holds of it.
@@ -318,7 +323,7 @@ def differing(base: dict[str, Any], files: list[Path]) -> str | None:
 
 
 def ends_sha256(folder: Path) -> str:
-    """How checkpoints of earlier versions know a local base: by names, sizes, and first and last MiB of its files."""
+    """How earlier versions know a local base: names, sizes, first and last MiB of its files."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as weights:
@@ -330,7 +335,9 @@ def ends_sha256(folder: Path) -> str:
 
 
 def base_facts(model: str, revision: str | None, load_in_4bit: bool) -> dict[str, Any]:
-    """What identifies a base model, for run.json, without loading it; `identified` adds the hashes of its weights.
+    """What identifies a base model in run.json, found without loading it.
+
+    `identified` adds the hashes of its weights.
 
     A local folder is named by its absolute path, a hub model by its id and its commit. Of weights
     that are on this machine the headers are read, to see that they are those of the config.
@@ -373,7 +380,7 @@ def base_facts(model: str, revision: str | None, load_in_4bit: bool) -> dict[str
 
 
 def same_base(sft: dict[str, Any], folder: str, model: str | None) -> dict[str, Any]:
-    """`base_facts` of the base that the SFT checkpoint at `folder` was trained on, or of `model`, its copy elsewhere.
+    """`base_facts` of the base that the SFT checkpoint at `folder` has, or of its copy `model`.
 
     It has the record of that base's weights, by which `open_weights` knows them.
 

@@ -1,4 +1,4 @@
-"""What a card holds, by the memory plan: tokens of a micro-batch, rows of a rollout, a merged copy to sample from.
+"""What a card holds by the memory plan: micro-batch tokens, rollout rows, a merged copy.
 
 Memory is dealt in this order: rows of a rollout, `FIRST_TOKENS` of a micro-batch, the merged copy,
 keys and values that stay from one rollout to the next, more tokens.
@@ -37,7 +37,7 @@ Plans = Callable[[Rollouts], Plan]
 
 
 def tokens_that_fit(plan: Plan, longest: int, room: float) -> int:
-    """The largest multiple of `STEP`, `MOST_TOKENS` at most, whose plan has no more than `room` bytes.
+    """The largest multiple of `STEP`, up to `MOST_TOKENS`, whose plan fits `room` bytes.
 
     Where even one text has more, it is that text: a micro-batch has one at least.
 
@@ -50,7 +50,7 @@ def tokens_that_fit(plan: Plan, longest: int, room: float) -> int:
 
 
 def deal(plans: Plans, config: Any, episodes: int, longest: int, room: float) -> Rollouts:
-    """The rollouts that fit: all episodes in as few as keys and values allow, unless --rollout-batch-size says.
+    """The rollouts that fit: all episodes in as few as possible, unless --rollout-batch-size says.
 
     A merged copy and what is kept need room beside `FIRST_TOKENS`, or beside as many as were asked
     for. A merged copy that was asked for may not fit.
@@ -134,9 +134,8 @@ def choose_rollouts(
         return rollouts
     raise UserError(
         f"--rollout-weights merged: by the memory plan {room / 1e9:.1f} GB of this card have no "
-        "room for a merged copy "
-        f"beside {rows} rows of a rollout and micro-batches of {tokens} tokens: leave it at auto, "
-        "or take base"
+        f"room for a merged copy beside {rows} rows of a rollout and micro-batches of {tokens} "
+        "tokens: leave it at auto, or take base"
     )
 
 
@@ -161,8 +160,8 @@ def choose_tokens(config: Any, plan: Plan, longest: int, device: torch.device) -
     if sum(plan(fitting).values()) > room:
         raise UserError(
             f"by the memory plan one text of {longest} tokens takes "
-            f"{sum(plan(fitting).values()) / 1e9:.1f} GB, and "
-            f"{room / 1e9:.1f} GB of this card are free for it: {less_memory(config)}"
+            f"{sum(plan(fitting).values()) / 1e9:.1f} GB, and {room / 1e9:.1f} GB of this card "
+            f"are free for it: {less_memory(config)}"
         )
     if asked == "auto":
         return (
@@ -183,6 +182,9 @@ def describe_start(
     """The first line of a run."""
     where = "CPU"
     if device.type == "cuda":
-        where = f"{torch.cuda.get_device_name(device)}, {torch.cuda.mem_get_info(device)[0] / 1e9:.1f} GB free"
+        where = (
+            f"{torch.cuda.get_device_name(device)}, {torch.cuda.mem_get_info(device)[0] / 1e9:.1f} "
+            "GB free"
+        )
     name = str(dtype).removeprefix("torch.")
     return f"{where}: micro-batches of {tokens:,} tokens ({why}), {rows} rows a step, {name}"

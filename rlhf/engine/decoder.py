@@ -1,4 +1,4 @@
-"""A Llama-like decoder run on texts of any lengths, laid end to end: no padding goes through its linear maps.
+"""A Llama-like decoder on texts of any length, end to end: no padding in its linear maps.
 
 Shapes: B texts, T tokens of the longest, N tokens of all texts, H hidden size, K key heads, D
 features a head.
@@ -83,7 +83,7 @@ def unpad(padded: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 def lay_out_pairs(pairs: list[tuple[list[int], list[int]]], device: torch.device) -> Texts:
-    """Pairs of texts that begin alike, each as one: what they share, the rest of the first, the rest of the second.
+    """Pairs that begin alike, each as one text: the shared part, then the rest of both.
 
     The rest of the second does not see the rest of the first, and its positions follow what is
     shared; so both get the hidden states that they get alone.
@@ -129,13 +129,12 @@ def check_layers(model: PreTrainedModel) -> None:
         if not isinstance(layer, LAYERS) or not isinstance(layer.mlp.act_fn, SiLU):
             raise UserError(
                 f"{type(layer).__name__} is not supported: this pipeline is for Llama-like "
-                "decoders (Llama, Mistral, "
-                "Qwen2, Qwen3, SmolLM2)"
+                "decoders (Llama, Mistral, Qwen2, Qwen3, SmolLM2)"
             )
 
 
 class Decoder:
-    """The decoder of `model`, with or without adapters: `LeanLayer`s over transformers' modules and weights.
+    """The decoder of `model`, with or without adapters: `LeanLayer`s over transformers' weights.
 
     Whose adapters it runs with is an argument, a role: `stack` says which there are. PEFT's own
     idea of active adapters does not count here.
@@ -156,7 +155,7 @@ class Decoder:
         self.gradient_checkpointing = False
 
     def stack(self, roles: dict[str, list[str]]) -> None:
-        """Name the roles and the adapters of each, in order. From then on, call `restack` after each write to their weights.
+        """Name the roles and the adapters of each, in order. Then call `restack` after each write.
 
         Tensors of earlier stacks are given up: do this before anything holds their addresses.
         """
@@ -166,14 +165,14 @@ class Decoder:
                 linear.stack(roles, dtype)
 
     def restack(self, trained_only: bool = False) -> None:
-        """Take over the weights of all adapters, or of those that are trained, into the stacks that passes read."""
+        """Copy the weights of all adapters, or of the trained ones, into the passes' stacks."""
         for layer in self.layers:
             for linear in layer.maps:
                 for stack in set(linear.stacks.values()) - {None}:
                     stack.write(trained_only)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have all passes see what a step of `optimizer` changes, from the moment when it is made."""
+        """Have all passes see what a step of `optimizer` changes, as soon as it is made."""
         optimizer.register_step_post_hook(lambda *_: self.restack(trained_only=True))
 
     def embed(self, texts: Texts) -> Tensor:
@@ -188,7 +187,7 @@ class Decoder:
         layers: list[LeanLayer],
         cache: Cache | None = None,
     ) -> Tensor:
-        """Hidden states [N, H] of `role` after some layers, from those before them; without the final norm.
+        """Hidden states [N, H] of `role` after some layers, from those before; no final norm.
 
         Args:
             layers: some of `self.layers`, or their merged twins.
@@ -235,7 +234,7 @@ class Decoder:
 
     @staticmethod
     def fused_causal(x: Tensor) -> bool:
-        """Whether a kernel without a matrix of weights takes grouped heads and needs no mask: flash attention.
+        """Whether flash attention can be used: grouped heads, no mask, no matrix of weights.
 
         Elsewhere on a GPU, with a mask, the memory-efficient one is taken.
         """
@@ -251,7 +250,7 @@ class Decoder:
 
 
 class MergedLayers:
-    """The layers of a decoder in what the base computes in, with a role's adapters merged in: to sample from.
+    """A decoder's layers in 16 bit with a role's adapters merged in: to sample from.
 
     Twice as fast as a quantised base with its adapters, for as much memory as a 16-bit base. Its
     tensors keep their addresses.
@@ -266,7 +265,7 @@ class MergedLayers:
         self.write(0)
 
     def write(self, first: int | None = None) -> None:
-        """Merge the adapters as they are now, from layer `first` on; None: from the first that trains."""
+        """Merge the adapters as they are now, from layer `first`; None: from the first trained."""
         for layer in self.layers[self.first if first is None else first :]:
             for linear in layer.maps:
                 linear.write(self.role)

@@ -1,4 +1,4 @@
-"""Decoding: texts written a token at a time, by one step of fixed shapes that a CUDA graph can hold.
+"""Decoding: texts written a token at a time, in steps whose shapes a CUDA graph can hold.
 
 All that a step reads and writes is there before the first one: keys and values, tokens, lengths,
 draws and what comes out. It samples inside, so the CPU need not look at a token before the next
@@ -97,7 +97,10 @@ class Decoding:
 
     @property
     def width_step(self) -> int:
-        """Places are looked at in multiples of it. On a card more places cost less than another graph."""
+        """Places are attended to in multiples of this.
+
+        On a card more places cost less than another graph.
+        """
         return 64 if self.on_card else 32
 
     @property
@@ -120,7 +123,7 @@ class Decoding:
         return like and len(lengths) <= len(self.tokens) and max(lengths) + new <= self.width
 
     def read(self, prompts: list[list[int]], draws: Tensor, tokens: int) -> None:
-        """Read the prompts, and sample the first token of each response. Nothing is left of texts before.
+        """Read the prompts, and sample each response's first token. Earlier texts are gone.
 
         Args:
             prompts: from the shortest on.
@@ -160,7 +163,7 @@ class Decoding:
         self.graphs.run((self, len(self.tokens), self.looked_at), self.read_and_sample)
 
     def read_and_sample(self) -> None:
-        """Read the tokens that were sampled last, and sample the next. Nothing in here waits for the device."""
+        """Read the tokens sampled last, and sample the next. Nothing here waits for the device."""
         width = self.looked_at
         x = F.embedding(self.tokens, self.decoder.inner.embed_tokens.weight)
         rope = self.cos.index_select(0, self.lengths), self.sin.index_select(0, self.lengths)
@@ -203,7 +206,7 @@ class Decoding:
         return self.ring[slot].tolist()
 
     def widen(self) -> None:
-        """Have as many places as are looked at. For a CPU, where rows have ended before most are needed."""
+        """Grow to as many places as are needed. For a CPU, where rows often end before that."""
         more = self.looked_at - self.keys[0].shape[2]
         if more > 0:
             for of_layers in (self.keys, self.values):
@@ -211,7 +214,7 @@ class Decoding:
                     of_layers[i] = F.pad(whole, (0, 0, 0, more))
 
     def shrink(self, keep: list[int]) -> bool:
-        """Go on with these rows alone, if they fit a smaller shape. For a CPU, which looks at each token at once."""
+        """Go on with these rows alone, if they fit a smaller shape. For a CPU, which sees all."""
         rows = row_bucket(len(keep), self.on_card)
         if rows == len(self.tokens):
             return False
@@ -230,7 +233,7 @@ class Decoding:
 
 
 def pick(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, Tensor | None]:
-    """One token a row: the largest logit at temperature 0, else the inverse of the softmax's CDF at its draw.
+    """One token a row: the largest logit at temperature 0, else the softmax's CDF inverted.
 
     The CDF is summed in float64, over blocks of the vocabulary first, and within the block that was
     met.
@@ -259,7 +262,7 @@ def pick(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, Ten
 
 
 def invert(cdf: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each draw [B, 1] falls in sums [B, n] that rise to any total, and how far into that part.
+    """Where each draw [B, 1] falls in rising sums [B, n] of any total, and how far into that part.
 
     Never a part that adds nothing: the draw is kept below the total, which rounding may have it
     reach. Sums that are not numbers give the last part: who reads them will say so.

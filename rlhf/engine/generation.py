@@ -153,7 +153,7 @@ def prepare(
 def step_seconds(
     shared: SharedBase, role: str, layers: list[LeanLayer], rows: int, prompt_length: int
 ) -> float:
-    """How long a step takes on this card, from a graph if it can be captured, of texts that say nothing.
+    """Seconds of a step on this card, from a graph if it can be captured, on texts without meaning.
 
     Infinitely long if it does not fit.
     """
@@ -177,7 +177,7 @@ def step_seconds(
 
 @torch.no_grad()
 def stream(decoding: Decoding, form: PromptFormat) -> Iterator[tuple[int, int, Response | None]]:
-    """The tokens of all responses as they come: row, token, and the whole response where that is its last one."""
+    """All responses' tokens as they come: row, token, and the whole response with its last one."""
     count, new = decoding.count, decoding.new
     texts: list[int | None] = list(range(count))  # of each row, until it ends
     written: list[list[int]] = [[] for _ in range(count)]

@@ -1,4 +1,4 @@
-"""CUDA graphs of a function whose shapes and addresses stay: hundreds of kernels for the price of one launch.
+"""CUDA graphs of functions with fixed shapes and addresses: many kernels for one launch.
 
 What is captured is what the card does, with the addresses of that moment. So everything that the
 function reads or writes must be a tensor that stays where it is, and it must not read a value on
@@ -68,8 +68,7 @@ class Graphs:
             self.enabled = False
             console.print(
                 "warning: decoding runs without CUDA graphs, several times slower "
-                f"({one_line(error)}); "
-                "ppo_train.py --no-cuda-graphs does so from the start"
+                f"({one_line(error)}); ppo_train.py --no-cuda-graphs does so from the start"
             )
             return None
 

@@ -26,7 +26,7 @@ from rlhf.runs.errors import UserError
 
 
 class LeanLayer:
-    """The forward pass of one of transformers' Llama-like decoder layers, for plain LoRA without dropout.
+    """The forward pass of a Llama-like decoder layer of transformers, with LoRA but no dropout.
 
     Args:
         layer: one of `decoder.LAYERS`, with or without PEFT's LoRA layers in it.
@@ -158,7 +158,7 @@ class Piece:
 
 
 class Stack:
-    """All adapters that a role has on a `LinearMap`, as one: A [R, I] and B [O, R], in what the base computes in.
+    """All adapters of a role on a `LinearMap` as one: A [R, I] and B [O, R], in the base's dtype.
 
     B holds the scaled B of each adapter where it meets its layer, and 0 elsewhere. Both tensors are
     made once and keep their addresses; `write` must follow whatever writes to the adapters, whose
@@ -183,7 +183,7 @@ class Stack:
 
 
 class LinearMap:
-    """Linear layers that read the same input, as one: x -> [W1 x, W2 x, ...] + B A x, with the A and B of a role.
+    """Linear layers that read the same input, as one: x -> [W1 x, W2 x, ...] + B A x, by role.
 
     PEFT runs each adapter by itself, in float32. Weights that are not quantised move into one
     tensor, of which the layers then hold views.
@@ -205,7 +205,7 @@ class LinearMap:
         self.stacks: dict[str, Stack | None] = {}  # of each role; None: no adapter
 
     def stack(self, roles: dict[str, list[str]], dtype: torch.dtype) -> None:
-        """Make the stacks of all roles, in the place of those there are. Roles with the same adapters here share one.
+        """Make the stacks of all roles anew. Roles with the same adapters here share one.
 
         All are of the same rank R, that of the largest, so each role goes through products of the
         same shape and a fresh policy (B = 0) equals its reference bit for bit.
@@ -241,7 +241,7 @@ class LinearMap:
         return pieces
 
     def join(self, name: str) -> Tensor | None:
-        """Move the layers' weights or biases into one tensor; the model must be on its device already."""
+        """Move the layers' weights or biases into one tensor; the model must be on its device."""
         parts = [getattr(base, name) for base in self.bases]
         if len(parts) == 1 or parts[0] is None:
             return parts[0]
@@ -258,7 +258,7 @@ class LinearMap:
         gated: bool = False,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """[N, O] of norm(x), or of silu(gate) * up where x is [gate, up] and `gated`; `residual` is added."""
+        """[N, O] of norm(x), or of silu(gate) * up if `gated` and x has both; adds `residual`."""
         prepare = _Gate if gated else _RMSNorm if norm is not None else _AsItIs
         constants = (norm.weight, norm.variance_epsilon) if norm is not None else ()
         stack = self.stacks[role]
@@ -266,7 +266,7 @@ class LinearMap:
         return _LinearMap.apply(x, residual, self, stack, prepare, constants, *weights)
 
     def apply(self, x: Tensor, role: str, residual: Tensor | None = None) -> Tensor:
-        """[N, O] of x as it is, without gradients: few operations, none of which the CPU has to wait for."""
+        """[N, O] of x as it is, without gradients: few operations, and no wait for any of them."""
         out = self.product(x)
         stack = self.stacks[role]
         if stack:
@@ -350,7 +350,7 @@ class Quantised:
 
 
 class MergedMap(LinearMap):
-    """A `LinearMap` with the adapters of a role added into a weight of its own: for sampling, without gradients.
+    """A `LinearMap` with a role's adapters merged into a weight of its own, to sample from.
 
     The weight keeps its address; `write` must follow whatever writes to the adapters.
     """
@@ -361,7 +361,7 @@ class MergedMap(LinearMap):
 
     @torch.no_grad()
     def write(self, role: str) -> None:
-        """base + adapters, summed in float32 and rounded once: each part rounded by itself would lose a small policy."""
+        """base + adapters, summed in float32 and rounded once, or a small policy would be lost."""
         merged = self.linear.whole_weight(torch.float32)
         stack = self.linear.stacks[role]
         if stack and merged is self.linear.weight:  # float32 itself
@@ -373,12 +373,12 @@ class MergedMap(LinearMap):
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """`norm` of x, without a gradient: one kernel on a card. Rounded once, where Llama's own rounds twice."""
+    """`norm` of x, without a gradient: one kernel on a card; rounded once, Llama's own twice."""
     return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 class _LinearMap(Function):
-    """A `LinearMap` of what `prepare` makes of x. Kept: x and the [N, R] between A and B; `prepare` runs again in backward.
+    """A `LinearMap` of `prepare`(x). Keeps x and the [N, R] after A; backward prepares again.
 
     `weights` are those that `stack` is made of: it is they that get gradients.
     """
@@ -437,7 +437,7 @@ class _LinearMap(Function):
         return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None, *grads
 
 
-# ---------------------------------------------------------------- what a map does to its input first
+# ---------------------------------------------------------------- what a map does to its input
 
 
 class _AsItIs:
@@ -521,7 +521,10 @@ class Norm(Function):
 
 
 class _NormHeads(Function):
-    """`_RMSNorm` of each head of q and of k by itself, in [N, (GK + 2K) D]; v stays. The frozen weights [D] get no gradient."""
+    """`_RMSNorm` of each head of q and k in [N, (GK + 2K) D]; v stays.
+
+    The frozen weights [D] get no gradient.
+    """
 
     @staticmethod
     def forward(
@@ -546,7 +549,10 @@ class _NormHeads(Function):
 
 
 class _Rotate(Function):
-    """q, k and v, each [B, heads, T, D], out of [N, (GK + 2K) D]; q and k with rotary position embeddings (2104.09864)."""
+    """q, k and v, each [B, heads, T, D], out of [N, (GK + 2K) D].
+
+    q and k have rotary position embeddings (2104.09864).
+    """
 
     @staticmethod
     def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int], padded):
@@ -568,7 +574,7 @@ class _Rotate(Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: int) -> Tensor:
-    """x [N, heads and others, D] with each pair (x[i], x[i + D / 2]) of the first `heads` turned by its token's angle.
+    """x [N, heads and others, D] with each pair (x[i], x[i + D / 2]) of `heads` heads rotated.
 
     `sign` -1 turns it back.
     """
@@ -597,7 +603,7 @@ class _Join(Function):
 def one_query_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
 ) -> Tensor:
-    """Attention [B, GK D] of one token of each text [B, GK, D] to keys and values [B, K, S, D], without gradients."""
+    """Attention [B, GK D] of one token a text [B, GK, D] to k and v [B, K, S, D]; no gradients."""
     attend = _attend_by_products if query.is_cuda else _attend_fused
     return attend(query, key, value, mask, scaling)
 
@@ -615,7 +621,7 @@ def _attend_by_products(
 def _attend_fused(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
 ) -> Tensor:
-    """Torch's own kernel, on a CPU the faster one for a single token: in bfloat16 two to four times."""
+    """Torch's own kernel: on a CPU, in bfloat16, two to four times faster for a single token."""
     out = F.scaled_dot_product_attention(
         query[:, :, None], key, value, attn_mask=mask, scale=scaling, enable_gqa=True
     )

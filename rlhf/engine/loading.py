@@ -72,7 +72,10 @@ def load_base(
 
 
 class ScalarHead(nn.Linear):
-    """H -> 1 in float32 whatever the trunk and autocast do; initialised as in the N+ paper (2403.17031), std 1/sqrt(H+1)."""
+    """H -> 1 in float32 whatever trunk and autocast do.
+
+    Initialised as in the N+ paper (2403.17031), with std 1/sqrt(H+1).
+    """
 
     def __init__(self, hidden_size: int):
         super().__init__(hidden_size, 1, bias=False, dtype=torch.float32)
@@ -84,7 +87,7 @@ class ScalarHead(nn.Linear):
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers inside a decoder layer (q_proj, ..., down_proj): where LoRA goes."""
+    """Names of the linear layers inside a decoder layer (q_proj, ..., down_proj), for LoRA."""
     layer = model.get_decoder().layers[0]
     return sorted(
         {

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens straight from hidden states, holding a chunk of their logits at a time."""
+"""Log-probabilities of chosen tokens from hidden states, a chunk of logits at a time."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ CPU_BLOCK = 8  # rows in float32 at a time on a CPU, so that they stay in its ca
 
 
 def chunk_elements(on_card: bool) -> int:
-    """Logits alive at a time. The head is read once a chunk: 256 tokens of Llama 3's keep a card at work."""
+    """Logits alive at a time. The head is read once a chunk; 256 tokens keep a card busy."""
     return 1 << 25 if on_card else 1 << 23
 
 
@@ -22,7 +22,7 @@ class Chosen(NamedTuple):
 
 
 class _ChosenLogprobs(torch.autograd.Function):
-    """log softmax(hidden W^T / T)[token], and its gradient for `hidden`, in one pass over chunks of tokens.
+    """log softmax(hidden W^T / T)[token] and its gradient for `hidden`, in one pass over chunks.
 
     Each output is one number, so its gradient for `hidden` is one vector, (W[token] - softmax W) /
     T. It is computed where the softmax is at hand, in the forward pass; backward is a

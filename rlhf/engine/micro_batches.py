@@ -85,7 +85,7 @@ class MicroBatchSize:
 
 
 def keep_tokens(config: Any, micro_batch: MicroBatchSize, facts: dict[str, Any]) -> None:
-    """Go on with micro-batches of the size that the state's `facts` name, unless the flag names another."""
+    """Go on with the micro-batch size in the state's `facts`, unless the flag names another."""
     before = facts["micro_batch_tokens"]
     if config.micro_batch_tokens == "auto":
         micro_batch.tokens = before

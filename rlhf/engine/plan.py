@@ -1,4 +1,4 @@
-"""What a run will hold in memory, by owner, worked out from flags, data and the model's config before anything is loaded.
+"""What a run will hold in memory, by owner, worked out before anything is loaded.
 
 The largest moment of a run counts: for PPO that of the rollout, when the KV cache is full, or that
 of a micro-batch's backward pass. Bytes are of tensors; a card needs some 0.5 GB more for the
@@ -64,7 +64,7 @@ class Shape:
         return stored + self.vocabulary * self.hidden * self.width * (1 if self.tied else 2)
 
     def merged(self) -> float:
-        """A 16-bit copy of all linear maps, to sample from; embedding and LM head are the base's own."""
+        """A 16-bit copy of all linear maps, to sample from; embedding and LM head are shared."""
         return self.layers * sum(i * o for i, o in self.linears) * self.width
 
     def lora(self, rank: int, layers: int) -> int:
@@ -75,7 +75,7 @@ class Shape:
         return rows * tokens * self.layers * 2 * self.kv_heads * self.head_dim * self.width
 
     def stacks(self, sft_rank: int, role_rank: int, role_layers: int, roles: int) -> float:
-        """The pairs A, B that rlhf/engine/layers.py makes of adapters, in what the base computes in.
+        """The pairs A, B that rlhf/engine/layers.py makes of adapters, in the base's dtype.
 
         On the upper `role_layers` layers (0: all) each of the roles has a pair of its own, of one
         rank for all of them; on those below they share SFT's.
@@ -104,7 +104,7 @@ class Shape:
         checkpointing: bool,
         masked: bool = False,
     ) -> float:
-        """Most held at once between forward and the end of backward of a micro-batch through `layers` layers (0: all).
+        """The most held between forward and backward of a micro-batch, through `layers` (0: all).
 
         What a layer keeps is what rlhf/engine/layers.py keeps; checkpointed layers keep their
         input, and one is at work. `masked`: the attention has a mask of its own, as for pairs; a
@@ -158,7 +158,7 @@ class Shape:
 
 
 def read_shape(base: dict[str, Any], dtype: str, fused_attention: bool = True) -> Shape:
-    """The shape of the base model named by `base_facts`, computing in `dtype` ("auto" is 16 bit on a card).
+    """The shape of the base that `base_facts` names, in `dtype` ("auto" is 16 bit on a card).
 
     Raises:
         UserError: it is not a Llama-like decoder.
@@ -200,7 +200,7 @@ def plan_sft(shape: Shape, config: Any, longest: int, tokens: int) -> Bytes:
 
 
 def plan_reward(shape: Shape, config: Any, sft_rank: int, longest: int, tokens: int) -> Bytes:
-    """`longest`: tokens of the longest pair, the prompt counted once; `tokens`: of a micro-batch."""
+    """`longest`: tokens of the longest pair, prompt counted once; `tokens`: of a micro-batch."""
     weights = shape.lora(config.lora_rank, config.role_layers)
     tokens = at_most(tokens, config.batch_size // num_processes(), longest)
     rank = sft_rank + config.lora_rank
@@ -280,7 +280,7 @@ def at_most(tokens: int, rows: int, longest: int) -> int:
 def trained(
     shape: Shape, adapters: int, stacks: float, trainable: int, activations: float
 ) -> Bytes:
-    """Weights in float32, a gradient and Adam's two moments for each that trains; the active ones stacked."""
+    """Weights in float32, for the trained ones a gradient and Adam's moments, and the stacks."""
     return {
         "base": shape.base(),
         "adapters": 4 * adapters + stacks,
@@ -296,7 +296,7 @@ def episodes_of_a_process(config: Any) -> int:
 
 
 def ppo_plans(shape: Shape, config: Any, runs: dict[str, dict[str, Any]], longest: int) -> Plans:
-    """The plans of `ppo_train.py` by its rollouts, from the run.json of its checkpoints, by role."""
+    """The plans of `ppo_train.py` by its rollouts, from its checkpoints' run.json, by role."""
     adapters = {
         role: (run["hyperparameters"]["lora_rank"], run["hyperparameters"].get("role_layers", 0))
         for role, run in runs.items()

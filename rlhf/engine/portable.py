@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 def save_config(config: PreTrainedConfig, folder: Path) -> None:
-    """Write config.json. The position embedding stands in it as `rope_parameters`, and as `rope_theta` and `rope_scaling`."""
+    """Write config.json, with rope in the words of transformers 5 and of transformers 4."""
     config.save_pretrained(folder)
     content = read(folder / "config.json")
     scaling = dict(content["rope_parameters"])

@@ -1,4 +1,4 @@
-"""One frozen base, the SFT adapter on it, and a small adapter for each role stacked on the upper layers.
+"""One frozen base, the SFT adapter on it, and a small adapter for each role on its upper layers.
 
 Who reads a text is an argument of each pass, a role. The SFT adapter is frozen and part of every
 role but the bare base, so the reference is simply "SFT and no more", and a fresh policy (LoRA B =
@@ -81,7 +81,7 @@ class SharedBase:
         state: dict[str, Tensor] | None = None,
         head: Tensor | None = None,
     ) -> None:
-        """Stack a LoRA adapter for `role` on the upper `num_layers` layers (0: on all), from `state` or fresh.
+        """Stack a LoRA adapter for `role` on the upper `num_layers` layers (0: all).
 
         `head` [1, H], if given, becomes the role's scalar head. The role starts frozen; `train`
         makes it learn.
@@ -151,7 +151,7 @@ class SharedBase:
             self.decoder.stack(self.adapters)
 
     def restack(self) -> None:
-        """Have all passes see the weights of the adapters as they are now. To be called after each write to them."""
+        """Have all passes see the adapters' weights as they are now. Call it after each write."""
         if self.decoder:
             self.decoder.restack()
 
@@ -179,7 +179,10 @@ class SharedBase:
         return lora + (list(self.heads[role].parameters()) if role in self.heads else [])
 
     def adapter_state(self, role: str) -> dict[str, Tensor]:
-        """A copy of `role`'s LoRA weights under PEFT's names, on the CPU. If they are sharded, all processes call it."""
+        """A copy of `role`'s LoRA weights under PEFT's names, on the CPU.
+
+        If they are sharded, all processes call it.
+        """
         state = get_peft_model_state_dict(self.peft, adapter_name=role)
         return {
             name: whole(weight.detach()).to("cpu", copy=True)
@@ -191,7 +194,7 @@ class SharedBase:
 
     @torch.no_grad()
     def lower(self, texts: Texts) -> Tensor:
-        """Hidden states [N, H] below the first role layer, the same for every role but the bare base."""
+        """Hidden states [N, H] below the first role layer, the same for all but the bare base."""
         return self.decoder.run(
             self.decoder.embed(texts),
             texts,
@@ -206,13 +209,13 @@ class SharedBase:
         )
 
     def read_head(self, texts: Texts, role: str = "reward") -> Tensor:
-        """What the reward model `role` says at the last token of each text [B], float32; of pairs [2 x B]."""
+        """What reward model `role` scores each text [B], float32; of pairs [2 x B]."""
         return self.heads[role](self.upper(self.lower(texts), texts, role)[texts.last]).squeeze(-1)
 
     # -- decoding
 
     def merge(self, role: str) -> None:
-        """Have `role` sample from a copy of the base with its adapters merged in, as they are now."""
+        """Have `role` sample from a copy of the base, with its adapters merged as they are now."""
         if self.merged and self.merged.role == role:
             self.merged.write()
         else:
@@ -247,7 +250,7 @@ class SharedBase:
         )
 
     def score_pairs(self, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
-        """The same of pairs that begin alike, where what they share is read once: [2, len(pairs)]."""
+        """The same for pairs with a shared start, which is read once: [2, len(pairs)]."""
         lengths = [len(a) + len(b) for a, b in pairs]
         return self._score(pairs, lengths, lambda some: self.read_pairs(some).view(2, -1))
 

@@ -1,4 +1,4 @@
-"""How fast a run is: seconds of its parts, tokens a second, memory, and what share of the card's arithmetic that is.
+"""How fast a run is: seconds by part, tokens a second, memory, and share of the card's peak.
 
 MFU counts the arithmetic that is needed, over the card's dense peak. A weight takes part in 2
 operations a token forward, and in 2 more backward: frozen weights want no gradient of their own.
@@ -36,7 +36,7 @@ PEAK = {
 
 
 class Stopwatch:
-    """Seconds of the parts of a step, one after the other; each ends when the device has done its work."""
+    """Seconds of a step's parts, one after the other; each ends when the device is done."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -65,7 +65,7 @@ class Stopwatch:
 def mfu(
     operations: float, seconds: float, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """What share of their cards' arithmetic all processes together made use of; nothing where a card is not known."""
+    """The share of their cards' peak that all processes reached; nothing for an unknown card."""
     peak = peak_flops(device, dtype)
     return {"speed/mfu": operations / seconds / peak / num_processes()} if peak else {}
 

@@ -21,7 +21,7 @@ PAD_TOKENS = (
 
 
 def load_tokenizer(folder: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer with an EOS, and a pad token that is not EOS: with pad = EOS a model never learns to stop.
+    """A tokenizer with an EOS, and a pad token that is not EOS: else a model never learns to stop.
 
     Raises:
         UserError: it cannot be loaded, has no EOS, or no token that could be padded with.
@@ -44,7 +44,7 @@ def load_tokenizer(folder: str, revision: str | None = None) -> PreTrainedTokeni
 
 
 def unused_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A token that no text has: a usual one, or any special one that is not BOS or EOS, nor in a chat template."""
+    """A token that no text has: a usual pad token, or a special one that no template uses."""
     vocabulary = tokenizer.get_vocab()
     for token in (*PAD_TOKENS, tokenizer.unk_token):
         if token in vocabulary and token != tokenizer.eos_token:
@@ -68,10 +68,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, base: dict[str, Any]) -
         id, token = beyond[0]
         raise UserError(
             f"the tokenizer of {base['model']} has {len(beyond)} tokens more than the model has "
-            "embeddings "
-            f"({rows}; the first is {plain(token)!r}, id {id}): resize the model's embeddings, or "
-            "use the tokenizer it was "
-            "trained with"
+            f"embeddings ({rows}; the first is {plain(token)!r}, id {id}): resize the model's "
+            "embeddings, or use the tokenizer it was trained with"
         )
 
 

@@ -1,4 +1,4 @@
-"""What the SFT and the reward script add to TRL's trainers alike, and which numbers the training scripts refuse."""
+"""What SFT and reward training add to TRL's trainers."""
 
 import contextlib
 import dataclasses
@@ -76,7 +76,7 @@ def steps_between_evaluations(config: Any, rows: int, eval_rows: int) -> int | N
 
 
 def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) -> dict[str, Any]:
-    """The arguments that SFTConfig and RewardConfig share, from the fields of the same names in a script's Config."""
+    """The arguments of both SFTConfig and RewardConfig, from the fields of a script's Config."""
     return {
         "output_dir": str(folder),
         "learning_rate": config.learning_rate,
@@ -104,7 +104,7 @@ def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) ->
 
 
 def keep_fp32(model: nn.Module) -> None:
-    """Cast every trainable weight to float32: on a quantised base TRL has just made them bf16, the head included."""
+    """Cast every trained weight to float32: on a quantised base TRL has just made them bf16."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -123,7 +123,7 @@ class AllStepsMade(Exception):
 
 
 class AfterStep(TrainerCallback):
-    """What the processes settle after each step: whether a signal has asked for the end, and whether to write a state.
+    """What the processes settle after each step: whether to stop, and whether to save a state.
 
     There is one at the end of the training too: what comes after it may fail. Each `eval_steps`
     steps the test rows are looked at, but for the last step, after which the script does that.
@@ -150,7 +150,7 @@ class AfterStep(TrainerCallback):
 
 
 class Restack(TrainerCallback):
-    """Has the decoder's passes see the adapters as they are when training begins, and after each step."""
+    """Has the decoder see the adapters as they are when training begins, and after each step."""
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
@@ -195,7 +195,7 @@ class Resumable(Trainer):
         raise NotImplementedError
 
     def part_loss(self, rows: list[Row]) -> dict[str, Tensor]:
-        """Each of `means` summed over the items of some rows, the loss with its gradient; and their `extremes`."""
+        """Sums of `means` over the rows' items, the loss with its gradient, and `extremes`."""
         raise NotImplementedError
 
     def evaluation(self) -> dict[str, float]:
@@ -248,7 +248,7 @@ class Resumable(Trainer):
             base.disable_input_require_grads()
 
     def run(self) -> None:
-        """Train, from the beginning or from the state that `prepare` found. Raises Stopped when a signal asked for it."""
+        """Train, from the start or the state that `prepare` found. Raises Stopped on a signal."""
         with stop_when_asked():
             try:
                 self.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
@@ -292,7 +292,7 @@ class Resumable(Trainer):
         }
 
     def not_finite(self, what: str) -> UserError:
-        """The error for a number that is not finite: the step, the rows at hand, and from where to go on."""
+        """The error for a number that is not finite: step, rows, and from where to go on."""
         column = "chosen_ids" if "chosen_ids" in self.train_dataset.column_names else "input_ids"
         at_hand = [row[column] for row in self.at_hand]
         rows = [i for i, ids in enumerate(self.train_dataset[column]) if ids in at_hand]
@@ -306,7 +306,7 @@ class Resumable(Trainer):
     # -- a step in parts
 
     def go_through(self, rows: list[Row]) -> tuple[dict[str, float], dict[str, int]]:
-        """Forward, and backward where gradients are enabled, through the rows of all processes, in parts by tokens.
+        """Forward, and backward where gradients are on, over the rows of all processes, in parts.
 
         The gradients are those of the mean loss; `sum_gradients` has still to sum them, unless FSDP
         did. No process waits for another between the parts, so each can make them smaller when its
@@ -393,7 +393,7 @@ class Resumable(Trainer):
             self.accelerator.device_placement = True
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Gradients and metrics of the step. `model` may be DDP's, which would wait for others: it is left out."""
+        """A step's gradients and metrics. `model` may be DDP's, which would wait: not used."""
         self.at_hand = inputs["rows"]
         self.clock = self.clock or Stopwatch(self.args.device)
         self.model.train()
@@ -461,7 +461,7 @@ class Resumable(Trainer):
 
 
 class TrainerLog(TrainerCallback):
-    """Writes what transformers' Trainer logs to metrics.jsonl, shows how far it is, draws curves."""
+    """Writes what transformers' Trainer logs to metrics.jsonl, shows progress, draws curves."""
 
     def __init__(self, folder: Path, name: str, panels: Sequence["Panel"]):
         self.metrics, self.name = JsonLines(folder / "metrics.jsonl"), name

@@ -39,7 +39,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's episodes of an update, in the order in which they go through the model, in every pass alike.
+    """This process's episodes of an update, in the order in which every pass reads them.
 
     Minibatch by minibatch, and by length within each. Texts are prompt + response + EOS: a response
     that was cut is scored as if it had ended there. The tokens that were sampled include the one
@@ -76,7 +76,7 @@ class Batch:
         return self.by_response(torch.ones(sum(self.response_lengths), dtype=torch.bool))
 
     def by_response(self, tokens: Tensor) -> Tensor:
-        """[b, R], 0 at padding, of a number for each sampled token [n]; on the CPU, as what follows."""
+        """[b, R], 0 at padding, of one number per sampled token [n]; on the CPU."""
         return Padded(self.response_lengths, tokens.device).spread(tokens)
 
     def end_to_end(self, by_response: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Batch:
         return Padded(self.response_lengths, by_response.device).gather(by_response)
 
     def micro_batches(self, tokens: int) -> list[list[MicroBatch]]:
-        """Of each minibatch its micro-batches of at most `tokens` tokens, padding counted, or of one text."""
+        """Each minibatch's micro-batches of up to `tokens` tokens with padding, or of one text."""
         if tokens not in self.laid_out:
             self.laid_out[tokens] = [self.cut(rows, tokens) for rows in self.minibatches]
         return self.laid_out[tokens]
@@ -144,7 +144,7 @@ def make_batch(
 
 @dataclass(frozen=True)
 class Measured:
-    """What each role says of a batch, float32 on the CPU; but for `lower`, which stays on the device."""
+    """What each role says of a batch, float32 on the CPU, but `lower`, which is on the device."""
 
     lower: Tensor  # [N, H] hidden states below the role adapters
     logprobs: Tensor  # [n] under the policy that sampled
@@ -167,9 +167,8 @@ class Measured:
             ]
             if odd:
                 raise NotFinite(
-                    f"{name} not finite at texts {', '.join(odd)} of the batch; lower the learning "
-                    "rates, or try "
-                    "--dtype fp32"
+                    f"{name} not finite at texts {', '.join(odd)} of the batch; lower the "
+                    "learning rates, or try --dtype fp32"
                 )
 
     def mean_kl(self, batch: Batch) -> float:

@@ -1,4 +1,4 @@
-"""Held-out prompts before and after PPO: the gain over SFT, whether a judge sees it too, and how much of it is length.
+"""Held-out prompts before and after PPO: the gain, whether a judge sees it, and length's part.
 
 Beside it how answers begin and end (`rlhf.data.style`), and whether harmful requests are refused
 (`rlhf.reports.probe`). What is bad about a run, `rlhf.runs.run_warnings` says.
@@ -67,7 +67,7 @@ class Evaluation:
 
 
 def compare(sft: Evaluation, ppo: Evaluation) -> dict[str, Any]:
-    """SFT against PPO on the same prompts and seeds: means of both, and the paired gains with their intervals.
+    """SFT against PPO on the same prompts and seeds: means, and paired gains with intervals.
 
     `ppo_opening` is text of the policy, as `rlhf.data.style.opening` leaves it.
     """
@@ -100,16 +100,18 @@ def interval(name: str, values: tuple[float, float, float]) -> dict[str, float]:
 
 
 def penalty_warnings(sft: Evaluation, penalty: float) -> list[str]:
-    """Of a penalty for a missing EOS that outweighs what the scores differ by: PPO may then learn little but to end early."""
+    """Of a missing-EOS penalty that outweighs the spread of scores.
+
+    PPO may then learn little but to end early.
+    """
     spread, m = sft.scores.std().item() if len(sft.scores) > 1 else 0.0, sft.means()
     if penalty <= spread or m["eos_rate"] >= 0.9:
         return []
     return [
         f"--missing-eos-penalty {penalty:g} is more than a standard deviation of SFT's scores "
-        f"({spread:.2f}), and "
-        f"{1 - m['eos_rate']:.0%} of its responses have no EOS: PPO may shorten them and learn "
-        "little else; "
-        "try half a standard deviation, or a longer --response-length"
+        f"({spread:.2f}), and {1 - m['eos_rate']:.0%} of its responses have no EOS: PPO may "
+        "shorten them and learn little else; try half a standard deviation, or a longer "
+        "--response-length"
     ]
 
 
@@ -120,19 +122,17 @@ def describe(m: dict[str, Any]) -> str:
             key = "scores" if name == "score" else "gold_scores"
             lines.append(
                 f"held-out prompts {m['eval_prompts']}: {word} {m[f'sft_{key}']:.2f} (SFT) -> "
-                f"{m[f'ppo_{key}']:.2f} (PPO), "
-                f"gain {m[f'{name}_gain']:.2f} (paired 95 % interval {m[f'{name}_gain_low']:.2f} "
-                "to "
-                f"{m[f'{name}_gain_high']:.2f}; {m[f'{name}_gain_at_equal_length']:.2f} at equal "
-                "length; "
-                f"the standard deviation of SFT's is {m[f'sft_{name}_std']:.2f})"
+                f"{m[f'ppo_{key}']:.2f} (PPO), gain {m[f'{name}_gain']:.2f} (paired 95 % interval "
+                f"{m[f'{name}_gain_low']:.2f} to {m[f'{name}_gain_high']:.2f}; "
+                f"{m[f'{name}_gain_at_equal_length']:.2f} at equal length; the standard deviation "
+                f"of SFT's is {m[f'sft_{name}_std']:.2f})"
             )
     lines.append(
         f"KL {m['ppo_kl']:.2f} nats a response, length {m['sft_response_length']:.1f} -> "
         f"{m['ppo_response_length']:.1f} tokens, ended by EOS {m['sft_eos_rate']:.0%} -> "
-        f"{m['ppo_eos_rate']:.0%}, "
-        f"repeated 3-grams {m['sft_repeated_3grams']:.1%} -> {m['ppo_repeated_3grams']:.1%}, "
-        f"distinct-2 {m['sft_distinct_2']:.2f} -> {m['ppo_distinct_2']:.2f}"
+        f"{m['ppo_eos_rate']:.0%}, repeated 3-grams {m['sft_repeated_3grams']:.1%} -> "
+        f"{m['ppo_repeated_3grams']:.1%}, distinct-2 {m['sft_distinct_2']:.2f} -> "
+        f"{m['ppo_distinct_2']:.2f}"
     )
     lines.append(
         f"answers that end in a question {shares(m, 'question_share')}, that begin alike "

@@ -1,4 +1,4 @@
-"""What a PPO run tells on its way: files of metrics and samples, curves, how far it is, and warnings."""
+"""What a PPO run writes on the way: metrics, samples, curves, progress, and warnings."""
 
 import dataclasses
 import os
@@ -106,7 +106,7 @@ class Log:
     def rewind(
         self, metrics: int, samples: int, sft: Evaluation | None = None, update: int = 0
     ) -> None:
-        """Forget what was written after these positions, and show that `update` updates are done."""
+        """Forget what was written after these positions, and show `update` updates as done."""
         if is_main():
             self.metrics.cut(metrics)
             self.samples.cut(samples)
@@ -125,8 +125,8 @@ class Log:
             self.sampler_is_close = False  # said once
             console.print(
                 f"warning: what samples is {row['policy/sampler_kl']:.3f} nats a token away from "
-                "what is trained, where "
-                "rounding explains some 0.002; try --rollout-weights base, or --dtype fp32"
+                "what is trained, where rounding explains some 0.002; try --rollout-weights "
+                "base, or --dtype fp32"
             )
         self.progress.update(
             row["update"],
@@ -140,7 +140,7 @@ class Log:
     def evaluation(
         self, update: int, result: Evaluation, prompts: list[list[int]], form: PromptFormat
     ) -> None:
-        """The means over the held-out prompts, every response to samples.jsonl, the first few to the terminal."""
+        """Held-out means; every response goes to samples.jsonl, the first few to the terminal."""
         means = result.means()
         self.row({"update": update, **{f"eval/{name}": value for name, value in means.items()}})
         shown = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
@@ -191,7 +191,7 @@ def batch_metrics(
 
 
 def sampler_kl(batch: Batch, measured: Measured) -> float:
-    """How far the sampler was from the policy that is trained, in nats, summed over this process's tokens.
+    """Nats by which the sampler was off the trained policy, summed over this process's tokens.
 
     It is the same policy, in other shapes and perhaps in merged weights: what is left is rounding.
     Of the sampler's probabilities q and the measured p, the sum of p/q - 1 - log(p/q), whose mean
@@ -241,7 +241,7 @@ def whole_speed(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def mean_stats(history: list[dict[str, float]]) -> dict[str, float]:
-    """Means over an update's optimizer steps, each over those that have the number, and how many there were."""
+    """Means over an update's optimizer steps that have the number, and the count of steps."""
     columns = {
         name: [stats[name] for stats in history if name in stats]
         for name in dict.fromkeys(chain(*history))

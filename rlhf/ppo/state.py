@@ -1,4 +1,4 @@
-"""Everything that a PPO run needs to go on exactly where it was: weights, optimizer, scaler, coefficients, places in its files.
+"""All a PPO run needs to go on exactly where it was: weights, optimizer, scaler, positions.
 
 There is no state of random numbers: every draw follows from the seed and the number of the episode
 or update (`ppo_train.draw_prompts`, `optimise`), so a run that goes on draws what it would have
@@ -35,7 +35,7 @@ COLUMNS = ("scores", "kl", "entropy", "gold_scores", "refusal_odds", "overrefusa
 
 
 class State:
-    """The newest whole update of a run. As a context it restores that of an earlier run, and listens for signals.
+    """A run's newest whole update. As a context it restores an earlier run's and hears signals.
 
     Args:
         folder: the run's; the states are in it.
@@ -192,7 +192,7 @@ def save(
     started: float,
     log: Log,
 ) -> None:
-    """What a finished run leaves: the policy as one ordinary adapter, the value model beside it, plots, run.json at last."""
+    """What a finished run leaves: policy and value model as PEFT adapters, plots, run.json last."""
     if not is_main():
         return
     log.curves.draw()

@@ -47,7 +47,7 @@ def read_runs(folders: dict[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def check_number(facts: Any, name: str) -> None:
-    """Raise UserError unless part of a run.json, which may have been edited, has a number `name`."""
+    """Raise UserError unless part of a run.json, which may be edited, has a number `name`."""
     if not isinstance(facts, dict) or not isinstance(facts.get(name), int | float):
         raise UserError(f"a run.json is damaged ({name} is not a number): train that phase again")
 

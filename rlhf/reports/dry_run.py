@@ -20,7 +20,7 @@ from rlhf.runs.terminal import console
 
 
 def show_plan(plan: Plan, longest: int, config: Any) -> None:
-    """Print the plan for a card of `config.card_gb` GB, and whether it has room for it; else which flags to turn.
+    """Print the plan for a card of `config.card_gb` GB: does it fit, and if not, which flags help.
 
     Args:
         plan: bytes by owner, of a micro-batch of so many tokens.
@@ -53,7 +53,7 @@ def show_plan(plan: Plan, longest: int, config: Any) -> None:
 
 
 def show_data(what: str, lengths: list[int]) -> None:
-    """Print how many rows there are, after the drops that training makes too, and how long they are in tokens."""
+    """Print how many rows training would use, and how long they are in tokens."""
     mean, longest = sum(lengths) / len(lengths), max(lengths)
     console.print(
         f"{what}: {len(lengths)}, {mean:.0f} tokens each on average, {longest} at most, "
@@ -97,7 +97,7 @@ def earlier_runs(config: Any, **scripts: ModuleType) -> dict[str, dict[str, Any]
 def foresee(
     role: str, folder: str, config: Any, script: ModuleType, runs: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """What a plan asks of the run.json of a checkpoint that is not there yet; a line says what is planned for.
+    """What a plan needs of the run.json of a checkpoint that is not there yet, said in a line.
 
     It is that of the preset of `script` which writes to `folder`, or of the script's defaults.
 
@@ -129,7 +129,7 @@ def foresee(
 
 
 def format_of(folder: str, run: dict[str, Any]) -> PromptFormat:
-    """The prompt format of an SFT checkpoint, with its base's tokenizer where it is not there yet."""
+    """An SFT checkpoint's prompt format, with the base's tokenizer if it is not there yet."""
     if Path(folder).exists():
         return load_format(folder, run)
     tokenizer = load_tokenizer(run["base"]["model"], run["base"]["revision"])
@@ -137,7 +137,7 @@ def format_of(folder: str, run: dict[str, Any]) -> PromptFormat:
 
 
 def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
-    """What `ppo_train.py` would do with these flags and these checkpoints: their run.json, by role."""
+    """What `ppo_train.py` would do with these flags and checkpoints' run.json, by role."""
     sft = runs["sft"]
     base = same_base(sft, config.sft_checkpoint, config.base_model)
     form = format_of(config.sft_checkpoint, sft)
@@ -149,8 +149,8 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     console.print(f"held-out prompts: {len(held_out)}")
     console.print(
         f"updates: {config.num_updates} of {config.episodes_per_update} responses of up to "
-        f"{config.response_length} tokens, "
-        f"{config.num_ppo_epochs * config.num_mini_batches} optimizer steps each"
+        f"{config.response_length} tokens, {config.num_ppo_epochs * config.num_mini_batches} "
+        "optimizer steps each"
     )
     shape = read_shape(base, config.dtype)
     check_between(config, 0, shape.layers, "role_layers")

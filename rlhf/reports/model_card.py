@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, what it learned from, how well, under whose terms, and what it cannot do."""
+"""README.md of an exported model: what it is, how it was made, its terms and limits."""
 
 import json
 import re
@@ -42,7 +42,7 @@ TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO
 def model_card(
     config, made: dict[str, Any], base: dict[str, Any], source: Path, report: dict[str, Any]
 ) -> str:
-    """The card, from the run.json of the checkpoint and of the earlier phases, where those still are.
+    """The card, from run.json of the checkpoint and of the earlier phases still there.
 
     Args:
         config: of rlhf.export.
@@ -96,19 +96,18 @@ def model_card(
     if llama:
         terms += (
             " Llama is licensed under the Llama Community License, Copyright (c) Meta Platforms, "
-            "Inc. All Rights Reserved; "
-            "its Acceptable Use Policy applies."
+            "Inc. All Rights Reserved; its Acceptable Use Policy applies."
         )
     return "\n\n".join([*parts, "## Licence", terms]) + "\n"
 
 
-LIMITS = """It was tuned to please a reward model, which stands for some people's judgements of some answers and has weaknesses
-of its own. It can be wrong, say harmful things, and be talked into them. It was not tested for any use: test it for yours, and
-put what your use needs around it."""
+LIMITS = """It was tuned to please a reward model, which stands for some people's judgements of some
+answers and has weaknesses of its own. It can be wrong, say harmful things, and be talked into them.
+It was not tested for any use: test it for yours, and add the safeguards that your use needs."""
 
 
 def phases(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The run.json of each phase up to this one: of the earlier ones if they are where they were, and are the same."""
+    """run.json of each phase up to this one; earlier ones only if still there and the same."""
     runs = {}
     for phase, digest in made.get("parents", {}).items():
         folder = Path(made["hyperparameters"].get(f"{phase}_checkpoint") or "")
@@ -140,7 +139,7 @@ def harmless(text: str) -> str:
 
 
 def source_of(data: dict[str, Any]) -> str:
-    """A data set by its hub id; where one lies on somebody's disk is no business of the card's readers."""
+    """A data set by its hub id; a path on somebody's disk is not for the card's readers."""
     source = str(data.get("source", "unknown"))
     if is_hub_id(source):
         return source

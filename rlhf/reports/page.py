@@ -1,4 +1,4 @@
-"""The comparison as a page: compare.html is one file, runs no script and fetches nothing, whatever the models wrote.
+"""The comparison as a page: one file that runs no script and fetches nothing.
 
 The template is compare.html.jinja; here is what it shows: a report of compare_outputs.py, whose
 training curves are read from the metrics.jsonl beside each checkpoint. Checkpoints are files that
@@ -183,11 +183,11 @@ def number(value: Any) -> float | None:
     return float(value) if is_number and abs(value) < LARGEST else None
 
 
-# ---------------------------------------------------------------- what was compared, and how it was trained
+# ---------------------------------------------------------------- what was compared, and how
 
 
 def name_of(place: Any) -> Any:
-    """A hub name as it is, of a local folder or file the last part: where it lies is nobody else's business."""
+    """A hub name as it is; of a local path only the last part, as the rest is nobody's business."""
     return Path(place).name if isinstance(place, str) and os.path.exists(place) else place
 
 
@@ -240,7 +240,7 @@ def kl(report: dict[str, Any]) -> dict[str, float]:
 
 
 def changes(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each phase's own evaluation saw before and after: rows with `what`, `before`, `after`, `low`, `high`."""
+    """Each phase's own evaluation: rows with `what`, `before`, `after`, `low`, `high`."""
     rows = []
     for phase, what, before, after, interval in CHANGES:
         metrics = metrics_of(report, phase)
@@ -257,7 +257,7 @@ def changes(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def best(answers: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """`best`: the models whose answer scores highest, several if they tie, none without scores or a second model."""
+    """`best`: the models with the top score, several if tied; none without scores or rivals."""
     scores = {name: given["score"] for name, given in answers.items() if given["score"] is not None}
     top = max(scores.values(), default=None)
     return {
@@ -269,7 +269,7 @@ def best(answers: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def read_curves(folder: str, phase: str) -> dict[str, Points]:
-    """The curves of the phase's PANELS by metric, from `folder`/metrics.jsonl; none if it is missing or damaged."""
+    """The phase's curves by metric, from `folder`/metrics.jsonl; none if missing or damaged."""
     try:
         rows = [row for row in read_jsonl(Path(folder) / "metrics.jsonl") if isinstance(row, dict)]
     except (OSError, ValueError, RecursionError):
@@ -308,7 +308,7 @@ def panels(curves: dict[str, dict[str, Points]]) -> list[dict[str, Any]]:
 
 
 def draw(curves: dict[str, Points], x: str) -> dict[str, Any]:
-    """`x`, its name; `x_ticks` and `y_ticks`, places with texts; `lines`, one a label of `curves`, in SVG's coordinates."""
+    """`x`, its name; `x_ticks`, `y_ticks`; and `lines`, one a label, in SVG's coordinates."""
     all_points = [point for points in curves.values() for point in points]
     (x_low, x_high), (y_low, y_high) = (limits(axis) for axis in zip(*all_points, strict=True))
     across, up = scale(x_low, x_high, LEFT, RIGHT), scale(y_low, y_high, BOTTOM, TOP)

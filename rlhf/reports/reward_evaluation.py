@@ -1,4 +1,4 @@
-"""What a reward model gets right on held-out pairs, how sure of itself it is, and how much of it is length.
+"""What a reward model gets right on held-out pairs, how sure it is, and how much is length.
 
 `evaluation.json` holds every number, `evaluation.png` shows them. A tie counts half, so a constant
 scorer gets 0.5.
@@ -90,7 +90,7 @@ def judge(pairs: ScoredPairs) -> dict[str, Any]:
 
 
 def length_balanced(right: np.ndarray, longer: np.ndarray) -> dict[str, float | None]:
-    """The mean of the accuracies where the chosen response is the longer one and where it is the shorter one.
+    """Mean of the accuracies where the chosen response is the longer and where it is the shorter.
 
     A model that looks at length alone gets 0.5. None where one of the two kinds is missing.
     """
@@ -108,7 +108,7 @@ def length_balanced(right: np.ndarray, longer: np.ndarray) -> dict[str, float | 
 
 
 def calibration(margin: np.ndarray) -> list[dict[str, float]]:
-    """Pairs by how sure the model is, sigmoid(|margin|) of Bradley-Terry, in bins of like size: is it right as often?"""
+    """Is it right as often as it is sure? Pairs by sigmoid(|margin|), in bins of like size."""
     order = np.argsort(np.abs(margin), kind="stable")
     bins = []
     for rows in np.array_split(order, max(1, min(BINS, len(order) // BIN_PAIRS))):
@@ -123,7 +123,7 @@ def calibration(margin: np.ndarray) -> list[dict[str, float]]:
 def groups(
     right: np.ndarray, by: np.ndarray, edges: dict[str, tuple[float, float]]
 ) -> list[dict[str, Any]]:
-    """Accuracy of the pairs from the lower to below the upper edge of each group; empty groups are left out."""
+    """Accuracy of the pairs in each group (lower edge included); empty groups are left out."""
     rows = []
     for name, (low, high) in edges.items():
         inside = right[(by >= low) & (by < high)]
@@ -152,14 +152,13 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 def describe(m: dict[str, Any], what: str = "test pairs") -> str:
     """What judge() found, in words."""
     lines = [
-        f"{what} {m['eval_pairs']}: accuracy {m['eval_accuracy']:.3f} "
-        f"(95 % interval {m['eval_accuracy_low']:.3f} to {m['eval_accuracy_high']:.3f}; a tie "
-        "counts half), "
-        f"mean margin {m['eval_margin']:.3f}, loss {m['eval_loss']:.4f}, calibration error "
+        f"{what} {m['eval_pairs']}: accuracy {m['eval_accuracy']:.3f} (95 % interval "
+        f"{m['eval_accuracy_low']:.3f} to {m['eval_accuracy_high']:.3f}; a tie counts half), mean "
+        f"margin {m['eval_margin']:.3f}, loss {m['eval_loss']:.4f}, calibration error "
         f"{m['calibration_error']:.3f}",
         f'"the longer response wins" would score {m["longer_wins_accuracy"]:.3f}: the model is '
-        f"{m['above_longer_wins']:+.3f} "
-        f"from it ({m['above_longer_wins_low']:+.3f} to {m['above_longer_wins_high']:+.3f})",
+        f"{m['above_longer_wins']:+.3f} from it ({m['above_longer_wins_low']:+.3f} to "
+        f"{m['above_longer_wins_high']:+.3f})",
     ]
     if m["length_balanced_accuracy"] is not None:
         lines.append(
@@ -186,7 +185,7 @@ def write_evaluation(folder: Path, metrics: dict[str, Any], pairs: ScoredPairs) 
 
 
 def draw(metrics: dict[str, Any], pairs: ScoredPairs):
-    """Is it as often right as it is sure; by length; by turns; margin against difference in length."""
+    """Plots of calibration, accuracy by length and by turns, and margin against length."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""The hand-off between the scripts: folders that appear whole, and the `run.json` that says what is in them.
+"""The hand-off between the scripts: the `run.json` that says what a folder holds.
 
 A phase works in `NAME.partial` beside its output folder and renames it in at the end, so a finished
 checkpoint is either all there or not there. `run.json` begins with what is known before the first
@@ -55,7 +55,7 @@ MAX_RUN_JSON = 1 << 20  # bytes; ours have a few thousand
 
 
 def is_finished(config: Any) -> bool:
-    """Whether the run that --resume would go on with is finished; if a crash kept it from its place, it is put there now.
+    """Whether the run that --resume would go on with is finished; if so it is put in its place.
 
     Raises UserError when what is finished is another run.
     """
@@ -90,7 +90,7 @@ def look_for_run(config: Any) -> bool:
 def check_same(
     theirs: dict[str, Any], ours: dict[str, Any], harmless: Container[str], what: str
 ) -> None:
-    """Raise UserError when a run would go on with other settings or inputs than it began with, `harmless` ones aside."""
+    """Raise UserError if a run would go on with other settings or inputs, `harmless` ones aside."""
     ours = json.loads(json.dumps(ours))  # as JSON has them
     other = [
         f"another {name} ({theirs.get(name)} there, {ours.get(name)} now)"
@@ -99,16 +99,15 @@ def check_same(
     ]
     if other:
         raise UserError(
-            f"--resume: {what} began with {', '.join(other)}: give it what it began with, or start "
-            "anew with --overwrite "
-            "in the place of --resume"
+            f"--resume: {what} began with {', '.join(other)}: give it what it began with, or "
+            "start anew with --overwrite in the place of --resume"
         )
 
 
 def start_run(
     folder: Path, phase: str, config: Any, dtype: torch.dtype, **sizes: int | str
 ) -> None:
-    """Write what `run.json` can say before the first step, as what a card made the run choose: `sizes`, by name.
+    """Write what `run.json` can say before the first step, such as the `sizes` a card allowed.
 
     `finished` is null until `write_run`.
     """
@@ -122,7 +121,7 @@ def start_run(
 def write_run(
     folder: Path, phase: str, config: Any, dtype: torch.dtype, started: float, **facts: Any
 ) -> None:
-    """Write `run.json`: the resolved hyperparameters of `config` (a dataclass) and what else the next phase checks.
+    """Write `run.json`: the hyperparameters in `config`, and what else the next phase checks.
 
     Args:
         folder: holds the adapter already.
@@ -176,20 +175,22 @@ def recorded(output_dir: str) -> dict[str, Any] | None:
 
 
 def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]:
-    """Read and check the `run.json` of a finished phase; `flag` is the one that names its folder, if not the usual one.
+    """Read and check a finished phase's `run.json`; `flag` names its folder, if not the usual one.
 
     Raises UserError when the phase is missing (naming the command that makes it), is another phase,
     or is damaged.
     """
     path = Path(folder) / "run.json"
-    todo = f"run `python {SCRIPTS[phase]}` first, or name its output folder with {flag or f'--{phase}-checkpoint'}"
+    todo = (
+        f"run `python {SCRIPTS[phase]}` first, or name its output folder with "
+        f"{flag or f'--{phase}-checkpoint'}"
+    )
     if not Path(folder).exists():
         raise UserError(f"there is no {phase} checkpoint at {folder}: {todo}")
     if not path.is_file():
         raise UserError(
             f"{folder} is not a checkpoint of {SCRIPTS[phase]} (it has no run.json). Accepted is "
-            "the output folder of "
-            f"{SCRIPTS[phase]}, a LoRA adapter on the same base: {todo}"
+            f"the output folder of {SCRIPTS[phase]}, a LoRA adapter on the same base: {todo}"
         )
     try:
         if path.stat().st_size > MAX_RUN_JSON:
@@ -231,7 +232,10 @@ def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]
 
 
 def check_record(base: dict[str, Any]) -> None:
-    """Raise ValueError or KeyError unless a run.json says which weights its base has, as this or an earlier version does."""
+    """Raise ValueError or KeyError unless a run.json says which weights its base has.
+
+    Records of earlier versions count, too.
+    """
     if "weights" not in base:  # an earlier version
         if not isinstance(base["weights_sha256"], str | None):
             raise ValueError("base weights_sha256 is not as it should be")
@@ -245,7 +249,7 @@ def check_record(base: dict[str, Any]) -> None:
 
 
 def weights_of(base: dict[str, Any]) -> Any:
-    """What a run.json knows its base's weights by: a hash of each file. None: nothing, as of a hub model."""
+    """What run.json knows its base's weights by: a hash a file. None: nothing (a hub model)."""
     files = base.get("weights")
     return (
         base.get("weights_sha256")
@@ -255,7 +259,7 @@ def weights_of(base: dict[str, Any]) -> Any:
 
 
 def check_same_base(run: dict[str, Any], folder: str, base: dict[str, Any]) -> None:
-    """Raise UserError if the checkpoint at `folder` was trained on another base than `base` describes."""
+    """Raise UserError if the checkpoint at `folder` was trained on another base than `base`."""
     theirs = run["base"]
     weights = weights_of(theirs), weights_of(base)
     # What an earlier version knows weights by is no hash of a file.
@@ -272,24 +276,23 @@ def check_same_base(run: dict[str, Any], folder: str, base: dict[str, Any]) -> N
 def check_child(
     run: dict[str, Any], folder: str, parent: dict[str, Any], parent_folder: str
 ) -> None:
-    """Raise UserError unless the checkpoint at `folder` was trained from the SFT checkpoint at `parent_folder`."""
+    """Raise UserError unless the checkpoint at `folder` comes from SFT's at `parent_folder`."""
     if run["prompt_format"] != parent["prompt_format"]:
         raise UserError(
             f"{folder} was trained with another prompt format ({run['prompt_format']}) than "
-            f"{parent_folder} "
-            f"({parent['prompt_format']}): train it again from that one"
+            f"{parent_folder} ({parent['prompt_format']}): train it again from that one"
         )
     check_same_base(run, folder, parent["base"])
     if run.get("parents", {}).get("sft") != parent["adapter_sha256"]:
         raise UserError(
             f"{folder} was not trained from the SFT checkpoint at {parent_folder}; accepted is an "
-            "adapter stacked on "
-            f"that one: run `python {SCRIPTS[run['phase']]} --sft-checkpoint {parent_folder}`"
+            f"adapter stacked on that one: run `python {SCRIPTS[run['phase']]} --sft-checkpoint "
+            f"{parent_folder}`"
         )
 
 
 def read_parents(config: Any) -> dict[str, dict[str, Any]]:
-    """The run.json of each checkpoint that PPO starts from, by role, after all were seen to fit together."""
+    """run.json of each checkpoint that PPO starts from, by role, once they are seen to fit."""
     runs = {
         "sft": read_run(config.sft_checkpoint, "sft"),
         "reward": read_run(config.reward_checkpoint, "reward"),
@@ -307,14 +310,14 @@ def read_parents(config: Any) -> dict[str, dict[str, Any]]:
 def check_other_pairs(
     gold: dict[str, Any], folder: str, reward: dict[str, Any], reward_folder: str
 ) -> None:
-    """Raise UserError if the judge at `folder` trained on pairs that the reward model at `reward_folder` has seen."""
+    """Raise UserError if the judge at `folder` trained on pairs that the reward model has seen."""
     theirs, ours = gold.get("data") or {}, reward.get("data") or {}
     same = theirs.get("source") == ours.get("source") or theirs.get("sha256") == ours.get("sha256")
     if same and {theirs.get("half"), ours.get("half")} != {"first", "second"}:
         raise UserError(
             f"{folder} is no judge of its own: it may have trained on the pairs of "
-            f"{reward_folder}; train one with "
-            "`python reward_train.py --half first` and the other with --half second"
+            f"{reward_folder}; train one with `python reward_train.py --half first` and the other "
+            "with --half second"
         )
     if theirs.get("votes") and ours.get("votes"):
         raise UserError(

@@ -56,7 +56,7 @@ def check_tracker(name: str | None) -> None:
 
 
 def check_numbers(config: Any) -> None:
-    """Raise UserError for a number of a training script that cannot be, and for what else keeps it from starting."""
+    """Raise UserError for impossible numbers of a training script, and for what else stops it."""
     if device().type == "cuda" and torch.cuda.device_count() > 1 and num_processes() == 1:
         raise UserError(
             "several GPUs are visible: start the script with `accelerate launch`, or set "
@@ -118,17 +118,15 @@ def check_ppo_numbers(config: Any) -> None:
     if config.kl_controller == "adaptive" and config.episodes_per_update >= 5 * config.kl_horizon:
         raise UserError(
             f"--kl-horizon {config.kl_horizon} is too short for an update's "
-            f"{config.episodes_per_update} episodes: the "
-            "coefficient could turn negative; the shortest is "
-            f"{config.episodes_per_update // 5 + 1}"
+            f"{config.episodes_per_update} episodes: the coefficient could turn negative; the "
+            f"shortest is {config.episodes_per_update // 5 + 1}"
         )
     parts = config.num_mini_batches * num_processes()
     if config.episodes_per_update % parts:
         among = f" x {num_processes()} processes" if num_processes() > 1 else ""
         raise UserError(
             f"--episodes-per-update {config.episodes_per_update} is not a multiple of "
-            f"{config.num_mini_batches} "
-            f"minibatches{among}: the nearest is "
+            f"{config.num_mini_batches} minibatches{among}: the nearest is "
             f"{nearest_multiple(config.episodes_per_update, parts)}"
         )
     if config.total_episodes % config.episodes_per_update:
@@ -141,8 +139,8 @@ def check_ppo_numbers(config: Any) -> None:
         raise UserError(
             f"--critic-warmup-updates {config.critic_warmup_updates} are all that the run makes "
             f"({config.num_updates}): the policy would not be trained; at most "
-            f"{config.num_updates - 1} of them "
-            f"are possible, or raise {'--max-steps' if config.max_steps else '--total-episodes'}"
+            f"{config.num_updates - 1} of them are possible, or raise "
+            f"{'--max-steps' if config.max_steps else '--total-episodes'}"
         )
 
 

@@ -1,4 +1,4 @@
-"""How a script reads its hyperparameters and how it fails: one clear line, exit code 2, no traceback."""
+"""How a script reads its flags, and how it fails: one clear line, exit code 2, no traceback."""
 
 import argparse
 import dataclasses
@@ -75,7 +75,7 @@ def explained(
     fields: Sequence[str] | None = None,
     doc: str = "",
 ) -> type:
-    """A class of some fields of `default`, or of all, for which tyro has the same flags and our help."""
+    """A class of fields of `default` (None: all), with the same flags and our help."""
     types = {field.name: field.type for field in dataclasses.fields(default)}
     knobs = []
     for field in types if fields is None else fields:
@@ -106,7 +106,7 @@ def run(
     doc: str,
     first: Sequence[str] = (),
 ) -> None:
-    """Parse the flags and call `main`; turn what the user can mend into one line and exit code 2."""
+    """Parse the flags and call `main`; what the user can mend becomes one line and exit code 2."""
     config = parse(config_class, presets, doc, first=first)
     quiet_libraries()
     try:
@@ -149,7 +149,7 @@ def fail(message: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to our own lines: no library progress bars and no advice meant for library authors."""
+    """Leave the terminal to our own lines: no library progress bars, and no advice to authors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     import transformers

@@ -11,7 +11,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def peak_memory_gib() -> float:
-    """The most that this process has held: of the card's memory if it used one, else of the machine's."""
+    """The most that this process has held: of the card's memory if used, else of the machine's."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return round(torch.cuda.max_memory_allocated() / 2**30, 2)
     import resource
@@ -21,7 +21,7 @@ def peak_memory_gib() -> float:
 
 
 def device() -> torch.device:
-    """The device of this process: a CUDA card if there is one, unless accelerate was told otherwise.
+    """This process's device: a CUDA card if there is one, unless accelerate was told otherwise.
 
     Raises:
         UserError: it is neither a CUDA card nor a CPU.
@@ -67,7 +67,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def check_4bit(device: torch.device) -> None:
-    """Raise UserError unless NF4 weights can be made and used on `device`: it quantises and runs one small layer."""
+    """Raise UserError unless `device` can make and use NF4 weights: it runs one small layer."""
     try:
         import bitsandbytes as bnb
 

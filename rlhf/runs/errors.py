@@ -12,7 +12,7 @@ class Stopped(Exception):
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """True when `error`, or what caused it, is ENOSPC; safetensors and pyarrow report it only in their text."""
+    """Whether `error` or its cause is ENOSPC, which some libraries put in the text only."""
     return any(
         getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(cause)
         for cause in causes_of(error)
@@ -20,7 +20,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True when a device had no memory left for a tensor; for the CPU's, torch says so only in the text."""
+    """Whether a device ran out of memory for a tensor; for a CPU, only torch's text says so."""
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 

@@ -59,7 +59,7 @@ TRACKED = ("events.out.tfevents.*", "hparams.yml")  # by TensorBoard, in folders
 
 
 def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool = False) -> None:
-    """Refuse, before any work is done, an output folder that holds something, or one of the run's own `inputs`.
+    """Refuse, before any work, an output folder that holds something, or one of the `inputs`.
 
     A run that was cut short and can go on is not thrown away unasked either, and nothing that this
     project did not write is thrown away at all.
@@ -104,13 +104,13 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
 
 
 def place_of(folder: str) -> Path:
-    """Where an output folder is: if it is a symbolic link, where that leads, even if nothing is there yet."""
+    """Where an output folder is: for a symbolic link where it leads, even if nothing is there."""
     path = Path(folder)
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def not_ours(folder: Path, finished: bool = True) -> Path | None:
-    """The first thing in an output folder that no script of this project wrote there; None if there is none.
+    """The first thing in an output folder that this project did not write; None if there is none.
 
     Args:
         finished: only a folder with the run.json or export.json of a finished run holds a result.
@@ -151,7 +151,7 @@ def partial_of(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def output_folder(folder: str, resume: bool = False) -> Iterator[Path]:
-    """Yield `folder.partial` to write to; when the block ends well, rename it to `folder`, replacing what is there.
+    """Yield `folder.partial` to write to; rename it to `folder` when the block ends well.
 
     When the block raises, an existing `folder` stays as it was, and the partial one stays beside it
     if it has a state to go on from, or after a crash; the next run of the phase clears it, unless
@@ -196,7 +196,7 @@ def output_folder(folder: str, resume: bool = False) -> Iterator[Path]:
 
 
 def hold(partial: Path) -> IO[str] | None:
-    """The lock of a folder that runs write to, held until it is closed; None if another run holds it."""
+    """The lock of a folder that runs write to, until closed; None if another run holds it."""
     lock = (partial / LOCK).open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -218,7 +218,7 @@ def clear(partial: Path) -> None:
 
 
 def put_in_place(final: Path) -> None:
-    """Rename the finished `final.partial` to `final`, replacing what is there. Done again after a crash, it does the rest."""
+    """Rename the finished `final.partial` to `final`. Safe to repeat after a crash."""
     partial, old = partial_of(final), final.with_name(f".{final.name}.replaced")
     if partial.exists():
         open_up(partial)
@@ -235,7 +235,7 @@ def put_in_place(final: Path) -> None:
 
 
 def open_up(folder: Path) -> None:
-    """Give the files the mode that the umask asks for: safetensors makes its own readable by nobody else."""
+    """Give files the mode of the umask: safetensors makes its own readable by nobody else."""
     os.umask(umask := os.umask(0))
     for path in folder.rglob("*"):
         if path.is_file():

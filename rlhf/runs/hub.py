@@ -60,7 +60,7 @@ def fetching(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hub_errors(name: str, kind: str, flag: str) -> Iterator[None]:
-    """Turn errors of loading `name` (a "model", "tokenizer" or "data set") into a UserError that says what to do."""
+    """Turn errors of loading `name` (a "model", "tokenizer" or "data set") into a UserError."""
     try:
         yield
     except UserError:
@@ -81,9 +81,13 @@ def explain(error: Exception, name: str, kind: str, flag: str) -> str | None:
     causes = causes_of(error)
     names = {base.__name__ for cause in causes for base in type(cause).__mro__}
     text = " ".join(map(str, causes))
-    page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{'datasets/' if kind == 'data set' else ''}{name}"
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    page = f"{endpoint}/{'datasets/' if kind == 'data set' else ''}{name}"
     if "GatedRepoError" in names or "is a gated dataset" in text:
-        return f"{kind} {name} is gated: accept its licence at {page}, then run `hf auth login` or set HF_TOKEN to a token of that account"
+        return (
+            f"{kind} {name} is gated: accept its licence at {page}, then run `hf auth login` or "
+            "set HF_TOKEN to a token of that account"
+        )
     if names & {
         "LocalEntryNotFoundError",
         "OfflineModeIsEnabled",
@@ -92,9 +96,11 @@ def explain(error: Exception, name: str, kind: str, flag: str) -> str | None:
     }:
         return (
             f"{kind} {name} is not on this machine and the hub cannot be reached: check the "
-            "network (or HF_HUB_OFFLINE), "
-            f"or give a local folder with {flag}"
+            f"network (or HF_HUB_OFFLINE), or give a local folder with {flag}"
         )
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"}:
-        return f"there is no {kind} {name}, or not the revision asked for, on the hub or on this machine: check the spelling of {flag}; a private one needs HF_TOKEN"
+        return (
+            f"there is no {kind} {name}, or not the revision asked for, on the hub or on this "
+            f"machine: check the spelling of {flag}; a private one needs HF_TOKEN"
+        )
     return None

@@ -11,13 +11,16 @@ from rlhf.runs.errors import UserError
 
 
 class JsonLines:
-    """Appends one JSON object a line, unbuffered, so that a run can be watched and nothing is lost with it."""
+    """Appends JSON objects, one a line and unbuffered: a run can be watched, and none is lost."""
 
     def __init__(self, path: Path):
         self.file = path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Numbers that are not finite are left out: JSON has none, and fp16 skips a step now and then for such a gradient."""
+        """Write a row. Numbers that are not finite are left out, as JSON has none.
+
+        With fp16 a step is skipped now and then for such a gradient.
+        """
         row = {
             name: value
             for name, value in row.items()
@@ -28,7 +31,7 @@ class JsonLines:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def position(self) -> int:
-        """Bytes that are written, and on the disk: what rests on them may be there after a power cut."""
+        """Bytes written and on the disk, so that what rests on them outlives a power cut."""
         if Path(self.file.name).is_file():  # /dev/null cannot be flushed
             os.fsync(self.file.fileno())
         return self.file.tell()

@@ -1,4 +1,4 @@
-"""What several processes do together: each samples, measures and differentiates its share; all take the same step.
+"""What several processes do together: each works on its share, all take the same step.
 
 With one process every function here is the identity.
 """
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def this_process() -> PartialState:
-    """accelerate's view of this process. It starts several processes on CPUs only where it is told that they are CPUs."""
+    """accelerate's view of this process. It runs several on CPUs only if told to use CPUs."""
     told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return PartialState(cpu=told or not torch.accelerator.is_available())
 
@@ -30,12 +30,15 @@ def is_main() -> bool:
 
 
 def sharded() -> bool:
-    """Whether each process holds a part of every weight: the script was started with configs/fsdp2.yaml."""
+    """Whether each process holds part of every weight: configs/fsdp2.yaml started the script."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def world() -> dict[str, Any]:
-    """What must be the same again where a run goes on: in other processes a step has other rows, FSDP writes other files."""
+    """What must not change when a run goes on: the number of processes, and FSDP.
+
+    Other processes have other rows in a step; FSDP writes other files.
+    """
     return ({"processes": num_processes()} if num_processes() > 1 else {}) | (
         {"fsdp": True} if sharded() else {}
     )

@@ -47,7 +47,7 @@ MAX_FACTS = 1 << 26  # bytes of facts.json; a thousand held-out responses have a
 
 
 class SaveClock:
-    """Says after each step whether a state is due: every `save_steps` of them, or without that every `save_minutes`."""
+    """Says whether a state is due: every `save_steps` steps, or else every `save_minutes`."""
 
     def __init__(self, save_minutes: float, save_steps: int | None):
         self.seconds, self.steps, self.last = 60 * save_minutes, save_steps, time.monotonic()
@@ -64,7 +64,7 @@ class SaveClock:
 
 @contextmanager
 def new_state(folder: Path, step: int, facts: dict[str, Any], keep: int) -> Iterator[Path]:
-    """Yield a folder to write a state to; then it becomes `folder`/step-`step`, and all but the newest `keep` states go.
+    """Yield a folder for a state; it becomes `folder`/step-`step`, and old states but `keep` go.
 
     All processes come here, and may write to it.
 
@@ -107,7 +107,7 @@ def states(folder: Path) -> list[Path]:
 
 
 def newest_state(folder: Path) -> Path | None:
-    """The newest whole state in `folder`. Damaged ones are named and put aside; what a crash left half-written goes."""
+    """The newest whole state in `folder`. Damaged ones are set aside, remnants removed."""
     return agree(look_for_state(folder) if is_main() else None)
 
 

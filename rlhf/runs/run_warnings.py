@@ -36,7 +36,7 @@ def sft_warnings(m: dict[str, Any]) -> list[str]:
 
 
 def reward_warnings(m: dict[str, Any]) -> list[str]:
-    """Of a reward model's metrics, as `reward_evaluation.judge` and `probe.judge_probe` give them."""
+    """Of a reward model's metrics, from `reward_evaluation.judge` and `probe.judge_probe`."""
     found = few_rows(m["eval_pairs"], "test pairs", "--max-eval-samples")
     what, accuracy, bounds, knows = "its accuracy", m["eval_accuracy"], "eval_accuracy", "nothing"
     if m["length_balanced_accuracy"] is not None:
@@ -66,7 +66,7 @@ def reward_warnings(m: dict[str, Any]) -> list[str]:
 
 
 def ppo_warnings(m: dict[str, Any]) -> list[str]:
-    """Of PPO's metrics, as `ppo.evaluation.compare` gives them, and the style of the chosen answers."""
+    """Of PPO's metrics, from `ppo.evaluation.compare`, and the style of the chosen answers."""
     few = few_rows(m["eval_prompts"], "held-out prompts", "--max-eval-samples")
     return few + policy_warnings(m)
 
@@ -96,8 +96,8 @@ def gain_warnings(m: dict[str, Any]) -> list[str]:
         found.append(f"the score{score_fell}: {worse}")
     elif rose and m["score_gain_at_equal_length_low"] <= 0 and left < m["score_gain"] / 2:
         found.append(
-            f"length explains most of the gain: of {m['score_gain']:.2f}, {left:.2f} is left where "
-            "both responses are equally long; the mean went from "
+            f"length explains most of the gain: of {m['score_gain']:.2f}, {left:.2f} is left "
+            "where both responses are equally long; the mean went from "
             f"{m['sft_response_length']:.0f} to {m['ppo_response_length']:.0f} tokens"
         )
     if m["ppo_entropy"] < m["sft_entropy"] / 2:
@@ -131,8 +131,7 @@ def style_warnings(m: dict[str, Any]) -> list[str]:
             beside = "" if chosen is None else f" (of the chosen answers {chosen:.0%})"
             found.append(
                 f"style drifts: {before:.0%} of the answers {what} before, {after:.0%} do "
-                f"now{beside}; "
-                "read some of them in samples.jsonl"
+                f"now{beside}; read some of them in samples.jsonl"
             )
     return found
 

@@ -8,7 +8,10 @@ import numpy as np
 
 
 def wilson_interval(successes: float, count: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share (Wilson 1927); holds at 0 and 1 and for small counts. Halves may count as successes."""
+    """95 % Wilson score interval of a share (1927), also at 0 and 1 and for small counts.
+
+    Halves may count as successes.
+    """
     z, p = 1.959964, successes / count
     centre, scale = p + z * z / (2 * count), 1 + z * z / count
     spread = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
@@ -34,7 +37,7 @@ def mean_interval(values: Iterable[float]) -> tuple[float, float]:
 def at_equal_length(
     outcome: Iterable[Any], difference: Iterable[Any]
 ) -> tuple[float, float, float]:
-    """The mean of `outcome`, one number a prompt, if both answers to it were equally long, and its 95 % interval.
+    """The mean of `outcome` over prompts, if both answers were equally long, and its interval.
 
     A least-squares line of the outcome over the difference in length, read at 0; the interval is a
     bootstrap over prompts. Of [seeds, prompts], it is the line of their means over the seeds, and

@@ -17,7 +17,7 @@ _asked: list[int] = []  # signals that came
 
 @contextmanager
 def stop_when_asked() -> Iterator[None]:
-    """Within it the first SIGINT or SIGTERM is noted, for `check_stop`; a second one ends the process at once."""
+    """Note the first SIGINT or SIGTERM, for `check_stop`; a second one ends the process at once."""
 
     def ask(number: int, _frame: Any) -> None:
         if _asked:
@@ -39,7 +39,7 @@ def stop_when_asked() -> Iterator[None]:
 
 
 def asked_to_stop() -> int:
-    """The number of the signal that asked the run to end, at whichever process; 0 for none. All processes call it."""
+    """The signal that asked any process to stop; 0 for none. All processes call it."""
     return after_step(False, 0)[0]
 
 

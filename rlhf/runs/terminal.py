@@ -28,7 +28,7 @@ NOT_TEXT = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
 
 
 def plain(text: str) -> str:
-    """Text of a model or a data set, safe to print: what may drive a terminal or turn a line round becomes `\\ufffd`.
+    """Text safe to print: what may drive a terminal or reverse a line becomes `\\ufffd`.
 
     All else stays as people wrote it: joiners of Persian words and of emoji, soft hyphens, marks of
     direction.

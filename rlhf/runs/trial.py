@@ -1,4 +1,4 @@
-"""A few real steps of a training script on this machine, and from them how long the whole run would take."""
+"""A few real steps of a training script, and from them how long the whole run would take."""
 
 import dataclasses
 import json
@@ -23,7 +23,9 @@ LEAST = {
 
 
 def time_steps(main: Callable[[Any], None], config: Any, total: int) -> None:
-    """Run `main` for `STEPS` steps into a folder that is thrown away, and print its speed. All processes call it.
+    """Run `main` for `STEPS` steps into a throw-away folder, and print its speed.
+
+    All processes call it.
 
     Args:
         main: of a training script.
@@ -72,7 +74,10 @@ def describe(rows: list[dict[str, float]], micro_batch_tokens: int, total: int) 
         if name.startswith("time/")
     }
     seconds = sum(parts.values())
-    line = f"measured on this machine, {len(rows)} steps: {middle['speed/tokens_per_second']:,.0f} tokens/s, "
+    line = (
+        f"measured on this machine, {len(rows)} steps: {middle['speed/tokens_per_second']:,.0f} "
+        "tokens/s, "
+    )
     line += f"{seconds:.1f} s a step"
     if len(parts) > 1:
         line += " (" + ", ".join(f"{part} {value:.1f}" for part, value in parts.items()) + ")"
