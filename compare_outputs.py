@@ -281,9 +281,11 @@ def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
     if config.num_test_prompts:
         settings = "test", "prompt", config.columns, config.num_test_prompts
         pairs = load_rows(config.dataset, *settings)
-        rows, turns_of = dict.fromkeys(pair.turns for pair in pairs), lambda turns: turns
+        rows = dict.fromkeys(pair.turns for pair in pairs)
+        turns_of = tuple  # they are turns
     elif config.prompts is None:
-        rows, turns_of = PROMPTS, parse_dialogue
+        rows = PROMPTS
+        turns_of = parse_dialogue
     elif not path.is_file():
         raise UserError(f"--prompts {path}: there is no such file")
     elif has_rows(path):
@@ -291,8 +293,10 @@ def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
         turns_of = turns_of_row
     else:
         with open_text(path) as file:
-            rows, turns_of = [line for line in file if line.strip()], parse_dialogue
-    prompts, drops = [], Counter()
+            rows = [line for line in file if line.strip()]
+            turns_of = parse_dialogue
+    prompts = []
+    drops = Counter()
     for row in rows:
         try:
             turns = turns_of(row)
@@ -319,7 +323,8 @@ def summarize(answers: dict[str, list[Answer]]) -> dict[str, dict[str, float]]:
     """For each model: means and shares over the prompts."""
     summary = {}
     for name, given in answers.items():
-        row, count = {}, len(given)
+        row = {}
+        count = len(given)
         if given[0]["score"] is not None:
             row["mean_score"] = sum(a["score"] for a in given) / count
         row["mean_tokens"] = sum(a["tokens"] for a in given) / count
@@ -345,7 +350,8 @@ def compare_pairs(answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
             continue
         wins = preference([a["score"] for a in ours], [a["score"] for a in theirs])
         longer = [a["tokens"] - b["tokens"] for a, b in zip(ours, theirs, strict=True)]
-        more_wins, more_longer = [*wins, 0, 0, 1, 1], [*longer, *[sum(longer) / len(longer)] * 4]
+        more_wins = [*wins, 0, 0, 1, 1]
+        more_longer = [*longer, *[sum(longer) / len(longer)] * 4]
         share, *_ = at_equal_length(wins, longer)
         _, *interval = at_equal_length(more_wins, more_longer)
         pair = {"first": first, "second": second}
@@ -364,7 +370,8 @@ def verdict(pair: dict[str, Any], prompts: int) -> str:
 
     It is significant if the 95 % interval excludes 50 %.
     """
-    first, second = pair["first"], pair["second"]
+    first = pair["first"]
+    second = pair["second"]
     word = direction(pair["win_rate_low"], pair["win_rate_high"])
     if not word:
         return (
@@ -414,7 +421,8 @@ def summarize_probe(odds: dict[str, Odds]) -> dict[str, dict[str, dict[str, floa
     for name, kinds in odds.items():
         for kind, values in kinds.items():
             if values:
-                refused, count = sum(value > 0 for value in values), len(values)
+                refused = sum(value > 0 for value in values)
+                count = len(values)
                 low, high = wilson_interval(refused, count)
                 row = {"refusals": refused / count, "refusals_low": low, "refusals_high": high}
                 summary.setdefault(name, {})[kind] = {"requests": count} | row
@@ -533,7 +541,8 @@ def print_warnings(warnings: list[str]) -> None:
 
 def closing(report: Report) -> list[str]:
     """The last lines: what improved, by how much, how surely, who judged, and what to do next."""
-    flags, count = report["flags"], len(report["prompts"])
+    flags = report["flags"]
+    count = len(report["prompts"])
     model = "ppo" if "PPO" in report["models"] else "sft"
     read = f"read the answers in {flags['output_dir']}/compare.html"
     talk = f"talk to the model: python -m rlhf.chat {flags[f'{model}_checkpoint']}"
@@ -543,7 +552,8 @@ def closing(report: Report) -> list[str]:
             f"Next: {read}, or {talk}",
         ]
     pair = report["pairs"][0]  # the last phase against the one before
-    first, second = pair["first"], pair["second"]
+    first = pair["first"]
+    second = pair["second"]
     word = direction(pair["win_rate_low"], pair["win_rate_high"])
     if word:
         result = f"{first}'s answers are {word} than {second}'s, {compared_at_equal_length(pair)}"

@@ -220,7 +220,8 @@ def main(config: Config) -> None:
     probe = load_probe(form, config.max_prompt_length + config.response_length, OPENING_TOKENS)
     tokens, why, rollouts = choose_sizes(config, runs, prompts, eval_prompts)
     shared, base = load_models(config, runs["sft"], form)
-    shared.micro_batch.tokens, shared.rollout_rows = tokens, rollouts.rows
+    shared.micro_batch.tokens = tokens
+    shared.rollout_rows = rollouts.rows
     prepare_rollouts(config, shared, rollouts, max(map(len, prompts + eval_prompts)))
     rows = config.episodes_per_update // config.num_mini_batches
     console.print(describe_start(shared.device, tokens, rows, shared.dtype, why))
@@ -261,7 +262,8 @@ def main(config: Config) -> None:
             state.sft = evaluate(config, shared, form, eval_prompts, probe)
             log.evaluation(0, state.sft, eval_prompts, form)
         first = last = state.sft
-        baseline, kl_coef = first.scores.mean().item(), state.kl_coef
+        baseline = first.scores.mean().item()
+        kl_coef = state.kl_coef
 
         for update in range(state.update + 1, config.num_updates + 1):
             # 1. Rollout
@@ -312,7 +314,8 @@ def draw_prompts(
 
     Both follow from the seed and the episode's number alone.
     """
-    queries, seeds = [], []
+    queries = []
+    seeds = []
     count = config.episodes_per_update
     for episode in range((update - 1) * count, update * count):
         epoch, place = divmod(episode, len(prompts))

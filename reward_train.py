@@ -358,7 +358,8 @@ class Trainer(Resumable, RewardTrainer):
     eval_pairs: list[TokenPair]
 
     def tokens(self, row: Row) -> int:
-        chosen, rejected = row["chosen_ids"], row["rejected_ids"]
+        chosen = row["chosen_ids"]
+        rejected = row["rejected_ids"]
         if sharded():  # both are read by themselves, and padded
             return 2 * max(len(chosen), len(rejected))
         # the prompt is read once
@@ -404,7 +405,8 @@ def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, fol
         model=shared.peft, args=args, train_dataset=train_set, processing_class=form.tokenizer
     )
     keep_fp32(trainer.model)
-    trainer.shared, trainer.dtype = shared, dtype
+    trainer.shared = shared
+    trainer.dtype = dtype
     if shared.decoder:
         trainer.add_callback(Restack(shared.decoder))
         trainer.work = Work.of(shared.decoder, shared.first_role_layer, None)

@@ -179,7 +179,8 @@ def main(config: Config) -> None:
         trainer.prepare(config, folder, same, "SFT", tokens, len(eval_set))
         start_run(folder, "sft", config, dtype, micro_batch_tokens=tokens)
         trainer.run()
-        before, after = trainer.first_row("eval_loss"), trainer.evaluate()["eval_loss"]
+        before = trainer.first_row("eval_loss")
+        after = trainer.evaluate()["eval_loss"]
         if not math.isfinite(after):
             raise UserError("the loss is not finite: lower --learning-rate; nothing was saved")
         metrics = {"eval_loss_before": before, "eval_loss": after, "eval_rows": len(eval_set)}

@@ -58,7 +58,8 @@ from rlhf.runs.terminal import console
 WORK = ROOT / "runs" / "card"
 CAPS = (None, 8, 12, 24)  # GB; None: the whole card
 ROWS = (16, 32, 64, 128, 256)
-PROMPT, RESPONSE = 384, 128  # tokens at most
+PROMPT = 384  # tokens at most
+RESPONSE = 128  # tokens at most
 TINY = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -251,7 +252,8 @@ def settings(
         "dtype": dtype,
         "max_eval_samples": 8,
     }
-    sft, reward = str(folder / "sft"), str(folder / "reward")
+    sft = str(folder / "sft")
+    reward = str(folder / "reward")
     layers = {"role_layers": 2} if config.tiny else {}
     steps = {"max_steps": 3 if config.tiny else 8}
     ppo = {
@@ -398,7 +400,8 @@ def time_steps(shared, layers, rows: int, prompt: int, new: int) -> dict[str, fl
         for _ in range(3):
             decoding.step()
         synchronize()
-        started, steps = time.perf_counter(), 4 if how == "eager" else min(20, new - 4)
+        started = time.perf_counter()
+        steps = 4 if how == "eager" else min(20, new - 4)
         for _ in range(steps):
             decoding.step()
         synchronize()
@@ -603,7 +606,8 @@ def trl_trainer(config: Config, what: str) -> dict[str, Any]:
     if what == "sft":
         data = [{"prompt": row["prompt"], "completion": " " + row["chosen"]} for row in rows]
         model = AutoModelForCausalLM.from_pretrained(model_of(config), **options)
-        make, peft = (SFTTrainer, SFTConfig), LoraConfig(**lora, task_type="CAUSAL_LM")
+        make = (SFTTrainer, SFTConfig)
+        peft = LoraConfig(**lora, task_type="CAUSAL_LM")
     else:
         data = [
             {side: f"{row['prompt']} {row[side]}" for side in ("chosen", "rejected")}
@@ -613,7 +617,8 @@ def trl_trainer(config: Config, what: str) -> dict[str, Any]:
             model_of(config), num_labels=1, **options
         )
         model.config.pad_token_id = tokenizer.pad_token_id
-        make, peft = (RewardTrainer, RewardConfig), LoraConfig(**lora, task_type="SEQ_CLS")
+        make = (RewardTrainer, RewardConfig)
+        peft = LoraConfig(**lora, task_type="SEQ_CLS")
     trainer = make[0](
         model=model,
         args=make[1](**arguments),

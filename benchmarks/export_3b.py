@@ -103,7 +103,8 @@ def make_checkpoint(tokenizer: str) -> None:
     with torch.device("meta"):
         modules = LlamaForCausalLM(LLAMA_3B).named_modules()
     torch.manual_seed(0)
-    state, names = {}, set()
+    state = {}
+    names = set()
     for name, module in modules:
         if isinstance(module, nn.Linear) and ".layers." in name:
             rank = RANK * (1 + (int(name.split(".")[2]) in upper))

@@ -45,11 +45,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MICRO_BATCH = 8
-BATCHES, RESPONSES = (
-    (8, 16, 32, 64),
-    (32, 64, 128, 256),
-)  # rows; tokens of the prompt, and of the response
-BATCH, RESPONSE = 16, 64  # where the other is varied
+BATCHES = (8, 16, 32, 64)  # rows
+RESPONSES = (32, 64, 128, 256)  # tokens of the prompt, and of the response
+BATCH = 16  # while responses vary
+RESPONSE = 64  # while batches vary
 PHASES = ("rollout", "measure", "optimise")
 
 
@@ -126,7 +125,8 @@ def measure(config: Config, batch: int, response: int, vocabulary: int, pipe) ->
     sft = read_run(settings.sft_checkpoint, "sft")
     form = load_format(settings.sft_checkpoint, sft)
     shared, _ = ppo_train.load_models(settings, sft, form)
-    form.eos_token_id, form.stop_text = form.pad_token_id, None
+    form.eos_token_id = form.pad_token_id
+    form.stop_text = None
     prompts, *_ = ppo_train.load_prompts(settings, form)
     flat = [token for prompt in prompts for token in prompt]
     prompts = [flat[i * response : (i + 1) * response] for i in range(batch)]
@@ -233,7 +233,8 @@ def peak(point: dict[str, Any]) -> float:
 
 def summary(points: list[dict[str, Any]], vocabularies: tuple[int, ...]) -> dict[str, Any]:
     peaks = {(p["batch"], p["response"], p["vocabulary"]): peak(p) for p in points}
-    small, large = min(vocabularies), max(vocabularies)
+    small = min(vocabularies)
+    large = max(vocabularies)
     return {
         "exponents": {
             what: {str(v): exponents(series(points, v, what)) for v in vocabularies}
@@ -267,7 +268,8 @@ def show(results: dict[str, Any], vocabularies: tuple[int, ...]) -> None:
     for point in results["points"]:
         rows.setdefault((point["batch"], point["response"]), []).append(point)
     for (batch, response), row in rows.items():
-        times, held = [f"{total(p):.1f}" for p in row], [f"{p['memory_gb']:.2f}" for p in row]
+        times = [f"{total(p):.1f}" for p in row]
+        held = [f"{p['memory_gb']:.2f}" for p in row]
         table.add_row(str(batch), str(response), str(row[0]["tokens"]), *times, *held)
     console.print(table)
     for what, by in results["exponents"].items():
@@ -291,7 +293,8 @@ def plot(points: list[dict[str, Any]], vocabularies: tuple[int, ...], path: Path
         time_axis, memory_axis = axes[:, column]
         for vocabulary, marker in zip(vocabularies, "os^v", strict=False):
             row = series(points, vocabulary, what)
-            x, label = [p[what] for p in row], f"vocabulary {vocabulary:,}"
+            x = [p[what] for p in row]
+            label = f"vocabulary {vocabulary:,}"
             time_axis.loglog(x, [total(p) for p in row], f"-{marker}", label=label)
             memory_axis.plot(x, [p["memory_gb"] for p in row], f"-{marker}", label=label)
         first = series(points, vocabularies[0], what)

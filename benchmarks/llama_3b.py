@@ -69,7 +69,8 @@ LLAMA_3B = LlamaConfig(
     },
     tie_word_embeddings=True,
 )
-PROMPT, RESPONSE = 128, 32  # tokens
+PROMPT = 128  # tokens
+RESPONSE = 32  # tokens
 MERGED = "ppo_merged"
 
 
@@ -98,7 +99,9 @@ def main(config: Config) -> None:
     console.print("A 12 GB card at the scripts' defaults (a plan: nothing here ran on a GPU):")
     facts = read_run(str(WORK / "sft"), "sft")["base"]
     shape = read_shape(facts, "auto")
-    sft, reward, ppo = sft_train.Config(), reward_train.Config(), ppo_train.Config()
+    sft = sft_train.Config()
+    reward = reward_train.Config()
+    ppo = ppo_train.Config()
     for name, script, longest, plan in (
         ("sft_train.py", sft, 512, lambda tokens: plan_sft(shape, sft, 512, tokens)),
         (
@@ -143,7 +146,8 @@ def write_model(folder: Path, tokenizer: str, shape: LlamaConfig = LLAMA_3B) -> 
             nn.init.ones_(weight) if "norm" in name else nn.init.normal_(weight, std=0.02)
         save_file(weights, folder / file, metadata={"format": "pt"})
     config = replace_ids(AutoTokenizer.from_pretrained(tokenizer), folder, shape)
-    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = "bfloat16"
     config.save_pretrained(folder)
     index = {
         "metadata": {},
@@ -156,7 +160,8 @@ def replace_ids(tokenizer, folder: Path, shape: LlamaConfig) -> LlamaConfig:
     """The configuration with the special tokens of `tokenizer`, which is saved beside it."""
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(**shape.to_dict())
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.bos_token_id = tokenizer.bos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
     return config
 
 
@@ -208,12 +213,11 @@ def measure(phase: str) -> None:
     sft = {"sft_checkpoint": str(WORK / "sft")}
     if phase == "sft":
         base = {"base_model": str(WORK / "model"), "batch_size": 1}
-        script, config = sft_train, replace(sft_train.Config(), **base, **shared, **step)
+        script = sft_train
+        config = replace(sft_train.Config(), **base, **shared, **step)
     elif phase == "reward":
-        script, config = (
-            reward_train,
-            replace(reward_train.Config(), batch_size=2, **sft, **shared, **step),
-        )
+        script = reward_train
+        config = replace(reward_train.Config(), batch_size=2, **sft, **shared, **step)
     else:
         script = ppo_train
         rollouts = Rollouts(8, merged=phase == MERGED, kept=phase == MERGED)

@@ -49,7 +49,8 @@ def main(config: Config) -> None:
         export.main(export.Config(config.checkpoint, folder, dtype="fp32", overwrite=True))
         merged = AutoModelForCausalLM.from_pretrained(folder)
         beside = AutoPeftModelForCausalLM.from_pretrained(config.checkpoint, dtype=torch.float32)
-        same, largest = 0, 0.0
+        same = 0
+        largest = 0.0
         for turn in turns:
             ids = torch.tensor([form.prompt_ids(turn)])
             answers = [

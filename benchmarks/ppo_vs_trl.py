@@ -325,11 +325,9 @@ def summary(config: Config, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def judge(config: Config, name: str, seed: int) -> ppo_train.Evaluation:
     """Answers to the held-out prompts, scored: SFT's, or those of a run's policy on top of it."""
-    sft, settings, state = (
-        read_run(config.sft_checkpoint, "sft"),
-        replace(ours(config), dtype="bf16"),
-        None,
-    )
+    sft = read_run(config.sft_checkpoint, "sft")
+    settings = replace(ours(config), dtype="bf16")
+    state = None
     form = load_format(config.sft_checkpoint, sft)
     shared, _ = ppo_train.load_models(settings, sft, form)
     folder = str(WORK / f"{name}_{seed}")

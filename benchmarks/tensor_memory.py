@@ -26,7 +26,8 @@ class TensorMemory(TorchDispatchMode):
 
     def __init__(self, vocabulary: int, cache_shape: tuple[int, int]):
         super().__init__()
-        self.vocabulary, self.cache_shape = vocabulary, cache_shape
+        self.vocabulary = vocabulary
+        self.cache_shape = cache_shape
         self.live: Counter[str] = Counter()  # bytes by owner, now
         self.peak: Counter[str] = Counter()  # at the largest moment
         self.stopped = False  # whether the largest moment is final
@@ -59,7 +60,8 @@ class TensorMemory(TorchDispatchMode):
         if tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
-        address, size = storage.data_ptr(), storage.nbytes()
+        address = storage.data_ptr()
+        size = storage.nbytes()
         if not size:
             return
         if address in self.seen:

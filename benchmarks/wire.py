@@ -77,12 +77,14 @@ def main(config: Config) -> None:
 def measure(config: Config, phase: str) -> dict[str, float]:
     """Bytes of a step (of an update in PPO) on the wire, of both processes together."""
     few, many = (2, 6) if phase != "ppo" else (1, 3)
-    counted, folder = [], ROOT / config.work / phase
+    counted = []
+    folder = ROOT / config.work / phase
     for steps in (few, many):
         before = loopback_bytes()
         launch(phase, folder, steps)
         counted.append(loopback_bytes() - before)
-    trained, optimizer_steps = trained_weights(phase, folder), 1
+    trained = trained_weights(phase, folder)
+    optimizer_steps = 1
     if phase == "ppo":
         rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "episode" in row]
         optimizer_steps = sum(row["policy/optimizer_steps"] for row in rows) / len(rows)

@@ -16,7 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "runs" / "demo"
 WORK = DEMO / "feedback"
-PROMPTS, VOTES, PORT = 120, 240, 7865
+PROMPTS = 120
+VOTES = 240
+PORT = 7865
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 
 

@@ -56,7 +56,8 @@ def main() -> int:
         )
         return 2
 
-    lines, failed = [], False
+    lines = []
+    failed = False
     for script, flags in STEPS.items():
         started = time.monotonic()
         command = [sys.executable, str(ROOT / script), "--preset", "demo", "--overwrite", *flags]

@@ -34,7 +34,8 @@ from rlhf.runs.terminal import console
 
 def value_from_scratch(stack: ExitStack) -> None:
     """The value model starts at 0 for every token, with a blank adapter, not as the scorer."""
-    load, token_values = ppo_train.load_models, ppo_train.token_values
+    load = ppo_train.load_models
+    token_values = ppo_train.token_values
 
     def load_models(*args):
         shared, base = load(*args)
@@ -63,7 +64,8 @@ def unwhitened(stack: ExitStack) -> None:
 
 def uncentred(stack: ExitStack) -> None:
     """Scores without SFT's mean taken off."""
-    advantages, token_values = ppo_train.advantages_and_returns, ppo_train.token_values
+    advantages = ppo_train.advantages_and_returns
+    token_values = ppo_train.token_values
     changes: dict[str, Callable] = {
         "advantages_and_returns": lambda batch, measured, kl, _, config: advantages(
             batch, measured, kl, 0.0, config

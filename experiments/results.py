@@ -83,10 +83,14 @@ class Step:
 
 def steps(config: Config) -> list[Step]:
     """All steps, each after those it needs."""
-    work, data = config.work, f"--dataset {shlex.quote(config.dataset)}"
+    work = config.work
+    data = f"--dataset {shlex.quote(config.dataset)}"
     todo = []
     for seed in SEEDS:
-        sft, reward, gold, ppo = f"sft_{seed}", f"reward_{seed}", f"gold_{seed}", f"ppo_{seed}"
+        sft = f"sft_{seed}"
+        reward = f"reward_{seed}"
+        gold = f"gold_{seed}"
+        ppo = f"ppo_{seed}"
         command = (
             f"sft_train.py --preset demo {data} --seed {seed} --overwrite --base-model "
             f"{shlex.quote(config.base_model)} "
@@ -134,7 +138,8 @@ def steps(config: Config) -> list[Step]:
             )
             todo.append(Step("samples", "samples", 4, command, samples, (sft, gold, ppo)))
     for seed in SEEDS:
-        sft, reward = f"sft_{seed}", f"reward_{seed}"
+        sft = f"sft_{seed}"
+        reward = f"reward_{seed}"
         todo.append(ablation("reward", "half", seed, 6, data, work, (sft, reward)))
     for seed in SEEDS:
         for variant in (
@@ -159,7 +164,8 @@ def ablation(
     what: str, variant: str, seed: int, minutes: int, data: str, work: str, needs: tuple[str, ...]
 ) -> Step:
     """A run of reward_ablation.py or ppo_ablation.py, from the first checkpoints of `needs`."""
-    name, folder = f"{variant}_{seed}", f"{what}_ablation"
+    name = f"{variant}_{seed}"
+    folder = f"{what}_ablation"
     command = (
         f"experiments/{what}_ablation.py --variant {variant} --seed {seed} {data} --work "
         f"{work}/{folder}"
@@ -202,7 +208,8 @@ def main(config: Config) -> None:
         "records": records,
     }
     report["summary"] = results_page.summary(records)
-    output, plots = ROOT / config.output, []
+    output = ROOT / config.output
+    plots = []
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").write_text(json.dumps(report, allow_nan=False) + "\n")
     for plot, name in PLOTS.items():
@@ -263,7 +270,8 @@ def show_cost(config: Config, todo: list[Step]) -> None:
 
 def do_all(config: Config, todo: list[Step], shown: dict[str, str]) -> None:
     """Do the steps, `jobs` at a time, each when those it needs are done."""
-    left, running = list(todo), dict[Future, Step]()
+    left = list(todo)
+    running = dict[Future, Step]()
     with ThreadPoolExecutor(config.jobs) as pool:
         while left or running:
             unfinished = {step.name for step in [*left, *running.values()]}
@@ -278,7 +286,8 @@ def do_all(config: Config, todo: list[Step], shown: dict[str, str]) -> None:
 
 def do(config: Config, step: Step, shown: str) -> None:
     """Run a step and write its record."""
-    work, started = ROOT / config.work, time.monotonic()
+    work = ROOT / config.work
+    started = time.monotonic()
     threads = max(1, len(os.sched_getaffinity(0)) // config.jobs)
     log = work / "logs" / f"{step.name}.log"
     for folder in (log.parent, work / "records"):

@@ -95,14 +95,20 @@ def win_summary(compared: list[dict[str, Any]]) -> dict[str, Any]:
 
     Also at equal length, and where both ended.
     """
-    wins, longer, ended, gains = [], [], [], []
+    wins = []
+    longer = []
+    ended = []
+    gains = []
     for answers in compared:
-        ppo, sft = answers["PPO"], answers["SFT"]
+        ppo = answers["PPO"]
+        sft = answers["SFT"]
         wins.append(preference(ppo["score"], sft["score"]))
         longer.append(np.subtract(ppo["tokens"], sft["tokens"]))
         ended.append(np.logical_and(ppo["ended"], sft["ended"]))
         gains.append(np.subtract(ppo["score"], sft["score"]))
-    wins, longer, ended = np.array(wins), np.array(longer), np.array(ended)
+    wins = np.array(wins)
+    longer = np.array(longer)
+    ended = np.array(ended)
     equal = at_equal_length(wins, longer)
     found = {"seeds": len(wins), "prompts": wins.shape[1]} | interval("win_rate", wins)
     found |= dict(
@@ -135,7 +141,8 @@ def ablation_summary(records: Records) -> dict[str, Any]:
             third = explained.shape[1] // 3
             rows[variant]["explained_variance_first_third"] = float(explained[:, :third].mean())
             rows[variant]["explained_variance_last_third"] = float(explained[:, -third:].mean())
-    settings, metrics = records["ppo_baseline_0"]["config"], records["ppo_baseline_0"]["metrics"]
+    settings = records["ppo_baseline_0"]["config"]
+    metrics = records["ppo_baseline_0"]["metrics"]
     sft = {key: metrics[f"sft_{key}"] for key in ("response_length", "eos_rate", "entropy")}
     summary = {
         "episodes": settings["total_episodes"],
@@ -224,7 +231,8 @@ def between(name: str, mean: float, samples: np.ndarray) -> dict[str, float]:
 
 def markdown(report: dict[str, Any], plots: list[str]) -> str:
     """docs/results.md: of what there is a record, with the plots that are there."""
-    records, found = report["records"], report["summary"]
+    records = report["records"]
+    found = report["summary"]
     blocks = header(report)
     if "reward" in found:
         blocks += reward_part(found["reward"])
@@ -253,7 +261,9 @@ def header(report: dict[str, Any]) -> list[str]:
 
 def headlines(report: dict[str, Any]) -> list[str]:
     """What came out, a line for the reward model and one for PPO."""
-    found, records, lines = report["summary"], report["records"], []
+    found = report["summary"]
+    records = report["records"]
+    lines = []
     variants = found.get("reward", {}).get("variants", {})
     if "half" in variants:
         half = variants["half"]
@@ -265,7 +275,9 @@ def headlines(report: dict[str, Any]) -> list[str]:
             f"validation pairs, {signed(half, 'validation_above_longer_wins', '.3f')} above it."
         )
     if "stock" in variants:
-        recipe, stock, whole = variants["recipe"], variants["stock"], variants.get("stock_epoch")
+        recipe = variants["recipe"]
+        stock = variants["stock"]
+        whole = variants.get("stock_epoch")
         lines.append(
             f"On {recipe['pairs']:.0f} pairs ours gets {share(recipe, 'accuracy')} "
             f"({seeds(recipe)}). TRL's stock trainer gets through {stock['pairs']:.0f} of them in "
@@ -480,7 +492,8 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
         f"{name} ({text})" for name, v in ablation["variants"].items() for text in v["failed"]
     ]
     compared = len(set(ablation["variants"]) - set(ppo_ablation.SAME))
-    usual, demo = ppo_train.Config(), ppo_train.PRESETS["demo"]
+    usual = ppo_train.Config()
+    demo = ppo_train.PRESETS["demo"]
     head = (
         "",
         "score gain, by seed",

@@ -185,7 +185,8 @@ def pairs_seen(config: Config) -> int:
 
 def train(config: Config) -> None:
     """reward_train.py with a variant's changes; test and validation scores go beside it."""
-    variant, here = VARIANTS[config.variant], folder(config)
+    variant = VARIANTS[config.variant]
+    here = folder(config)
     blank = here.with_name(f"{here.name}.no_sft")
     if variant.without_sft:
         blank_sft(config.sft_checkpoint, blank)
@@ -197,7 +198,8 @@ def train(config: Config) -> None:
             return super().part_loss(rows)
 
         def pair_losses(self, chosen, rejected):
-            losses, margin = super().pair_losses(chosen, rejected), chosen - rejected
+            losses = super().pair_losses(chosen, rejected)
+            margin = chosen - rejected
             if variant.balance_lengths:
                 losses = losses + (self.weights - 1) * -F.logsigmoid(margin)
             # -(1 - e) logsigmoid(m) - e logsigmoid(-m) = -logsigmoid(m) + e m
@@ -224,11 +226,9 @@ def train(config: Config) -> None:
         save_validation(config, shared, form, folder)
         return judge_test(settings, shared, form, eval_sets, folder)
 
-    original, write, judge_test = (
-        reward_train.make_trainer,
-        reward_train.write_evaluation,
-        reward_train.evaluate,
-    )
+    original = reward_train.make_trainer
+    write = reward_train.write_evaluation
+    judge_test = reward_train.evaluate
     changes = {
         "Trainer": Trainer,
         "make_trainer": make_trainer,
@@ -399,7 +399,8 @@ def stock_scores(config: Config, form: PromptFormat, folder: Path) -> ScoredPair
     pairs = tokenize_pairs(
         load_pairs(config.dataset, "test", config.test_pairs), form, config.max_length, "test"
     )
-    eos, scores = form.eos_token_id, []
+    eos = form.eos_token_id
+    scores = []
     answers = [
         [reward_train.closed(ids, eos) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs
     ]

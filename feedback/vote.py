@@ -99,9 +99,11 @@ def main(config: Config) -> None:
     poll = Poll(
         report, digest, config.models or tuple(report["models"]), VoteFile(Path(config.votes))
     )
-    host, auth = "127.0.0.1", None
+    host = "127.0.0.1"
+    auth = None
     if config.share_on_network:
-        host, password = "0.0.0.0", secrets.token_urlsafe(9)
+        host = "0.0.0.0"
+        password = secrets.token_urlsafe(9)
 
         def auth(name: str, given: str) -> bool:
             return bool(name.strip()) and hmac.compare_digest(given.encode(), password.encode())
@@ -187,7 +189,9 @@ class Poll:
         names = list(report["models"])
         if len(set(models)) < 2 or set(models) - set(names):
             raise UserError(f"--models are two or more of {', '.join(names)}")
-        self.report, self.digest, self.votes = report, digest[:8], votes
+        self.report = report
+        self.digest = digest[:8]
+        self.votes = votes
         self.models = tuple(dict.fromkeys(models))  # each once
         self.own: dict[str, Ballot] = {}
         self.live = LiveModels(report)
@@ -240,7 +244,8 @@ class Poll:
 
     def deal(self, voter: str) -> Ballot | None:
         """A comparison with the fewest votes that `voter` has not judged; None if none is left."""
-        count, seen = dict.fromkeys(self.open, 0), set()
+        count = dict.fromkeys(self.open, 0)
+        seen = set()
         for k, who in self.judged():
             if k in count:
                 count[k] += 1
@@ -278,7 +283,9 @@ class LiveModels:
     """The report's models, loaded when the first own prompt comes."""
 
     def __init__(self, report: Report):
-        self.report, self.lock, self.shared = report, threading.Lock(), None
+        self.report = report
+        self.lock = threading.Lock()
+        self.shared = None
 
     def load(self) -> None:
         flags = self.report["flags"]
@@ -398,7 +405,8 @@ def make_page(poll: Poll, local_voter: str) -> gr.Blocks:
         return view(poll.deal(who(request)), who(request))
 
     def vote(id: str, choice: str, request: gr.Request):
-        ballot, voter = poll.ballot(id), who(request)
+        ballot = poll.ballot(id)
+        voter = who(request)
         if choice not in CHOICES:
             raise gr.Error(f"A vote is one of {', '.join(CHOICES)}.")
         if ballot is None:
@@ -427,7 +435,8 @@ def make_page(poll: Poll, local_voter: str) -> gr.Blocks:
 
     with gr.Blocks(title="Blind votes", analytics_enabled=False) as page:
         gr.HTML("<h1>Which answer is better?</h1>")
-        ballot, said = gr.Textbox(visible=False), gr.Textbox(visible=False)
+        ballot = gr.Textbox(visible=False)
+        said = gr.Textbox(visible=False)
         prompt = gr.HTML(elem_id="prompt")
         with gr.Row(equal_height=True):
             a, b = (gr.HTML(elem_id=f"answer-{side}", min_width=300) for side in "AB")

@@ -103,7 +103,8 @@ def open_checkpoint(config: Config) -> tuple[SharedBase, PromptFormat, list[str]
         base = base_facts(config.base_model, None, config.load_in_4bit)
         tokenizer = load_tokenizer(base["model"], base["revision"])
         form = PromptFormat("model" if tokenizer.chat_template else "hh", tokenizer)
-        runs, folders = {}, {}
+        runs = {}
+        folders = {}
     else:
         runs, folders = read_runs(config)
         base = same_base(runs["sft"], folders["sft"], config.base_model)
@@ -161,7 +162,10 @@ class Chat:
     """A dialogue with one of the models, which may change between turns."""
 
     def __init__(self, config: Config, shared: SharedBase, form: PromptFormat, names: list[str]):
-        self.config, self.shared, self.form, self.names = config, shared, form, names
+        self.config = config
+        self.shared = shared
+        self.form = form
+        self.names = names
         self.name = names[-1]  # who answers
         self.turns: Turns = []
         self.answers = 0
@@ -171,7 +175,8 @@ class Chat:
     def command(self, line: str) -> str:
         """Do what a line that begins with a slash says. Returns what to print."""
         if line == "/reset":
-            self.turns, self.last = [], None
+            self.turns = []
+            self.last = None
             return "A new dialogue."
         if line == "/score":
             return self.score()

@@ -52,7 +52,8 @@ from rlhf.runs.terminal import console
 
 SHARD_BYTES = 300_000_000  # of weights that are held and written together
 ROUNDING = 1e-3  # the most that logits may move when the adapter is merged in float32
-EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
 CHECKED = 8  # last tokens of each prompt
 PROMPTS = (
     "Explain what attention mechanism is.",
@@ -89,11 +90,9 @@ def main(config: Config) -> None:
     settings = read_config(base)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
-    weights, adapter, source = (
-        open_weights(base, settings),
-        Adapter(config.checkpoint),
-        base_folder(base),
-    )
+    weights = open_weights(base, settings)
+    adapter = Adapter(config.checkpoint)
+    source = base_folder(base)
     odd = sorted(set(adapter.names()) - set(weights.files))
     if odd:
         raise UserError(
@@ -103,10 +102,8 @@ def main(config: Config) -> None:
     texts = [form.prompt_ids((("user", text),)) for text in PROMPTS]
     check_context(base, max(map(len, texts)))
     with output_folder(config.output_dir) as folder, torch.no_grad():
-        writer, check = (
-            Writer(folder),
-            Check(model, texts, form.pad_token_id, adapter, dtype, base["load_in_4bit"]),
-        )
+        writer = Writer(folder)
+        check = Check(model, texts, form.pad_token_id, adapter, dtype, base["load_in_4bit"])
         for part in parts(weights, model):
             writer.add(check.go_through(part))
         writer.finish()
@@ -197,7 +194,10 @@ class Writer:
     """Writes weights as they come, in files of up to SHARD_BYTES, and their index."""
 
     def __init__(self, folder: Path):
-        self.folder, self.waiting, self.shards, self.total = folder, {}, [], 0
+        self.folder = folder
+        self.waiting = {}
+        self.shards = []
+        self.total = 0
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -252,7 +252,9 @@ class Check:
         dtype: torch.dtype,
         in_4bit: bool,
     ):
-        self.model, self.adapter, self.dtype = model, adapter, dtype
+        self.model = model
+        self.adapter = adapter
+        self.dtype = dtype
         self.versions = (["trained"] if in_4bit else []) + ["adapter", "merged", "exported"]
         self.ids = pad_right(texts, pad_token_id, torch.device("cpu"))
         self.read = [
@@ -278,7 +280,8 @@ class Check:
 
     def step(self, version: str, weights: dict[str, Tensor]) -> None:
         """One version on through a part, computed in float32 one layer at a time."""
-        decoder, hidden = self.model.get_decoder(), self.hidden.get(version)
+        decoder = self.model.get_decoder()
+        hidden = self.hidden.get(version)
         if EMBEDDING in weights:
             hidden = nn.functional.embedding(self.ids, weights[EMBEDDING]).float()
         elif NORM in weights:
@@ -359,7 +362,8 @@ def refuse_wrong_merge(report: dict[str, Any]) -> None:
 
 def apart(one: Tensor, other: Tensor) -> dict[str, float]:
     """How far two sets of logits [tokens, V] are apart; KL in nats a token."""
-    p, q = one.log_softmax(1), other.log_softmax(1)
+    p = one.log_softmax(1)
+    q = other.log_softmax(1)
     return {
         "largest_logit_difference": (one - other).abs().max().item(),
         "kl": (p.exp() * (p - q)).sum(1).mean().item(),

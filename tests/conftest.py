@@ -35,7 +35,9 @@ import rlhf  # noqa: F401  before the libraries that it sets up
 import pytest
 
 DEMO = ROOT / "demo" / "data"
-PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+PAD = "<pad>"
+BOS = "<bos>"
+EOS = "<eos>"
 CLOCKS = (
     "time/",
     "speed/",
@@ -96,7 +98,8 @@ def small_probe(tmp_path_factory):
 
     rows = [json.loads(line) for line in probe.PATH.read_text(encoding="utf-8").splitlines()]
     kinds = [[row for row in rows if row["kind"] == kind][:4] for kind in probe.KINDS]
-    whole, few = probe.PATH, tmp_path_factory.mktemp("probe") / "probe.jsonl"
+    whole = probe.PATH
+    few = tmp_path_factory.mktemp("probe") / "probe.jsonl"
     probe.PATH = write_jsonl(few, sum(kinds, []))
     yield
     probe.PATH = whole
@@ -251,7 +254,10 @@ def run_main(module_name: str, argv: list, seconds: int = HANGS) -> Result:
     from rlhf.runs.cli import run
 
     module = importlib.import_module(module_name)
-    out, err, code, before = io.StringIO(), io.StringIO(), 0, sys.argv
+    out = io.StringIO()
+    err = io.StringIO()
+    code = 0
+    before = sys.argv
     sys.argv = [f"{module_name}.py", *map(str, argv)]
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"{module_name} hangs"))
     signal.alarm(seconds)
@@ -289,7 +295,8 @@ def flags(tiny_model, tiny_data) -> dict[str, list[str]]:
 def trained(tmp_path_factory, flags) -> Checkpoints:
     """SFT and reward checkpoints on the tiny model. Copy what you mean to change."""
     folder = tmp_path_factory.mktemp("trained") / "checkpoints"
-    sft, reward = folder / "sft", folder / "reward"
+    sft = folder / "sft"
+    reward = folder / "reward"
     sft_flags = [*flags["sft_train"], "--output-dir", str(sft)]
     reward_flags = [
         *flags["reward_train"],

@@ -16,7 +16,8 @@ start = AcceleratorState.__init__
 def shard_on_cpus(self, *args, fsdp_plugin=None, **kwargs):
     start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
     if fsdp_plugin is not None:
-        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        self.distributed_type = DistributedType.FSDP
+        self.fsdp_plugin = fsdp_plugin
 
 
 if __name__ == "__main__":

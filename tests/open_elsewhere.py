@@ -118,7 +118,8 @@ def make_all() -> None:
     Path("data").mkdir()
     for split, rows in (("train", 24), ("test", 8)):
         write_jsonl(Path("data") / f"{split}.jsonl", read_demo(split)[:rows])
-    data, reward = ["--dataset", "data"], ["--reward-checkpoint", "reward"]
+    data = ["--dataset", "data"]
+    reward = ["--reward-checkpoint", "reward"]
     sft = ["--sft-checkpoint", "sft"]
     for script, argv in (
         (

@@ -21,11 +21,9 @@ from rlhf.engine.roles import SharedBase
 
 def run_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a part has left gradients: SFT's and reward's second step, the policy's first."""
-    differentiate, upper, ran_out = (
-        rlhf.engine.trainer.Resumable.differentiate,
-        SharedBase.upper,
-        [],
-    )
+    differentiate = rlhf.engine.trainer.Resumable.differentiate
+    upper = SharedBase.upper
+    ran_out = []
 
     def run_out_if(begun):
         if begun and not ran_out:

@@ -20,13 +20,15 @@ from torture import FLAGS, SMALL, finish, script, start
 
 import rlhf.ppo.state
 
-UPDATES, SETTLED = 300, 30
+UPDATES = 300
+SETTLED = 30
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         seen = soak(Path(folder))
-    settled, end = seen[SETTLED], seen[UPDATES]
+    settled = seen[SETTLED]
+    end = seen[UPDATES]
     memory, descriptors, files = zip(settled, end, strict=True)
     growth = memory[1] / memory[0] - 1
     print(
@@ -39,7 +41,8 @@ def main() -> None:
 
 def soak(work: Path) -> dict[int, tuple[int, int, int]]:
     """For each update: bytes of resident memory, open descriptors, files in the run's folder."""
-    data, base = work / "data", work / "base"
+    data = work / "data"
+    base = work / "base"
     data.mkdir()
     write_jsonl(data / "train.jsonl", read_demo("train")[:24])
     write_jsonl(data / "test.jsonl", read_demo("test")[:8])
@@ -59,7 +62,9 @@ def soak(work: Path) -> dict[int, tuple[int, int, int]]:
     for phase in ("sft", "reward"):
         finish(start(script, phase, commands[phase].split()))
 
-    seen, process, done = {}, psutil.Process(), rlhf.ppo.state.State.done
+    seen = {}
+    process = psutil.Process()
+    done = rlhf.ppo.state.State.done
 
     def watched(self, update, kl_coef):
         done(self, update, kl_coef)

@@ -421,7 +421,8 @@ def test_run_json_keeps_each_weight_file(trained, tiny_model):
 @pytest.fixture
 def hashed(monkeypatch):
     """The weight files that were hashed."""
-    names, right = [], rlhf.engine.base.sha256
+    names = []
+    right = rlhf.engine.base.sha256
     monkeypatch.setattr(
         "rlhf.engine.base.sha256", lambda path: names.append(path.name) or right(path)
     )
@@ -542,7 +543,8 @@ def test_the_base_of_an_earlier_checkpoint_is_known_by_its_rule(earlier, call_ma
 
 def test_what_is_fetched_from_the_hub_is_said(tiny_model, monkeypatch, capsys):
     """Once it is on this machine there is nothing to say."""
-    there, asked = [], []
+    there = []
+    asked = []
 
     def download(model, revision, allow_patterns, local_files_only):
         asked.append(local_files_only)

@@ -129,7 +129,8 @@ def test_memory_grows_in_pieces_unless_it_was_set_otherwise(set_before, then):
 
 def rollout_plans(rollouts):
     """100 bytes stand; a row takes 10, a merged copy 2000, a token of a micro-batch one."""
-    cache, copy = 10.0 * rollouts.rows, 2000.0 * rollouts.merged
+    cache = 10.0 * rollouts.rows
+    copy = 2000.0 * rollouts.merged
     of_moment = (
         (lambda tokens: cache + tokens) if rollouts.kept else (lambda tokens: max(cache, tokens))
     )

@@ -158,7 +158,8 @@ class Terminal:
             command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True
         )
         os.close(theirs)
-        self.end, self.read = ours, ""
+        self.end = ours
+        self.read = ""
 
     def until(self, text: str, interrupted: bool = False) -> str:
         """Read until `text` has come, if `interrupted` with a Ctrl-C a second; returns it all.

@@ -52,7 +52,8 @@ def ppo(trained, tmp_path_factory):
         lora_alpha: int = 8
 
     folder = tmp_path_factory.mktemp("ppo") / "ppo"
-    sft, reward = read_run(str(trained.sft), "sft"), read_run(str(trained.reward), "reward")
+    sft = read_run(str(trained.sft), "sft")
+    reward = read_run(str(trained.reward), "reward")
     form = PromptFormat("hh", load_tokenizer(str(trained.sft)))
     shared = SharedBase(
         load_base(sft["base"], torch.float32, form.pad_token_id), str(trained.sft), torch.float32
@@ -254,7 +255,8 @@ def test_a_few_wins_are_not_certain(count):
 
 def test_longer_answers_that_win_at_any_length_win_at_equal_length():
     random = np.random.default_rng(0)
-    outcomes, longer = [1] * 160 + [0] * 40, random.normal(30, 8, 200).tolist()
+    outcomes = [1] * 160 + [0] * 40
+    longer = random.normal(30, 8, 200).tolist()
     (pair,) = compare.compare_pairs(wins(*outcomes, longer=longer))
     assert pair["verdict"] == "SFT is significantly better than base, also at equal length"
     (pair,) = compare.compare_pairs(wins(*[1] * 100, longer=random.normal(40, 5, 100).tolist()))
@@ -514,7 +516,8 @@ def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp
             "harmful": 4,
             "harmless": 4,
         }
-    few, least = "the figures are from only 8", "too few to rely on: 50 is the least"
+    few = "the figures are from only 8"
+    least = "too few to rely on: 50 is the least"
     assert [text for text in saved["warnings"] if few in text] == [
         f"{few} prompts, {least} (--num-test-prompts)",
         f"SFT: {few} test rows, {least} (--max-eval-samples)",
@@ -537,7 +540,8 @@ def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp
     for name, opened in openers.items():
         model = opened().eval()
         for entry in saved["prompts"][:3]:
-            prompt, answer = form.prompt_ids(entry["turns"]), entry["answers"][name]
+            prompt = form.prompt_ids(entry["turns"])
+            answer = entry["answers"][name]
             ids = list(prompt)
             while len(ids) < len(prompt) + answer["tokens"]:
                 with torch.no_grad():

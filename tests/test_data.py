@@ -570,7 +570,8 @@ def test_one_file_is_split_by_its_prompts(tmp_path, suffix):
         for n in range(800)
     ]
     write(file, rows)
-    train, test = load_pairs(str(file), "train"), load_pairs(str(file), "test")
+    train = load_pairs(str(file), "train")
+    test = load_pairs(str(file), "test")
     assert len(train) + len(test) == 800
     assert 20 <= len(test) <= 60  # a twentieth is 40
     assert not {pair.turns for pair in train} & {pair.turns for pair in test}

@@ -102,7 +102,9 @@ def check_against_reference(peft, monkeypatch, prompts, new, temperature, merged
     decoder = decoder_of(peft)
     layers = MergedLayers(decoder, "policy", 2).layers if merged else None
     decoding = begin(decoder, prompts, new, temperature, layers=layers)
-    places, logits, written = [], [[] for _ in prompts], {}
+    places = []
+    logits = [[] for _ in prompts]
+    written = {}
     for row, token, _ in stream(decoding, form):
         if len(places) < len(seen):  # this step's rows, before any of them leaves
             places.append(decoding.places.tolist())
@@ -145,10 +147,8 @@ def check_against_reference(peft, monkeypatch, prompts, new, temperature, merged
 @pytest.mark.parametrize("merged", [False, True], ids=["adapters", "merged"])
 @pytest.mark.parametrize("temperature", [0, 0.7])
 def test_the_step_against_transformers(peft, monkeypatch, form, temperature, merged):
-    form.eos_token_id, form.stop_text = (
-        5,
-        None,
-    )  # rare: rows end late and apart, so the shape shrinks
+    form.eos_token_id = 5
+    form.stop_text = None  # rare: rows end late and apart, so the shape shrinks
     prompts = random_prompts(13, 290, 40)  # across the border of the first width
     assert check_against_reference(peft, monkeypatch, prompts, 24, temperature, merged, form) > 100
 
@@ -156,14 +156,17 @@ def test_the_step_against_transformers(peft, monkeypatch, form, temperature, mer
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0, 0.7])
 def test_the_step_against_transformers_on_200_prompts(peft, monkeypatch, form, temperature):
-    form.eos_token_id, form.stop_text = 5, None
+    form.eos_token_id = 5
+    form.stop_text = None
     prompts = random_prompts(200, 290, 120)
     assert check_against_reference(peft, monkeypatch, prompts, 40, temperature, False, form) > 4000
 
 
 def test_both_ways_to_attend_are_the_same():
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 6, 8), torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 8)
+    query = torch.randn(3, 6, 8)
+    key = torch.randn(3, 2, 5, 8)
+    value = torch.randn(3, 2, 5, 8)
     mask = torch.zeros(3, 1, 1, 5)
     mask[1, ..., 2:] = -torch.inf
     plain = torch.empty(3, 6, 8)
@@ -195,7 +198,8 @@ def test_looking_late_changes_nothing(tiny_model, form, lag):
 
 
 def test_a_stream_gives_each_token_and_at_the_end_the_response(shared_base, form):
-    shared, prompt = shared_base, form.prompt_ids((("user", "Hi"),))
+    shared = shared_base
+    prompt = form.prompt_ids((("user", "Hi"),))
     (response,) = generate(shared, "reference", form, [prompt], 6, 1.0, [3], 1)
     from rlhf.engine.generation import start
 
@@ -397,7 +401,9 @@ class ReplayedGraphs(Graphs):
 
 class Replay:
     def __init__(self, graphs, function, read):
-        self.graphs, self.function, self.read = graphs, function, read
+        self.graphs = graphs
+        self.function = function
+        self.read = read
 
     def replay(self):
         with Addresses() as now:
@@ -411,7 +417,9 @@ class Addresses(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.read, self.made, self.held = [], set(), []
+        self.read = []
+        self.made = set()
+        self.held = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         flat = torch.utils._pytree.tree_leaves((args, kwargs))
@@ -440,7 +448,8 @@ def test_what_a_graph_reads_stays_where_it_is(shared_base, form):
     optimizer = torch.optim.AdamW(shared.parameters("policy"), lr=1e-2, fused=True)
     shared.decoder.follow(optimizer)
     shared.graphs = ReplayedGraphs()
-    form.eos_token_id, form.stop_text = -1, None
+    form.eos_token_id = -1
+    form.stop_text = None
     prompts = [form.prompt_ids((("user", text),)) for text in ("Hi", "Why?", "x")]
     state = {name: weight.clone() for name, weight in shared.trained_weights().items()}
 
@@ -481,12 +490,14 @@ def test_what_is_kept_serves_the_next_rollouts(shared_base, form, monkeypatch):
     shared.merge("policy")
     optimizer = torch.optim.AdamW(shared.parameters("policy"), lr=1e-2, fused=True)
     shared.decoder.follow(optimizer)
-    form.eos_token_id, form.stop_text = -1, None
+    form.eos_token_id = -1
+    form.stop_text = None
     prompts = [
         form.prompt_ids((("user", text),))
         for text in ("Hi", "Why?", "x", "How come that it is so?", "No.")
     ]
-    plain, replayed = Graphs(False), ReplayedGraphs()
+    plain = Graphs(False)
+    replayed = ReplayedGraphs()
     # as on a card
     monkeypatch.setattr(Decoding, "looked_at", property(lambda decoding: decoding.width))
     longest = max(map(len, prompts))
@@ -497,7 +508,8 @@ def test_what_is_kept_serves_the_next_rollouts(shared_base, form, monkeypatch):
     def both(count, temperature=1.0):
         said = []
         for decoding, graphs in ((kept, replayed), (None, plain)):
-            shared.decoding, shared.graphs = decoding, graphs
+            shared.decoding = decoding
+            shared.graphs = graphs
             seeds = list(range(count))
             said.append(generate(shared, "policy", form, prompts[:count], 8, temperature, seeds, 5))
         return said
@@ -519,7 +531,9 @@ def test_what_is_kept_serves_the_next_rollouts(shared_base, form, monkeypatch):
 
 
 def test_what_is_kept_goes_when_memory_runs_out(shared_base, form, monkeypatch):
-    shared, read, asked = shared_base, Decoding.read, []
+    shared = shared_base
+    read = Decoding.read
+    asked = []
     prompts = [form.prompt_ids((("user", text),)) for text in ("Hi", "Why?", "x")]
     shared.decoding = prepare(shared, REFERENCE, 3, max(map(len, prompts)), 4, 1.0)
 
@@ -537,7 +551,8 @@ def test_what_is_kept_goes_when_memory_runs_out(shared_base, form, monkeypatch):
 def test_a_shape_runs_then_is_captured_then_is_replayed_and_a_failure_is_the_last(
     monkeypatch, capsys
 ):
-    calls, graph = [], type("Graph", (), {"replay": lambda self: calls.append("replay")})()
+    graph = type("Graph", (), {"replay": lambda self: calls.append("replay")})()
+    calls = []
     graphs = Graphs(True)
     monkeypatch.setattr(graphs, "capture", lambda function: calls.append("capture") or graph)
     for _ in range(4):
@@ -555,7 +570,8 @@ def test_a_shape_runs_then_is_captured_then_is_replayed_and_a_failure_is_the_las
             raise RuntimeError("no capture\nhere")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Broken)
-    graphs, calls = Graphs(True), []
+    graphs = Graphs(True)
+    calls = []
     for _ in range(4):
         graphs.run("a", lambda: calls.append("run"))
     assert calls == ["run", "stream", "run", "run", "run"] and not graphs.enabled

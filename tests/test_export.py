@@ -150,7 +150,8 @@ def test_the_report_is_what_the_models_say(export, ppo):
     report = json.loads((export(ppo) / "export.json").read_text())
     merged = AutoModelForCausalLM.from_pretrained(export(ppo, "--dtype", "fp32"))
     tokenizer = AutoTokenizer.from_pretrained(ppo)
-    largest, kl = 0.0, []
+    largest = 0.0
+    kl = []
     for prompt in rlhf.export.PROMPTS:
         chat = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(
@@ -211,10 +212,8 @@ def test_large_weights_come_in_several_files(export, ppo, monkeypatch):
 
 def test_what_is_no_weight_of_the_model_is_left_out(export, trained, tiny_model, tmp_path):
     """Some repositories have all weights twice, under other names; old ones have buffers."""
-    base, before = (
-        shutil.copytree(tiny_model, tmp_path / "base"),
-        load_file(export(trained.sft) / "model.safetensors"),
-    )
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    before = load_file(export(trained.sft) / "model.safetensors")
     weights = load_file(base / "model.safetensors")
     save_file({"layers.0.wq.weight": torch.ones(2, 2)}, base / "consolidated.safetensors")
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)

@@ -150,7 +150,8 @@ def saved_by(form, folder):
 def test_hh_is_the_tokens_of_the_whole_text(kinds, kind, tmp_path):
     form = PromptFormat("hh", load_tokenizer(str(kinds[kind])))
     form.check()
-    plain, saved = AutoTokenizer.from_pretrained(kinds[kind]), saved_by(form, tmp_path / "saved")
+    plain = AutoTokenizer.from_pretrained(kinds[kind])
+    saved = saved_by(form, tmp_path / "saved")
     bos = plain.bos_token_id
     for turns in (ONE, THREE, WITH_SYSTEM):
         prompt = form.prompt_ids(turns)
@@ -265,7 +266,8 @@ def assert_right_or_refused(folder, template, scratch):
         except UserError as dropped:
             assert re.search("1 (the base's chat template|a token would span)", str(dropped))
             continue
-        prompt, ids = tokens.prompt_ids, tokens.prompt_ids + tokens.chosen_ids
+        prompt = tokens.prompt_ids
+        ids = tokens.prompt_ids + tokens.chosen_ids
         rendered = form.prompt_text(turns)
         assert all(text in rendered for _, text in turns)
         assert (
@@ -515,7 +517,10 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path):
 
 def test_a_tokenizer_without_tokenizer_json_is_refused(form):
     class Slow:
-        pad_token_id, eos_token, bos_token_id, added_tokens_decoder = 0, EOS, None, {}
+        pad_token_id = 0
+        eos_token = EOS
+        bos_token_id = None
+        added_tokens_decoder = {}
 
         def __call__(self, text, **_):
             return {"input_ids": []}

@@ -42,7 +42,8 @@ def prompts(form):
 @pytest.fixture
 def silent(form):
     """The tiny model's tokens are random and EOS rare: with neither end, length is full."""
-    form.eos_token_id, form.stop_text = -1, None
+    form.eos_token_id = -1
+    form.stop_text = None
     return form
 
 
@@ -60,7 +61,9 @@ def pick(logits, temperature, draws):
 
 
 def test_a_size_that_ran_out_of_memory_is_not_tried_again(shared, silent, prompts, monkeypatch):
-    prompts, seeds, failed = prompts * 2, range(12), []
+    prompts = prompts * 2
+    seeds = range(12)
+    failed = []
     alone = sample(shared, silent, prompts, 1.0, seeds, 6, new=4)
     start = rlhf.engine.generation.start
 
@@ -283,7 +286,8 @@ def test_the_length_ends_a_response_that_keeps_all_its_tokens(form):
 
 @pytest.mark.parametrize("text", [" Hello!", " Hi\n\nthere.", " é ☂ 字", " Human:", " a" * 40, ""])
 def test_the_next_turn_ends_a_response_at_its_first_token(form, text):
-    body, cue = form.encode(text), form.encode("\n\nHuman:")
+    body = form.encode(text)
+    cue = form.encode("\n\nHuman:")
     response = end([*body, *cue, *form.encode(" and more")], form)
     assert response == Response([*body, cue[0]], body, "stop_text")
     assert form.tokenizer.decode(response.text_ids) == text

@@ -66,7 +66,8 @@ def make_decoder(peft):
 
 
 def our_logits(peft, texts=TEXTS, decoder=None, laid_out=None, role="policy"):
-    decoder, laid_out = decoder or make_decoder(peft), laid_out or lay_out(texts, CPU)
+    decoder = decoder or make_decoder(peft)
+    laid_out = laid_out or lay_out(texts, CPU)
     hidden = decoder.norm(decoder.run(decoder.embed(laid_out), laid_out, role, decoder.layers))
     return hidden @ peft.get_base_model().get_output_embeddings().weight.T
 
@@ -80,7 +81,8 @@ def gradients(peft, logits):
 
 def assert_same(peft, ours, own, count=2 * 7 * 2):
     torch.testing.assert_close(ours, own, atol=1e-4, rtol=0)
-    ours, own = gradients(peft, ours), gradients(peft, own)
+    ours = gradients(peft, ours)
+    own = gradients(peft, own)
     assert ours.keys() == own.keys() and len(own) == count
     for name, gradient in own.items():
         assert gradient.abs().max() > 0
@@ -145,11 +147,9 @@ def test_another_architecture_and_a_text_beyond_the_attention_window_are_refused
     with pytest.raises(UserError, match="GraniteDecoderLayer is not supported"):
         Decoder(GraniteForCausalLM(GraniteConfig(**sizes, **heads)))
     model = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=4))
-    decoder, short, long = (
-        Decoder(model),
-        lay_out([[1, 2, 3, 4]], CPU),
-        lay_out([[1, 2, 3, 4, 5]], CPU),
-    )
+    decoder = Decoder(model)
+    short = lay_out([[1, 2, 3, 4]], CPU)
+    long = lay_out([[1, 2, 3, 4, 5]], CPU)
     decoder.stack({"base": []})
     decoder.run(decoder.embed(short), short, "base", decoder.layers)
     with pytest.raises(UserError, match="attention window of 4 tokens"):
@@ -218,7 +218,8 @@ def test_roles_share_the_stacks_of_layers_without_adapters_of_their_own(tiny_mod
             linear.stacks["policy"] is linear.stacks["reference"] and linear.stacks["base"] is None
         )
     for linear in decoder.layers[3].maps:
-        reference, policy = linear.stacks["reference"], linear.stacks["policy"]
+        reference = linear.stacks["reference"]
+        policy = linear.stacks["policy"]
         assert reference.a.shape == policy.a.shape and reference is not policy
 
 

@@ -18,7 +18,9 @@ def test_cutting_by_hand():
 
 
 def test_half_the_tokens_until_it_fits():
-    size, tried, undone = MicroBatchSize(1000), [], []
+    size = MicroBatchSize(1000)
+    tried = []
+    undone = []
 
     def work() -> str:
         tried.append(size.tokens)
@@ -33,7 +35,8 @@ def test_half_the_tokens_until_it_fits():
 
 
 def test_one_text_that_does_not_fit_ends_the_run():
-    size, tried = MicroBatchSize(1000), []
+    size = MicroBatchSize(1000)
+    tried = []
 
     def work():
         tried.append(size.tokens)

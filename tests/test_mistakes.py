@@ -55,7 +55,8 @@ def refused(call_main, flags, tmp_path):
     """
 
     def refused(script: str, more: list, *names: str) -> None:
-        absent, full = tmp_path / "absent", tmp_path / "full"
+        absent = tmp_path / "absent"
+        full = tmp_path / "full"
         full.mkdir()
         (full / "adapter_model.safetensors").write_bytes(b"an earlier result")
         (full / "run.json").write_text('{"phase": "sft"}')
@@ -247,7 +248,8 @@ def test_a_tilde_is_the_home_folder_in_every_flag(monkeypatch, script):
     }
     argv = [part for name in texts for part in (flag_of(name), "~/x")]
     if script == "rlhf.export":
-        texts, argv = texts | {"checkpoint", "output_dir"}, ["~/x", "~/x", *argv]
+        texts = texts | {"checkpoint", "output_dir"}
+        argv = ["~/x", "~/x", *argv]
     assert len(texts) >= 3
     config = parse(module.Config, {}, module.__doc__, argv)
     assert {getattr(config, name) for name in texts} == {"/home/me/x"}
@@ -303,10 +305,8 @@ def test_an_output_folder_that_is_the_base(
         run["base"]["model"] = str(model)
         (tmp_path / phase / "run.json").write_text(json.dumps(run))
     before = snapshot(tmp_path)
-    sft, reward = (
-        ["--sft-checkpoint", tmp_path / "sft"],
-        ["--reward-checkpoint", tmp_path / "reward"],
-    )
+    sft = ["--sft-checkpoint", tmp_path / "sft"]
+    reward = ["--reward-checkpoint", tmp_path / "reward"]
     argv = {
         "reward_train": [*flags["reward_train"], *sft, "--output-dir", model],
         "ppo_train": [*sft, *reward, "--dataset", tiny_data, "--output-dir", model],
@@ -670,7 +670,8 @@ CHAIN = {
 
 def following(script, flags, made):
     """The next command after a script given `flags`, and the config it gives the next script."""
-    module, after = importlib.import_module(script), importlib.import_module(CHAIN[made])
+    module = importlib.import_module(script)
+    after = importlib.import_module(CHAIN[made])
     config = parse(module.Config, module.PRESETS, module.__doc__, shlex.split(flags))
     command = next_command(f"{CHAIN[made]}.py", config, made)
     start, *words = shlex.split(command.removeprefix("python "))

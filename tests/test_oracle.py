@@ -29,7 +29,9 @@ from rlhf.engine.decoder import Padded
 RECORD = Path(__file__).parent / "trl_1_12.json"
 TRL = Path(__file__).parent.parent / "benchmarks" / "work" / "trl-1.12.0" / "trl"
 SOURCE = TRL / "experimental" / "ppo" / "ppo_trainer.py"
-EOS, PAD, PENALTY = 2, 0, 1.0
+EOS = 2
+PAD = 0
+PENALTY = 1.0
 CASES = {  # lengths of the rows that end by EOS; settings
     "full": (
         [6, 6],
@@ -67,12 +69,15 @@ def make_inputs(name: str) -> dict[str, Tensor]:
 
     rows = len(lengths) + 2
     responses = torch.randint(3, 9, (rows, 6), generator=generator)
-    scores, logprobs = 2 * normal(rows), -normal(rows, 6).abs()
-    ref_logprobs, new_logprobs = logprobs + 0.3 * normal(rows, 6), logprobs + 0.2 * normal(rows, 6)
+    scores = 2 * normal(rows)
+    logprobs = -normal(rows, 6).abs()
+    ref_logprobs = logprobs + 0.3 * normal(rows, 6)
+    new_logprobs = logprobs + 0.2 * normal(rows, 6)
     values = normal(rows, 6)
     new_values = values + 0.3 * normal(rows, 6)
     for row, length in enumerate(lengths):
-        responses[row, length - 1], responses[row, length:] = EOS, PAD
+        responses[row, length - 1] = EOS
+        responses[row, length:] = PAD
         # TRL's own extra place, one past EOS: where its value is the score, it changes nothing
         if length < 6:
             values[row, length] = new_values[row, length] = scores[row] + (
@@ -251,7 +256,8 @@ def test_the_record_is_what_trl_computes(name, record):
 
 @pytest.mark.parametrize("name", ["full", "whitened"])
 def test_full_length_rows_agree_in_everything(name, record):
-    inputs, trl = record[name]["inputs"], record[name]["outputs"]
+    inputs = record[name]["inputs"]
+    trl = record[name]["outputs"]
     micro = ours(name, inputs)
     scores = inputs["scores"] - PENALTY * (~micro.ended).double()
     close(scores, trl["scores"])
@@ -282,7 +288,8 @@ def test_full_length_rows_agree_in_everything(name, record):
 
 def test_k3_agrees(record):
     """Ours is an update's approximate KL, with the same terms exp(d) - 1 - d, for any d."""
-    inputs, trl = record["k3"]["inputs"], record["k3"]["outputs"]
+    inputs = record["k3"]["inputs"]
+    trl = record["k3"]["outputs"]
     mask = inputs["responses"] != PAD
     _, parts = policy_loss(
         inputs["ref_logprobs"], inputs["logprobs"], torch.ones(mask.shape), CLIPRANGE
@@ -291,7 +298,8 @@ def test_k3_agrees(record):
 
 
 def test_ragged_rows_agree_where_the_value_past_eos_is_the_score(record):
-    inputs, trl = record["ragged"]["inputs"], record["ragged"]["outputs"]
+    inputs = record["ragged"]["inputs"]
+    trl = record["ragged"]["outputs"]
     micro = ours("ragged", inputs)
     mask = micro.response_mask
     assert mask.sum(1).tolist() == [6, 4, 1, 3, 6, 6]
@@ -304,9 +312,11 @@ def test_ragged_rows_agree_where_the_value_past_eos_is_the_score(record):
 
 def test_trl_pays_the_score_and_trains_the_value_one_place_past_eos(record):
     """A defect of TRL's: a state after the end of the text, valued at a padding token."""
-    inputs, trl = record["ragged"]["inputs"], record["ragged"]["outputs"]
+    inputs = record["ragged"]["inputs"]
+    trl = record["ragged"]["outputs"]
     micro = ours("ragged", inputs)
-    row, eos = 1, 3  # the row of four tokens
+    row = 1
+    eos = 3  # the row of four tokens
     close(trl["rewards"][row, eos + 1], inputs["scores"][row])
     rewards = token_rewards(
         inputs["scores"], micro.logprobs - micro.ref_logprobs, micro.response_mask, 0.1
@@ -324,7 +334,8 @@ def test_trl_pays_the_score_and_trains_the_value_one_place_past_eos(record):
 
 def test_trl_averages_approxkl_over_padding(record):
     """TRL's is half the mean square (k2) over all places with padding; ours k3 over tokens."""
-    inputs, trl = record["ragged"]["inputs"], record["ragged"]["outputs"]
+    inputs = record["ragged"]["inputs"]
+    trl = record["ragged"]["outputs"]
     micro = ours("ragged", inputs)
     difference = (micro.new_logprobs - micro.logprobs)[micro.response_mask]
     close(0.5 * difference.square().sum() / micro.response_mask.numel(), trl["approxkl"])

@@ -89,7 +89,8 @@ class Reader(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.elements, self.texts = [], []
+        self.elements = []
+        self.texts = []
         self.feed(html)
         self.close()
 
@@ -138,7 +139,8 @@ def test_it_loads_and_runs_nothing():
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_what_models_write_is_only_text(text):
-    tame, hostile = read(full("tame")), read(full(text))
+    tame = read(full("tame"))
+    hostile = read(full(text))
     assert [(tag, list(a)) for tag, a in hostile.elements] == [
         (tag, list(a)) for tag, a in tame.elements
     ]
@@ -509,7 +511,8 @@ def test_in_chromium(chromium, tmp_path):
     compare.write_reports(tmp_path, made | {"curves": curves, "prompts": made["prompts"] * 30})
     url = (tmp_path / "compare.html").as_uri()
     window = chromium.new_page(viewport={"width": 360, "height": 740}, color_scheme="light")
-    events, requests = [], []
+    events = []
+    requests = []
     for event in ("console", "pageerror", "dialog", "requestfailed", "popup", "download"):
         window.on(event, lambda found, event=event: events.append((event, str(found))))
     window.on("request", lambda request: requests.append(request.url))

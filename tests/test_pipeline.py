@@ -177,11 +177,9 @@ def test_style_and_refusals_of_ppo(ppo, tiny_data):
 
 def test_a_judge_scores_and_changes_nothing_else(trained, ppo, tiny_data, call_main, tmp_path):
     """--gold-checkpoint: its scores are its own checkpoint's; policy and metrics stay the same."""
-    gold, folder, argv = (
-        tmp_path / "gold",
-        tmp_path / "ppo",
-        ppo_flags(trained, tiny_data, tmp_path / "ppo"),
-    )
+    gold = tmp_path / "gold"
+    folder = tmp_path / "ppo"
+    argv = ppo_flags(trained, tiny_data, tmp_path / "ppo")
     flags = [*trained.reward_flags, "--output-dir", gold, "--seed", "5"]
     assert call_main("reward_train", flags).returncode == 0
     refused = call_main("ppo_train", [*argv, "--gold-checkpoint", gold])
@@ -218,10 +216,8 @@ def test_a_judge_scores_and_changes_nothing_else(trained, ppo, tiny_data, call_m
 
 
 def test_only_the_policy_moved(trained, ppo):
-    sft, policy = (
-        load_file(trained.sft / "adapter_model.safetensors"),
-        load_file(ppo / "adapter_model.safetensors"),
-    )
+    sft = load_file(trained.sft / "adapter_model.safetensors")
+    policy = load_file(ppo / "adapter_model.safetensors")
     assert sft.keys() == policy.keys()
     moved = set()
     for key, weight in sft.items():
@@ -240,10 +236,8 @@ def test_only_the_policy_moved(trained, ppo):
 
 
 def test_value_starts_from_the_reward_model_and_moves(trained, ppo):
-    reward, value = (
-        load_file(trained.reward / "adapter_model.safetensors"),
-        load_file(ppo / "value/adapter_model.safetensors"),
-    )
+    reward = load_file(trained.reward / "adapter_model.safetensors")
+    value = load_file(ppo / "value/adapter_model.safetensors")
     head = "base_model.model.score.weight"
     assert reward[head].dtype == value[head].dtype == torch.float32
     assert not torch.equal(reward[head], value[head])
@@ -263,7 +257,8 @@ def test_auto_classes_give_the_same_logits_and_scores(
     shared.add_role("reward", **read_stacked(str(trained.reward), shared))
     pairs = tokenize_pairs(load_pairs(str(tiny_data), "test"), form, 192, "test")
     texts = [p.prompt_ids + p.chosen_ids for p in pairs]
-    ids, pad = pad_right(texts, form.pad_token_id, torch.device("cpu")), form.pad_token_id
+    ids = pad_right(texts, form.pad_token_id, torch.device("cpu"))
+    pad = form.pad_token_id
     laid_out = lay_out(texts, torch.device("cpu"))
     monkeypatch.chdir(tmp_path)
     with torch.no_grad():
@@ -370,7 +365,8 @@ def test_logprobs_are_those_of_a_plain_forward(trained):
     from rlhf.ppo.batch import make_batch
 
     ppo_train = importlib.import_module("ppo_train")
-    prompt, eos = form.prompt_ids([("user", "Hi")]), form.eos_token_id
+    prompt = form.prompt_ids([("user", "Hi")])
+    eos = form.eos_token_id
     word = form.response_ids("There now")
     # One ended by itself, one was cut by the length, one by the next turn (the token after the text
     # was sampled, too).
@@ -460,7 +456,8 @@ def test_backward_of_the_reward_model_stops_at_its_lowest_layer(
     from rlhf.engine.layers import LeanLayer
 
     passes = dict.fromkeys(range(4), 0)
-    forward, score = LeanLayer.__call__, reward_train.score
+    forward = LeanLayer.__call__
+    score = reward_train.score
 
     def counted(self, *args, **kwargs):
         passes[self.attention.layer_idx] += 1
@@ -587,7 +584,9 @@ AT_1E17A1F = {  # with --per-device-train-batch-size 4 --gradient-accumulation-s
 @pytest.mark.parametrize("phase", ["sft", "reward"])
 def test_the_parts_of_a_step_change_nothing(phase, trained, call_main, tmp_path):
     """Neither weights nor metrics change; losses and gradients are those of one whole batch."""
-    flags, metrics, weights = getattr(trained, f"{phase}_flags"), [], []
+    flags = getattr(trained, f"{phase}_flags")
+    metrics = []
+    weights = []
     for tokens in (40, 400, 100_000):  # each row by itself; two or three together; all together
         folder = tmp_path / str(tokens)
         result = call_main(
@@ -616,7 +615,8 @@ def test_the_parts_of_a_step_change_nothing(phase, trained, call_main, tmp_path)
 
 @pytest.mark.parametrize("phase", ["sft", "reward"])
 def test_a_step_waits_for_the_device_once(phase, trained, call_main, tmp_path, monkeypatch):
-    step, reads = Resumable.training_step, []
+    step = Resumable.training_step
+    reads = []
 
     def counted(*args):
         with count_host_reads() as calls:
@@ -673,7 +673,8 @@ def test_held_out_prompts_are_measured_a_micro_batch_at_a_time(trained, monkeypa
     shared.add_role("policy", 4, 8, 2)
     shared.add_role("reward", **scorer)
     shared.add_role("value", **scorer)
-    alive, at_once = [], []
+    alive = []
+    at_once = []
     lower = shared.lower
 
     def watched(texts):
@@ -749,11 +750,10 @@ def test_the_test_rows_are_looked_at_on_the_way(trained, call_main, tmp_path, mo
     No picture can be drawn meanwhile, which is said on the way and at the end, and ends nothing.
     """
     module = {"sft": sft_train, "reward": reward_train}[phase]
-    script, argv = (
-        module.__name__,
-        [*getattr(trained, f"{phase}_flags"), "--eval-steps", 2, "--output-dir"],
-    )
-    now, evaluation = [0], module.Trainer.evaluation
+    script = module.__name__
+    argv = [*getattr(trained, f"{phase}_flags"), "--eval-steps", 2, "--output-dir"]
+    now = [0]
+    evaluation = module.Trainer.evaluation
 
     def slow(trainer):
         now[0] += 1000
@@ -808,7 +808,8 @@ def test_the_test_rows_are_looked_at_on_the_way(trained, call_main, tmp_path, mo
 
 def stopping_at(number):
     """The training step of a run that is asked to stop in this one."""
-    step, calls = Resumable.training_step, []
+    step = Resumable.training_step
+    calls = []
 
     def training_step(*args):
         calls.append(1)
@@ -932,7 +933,8 @@ def test_groups_of_the_help_change_no_flag(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_hyperparameter_is_read_and_explained(script):
-    module, source = importlib.import_module(script), (ROOT / f"{script}.py").read_text()
+    module = importlib.import_module(script)
+    source = (ROOT / f"{script}.py").read_text()
     shared_code = "".join(path.read_text() for path in (ROOT / "rlhf").rglob("*.py"))
     for field in dataclasses.fields(module.Config):
         assert re.search(rf"(config|self)\.{field.name}\b", source + shared_code), (

@@ -34,7 +34,8 @@ def shape(**changes) -> Shape:
 def test_the_base_by_hand():
     assert shape().base() == 2 * 2 * 576 + 2 * 800
     assert shape(tied=False).base() == 2 * 2 * 576 + 2 * 2 * 800
-    joined, alone = 64 + 32 + 32 + 128 + 128, 64 + 128
+    joined = 64 + 32 + 32 + 128 + 128
+    alone = 64 + 128
     stored = joined * (0.5 + 1 / 16) + alone * (0.5 + 1 / 64 + 1 / 4096)
     assert shape(in_4bit=True).base() == 2 * stored + 2 * 800
     assert shape(in_4bit=True).merged() == 2 * 576 * 2
@@ -263,7 +264,8 @@ def test_a_dry_run_before_the_earlier_phases_plans_what_they_would_make(
         """But for what is bad about a checkpoint that is there."""
         return [line for line in result.stdout.splitlines() if not line.startswith("warning: ")]
 
-    said, plan = lines(before)[:count], lines(before)[count:]
+    said = lines(before)[:count]
+    plan = lines(before)[count:]
     assert plan == lines(after) and "It fits a card of 12 GB" in before.stdout
     says = (
         "There is no {} checkpoint at soon/{} yet: this plan is for the one that `python "

@@ -139,7 +139,8 @@ def test_the_lower_pass_stays_shared_and_the_weights_what_they_were(stacked, tra
     assert (role["rank"], role["alpha"], role["num_layers"]) == (3, 3, 2)
     after.add_role("policy", **role)
     assert after.first_role_layer == before.first_role_layer == 2
-    ours, theirs = before.adapter_state("policy"), after.adapter_state("policy")
+    ours = before.adapter_state("policy")
+    theirs = after.adapter_state("policy")
     assert ours.keys() == theirs.keys() and len(ours) == 2 * 2 * 7
     for key, weight in ours.items():
         assert torch.equal(theirs[key], 2 * weight if "lora_B" in key else weight)

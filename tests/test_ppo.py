@@ -16,7 +16,8 @@ from rlhf.engine.logprobs import chosen_logprobs
 from rlhf.ppo.batch import Measured, NotFinite, count_tokens, make_batch
 from rlhf.ppo.log import FAR_SAMPLER, Log, mean_stats, sampler_kl
 
-TRUE, FALSE = True, False
+TRUE = True
+FALSE = False
 
 
 def close(actual, expected):
@@ -35,7 +36,8 @@ def test_reward_is_kl_at_each_token_and_score_at_the_last_real_one():
 
 def test_gae_by_hand():
     # delta = r + gamma V' - V: [1 + .9*2 - 1, 2 + 0 - 2] = [1.8, 0]; A1 = 0, A0 = 1.8 + .9*.5*0
-    rewards, values = tensor([[1.0, 2.0, 7.0]]), tensor([[1.0, 2.0, 5.0]])
+    rewards = tensor([[1.0, 2.0, 7.0]])
+    values = tensor([[1.0, 2.0, 5.0]])
     advantages, returns = gae(rewards, values, tensor([[TRUE, TRUE, FALSE]]), gamma=0.9, lam=0.5)
     close(advantages, [[1.8, 0.0, 0.0]])
     close(returns, [[2.8, 2.0, 0.0]])
@@ -50,7 +52,8 @@ def test_gae_is_the_discounted_sum_of_deltas_and_ignores_padding():
     torch.manual_seed(0)
     lengths = [7, 3, 1, 5]
     mask = torch.arange(7) < tensor(lengths)[:, None]
-    rewards, values = torch.randn(4, 7), torch.randn(4, 7)
+    rewards = torch.randn(4, 7)
+    values = torch.randn(4, 7)
     advantages, returns = gae(rewards, values, mask, gamma=0.97, lam=0.9)
     for i, n in enumerate(lengths):
         v = [*values[i, :n].tolist(), 0.0]
@@ -121,7 +124,8 @@ def test_a_mean_taken_off_scores_and_values_leaves_the_advantages():
             batch, measured, 0.1, mean, ppo_train.PRESETS["demo"]
         )
 
-    raw, centred = advantages_less(0.0), advantages_less(0.7)
+    raw = advantages_less(0.0)
+    centred = advantages_less(0.7)
     close(centred[0], raw[0].tolist())
     close(centred[1], (raw[1] - 0.7).tolist())
 
@@ -152,7 +156,9 @@ def test_clipped_tokens_give_no_gradient():
 
 
 def test_value_loss_clips_around_the_old_values():
-    values, old, returns = tensor([1.0, 0.1, -1.0]), torch.zeros(3), tensor([2.0, 2.0, 1.0])
+    values = tensor([1.0, 0.1, -1.0])
+    old = torch.zeros(3)
+    returns = tensor([2.0, 2.0, 1.0])
     losses, stats = value_loss(values, old, returns, cliprange_value=0.2)
     # clipped values .2, .1, -.2: errors max(1, 3.24), 3.61, max(4, 1.44)
     close(losses, [1.62, 1.805, 2.0])
@@ -201,7 +207,8 @@ def test_minibatches_are_a_random_partition():
     config = dataclasses.replace(
         ppo_train.Config(), episodes_per_update=12, num_mini_batches=3, seed=3
     )
-    first, second = ppo_train.draw_minibatches(1, config), ppo_train.draw_minibatches(2, config)
+    first = ppo_train.draw_minibatches(1, config)
+    second = ppo_train.draw_minibatches(2, config)
     assert [len(minibatch) for minibatch in first] == [4, 4, 4]
     assert sorted(sum(first, [])) == list(range(12)) != sum(first, [])
     assert first != second and first == ppo_train.draw_minibatches(1, config)
@@ -366,7 +373,9 @@ def test_chosen_logprobs_equal_log_softmax_in_value_entropy_and_gradient(monkeyp
     monkeypatch.setattr("rlhf.engine.logprobs.chunk_elements", lambda on_card: 3 * 11)
     monkeypatch.setattr("rlhf.engine.logprobs.CPU_BLOCK", 2)
     torch.manual_seed(0)
-    hidden, weight, tokens = torch.randn(7, 5), torch.randn(11, 5), torch.randint(11, (7,))
+    hidden = torch.randn(7, 5)
+    weight = torch.randn(11, 5)
+    tokens = torch.randint(11, (7,))
     plain = hidden.clone().requires_grad_()
     log_softmax = torch.log_softmax(plain @ weight.T / 0.7, -1)
     expected = log_softmax[torch.arange(7), tokens]

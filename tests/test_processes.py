@@ -142,7 +142,8 @@ def rows(folder, name="metrics.jsonl", key=None):
 
 @pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
 def test_two_processes_make_what_one_makes(command, call_main, tmp_path, phase):
-    one, two = tmp_path / "one", tmp_path / "two"
+    one = tmp_path / "one"
+    two = tmp_path / "two"
     script, *argv = command(phase, one, 1)
     assert call_main(script.removesuffix(".py"), argv).returncode == 0
     small = {"sft": "200", "reward": "400", "ppo": "100"}[phase]  # tokens, so that a step has parts
@@ -155,7 +156,8 @@ def test_two_processes_make_what_one_makes(command, call_main, tmp_path, phase):
     assert "out of memory" in out  # in one of the two, in one part of a step
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
     for path in one.rglob("*.safetensors"):
-        ours, theirs = load_file(path), load_file(two / path.relative_to(one))
+        ours = load_file(path)
+        theirs = load_file(two / path.relative_to(one))
         for name, weight in ours.items():
             # Of each weight as a whole: where a gradient is almost 0, Adam makes of its rounding a
             # visible part of a step.
@@ -206,7 +208,9 @@ def test_a_killed_process_brings_the_run_down_and_it_goes_on(command, call_main,
 def test_sharded_processes_killed_and_resumed_make_what_one_makes(
     command, call_main, tmp_path, phase
 ):
-    one, two, partial = tmp_path / "one", tmp_path / "two", tmp_path / "two.partial"
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    partial = tmp_path / "two.partial"
     # Adam makes much of a gradient that is almost nothing, whose sign is the rounding's: a step is
     # small here.
     more = ["--learning-rate", "1e-3", "--save-steps", "1", "--gradient-checkpointing"]
@@ -259,7 +263,8 @@ def test_sharded_processes_killed_and_resumed_make_what_one_makes(
 def test_checkpointing_computes_the_layers_that_train_twice(
     command, call_main, tmp_path, monkeypatch, phase, trained_layers
 ):
-    forward, calls = LlamaMLP.forward, []
+    forward = LlamaMLP.forward
+    calls = []
     monkeypatch.setattr(
         LlamaMLP, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
     )

@@ -36,7 +36,8 @@ def test_what_json_cannot_hold_is_left_out(tmp_path):
 
 
 def test_a_position_is_that_of_bytes_on_the_disk(tmp_path, monkeypatch):
-    lines, flushed = JsonLines(tmp_path / "rows.jsonl"), []
+    lines = JsonLines(tmp_path / "rows.jsonl")
+    flushed = []
     monkeypatch.setattr("os.fsync", flushed.append)
     lines.write({"step": 1})
     assert (lines.position(), flushed) == (12, [lines.file.fileno()])
@@ -151,7 +152,8 @@ def pipe(monkeypatch):
 
 def test_into_a_pipe_goes_a_line_every_half_minute_and_at_both_ends(clock, pipe):
     """At once, not when a buffer is full. Its numbers are means since the last one."""
-    run, said = Progress("SFT", "step", 9), {}
+    run = Progress("SFT", "step", 9)
+    said = {}
     clock[0] += 500  # of an evaluation before the first step
     run.begin(0)
     for step in range(1, 10):
@@ -190,7 +192,8 @@ def test_the_first_look_at_held_out_rows_does_not_count_as_a_step(phase, clock, 
     else:
         state = SimpleNamespace(is_world_process_zero=True)
         log = TrainerLog(tmp_path, "SFT", sft_train.Trainer.panels)
-        state.max_steps, state.global_step = 4, 0
+        state.max_steps = 4
+        state.global_step = 0
         log.on_train_begin(None, state, None)
         clock[0] += 200
         log.on_log(None, state, None, {"eval_loss": 2.5})
@@ -304,7 +307,8 @@ def test_pictures_have_words_and_no_names_of_metrics(panels):
 
 def test_curves_are_drawn_once_a_minute_and_put_in_place_whole(tmp_path, clock, monkeypatch):
     write_rows(tmp_path, 3)
-    curves, places = Curves(tmp_path, "step", LOSS), []
+    curves = Curves(tmp_path, "step", LOSS)
+    places = []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *paths: places.append(paths) or replace(*paths))
     drawn = []

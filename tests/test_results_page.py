@@ -47,22 +47,22 @@ def test_an_interval_is_of_the_difference_and_resamples_seeds_too():
 
 
 def test_wins_count_ties_half_and_both_must_have_ended():
-    one, two = (
-        answers((1, 1, 1, 1), (0, 0, 0, 2)),
-        answers((1, 0, 0, 1), (0, 0, 0, 0), ended=(True, False, True, True)),
-    )
+    one = answers((1, 1, 1, 1), (0, 0, 0, 2))
+    two = answers((1, 0, 0, 1), (0, 0, 0, 0), ended=(True, False, True, True))
     found = page.win_summary([one, two])
     assert (found["seeds"], found["prompts"], found["win_rate"]) == (2, 4, (3 + 2 + 2 * 0.5) / 8)
     assert found["both_ended"] == 5  # three of the first, prompts 0 and 2 of the second
     assert found["win_rate_where_both_ended"] == (3 + 1 + 0.5) / 5
-    sure, lost = answers((1, 1, 1, 2), (0, 0, 0, 0)), answers((0, 0, 0, 0), (1, 1, 1, 2))
+    sure = answers((1, 1, 1, 2), (0, 0, 0, 0))
+    lost = answers((0, 0, 0, 0), (1, 1, 1, 2))
     found = page.win_summary([sure, lost])  # the prompts are all alike, the seeds are not
     for key in ("win_rate", "at_equal_length"):
         assert (found[key], found[f"{key}_low"], found[f"{key}_high"]) == pytest.approx((0.5, 0, 1))
 
 
 def test_few_runs_are_held_against_each_other_by_the_spread_of_all():
-    apart, alike = np.array([[0.2] * 4, [0.6] * 4]), np.array([[1.0] * 4, [1.0] * 4])
+    apart = np.array([[0.2] * 4, [0.6] * 4])
+    alike = np.array([[1.0] * 4, [1.0] * 4])
     # of a single run nothing is known
     spread = page.deviations([apart, alike, np.array([[7.0] * 4])])
     assert spread == pytest.approx(

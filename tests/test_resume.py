@@ -94,7 +94,8 @@ def check_same_run(one, other):
     assert names == sorted(str(path.relative_to(other)) for path in other.rglob("*"))
     assert metrics(one) == metrics(other)
     for path in one.rglob("*.safetensors"):
-        ours, theirs = load_file(path), load_file(other / path.relative_to(one))
+        ours = load_file(path)
+        theirs = load_file(other / path.relative_to(one))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), path
     if (one / "samples.jsonl").exists():
@@ -107,7 +108,8 @@ def check_same_run(one, other):
 
 def at_call(monkeypatch, module, name, number, do):
     """Have the `number`-th call of a function begin with `do()`."""
-    original, calls = getattr(module, name), []
+    original = getattr(module, name)
+    calls = []
 
     def counted(*args, **kwargs):
         calls.append(1)
@@ -189,7 +191,8 @@ def test_states_come_as_often_as_the_resumed_run_says(
     commands, call_main, tmp_path, phase, monkeypatch
 ):
     """And after a crash the terminal is free again."""
-    bars, bar = [], rlhf.runs.terminal.bar
+    bars = []
+    bar = rlhf.runs.terminal.bar
     monkeypatch.setattr(rlhf.runs.terminal, "bar", lambda: bars.append(bar()) or bars[-1])
     monkeypatch.setattr(rlhf.runs.terminal.console, "_force_terminal", True)
     monkeypatch.setenv("TERM", "xterm")
@@ -346,8 +349,10 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_disk_that_is_full(commands, call_main, left_alone, small_disk, phase):
     """It fills before the third state is written; when there is room again the run goes on."""
-    alone, (script, argv) = left_alone(phase), commands(phase, small_disk / "cut")
-    partial, ballast = small_disk / "cut.partial", small_disk / "ballast"
+    alone = left_alone(phase)
+    (script, argv) = commands(phase, small_disk / "cut")
+    partial = small_disk / "cut.partial"
+    ballast = small_disk / "ballast"
 
     def fill():
         with ballast.open("wb") as file, contextlib.suppress(OSError):
@@ -376,7 +381,8 @@ def test_a_disk_that_is_full(commands, call_main, left_alone, small_disk, phase)
 
 @pytest.mark.parametrize("phase", ["sft", "reward"])
 def test_a_loss_that_is_not_finite_ends_the_run(commands, call_main, tmp_path, monkeypatch, phase):
-    trainer, calls = {"sft": sft_train.Trainer, "reward": reward_train.Trainer}[phase], []
+    trainer = {"sft": sft_train.Trainer, "reward": reward_train.Trainer}[phase]
+    calls = []
     part_loss = trainer.part_loss
 
     def spoiled(self, rows):
@@ -432,7 +438,8 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_nothing_else_changes(
     With 100 tokens a minibatch has two micro-batches: it is the second one's backward, and the
     first has left gradients.
     """
-    alone, (script, argv) = tmp_path / "alone", commands("ppo", tmp_path / "cut")
+    alone = tmp_path / "alone"
+    (script, argv) = commands("ppo", tmp_path / "cut")
     argv += ["--micro-batch-tokens", str(tokens)]
     result = call_main(script, [*argv, "--output-dir", alone])
     assert result.returncode == 0, result.stderr
@@ -460,7 +467,8 @@ def test_a_part_that_does_not_fit_is_halved_and_nothing_else_changes(
     commands, call_main, left_alone, tmp_path, monkeypatch, phase
 ):
     """Memory runs out once, in the second step, when a part before has left gradients."""
-    alone, (script, argv) = left_alone(phase), commands(phase, tmp_path / "cut")
+    alone = left_alone(phase)
+    (script, argv) = commands(phase, tmp_path / "cut")
     run_out_once(monkeypatch)
     result = call_main(script, [*argv, "--micro-batch-tokens", "250"])
     assert result.returncode == 0, result.stderr
@@ -519,7 +527,8 @@ def test_a_run_without_a_state_goes_on_with_the_tokens_it_began_with(commands, c
 def test_a_state_is_due_by_the_clock_or_by_the_steps(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("rlhf.runs.resume.time.monotonic", lambda: now[0])
-    clock, due = SaveClock(save_minutes=10, save_steps=None), []
+    clock = SaveClock(save_minutes=10, save_steps=None)
+    due = []
     for step in range(1, 8):
         now[0] += 240
         due.append(clock.due(step))
@@ -543,7 +552,8 @@ def test_killed_at_random_moments_nothing_is_lost():
 @pytest.mark.parametrize("phase", ["sft", "reward"])
 def test_a_signal_in_the_last_step(commands, call_main, left_alone, tmp_path, phase):
     """All steps are made: what is left is to evaluate and to save."""
-    alone, (script, argv) = left_alone(phase), commands(phase, tmp_path / "cut")
+    alone = left_alone(phase)
+    (script, argv) = commands(phase, tmp_path / "cut")
     with pytest.MonkeyPatch.context() as patch:
         at_call(patch, rlhf.engine.trainer.Resumable, "training_step", 4, ask_to_stop)
         assert call_main(script, argv).returncode == 128 + signal.SIGTERM

@@ -92,10 +92,8 @@ def test_eval_only_writes_what_training_wrote(trained, call_main, tmp_path):
     folder = tmp_path / "reward"
     shutil.copytree(trained.reward, folder)
     before = json.loads((folder / "evaluation.json").read_text())
-    weights, run = (
-        (folder / "adapter_model.safetensors").read_bytes(),
-        (folder / "run.json").read_bytes(),
-    )
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    run = (folder / "run.json").read_bytes()
     (folder / "evaluation.png").write_bytes(b"")
     argv = [*trained.reward_flags, "--output-dir", folder, "--eval-only"]
     refused = call_main("reward_train", argv)

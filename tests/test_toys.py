@@ -63,11 +63,9 @@ def last_token(ids):
 def parents(flags, tiny_data, call_main, tmp_path_factory):
     """SFT and reward checkpoints on a roomier model than the other tests'; hardly trained."""
     folder = tmp_path_factory.mktemp("toys")
-    base, sft, reward = (
-        make_model(folder / "base", hidden_size=64, layers=2),
-        folder / "sft",
-        folder / "reward",
-    )
+    base = make_model(folder / "base", hidden_size=64, layers=2)
+    sft = folder / "sft"
+    reward = folder / "reward"
     for script, argv in (
         ("sft_train", ["--base-model", base, "--output-dir", sft]),
         ("reward_train", ["--sft-checkpoint", sft, "--output-dir", reward]),
@@ -82,7 +80,10 @@ def run(parents, tiny_data, tmp_path, monkeypatch):
     """`run(score, updates, **changes)`: each update's metrics, with raw advantage variance."""
 
     def run(score, updates, **changes):
-        lay_out, whiten, sampled, variances = Batch.lay_out, ppo_train.whiten, {}, []
+        lay_out = Batch.lay_out
+        whiten = ppo_train.whiten
+        sampled = {}
+        variances = []
 
         def watched_lay_out(batch, rows):
             micro = lay_out(batch, rows)
@@ -176,7 +177,8 @@ def test_without_a_critic_advantages_vary_more(run, monkeypatch):
             run(score, 30, learning_rate=0.0, value_learning_rate=2e-2, **small)[-5:], "variance"
         )
 
-    learned, values = variance(), ppo_train.token_values
+    learned = variance()
+    values = ppo_train.token_values
     monkeypatch.setattr(ppo_train, "token_values", lambda *args: values(*args) * 0)
     assert variance() == pytest.approx(
         (0.95 ** torch.arange(8.0)).var(unbiased=False).item(), rel=0.02

@@ -166,7 +166,8 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.url, self.votes = f"http://127.0.0.1:{self.port}/", folder / "votes.jsonl"
+        self.url = f"http://127.0.0.1:{self.port}/"
+        self.votes = folder / "votes.jsonl"
         self.command = [
             sys.executable,
             "-m",
@@ -218,7 +219,9 @@ def client_votes(server: Server, count: int, acknowledged: list[str]) -> None:
     """Vote `count` times; after a lost reply, ask again with the same ballot until it is kept."""
     from gradio_client import Client
 
-    client, ballot, done = None, None, 0
+    client = None
+    ballot = None
+    done = 0
     give_up = time.monotonic() + 600
     while done < count:
         assert time.monotonic() < give_up
@@ -235,7 +238,8 @@ def client_votes(server: Server, count: int, acknowledged: list[str]) -> None:
             time.sleep(0.2)
             continue
         acknowledged.append(ballot)
-        ballot, done = following, done + 1
+        ballot = following
+        done = done + 1
 
 
 @pytest.mark.parametrize(
@@ -326,7 +330,8 @@ def wait_for(tab, text):
 def test_a_person_votes_with_the_keyboard(serve, browser):
     server = serve("--models", "SFT", "PPO", "--voter", "ann", prompts=3)
     tab = browser.new_page(viewport={"width": 360, "height": 800})
-    problems, requests = [], []
+    problems = []
+    requests = []
     tab.on(
         "console",
         lambda message: problems.append(message.text) if message.type == "error" else None,

@@ -54,8 +54,13 @@ def main() -> None:
 
 def torture(work: Path, kills: int, dtype: str, seed: int) -> int:
     """Exit code 0 if nothing was lost and all weights and metrics are the same."""
-    chance, killed, lost, odd = random.Random(seed), 0, 0, []
-    data, base, steps = work / "data", work / "base", 40 + 6 * kills
+    chance = random.Random(seed)
+    killed = 0
+    lost = 0
+    odd = []
+    data = work / "data"
+    base = work / "base"
+    steps = 40 + 6 * kills
     data.mkdir()
     write_jsonl(data / "train.jsonl", read_demo("train")[:24])
     write_jsonl(data / "test.jsonl", read_demo("test")[:8])
@@ -69,8 +74,10 @@ def torture(work: Path, kills: int, dtype: str, seed: int) -> int:
         "episodes": 8 * steps,
     }
     for phase, flags in FLAGS.items():
-        alone, cut = work / "alone" / phase, work / "cut" / phase
-        partial, mine = cut.with_name(f"{phase}.partial"), 0
+        alone = work / "alone" / phase
+        cut = work / "cut" / phase
+        partial = cut.with_name(f"{phase}.partial")
+        mine = 0
         finish(start(script, phase, (SMALL + flags).format(**places, folder=alone).split()))
         argv = [*(SMALL + flags).format(**places, folder=cut).split(), "--resume"]
         while not cut.exists():
@@ -120,7 +127,8 @@ def finish(child: int) -> None:
 
 def wait_for_a_moment(chance: random.Random, folder: Path, child: int) -> bool:
     """Wait until it is time to kill; False if the child ended before."""
-    saving, at = chance.random() < 1 / 3, time.monotonic() + chance.expovariate(1 / 0.6)
+    saving = chance.random() < 1 / 3
+    at = time.monotonic() + chance.expovariate(1 / 0.6)
     while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if time.monotonic() >= at and (not saving or list(folder.glob("step-*.partial"))):
             return True
@@ -143,7 +151,8 @@ def differences(alone: Path, cut: Path) -> list[str]:
     odd = [f"{cut.name}: {name} is in one of the two only" for name in names[0] ^ names[1]]
     odd += [f"stray: {path}" for path in cut.parent.iterdir() if path.name not in FLAGS]
     for path in alone.rglob("*.safetensors"):
-        ours, theirs = load_file(path), load_file(cut / path.relative_to(alone))
+        ours = load_file(path)
+        theirs = load_file(cut / path.relative_to(alone))
         odd += [
             f"{path.name}: {name} differs"
             for name in ours

@@ -65,7 +65,8 @@ class PromptFormat:
     """
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase):
-        self.name, self.tokenizer = name, tokenizer
+        self.name = name
+        self.tokenizer = tokenizer
         self.pad_token_id: int = tokenizer.pad_token_id
         self.stop_text = HUMAN if name == "hh" else None
         # all_special_tokens has those with a role only (BOS, EOS, ...), not <|start_header_id|>.
@@ -86,8 +87,10 @@ class PromptFormat:
                 self.refusal = "no chat template gives what this tokenizer makes of the prompts"
         else:
             self.template = ChatTemplate(tokenizer, self.special_texts)
-            self.opening, self.closing = self.template.opening, self.template.closing
-            self.end_text, self.refusal = self.template.end_text, self.template.refusal
+            self.opening = self.template.opening
+            self.closing = self.template.closing
+            self.end_text = self.template.end_text
+            self.refusal = self.template.refusal
         self.eos_token_id: int = tokenizer.convert_tokens_to_ids(self.end_text)
 
     # ---------------------------------------------------------------- text and ids
@@ -200,7 +203,8 @@ class PromptFormat:
         """Whether the tokenizer takes an answer for a new text, as after a special token."""
         if self.going_on is None or self.template is None:
             return False
-        prompt, answer = self.template.render([QUESTION]), self.response_text(ANSWER)
+        prompt = self.template.render([QUESTION])
+        answer = self.response_text(ANSWER)
         apart = self.whole_ids(prompt) + self.as_plain_text(answer)
         return self.whole_ids(prompt + answer) == apart
 
@@ -301,12 +305,14 @@ def fit_prompt(turns: Turns, form: PromptFormat, max_tokens: int) -> tuple[str, 
     if len(best[1]) <= max_tokens:
         return best
     # From the end: twice as many turns as long as these fit, then halves between.
-    fits, too_many = 0, len(starts)
+    fits = 0
+    too_many = len(starts)
     while too_many - fits > 1:
         count = min(2 * fits or 1, (fits + too_many) // 2)
         tried = written(count)
         if len(tried[1]) <= max_tokens:
-            fits, best = count, tried
+            fits = count
+            best = tried
         else:
             too_many = count
     if not fits:

@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
 ROLES = {"Human": "user", "Assistant": "assistant"}
 CUES = {"user": HUMAN, "assistant": ASSISTANT}
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of the roles
@@ -141,7 +142,8 @@ def read_row(row: dict[str, Any]) -> Pair:
     if chosen is None and isinstance(prompt, list) and asked and asked[-1][0] == "assistant":
         chosen = asked.pop()[1]
     if rejected is None and str(cells.get("label")).lower() == "false":
-        chosen, rejected = None, chosen
+        rejected = chosen
+        chosen = None
     system = cells.get("system")
     if system and not isinstance(system, str):
         raise BadRow("system is not text")
@@ -160,7 +162,9 @@ def columns_of(row: dict[str, Any]) -> dict[str, str]:
     def first(*names: str) -> str | None:
         return next((name for name in names if row.get(name) is not None), None)
 
-    prompt, answer, rejected = first("prompt"), first(*ANSWERS), first("rejected")
+    prompt = first("prompt")
+    answer = first(*ANSWERS)
+    rejected = first("rejected")
     talk = next((name for name in TALKS if row.get(name)), None)
     if talk and not answer:
         prompt = talk
@@ -324,7 +328,8 @@ def with_blank_line(text: str) -> str:
 
 def split_transcripts(chosen: str, rejected: str) -> tuple[list[tuple[str, str]], str, str]:
     """Split two transcripts at the last answer of `chosen`; both must share all before it."""
-    chosen, rejected = with_blank_line(chosen), with_blank_line(rejected)
+    chosen = with_blank_line(chosen)
+    rejected = with_blank_line(rejected)
     end = chosen.rfind(ASSISTANT) + len(ASSISTANT)
     if end < len(ASSISTANT):
         raise BadRow("transcript without 'Assistant:'")

@@ -203,7 +203,8 @@ def one_side(rows: list[Parsed], split: str, reading: Reading) -> list[Parsed]:
     held_out = {digest for digest in questions if is_test(digest)}
     if not held_out and len(questions) > 1 and len(rows) >= TEST_SHARE:
         held_out = {min(questions)}
-    reading.all_rows, reading.questions = len(rows), len(questions)
+    reading.all_rows = len(rows)
+    reading.questions = len(questions)
     return [
         row for row in rows if (row.digest in held_out or is_test(row.digest)) == (split == "test")
     ]

@@ -94,7 +94,8 @@ class ChatTemplate:
                 "learn to stop"
             )
             return
-        self.closing, self.end_text = rest[:start], text
+        self.closing = rest[:start]
+        self.end_text = text
         if self.tokenizer.convert_tokens_to_ids(text) == self.tokenizer.pad_token_id:
             self.refusal = f"{text}, which ends an answer, is also the token to pad with"
 

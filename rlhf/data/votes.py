@@ -127,7 +127,8 @@ class VoteFile:
     """
 
     def __init__(self, path: Path):
-        self.path, self.lock = path, threading.Lock()
+        self.path = path
+        self.lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("a+b", buffering=0)
@@ -253,7 +254,9 @@ def load_votes(path: str) -> VotePairs:
         UserError: no such file, a line that is no vote, or nothing to learn from.
     """
     votes, undone = read_votes(Path(path))
-    train, held_out, drops = [], [], Counter()
+    train = []
+    held_out = []
+    drops = Counter()
     for vote in votes.values():
         if vote.choice not in vote.answers:
             continue

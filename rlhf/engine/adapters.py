@@ -29,7 +29,8 @@ def save_stacked(
     for all layers: where the role has no adapter, A2 and B2 are zero. `read_stacked` takes it apart
     again. If they are sharded, all processes call it.
     """
-    sft, config = shared.adapter_state("sft"), shared.peft.peft_config[role]
+    sft = shared.adapter_state("sft")
+    config = shared.peft.peft_config[role]
     ours = shared.adapter_state(role)
     sft_config = shared.peft.peft_config["sft"]
     state = {}
@@ -76,7 +77,9 @@ def read_stacked(folder: str, shared: SharedBase) -> dict[str, Any]:
     """
     _, stacked = read_adapter(folder)
     head = stacked.pop(HEAD_KEY, None)
-    sft, state, layers = shared.adapter_state("sft"), {}, set()
+    sft = shared.adapter_state("sft")
+    state = {}
+    layers = set()
     rank = None
     for key, weight in stacked.items():
         below = sft.get(key)

@@ -29,7 +29,8 @@ from rlhf.runs.terminal import console
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # model_type; SmolLM2 is a llama
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 HEAD = "lm_head.weight"
 # before the names of all but the head; a model that was saved without its head has none
@@ -160,7 +161,8 @@ def fetched(model: str, revision: str | None, patterns: list[str], fetch: bool) 
 
 
 def files_in(folder: Path, model: str) -> list[Path]:
-    whole, index = folder / WHOLE, folder / INDEX
+    whole = folder / WHOLE
+    index = folder / INDEX
     if whole.exists() and index.exists():
         raise UserError(
             f"{model} holds both {WHOLE} and {INDEX}: remove the one that is not the model"
@@ -204,7 +206,10 @@ class Weights:
             held = [(file, *entry) for file in files for entry in read_header(file)]
         self.files: dict[str, Path] = {}
         self.names: dict[str, str] = {}  # in the files
-        twice, foreign, reshaped, quantised = [], [], [], []
+        twice = []
+        foreign = []
+        reshaped = []
+        quantised = []
         for file, key, shape, dtype in held:
             name = PREFIX + key if PREFIX + key in wanted else key
             if name in self.files:
@@ -216,7 +221,8 @@ class Weights:
                 reshaped.append(f"{key} is {shape}, not {wanted[name]}")
             elif dtype not in FLOATS:
                 quantised.append(f"{key} is {dtype}")
-            self.files[name], self.names[name] = file, key
+            self.files[name] = file
+            self.names[name] = key
         tied = {HEAD} if config.tie_word_embeddings else set()
         missing = [name for name in wanted if name not in self.files and name not in tied]
         odd = {"missing": missing, "without a place in it": foreign, "of another shape": reshaped}
@@ -304,7 +310,8 @@ def differing(base: dict[str, Any], files: list[Path]) -> str | None:
     A file whose size and time are those on record is not read, but for that of a copy elsewhere,
     where the time says nothing. The record of a hub model is what the hub's cache holds of it.
     """
-    record, origin = base.get("weights"), base.get("copy_of")
+    record = base.get("weights")
+    origin = base.get("copy_of")
     if record is None and origin and origin["revision"]:
         record = hash_files(find_files(origin["model"], origin["revision"], fetch=False) or [])
     if not record:
@@ -356,11 +363,14 @@ def base_facts(model: str, revision: str | None, load_in_4bit: bool) -> dict[str
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{model} is not a model folder (it has no config.json)")
-        name, config, revision = str(folder.resolve()), folder / "config.json", None
+        name = str(folder.resolve())
+        config = folder / "config.json"
+        revision = None
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
         with hub_errors(model, "model", "--base-model"):
             config = Path(cached_file(model, "config.json", revision=revision))
-        name, revision = model, config.parent.name
+        name = model
+        revision = config.parent.name
     else:
         raise UserError(
             f"--base-model {model}: there is no such folder, and it is not a hub id (owner/name)"

@@ -62,11 +62,9 @@ def deal(plans: Plans, config: Any, episodes: int, longest: int, room: float) ->
     def fits(rollouts: Rollouts, tokens: int) -> bool:
         return sum(plans(rollouts)(tokens).values()) <= room
 
-    rows, weights, tokens = (
-        config.rollout_batch_size,
-        config.rollout_weights,
-        first_tokens(config, longest),
-    )
+    rows = config.rollout_batch_size
+    weights = config.rollout_weights
+    tokens = first_tokens(config, longest)
     if rows == "auto":
         sizes = [-(-episodes // parts) for parts in range(1, episodes + 1)]
         rows = next((size for size in sizes if fits(Rollouts(size), longest)), 1)
@@ -111,7 +109,8 @@ def choose_rollouts(
     Raises:
         UserError: a merged copy was asked for and does not fit by the plan.
     """
-    asked, weights = config.rollout_batch_size, config.rollout_weights
+    asked = config.rollout_batch_size
+    weights = config.rollout_weights
     if config.resume:
         before = agree(recorded(config.output_dir)) or {}
         if "rollout_rows" in before:  # runs of earlier versions do not say

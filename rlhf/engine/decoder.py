@@ -33,7 +33,8 @@ class Padded:
     """
 
     def __init__(self, lengths: list[int], device: torch.device):
-        self.rows, self.width = len(lengths), max(lengths)
+        self.rows = len(lengths)
+        self.width = max(lengths)
         self.place: Tensor | None = None  # [N] of B x T, unless nothing is padded
         if sum(lengths) < self.rows * self.width:
             real = np.arange(self.width) < np.array(lengths)[:, None]  # [B, T]
@@ -88,7 +89,11 @@ def lay_out_pairs(pairs: list[tuple[list[int], list[int]]], device: torch.device
     The rest of the second does not see the rest of the first, and its positions follow what is
     shared; so both get the hidden states that they get alone.
     """
-    rows, parts, positions, last, start = [], [], [], [], 0
+    rows = []
+    parts = []
+    positions = []
+    last = []
+    start = 0
     for first, second in pairs:
         shared = next(
             (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
@@ -145,7 +150,8 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel):
         check_layers(model)
-        self.model, self.inner = model, model.get_decoder()
+        self.model = model
+        self.inner = model.get_decoder()
         self.window = getattr(model.config, "sliding_window", None)
         self.layers = [LeanLayer(layer) for layer in self.inner.layers]
         # cuDNN's attention makes a plan for every new shape, and may take another for training than
@@ -260,7 +266,8 @@ class MergedLayers:
     """
 
     def __init__(self, decoder: Decoder, role: str, first: int):
-        self.role, self.first = role, first
+        self.role = role
+        self.first = first
         self.layers = [layer.merged() for layer in decoder.layers]
         self.write(0)
 

@@ -59,12 +59,20 @@ class Decoding:
         graphs: Graphs,
         lag: int,
     ):
-        self.decoder, self.role, self.layers = decoder, role, layers
-        self.temperature, self.graphs, self.lag = temperature, graphs, lag
-        self.count, self.longest, self.new = texts, longest, new
+        self.decoder = decoder
+        self.role = role
+        self.layers = layers
+        self.temperature = temperature
+        self.graphs = graphs
+        self.lag = lag
+        self.count = texts
+        self.longest = longest
+        self.new = new
         self.lm_head = decoder.model.get_output_embeddings().weight
-        config, weight = decoder.model.config, decoder.inner.embed_tokens.weight
-        self.device, self.on_card = weight.device, weight.is_cuda
+        config = decoder.model.config
+        weight = decoder.inner.embed_tokens.weight
+        self.device = weight.device
+        self.on_card = weight.is_cuda
         rows = row_bucket(texts, self.on_card)
         self.width = round_up(longest + new, self.width_step)
         decoder.check_window(longest + new)
@@ -228,7 +236,8 @@ class Decoding:
         )
         self.lengths[len(keep) :] = 0
         self.places[len(keep) :] = len(self.logprobs) - 1
-        self.rows, self.ring = self.rows[:rows], self.ring[:, :rows]
+        self.rows = self.rows[:rows]
+        self.ring = self.ring[:, :rows]
         return True
 
 

@@ -129,7 +129,8 @@ def start(
     What `prepare` has kept is used if it serves.
     """
     draws = torch.stack([_uniforms(seed, max_new_tokens) for seed in seeds])
-    lengths, decoding = list(map(len, prompts)), shared.decoding
+    lengths = list(map(len, prompts))
+    decoding = shared.decoding
     if not decoding or not decoding.serves(
         role, shared.layers_of(role), lengths, max_new_tokens, temperature
     ):
@@ -178,7 +179,8 @@ def step_seconds(
 @torch.no_grad()
 def stream(decoding: Decoding, form: PromptFormat) -> Iterator[tuple[int, int, Response | None]]:
     """All responses' tokens as they come: row, token, and the whole response with its last one."""
-    count, new = decoding.count, decoding.new
+    count = decoding.count
+    new = decoding.new
     texts: list[int | None] = list(range(count))  # of each row, until it ends
     written: list[list[int]] = [[] for _ in range(count)]
     for step in range(new + decoding.lag):

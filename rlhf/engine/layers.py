@@ -33,8 +33,10 @@ class LeanLayer:
     """
 
     def __init__(self, layer: nn.Module):
-        attention, mlp = layer.self_attn, layer.mlp
-        self.layer, self.attention = layer, attention
+        attention = layer.self_attn
+        mlp = layer.mlp
+        self.layer = layer
+        self.attention = attention
         self.heads = (attention.config.num_attention_heads, attention.config.num_key_value_heads)
         # Qwen3
         self.head_norms = (
@@ -117,7 +119,8 @@ class LeanLayer:
         """
         rows, places = at
         cos, sin = rope
-        width, (heads, kv_heads) = mask.shape[-1], self.heads
+        width = mask.shape[-1]
+        (heads, kv_heads) = self.heads
         qkv = self.qkv.apply(rms_norm(x, self.layer.input_layernorm), role)
         qk, v = qkv.view(len(x), -1, cos.shape[-1]).split([heads + kv_heads, kv_heads], dim=1)
         if self.head_norms:
@@ -233,8 +236,10 @@ class LinearMap:
             row = 0
             for layer, features in zip(self.layers, self.out_features, strict=True):
                 if isinstance(layer, LoraLayer) and name in layer.lora_A:
-                    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-                    columns, rows = slice(column, column + len(a)), slice(row, row + features)
+                    a = layer.lora_A[name].weight
+                    b = layer.lora_B[name].weight
+                    columns = slice(column, column + len(a))
+                    rows = slice(row, row + features)
                     pieces.append(Piece(a, b, layer.scaling[name], columns, rows))
                     column += len(a)
                 row += features
@@ -299,7 +304,8 @@ class Quantised:
 
     def __init__(self, bases: list[nn.Module]):
         states = [base.weight.quant_state for base in bases]
-        self.data, self.state = bases[0].weight.data, states[0]
+        self.data = bases[0].weight.data
+        self.state = states[0]
         if len(bases) == 1:
             return
         from bitsandbytes.functional import QuantState
@@ -318,11 +324,13 @@ class Quantised:
         kept["dtype"] = self.state.dtype
         start = first_scale = 0
         for base, state in zip(bases, states, strict=True):
-            end, last_scale = start + len(base.weight.data), first_scale + len(state.absmax)
+            end = start + len(base.weight.data)
+            last_scale = first_scale + len(state.absmax)
             base.weight.data = self.data[start:end]
             state = QuantState(scales[first_scale:last_scale], shape=state.shape, **kept)
             base.weight.quant_state = base.quant_state = state
-            start, first_scale = end, last_scale
+            start = end
+            first_scale = last_scale
         shape = torch.Size([sum(state.shape[0] for state in states), states[0].shape[1]])
         self.state = QuantState(scales, shape=shape, **kept)
 
@@ -356,7 +364,9 @@ class MergedMap(LinearMap):
     """
 
     def __init__(self, linear: LinearMap):
-        self.linear, self.bias, self.quantised = linear, linear.bias, None
+        self.linear = linear
+        self.bias = linear.bias
+        self.quantised = None
         self.weight = torch.empty_like(linear.whole_weight(linear.dtype))
 
     @torch.no_grad()
@@ -396,15 +406,20 @@ class _LinearMap(Function):
     ) -> Tensor:
         y, kept = prepare.forward(x, *constants)
         out = linear.product(y)
-        a, b, down = None, None, None
+        a = None
+        b = None
+        down = None
         if stack:
-            a, b = stack.a, stack.b
+            a = stack.a
+            b = stack.b
             down = y @ a.T  # [N, R]
             out.addmm_(down, b.T)
         if residual is not None:
             out += residual
         ctx.save_for_backward(x, down, kept, a, b)
-        ctx.linear, ctx.prepare, ctx.constants = linear, prepare, constants
+        ctx.linear = linear
+        ctx.prepare = prepare
+        ctx.constants = constants
         ctx.pieces = stack.pieces if stack else []
         return out
 
@@ -557,7 +572,8 @@ class _Rotate(Function):
     @staticmethod
     def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int], padded):
         ctx.save_for_backward(cos, sin)
-        ctx.split, ctx.padded = [*heads, heads[1]], padded
+        ctx.split = [*heads, heads[1]]
+        ctx.padded = padded
         # [N, GK + 2K, D]
         turned = _rotate(qkv.view(len(qkv), -1, cos.shape[-1]), cos, sin, sum(heads), 1)
         return tuple(
@@ -578,8 +594,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: int) -> Tenso
 
     `sign` -1 turns it back.
     """
-    half, out = x.shape[-1] // 2, torch.empty_like(x)
-    first, turned, sin = x[:, :heads], out[:, :heads], sin[:, None]
+    half = x.shape[-1] // 2
+    out = torch.empty_like(x)
+    first = x[:, :heads]
+    turned = out[:, :heads]
+    sin = sin[:, None]
     torch.mul(first, cos[:, None], out=turned)
     turned[..., :half].addcmul_(first[..., half:], sin[..., half:], value=-sign)
     turned[..., half:].addcmul_(first[..., :half], sin[..., :half], value=sign)
@@ -592,7 +611,8 @@ class _Join(Function):
 
     @staticmethod
     def forward(ctx, out: Tensor, padded) -> Tensor:
-        ctx.padded, ctx.heads = padded, out.shape[1]
+        ctx.padded = padded
+        ctx.heads = out.shape[1]
         return padded.gather(out.transpose(1, 2)).flatten(1)
 
     @staticmethod

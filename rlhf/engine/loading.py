@@ -49,7 +49,8 @@ def load_base(
     classes = MODEL_FOR_CAUSAL_LM_MAPPING
     if with_head:
         classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-        config.num_labels, config.pad_token_id = 1, pad_token_id
+        config.num_labels = 1
+        config.pad_token_id = pad_token_id
     with hub_errors(name, "model", "--base-model"):
         # Given the weights themselves, transformers looks for no others, and for no adapter beside
         # them.

@@ -73,7 +73,9 @@ class MicroBatchSize:
                 undo()
 
     def halve(self) -> None:
-        before, self.tokens, self.halved = self.tokens, self.tokens // 2, True
+        before = self.tokens
+        self.tokens = self.tokens // 2
+        self.halved = True
         console.print(
             f"out of memory: a micro-batch has {self.tokens:,} tokens from now on, not {before:,}"
         )
@@ -81,7 +83,8 @@ class MicroBatchSize:
 
     def agree(self) -> None:
         """Take the least of all processes. All processes call it."""
-        self.tokens, self.halved = least(self.tokens), False
+        self.tokens = least(self.tokens)
+        self.halved = False
 
 
 def keep_tokens(config: Any, micro_batch: MicroBatchSize, facts: dict[str, Any]) -> None:

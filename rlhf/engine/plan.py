@@ -42,12 +42,10 @@ class Shape:
     @property
     def linears(self) -> list[tuple[int, int]]:
         """Features in and out of a layer's seven linear maps."""
-        h, i, q, kv = (
-            self.hidden,
-            self.intermediate,
-            self.heads * self.head_dim,
-            self.kv_heads * self.head_dim,
-        )
+        h = self.hidden
+        i = self.intermediate
+        q = self.heads * self.head_dim
+        kv = self.kv_heads * self.head_dim
         return [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
 
     def base(self) -> float:
@@ -57,7 +55,8 @@ class Shape:
             # Half a byte a number, and for 64 of them a scale: in float32 where maps are joined
             # (rlhf/engine/layers.py), else one byte, and the scales' own float32 scale for 256 of
             # them.
-            joined, alone = q + k + v + gate + up, o + down
+            joined = q + k + v + gate + up
+            alone = o + down
             stored = self.layers * (
                 joined * (0.5 + 4 / 64) + alone * (0.5 + 1 / 64 + 4 / (64 * 256))
             )
@@ -80,12 +79,10 @@ class Shape:
         On the upper `role_layers` layers (0: all) each of the roles has a pair of its own, of one
         rank for all of them; on those below they share SFT's.
         """
-        h, i, q, kv = (
-            self.hidden,
-            self.intermediate,
-            self.heads * self.head_dim,
-            self.kv_heads * self.head_dim,
-        )
+        h = self.hidden
+        i = self.intermediate
+        q = self.heads * self.head_dim
+        kv = self.kv_heads * self.head_dim
         # numbers of a layer for each rank
         a_and_b = 3 * (h + q + 2 * kv) + (q + h) + 2 * (h + 2 * i) + (i + h)
         upper = role_layers or self.layers
@@ -110,7 +107,8 @@ class Shape:
         input, and one is at work. `masked`: the attention has a mask of its own, as for pairs; a
         fused kernel then keeps k and v once for each query head.
         """
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        q = self.heads * self.head_dim
+        kv = self.kv_heads * self.head_dim
         # Both norms' inputs, q, k, v, the attention's output (twice where a fused kernel keeps its
         # own), gate and up.
         k_and_v = 2 * (q if masked and self.fused_attention else kv)
@@ -229,15 +227,11 @@ def plan_ppo(
     `longest`: tokens of the longest prompt; `tokens`: of a micro-batch; `gold`: rank and layers of
     the judge's adapter, rank 0 if there is none.
     """
-    scorer, policy = (
-        shape.lora(reward_rank, reward_layers),
-        shape.lora(config.lora_rank, config.role_layers),
-    )
+    scorer = shape.lora(reward_rank, reward_layers)
+    policy = shape.lora(config.lora_rank, config.role_layers)
     role_layers = max(config.role_layers or shape.layers, reward_layers or shape.layers)
-    role_rank, length = (
-        max(config.lora_rank, reward_rank, gold[0]),
-        longest + config.response_length,
-    )
+    role_rank = max(config.lora_rank, reward_rank, gold[0])
+    length = longest + config.response_length
     episodes = config.episodes_per_update // processes
     rows = round_up(min(rollouts.rows, episodes), 8)
     tokens = at_most(tokens, episodes // config.num_mini_batches, length)

@@ -53,7 +53,8 @@ class SharedBase:
         self.decoding: Decoding | None = None  # kept from one rollout to the next, with its graphs
         self.trained: tuple[str, ...] = ()  # the roles whose weights get gradients
         if folder is None:  # PEFT wants an adapter; a new one adds nothing
-            config, state = LoraConfig(r=1, target_modules=linear_names(model)), {}
+            config = LoraConfig(r=1, target_modules=linear_names(model))
+            state = {}
         else:
             config, state = read_adapter(folder)
         if any(weight.shape[0] != config.r for key, weight in state.items() if "lora_A" in key):

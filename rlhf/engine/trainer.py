@@ -130,7 +130,9 @@ class AfterStep(TrainerCallback):
     """
 
     def __init__(self, clock: SaveClock, micro_batch: MicroBatchSize, eval_steps: int | None):
-        self.clock, self.micro_batch, self.eval_steps = clock, micro_batch, eval_steps
+        self.clock = clock
+        self.micro_batch = micro_batch
+        self.eval_steps = eval_steps
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:  # the Trainer would make one more before it looks
@@ -222,12 +224,16 @@ class Resumable(Trainer):
             UserError: the run began with other settings or inputs.
         """
         inputs = inputs | world()
-        self.config, self.folder, self.inputs = config, folder, inputs
+        self.config = config
+        self.folder = folder
+        self.inputs = inputs
         self.lines = TrainerLog(folder, name, self.panels)
-        self.micro_batch, position = MicroBatchSize(tokens), 0
+        self.micro_batch = MicroBatchSize(tokens)
+        position = 0
         self.resumed = newest_state(folder) if config.resume else None
         if self.resumed:
-            facts, where = read_facts(self.resumed), f"the run in {folder}"
+            facts = read_facts(self.resumed)
+            where = f"the run in {folder}"
             check_same(facts["hyperparameters"], dataclasses.asdict(config), HARMLESS, where)
             check_same(facts["inputs"], inputs, (), where)
             position = facts["position"]
@@ -464,7 +470,8 @@ class TrainerLog(TrainerCallback):
     """Writes what transformers' Trainer logs to metrics.jsonl, shows progress, draws curves."""
 
     def __init__(self, folder: Path, name: str, panels: Sequence["Panel"]):
-        self.metrics, self.name = JsonLines(folder / "metrics.jsonl"), name
+        self.metrics = JsonLines(folder / "metrics.jsonl")
+        self.name = name
         self.curves = Curves(folder, "step", panels)
         self.progress: Progress | None = None
 

@@ -104,7 +104,8 @@ def penalty_warnings(sft: Evaluation, penalty: float) -> list[str]:
 
     PPO may then learn little but to end early.
     """
-    spread, m = sft.scores.std().item() if len(sft.scores) > 1 else 0.0, sft.means()
+    spread = sft.scores.std().item() if len(sft.scores) > 1 else 0.0
+    m = sft.means()
     if penalty <= spread or m["eos_rate"] >= 0.9:
         return []
     return [

@@ -67,8 +67,10 @@ class Log:
     def __init__(
         self, config: Any, folder: Path, total: int, chosen: dict[str, float] | None = None
     ):
-        self.num_printed_samples, self.tracker = config.num_printed_samples, None
-        self.total, self.curves = total, Curves(folder, "update", PANELS)
+        self.num_printed_samples = config.num_printed_samples
+        self.tracker = None
+        self.total = total
+        self.curves = Curves(folder, "update", PANELS)
         self.chosen = chosen or {}
         self.missing_eos_penalty = config.missing_eos_penalty
         self.sampler_is_close = True
@@ -172,7 +174,8 @@ def batch_metrics(
     """What an update saw, under TRL's names; KL in nats a response."""
     scores = moments(measured.scores)[0].item()
     ended = moments(batch.ended.float())[0].item()
-    kl, tokens = measured.mean_kl(batch), sum(count_tokens(batch))
+    kl = measured.mean_kl(batch)
+    tokens = sum(count_tokens(batch))
     penalty = config.missing_eos_penalty * (1 - ended)
     unexplained = moments(returns - measured.values)[1] / moments(returns)[1].clamp(min=1e-8)
     return {

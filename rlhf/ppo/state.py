@@ -55,7 +55,9 @@ class State:
         scaler,
         log: Log,
     ):
-        self.config, self.folder, self.shared = config, folder, shared
+        self.config = config
+        self.folder = folder
+        self.shared = shared
         self.inputs = {
             "dtype": str(shared.dtype),
             "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
@@ -63,8 +65,11 @@ class State:
         self.inputs |= {
             f"{role} checkpoint": run["adapter_sha256"] for role, run in runs.items()
         } | world()
-        self.optimizer, self.scaler, self.log = optimizer, scaler, log
-        self.update, self.kl_coef = 0, config.kl_coef
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.log = log
+        self.update = 0
+        self.kl_coef = config.kl_coef
         self.sft: Evaluation | None = None  # what the SFT policy says to the held-out prompts
         self.clock = SaveClock(config.save_minutes, config.save_steps)
         self.moved = False  # whether an optimizer step was made since
@@ -98,7 +103,9 @@ class State:
 
     def done(self, update: int, kl_coef: float) -> None:
         """Note that an update is whole; save it when it is time to."""
-        self.update, self.kl_coef, self.moved = update, kl_coef, False
+        self.update = update
+        self.kl_coef = kl_coef
+        self.moved = False
         self.positions = self.log.positions()
         if update < self.config.num_updates and agree(self.clock.due(update)):
             self.save()
@@ -143,11 +150,9 @@ class State:
         before = facts["hyperparameters"]["rollout_batch_size"]
         if self.config.rollout_batch_size in ("auto", before):  # fewer, if memory ran out
             self.shared.rollout_rows = facts["rollout_rows"]
-        self.update, self.kl_coef, self.positions = (
-            facts["update"],
-            facts["kl_coef"],
-            facts["positions"],
-        )
+        self.update = facts["update"]
+        self.kl_coef = facts["kl_coef"]
+        self.positions = facts["positions"]
         sft = facts["sft"]
         # A state of an earlier version has not all of them.
         columns = {name: torch.tensor(sft[name]) for name in COLUMNS if sft.get(name) is not None}

@@ -54,7 +54,8 @@ def show_plan(plan: Plan, longest: int, config: Any) -> None:
 
 def show_data(what: str, lengths: list[int]) -> None:
     """Print how many rows training would use, and how long they are in tokens."""
-    mean, longest = sum(lengths) / len(lengths), max(lengths)
+    mean = sum(lengths) / len(lengths)
+    longest = max(lengths)
     console.print(
         f"{what}: {len(lengths)}, {mean:.0f} tokens each on average, {longest} at most, "
         f"{sum(lengths):,} in all"
@@ -109,9 +110,11 @@ def foresee(
     command = f"python {script.__name__}.py" + (f" --preset {name}" if name else "")
     sizes = {"lora_rank": maker.lora_rank}
     if role == "sft":
-        model, revision = maker.base_model, maker.revision
+        model = maker.base_model
+        revision = maker.revision
         if config.base_model:
-            model, revision = config.base_model, None
+            model = config.base_model
+            revision = None
             command += f" --base-model {shlex.quote(model)}"
         base = base_facts(model, revision, maker.load_in_4bit)
         run = {"base": base, "prompt_format": maker.prompt_format, "hyperparameters": sizes}
@@ -155,7 +158,8 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     shape = read_shape(base, config.dtype)
     check_between(config, 0, shape.layers, "role_layers")
     longest = max(map(len, prompts))
-    length, room = longest + config.response_length + 1, config.card_gb * 1e9 * (1 - CARD_OVERHEAD)
+    length = longest + config.response_length + 1
+    room = config.card_gb * 1e9 * (1 - CARD_OVERHEAD)
     check_context(base, length, "--max-prompt-length", "--response-length")
     plans = ppo_plans(shape, config, runs, longest)
     rollouts = deal(plans, config, episodes_of_a_process(config), length, room)

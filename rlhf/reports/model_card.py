@@ -51,7 +51,8 @@ def model_card(
         report: of rlhf.export.Check.
     """
     runs = phases(made)
-    licence, llama = licence_of(source), is_llama(base["model"], source)
+    licence = licence_of(source)
+    llama = is_llama(base["model"], source)
     name = (
         config.name
         or f"{'Llama-' if llama else ''}{Path(base['model']).name}-{made['phase'].upper()}"
@@ -119,7 +120,9 @@ def phases(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def phase_part(phase: str, run: dict[str, Any]) -> str:
     """One phase: its data, its settings that matter most, its metrics."""
-    data, metrics, settings = run.get("data", {}), run.get("metrics", {}), run["hyperparameters"]
+    data = run.get("data", {})
+    metrics = run.get("metrics", {})
+    settings = run["hyperparameters"]
     rows = f", {data['train_rows']} rows" if "train_rows" in data else ""
     facts = [f"data: {source_of(data)}{rows}"]
     facts += [
@@ -161,7 +164,8 @@ def is_hub_id(source: str) -> bool:
 def figure(metrics: dict[str, Any], key: str) -> str:
     """A number, with its interval and that of how many prompts, where they are known."""
     said = f"{metrics[key]:.3g}"
-    low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
+    low = metrics.get(f"{key}_low")
+    high = metrics.get(f"{key}_high")
     if low is None or high is None:
         return said
     count = (

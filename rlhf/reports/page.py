@@ -21,8 +21,13 @@ from rlhf.runs.terminal import plain
 
 MAX_POINTS = 200  # of a curve; of more, neighbours are averaged
 LARGEST = 1e30  # numbers beyond it are left out, as NaN is
-WIDTH, HEIGHT = 300, 184  # of a panel, in SVG's units
-LEFT, RIGHT, TOP, BOTTOM = 38, 290, 10, 146  # of what is inside its axes
+# Of a panel, in SVG's units; then the edges of what is inside its axes.
+WIDTH = 300
+HEIGHT = 184
+LEFT = 38
+RIGHT = 290
+TOP = 10
+BOTTOM = 146
 
 X = {"sft": "step", "reward": "step", "ppo": "update"}  # what each phase's curves are drawn over
 PANELS = (  # phase, title, unit, and the label of each metric
@@ -193,7 +198,8 @@ def name_of(place: Any) -> Any:
 
 def facts(report: dict[str, Any]) -> dict[str, str]:
     """The settings that a reader needs first, in words."""
-    base, flags = report.get("base"), report.get("flags")
+    base = report.get("base")
+    flags = report.get("flags")
     found = {}
     if base:
         revision = f" at {str(base['revision'])[:12]}" if base.get("revision") else ""
@@ -311,10 +317,12 @@ def draw(curves: dict[str, Points], x: str) -> dict[str, Any]:
     """`x`, its name; `x_ticks`, `y_ticks`; and `lines`, one a label, in SVG's coordinates."""
     all_points = [point for points in curves.values() for point in points]
     (x_low, x_high), (y_low, y_high) = (limits(axis) for axis in zip(*all_points, strict=True))
-    across, up = scale(x_low, x_high, LEFT, RIGHT), scale(y_low, y_high, BOTTOM, TOP)
+    across = scale(x_low, x_high, LEFT, RIGHT)
+    up = scale(y_low, y_high, BOTTOM, TOP)
     lines = []
     for label, points in curves.items():
-        style, places = STYLES.get(label, "marked"), [(across(x), up(y)) for x, y in points]
+        style = STYLES.get(label, "marked")
+        places = [(across(x), up(y)) for x, y in points]
         line = {"label": label, "style": style, "first": points[0][1], "last": points[-1][1]}
         line["path"] = " ".join(f"{x},{y}" for x, y in places)
         line["dots"] = places if len(places) == 1 or (style != "thin" and len(places) <= 40) else []
@@ -326,7 +334,8 @@ def draw(curves: dict[str, Points], x: str) -> dict[str, Any]:
 
 def limits(values: Sequence[float]) -> tuple[float, float]:
     """The lowest and the highest value, or what is around them where they are the same."""
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     if high - low > 1e-9 * max(1.0, abs(low), abs(high)):
         return low, high
     margin = max(0.5, abs(high) / 10)

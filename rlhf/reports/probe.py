@@ -155,7 +155,8 @@ def read_odds(shared: SharedBase, role: str, pairs: list[TextPair]) -> list[floa
 
     What both texts of a pair begin with is read once, and cancels.
     """
-    decoder, texts = shared.decoder, lay_out_pairs(pairs, shared.device)
+    decoder = shared.decoder
+    texts = lay_out_pairs(pairs, shared.device)
     hidden = decoder.norm(decoder.run(decoder.embed(texts), texts, role, decoder.layers))
     places: list[int] = []  # before the tokens
     tokens: list[int] = []

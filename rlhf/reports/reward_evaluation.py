@@ -54,7 +54,9 @@ class ScoredPairs:
 
 def judge(pairs: ScoredPairs) -> dict[str, Any]:
     """All numbers of evaluation.json. Those of the top level also go into run.json."""
-    right, longer, margin = pairs.right, pairs.longer, pairs.margin
+    right = pairs.right
+    longer = pairs.longer
+    margin = pairs.margin
     scores = np.concatenate([pairs.chosen, pairs.rejected])
     tokens = np.concatenate([pairs.chosen_tokens, pairs.rejected_tokens])
     bins = calibration(margin)

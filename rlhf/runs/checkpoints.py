@@ -311,7 +311,8 @@ def check_other_pairs(
     gold: dict[str, Any], folder: str, reward: dict[str, Any], reward_folder: str
 ) -> None:
     """Raise UserError if the judge at `folder` trained on pairs that the reward model has seen."""
-    theirs, ours = gold.get("data") or {}, reward.get("data") or {}
+    theirs = gold.get("data") or {}
+    ours = reward.get("data") or {}
     same = theirs.get("source") == ours.get("source") or theirs.get("sha256") == ours.get("sha256")
     if same and {theirs.get("half"), ours.get("half")} != {"first", "second"}:
         raise UserError(

@@ -38,9 +38,12 @@ class Curves:
     """
 
     def __init__(self, folder: Path, x: str, panels: Sequence[Panel]):
-        self.metrics, self.path = folder / "metrics.jsonl", folder / "curves.png"
-        self.x, self.panels = x, panels
-        self.last, self.failed = time.monotonic(), False
+        self.metrics = folder / "metrics.jsonl"
+        self.path = folder / "curves.png"
+        self.x = x
+        self.panels = panels
+        self.last = time.monotonic()
+        self.failed = False
 
     def draw_when_due(self) -> None:
         """Draw if the last time was `DRAW_SECONDS` ago."""

@@ -43,15 +43,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         UserError: the device cannot compute in it.
     """
     if device.type == "cuda":
-        card, capability = (
-            torch.cuda.get_device_name(device),
-            torch.cuda.get_device_capability(device),
-        )
-        bf16, fp16 = torch.cuda.is_bf16_supported(including_emulation=False), capability >= (6, 0)
+        card = torch.cuda.get_device_name(device)
+        capability = torch.cuda.get_device_capability(device)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        fp16 = capability >= (6, 0)
         where = f"{card} (compute capability {capability[0]}.{capability[1]})"
     else:
         have = torch.cpu.get_capabilities()
-        bf16, fp16, where = bool(have.get("avx512_bf16") or have.get("amx_bf16")), False, "a CPU"
+        bf16 = bool(have.get("avx512_bf16") or have.get("amx_bf16"))
+        fp16 = False
+        where = "a CPU"
     if name == "auto":
         if device.type != "cuda":
             return torch.bfloat16 if bf16 else torch.float32

@@ -219,7 +219,8 @@ def clear(partial: Path) -> None:
 
 def put_in_place(final: Path) -> None:
     """Rename the finished `final.partial` to `final`. Safe to repeat after a crash."""
-    partial, old = partial_of(final), final.with_name(f".{final.name}.replaced")
+    partial = partial_of(final)
+    old = final.with_name(f".{final.name}.replaced")
     if partial.exists():
         open_up(partial)
         sync(partial)

@@ -65,7 +65,8 @@ def gather(items: list) -> list:
     """The items of all processes, each of which has its `share`, in their order."""
     if num_processes() == 1:
         return items
-    n, everyone = num_processes(), gather_object([items])
+    n = num_processes()
+    everyone = gather_object([items])
     return [everyone[i % n][i // n] for i in range(sum(map(len, everyone)))]
 
 

@@ -50,7 +50,9 @@ class SaveClock:
     """Says whether a state is due: every `save_steps` steps, or else every `save_minutes`."""
 
     def __init__(self, save_minutes: float, save_steps: int | None):
-        self.seconds, self.steps, self.last = 60 * save_minutes, save_steps, time.monotonic()
+        self.seconds = 60 * save_minutes
+        self.steps = save_steps
+        self.last = time.monotonic()
 
     def due(self, step: int) -> bool:
         if self.steps:

@@ -26,7 +26,8 @@ SEE = "docs/data.md says what to mix in"
 def sft_warnings(m: dict[str, Any]) -> list[str]:
     """Of SFT's metrics: `eval_rows`, `eval_loss`, `eval_loss_before` (None if unknown)."""
     found = few_rows(m["eval_rows"], "test rows", "--max-eval-samples")
-    before, after = m["eval_loss_before"], m["eval_loss"]
+    before = m["eval_loss_before"]
+    after = m["eval_loss"]
     if before is not None and after > before:
         found.append(
             f"the loss on the test rows rose, from {before:.4f} to {after:.4f} nats a token: the "
@@ -38,12 +39,17 @@ def sft_warnings(m: dict[str, Any]) -> list[str]:
 def reward_warnings(m: dict[str, Any]) -> list[str]:
     """Of a reward model's metrics, from `reward_evaluation.judge` and `probe.judge_probe`."""
     found = few_rows(m["eval_pairs"], "test pairs", "--max-eval-samples")
-    what, accuracy, bounds, knows = "its accuracy", m["eval_accuracy"], "eval_accuracy", "nothing"
+    what = "its accuracy"
+    accuracy = m["eval_accuracy"]
+    bounds = "eval_accuracy"
+    knows = "nothing"
     if m["length_balanced_accuracy"] is not None:
         what += " with longer and shorter winners weighing alike"
-        accuracy, bounds = m["length_balanced_accuracy"], "length_balanced"
+        accuracy = m["length_balanced_accuracy"]
+        bounds = "length_balanced"
         knows += " but length"
-    low, high = m[f"{bounds}_low"], m[f"{bounds}_high"]
+    low = m[f"{bounds}_low"]
+    high = m[f"{bounds}_high"]
     if low <= 0.5:
         found.append(
             f"{what} is {accuracy:.3f}, and its 95 % interval, {low:.3f} to {high:.3f}, reaches "
@@ -83,7 +89,9 @@ def gain_warnings(m: dict[str, Any]) -> list[str]:
     """
     found = []
     worse = "the policy got worse; lower --learning-rate, or raise --kl-coef"
-    rose, score_fell, gold_fell = m["score_gain_low"] > 0, fall(m, "score"), fall(m, "gold")
+    rose = m["score_gain_low"] > 0
+    score_fell = fall(m, "score")
+    gold_fell = fall(m, "gold")
     if gold_fell and rose:
         found.append(
             f"the score rose by {m['score_gain']:.2f}, but the gold score{gold_fell}: the policy "
@@ -116,7 +124,8 @@ def fall(m: dict[str, Any], judge: str) -> str:
     ways = {f"{judge}_gain": "", f"{judge}_gain_at_equal_length": " at equal length"}
     for name, where in ways.items():
         if m.get(f"{name}_high", 0.0) < 0:
-            most, least = -m[f"{name}_low"], -m[f"{name}_high"]
+            most = -m[f"{name}_low"]
+            least = -m[f"{name}_high"]
             return f"{where} fell by {-m[name]:.2f} ({least:.2f} to {most:.2f})"
     return ""
 

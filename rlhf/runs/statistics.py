@@ -12,15 +12,18 @@ def wilson_interval(successes: float, count: int) -> tuple[float, float]:
 
     Halves may count as successes.
     """
-    z, p = 1.959964, successes / count
-    centre, scale = p + z * z / (2 * count), 1 + z * z / count
+    z = 1.959964
+    p = successes / count
+    centre = p + z * z / (2 * count)
+    scale = 1 + z * z / count
     spread = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def bootstrap(values: Iterable[float], seed: int = 0) -> np.ndarray:
     """The means of 10,000 draws with replacement; independent samples want different seeds."""
-    values, random = np.asarray(list(values), dtype=float), np.random.default_rng(seed)
+    values = np.asarray(list(values), dtype=float)
+    random = np.random.default_rng(seed)
     block = max(1, 1_000_000 // len(values))  # draws in memory at a time
     sizes = [min(block, 10_000 - start) for start in range(0, 10_000, block)]
     return np.concatenate(

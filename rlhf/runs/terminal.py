@@ -53,7 +53,9 @@ class Progress:
     """
 
     def __init__(self, name: str, unit: str, total: int):
-        self.name, self.unit, self.total = name, unit, total
+        self.name = name
+        self.unit = unit
+        self.total = total
         self.bar = bar() if console.is_terminal and not console.is_dumb_terminal else None
         self.since: dict[str, list[float]] = {}  # the last line: each number of each step
         self.said: float | None = None  # when that was
@@ -64,7 +66,8 @@ class Progress:
 
     def begin(self, done: int) -> None:
         """`done` steps were made earlier; the time left is reckoned from here on."""
-        self.first, self.began = done, time.monotonic()
+        self.first = done
+        self.began = time.monotonic()
         if self.bar:
             self.bar.update(self.task, completed=done)
 
