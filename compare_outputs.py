@@ -169,13 +169,13 @@ def main(config: Config) -> None:
 
     dtype = choose_dtype(config.dtype, device())
     base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
-    form = load_format(config.sft_checkpoint, runs["sft"])
+    prompt_format = load_format(config.sft_checkpoint, runs["sft"])
     titles = model_titles(base["model"], runs)
-    prompts = read_prompts(config, form)
+    prompts = read_prompts(config, prompt_format)
     check_lengths(base, [ids for _, ids in prompts], config.max_new_tokens)
 
     # 1. One base for all models.
-    model = load_base(base, dtype, form.pad_token_id)
+    model = load_base(base, dtype, prompt_format.pad_token_id)
     shared = load_models(model, folders, runs, dtype)
 
     # 2. and 3.
@@ -184,7 +184,7 @@ def main(config: Config) -> None:
         with console.status(f"{name} answers {len(prompts)} prompts"):
             answers[name] = answers_of(
                 shared,
-                form,
+                prompt_format,
                 [ids for _, ids in prompts],
                 name,
                 "reward" in runs,
@@ -194,7 +194,7 @@ def main(config: Config) -> None:
                 config.batch_size,
             )
     with console.status("the safety probe"):
-        odds = ask_probe(config, shared, form, list(titles))
+        odds = ask_probe(config, shared, prompt_format, list(titles))
     pairs = compare_pairs(answers)
     found = (compare_warnings(len(prompts)) if pairs else []) + compare_refusals(odds)
     # What PPO's run has said already is not said twice.
@@ -275,7 +275,7 @@ def model_titles(base_model: str, runs: dict[str, dict[str, Any]]) -> dict[str, 
     return titles
 
 
-def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
+def read_prompts(config: Config, prompt_format) -> list[tuple[Turns, list[int]]]:
     """The prompts as turns and token ids. Bad and overlong ones are dropped and reported."""
     path = Path(config.prompts or "")
     if config.num_test_prompts:
@@ -300,7 +300,7 @@ def read_prompts(config: Config, form) -> list[tuple[Turns, list[int]]]:
     for row in rows:
         try:
             turns = turns_of(row)
-            prompts.append((turns, tokenize_prompt(turns, form, config.max_prompt_length)))
+            prompts.append((turns, tokenize_prompt(turns, prompt_format, config.max_prompt_length)))
         except BadRow as reason:
             drops[str(reason)] += 1
     if drops:
@@ -405,9 +405,11 @@ def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
 # ---------------------------------------------------------------- the safety probe
 
 
-def ask_probe(config: Config, shared, form, names: list[str]) -> dict[str, Odds]:
+def ask_probe(config: Config, shared, prompt_format, names: list[str]) -> dict[str, Odds]:
     """By model and kind, how each request that fits the lengths would be answered."""
-    probe = load_probe(form, config.max_prompt_length + config.max_new_tokens, OPENING_TOKENS)
+    probe = load_probe(
+        prompt_format, config.max_prompt_length + config.max_new_tokens, OPENING_TOKENS
+    )
     found = {}
     for name in names:
         odds = refusal_odds(shared, role_of(name), probe)

@@ -50,7 +50,7 @@ from rlhf.engine.base import check_context, same_base
 from rlhf.engine.card import Rollouts, choose_rollouts, choose_tokens, describe_start
 from rlhf.engine.generation import Response, Seed, generate, prepare, step_seconds
 from rlhf.engine.loading import load_base
-from rlhf.engine.logprobs import Chosen, chosen_logprobs
+from rlhf.engine.logprobs import TokenLogprobs, logprobs_of
 from rlhf.engine.micro_batches import free_memory
 from rlhf.engine.plan import episodes_of_a_process, ppo_plans, read_shape
 from rlhf.engine.roles import REFERENCE, SharedBase
@@ -68,7 +68,7 @@ from rlhf.runs.checks import check_ppo_numbers
 from rlhf.runs.cli import run
 from rlhf.runs.device import choose_dtype, device
 from rlhf.runs.folders import check_output, output_folder
-from rlhf.runs.processes import agree, gather, moments, share, sum_gradients, total
+from rlhf.runs.processes import agree, gather, moments, share, sum_gradients, sum_over_processes
 from rlhf.runs.run_warnings import ppo_warnings, said_before, show
 from rlhf.runs.stop import check_stop
 from rlhf.runs.terminal import console
@@ -215,11 +215,13 @@ def main(config: Config) -> None:
             time_steps(main, config, config.num_updates)
         show_end(config)
         return
-    form = load_format(config.sft_checkpoint, runs["sft"])
-    prompts, eval_prompts, chosen = load_prompts(config, form)
-    probe = load_probe(form, config.max_prompt_length + config.response_length, OPENING_TOKENS)
+    prompt_format = load_format(config.sft_checkpoint, runs["sft"])
+    prompts, eval_prompts, chosen = load_prompts(config, prompt_format)
+    probe = load_probe(
+        prompt_format, config.max_prompt_length + config.response_length, OPENING_TOKENS
+    )
     tokens, why, rollouts = choose_sizes(config, runs, prompts, eval_prompts)
-    shared, base = load_models(config, runs["sft"], form)
+    shared, base = load_models(config, runs["sft"], prompt_format)
     shared.micro_batch.tokens = tokens
     shared.rollout_rows = rollouts.rows
     prepare_rollouts(config, shared, rollouts, max(map(len, prompts + eval_prompts)))
@@ -259,8 +261,8 @@ def main(config: Config) -> None:
         )
         if not state.sft:
             # The new policy equals SFT's.
-            state.sft = evaluate(config, shared, form, eval_prompts, probe)
-            log.evaluation(0, state.sft, eval_prompts, form)
+            state.sft = evaluate(config, shared, prompt_format, eval_prompts, probe)
+            log.evaluation(0, state.sft, eval_prompts, prompt_format)
         first = last = state.sft
         baseline = first.scores.mean().item()
         kl_coef = state.kl_coef
@@ -269,12 +271,12 @@ def main(config: Config) -> None:
             # 1. Rollout
             clock = Stopwatch(shared.device)
             queries, seeds = draw_prompts(prompts, update, config)
-            responses = rollout(config, shared, form, queries, seeds)
+            responses = rollout(config, shared, prompt_format, queries, seeds)
             clock.lap("rollout")
             # 2. Measure
             shared.micro_batch.agree()
             batch = make_batch(
-                queries, responses, draw_minibatches(update, config), form, shared.device
+                queries, responses, draw_minibatches(update, config), prompt_format, shared.device
             )
             measured = measure(shared, batch, config.temperature, baseline)
             clock.lap("measure")
@@ -294,14 +296,16 @@ def main(config: Config) -> None:
             del measured, old  # their lower states make room for what is sampled next
             if update % config.eval_steps == 0 or update == config.num_updates:
                 is_last = update == config.num_updates
-                last = evaluate(config, shared, form, eval_prompts, probe if is_last else None)
-                log.evaluation(update, last, eval_prompts, form)
+                last = evaluate(
+                    config, shared, prompt_format, eval_prompts, probe if is_last else None
+                )
+                log.evaluation(update, last, eval_prompts, prompt_format)
             state.done(update, kl_coef)
 
         metrics = compare(first, last) | chosen
         metrics["warnings"] = ppo_warnings(metrics)
         console.print(describe(metrics))
-        save(config, folder, shared, form, base, runs, metrics, started, log)
+        save(config, folder, shared, prompt_format, base, runs, metrics, started, log)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     show(metrics["warnings"])
     console.print(f"Next: {next_command('compare_outputs.py', config, 'ppo')}")
@@ -335,7 +339,7 @@ def draw_minibatches(update: int, config: Config) -> list[list[int]]:
 def rollout(
     config: Config,
     shared: SharedBase,
-    form: PromptFormat,
+    prompt_format: PromptFormat,
     prompts: list[list[int]],
     seeds: list[Seed],
 ) -> list[Response]:
@@ -344,7 +348,7 @@ def rollout(
         shared.merge("policy")
     rows = shared.rollout_rows or len(prompts)
     settings = config.response_length, config.temperature, share(seeds), rows
-    return gather(generate(shared, "policy", form, share(prompts), *settings))
+    return gather(generate(shared, "policy", prompt_format, share(prompts), *settings))
 
 
 @torch.no_grad()
@@ -396,14 +400,14 @@ def token_logprobs(
     lower: Tensor,
     temperature: float,
     statistics: bool = False,
-) -> Chosen:
+) -> TokenLogprobs:
     """Log-probability [n] of each sampled token under `role`, and with `statistics` its entropy.
 
     Measuring and optimising both come through here, with the same micro-batches: in bf16 another
     padding or batch size alone would move the ratio away from 1.
     """
     hidden = shared.upper(lower, micro.texts, role)[micro.positions]
-    return chosen_logprobs(hidden, shared.lm_head_weight(), micro.actions, temperature, statistics)
+    return logprobs_of(hidden, shared.lm_head_weight(), micro.actions, temperature, statistics)
 
 
 def token_values(shared: SharedBase, micro: MicroBatch, lower: Tensor, baseline: float) -> Tensor:
@@ -536,7 +540,7 @@ def clip(optimizer, scaler, max_grad_norm: float) -> dict[str, Tensor]:
 
 def read(sums: Sums, tokens: float, norms: dict[str, Tensor]) -> dict[str, float]:
     """Means over all processes' tokens, and the norms: a minibatch's one wait for the device."""
-    means = total(torch.stack(list(sums.values()))) / tokens
+    means = sum_over_processes(torch.stack(list(sums.values()))) / tokens
     # 0 without gradients: a CPU's
     numbers = torch.cat([means, torch.stack([norm.to(means) for norm in norms.values()])])
     return dict(zip([*sums, *norms], numbers.tolist(), strict=True))
@@ -560,7 +564,7 @@ def step(optimizer, scaler, stats: dict[str, float]) -> None:
 def evaluate(
     config: Config,
     shared: SharedBase,
-    form: PromptFormat,
+    prompt_format: PromptFormat,
     prompts: list[list[int]],
     probe: Probe | None = None,
 ) -> Evaluation:
@@ -569,8 +573,12 @@ def evaluate(
     Args:
         probe: what else to ask of the policy, with the openings of its answers.
     """
-    responses = rollout(config, shared, form, prompts, [(0, 4, i) for i in range(len(prompts))])
-    batch = make_batch(prompts, responses, [list(range(len(prompts)))], form, shared.device)
+    responses = rollout(
+        config, shared, prompt_format, prompts, [(0, 4, i) for i in range(len(prompts))]
+    )
+    batch = make_batch(
+        prompts, responses, [list(range(len(prompts)))], prompt_format, shared.device
+    )
     judges = ["reward", "gold"] if config.gold_checkpoint else ["reward"]
 
     def work() -> list[Tensor]:
@@ -595,8 +603,8 @@ def evaluate(
         batch.response_lengths
     )
     numbers[2:, batch.rows] = torch.stack(scores)
-    kl, entropy, scores, *gold_scores = total(numbers.to(shared.device)).cpu()
-    texts = [form.decode(response.text_ids) for response in responses]
+    kl, entropy, scores, *gold_scores = sum_over_processes(numbers.to(shared.device)).cpu()
+    texts = [prompt_format.decode(response.text_ids) for response in responses]
     odds = refusal_odds(shared, "policy", probe) if probe else {}
     refusals = {"refusal_odds": odds.get("harmful"), "overrefusal_odds": odds.get("harmless")}
     return Evaluation(responses, texts, scores, kl, entropy, *gold_scores, **refusals)
@@ -752,13 +760,13 @@ def choose_weights(config: Config, shared: SharedBase, longest: int) -> None:
 
 
 def load_models(
-    config: Config, sft: dict[str, Any], form: PromptFormat
+    config: Config, sft: dict[str, Any], prompt_format: PromptFormat
 ) -> tuple[SharedBase, dict[str, Any]]:
     """The shared base with its roles, of which policy and value train, and the base's identity."""
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
     set_seed(config.seed)
-    model = load_base(base, dtype, form.pad_token_id)
+    model = load_base(base, dtype, prompt_format.pad_token_id)
     shared = SharedBase(model, config.sft_checkpoint, dtype)
     shared.decoder.gradient_checkpointing = config.gradient_checkpointing
     shared.graphs.enabled = shared.graphs.enabled and config.cuda_graphs
@@ -772,12 +780,17 @@ def load_models(
     return shared, base
 
 
-def load_prompts(config: Config, form: PromptFormat) -> tuple[Prompts, Prompts, dict[str, float]]:
+def load_prompts(
+    config: Config, prompt_format: PromptFormat
+) -> tuple[Prompts, Prompts, dict[str, float]]:
     """The training and the held-out prompts, and the style of the answers chosen for the latter."""
     pairs, held_out = load_splits(
         config.dataset, "prompt", config.columns, config.max_train_samples, config.max_eval_samples
     )
-    prompts = [tokenize_prompts(rows, form, config.max_prompt_length) for rows in (pairs, held_out)]
+    prompts = [
+        tokenize_prompts(rows, prompt_format, config.max_prompt_length)
+        for rows in (pairs, held_out)
+    ]
     answers = [pair.chosen for pair in held_out if pair.chosen]
     style = style_of(answers) if answers else {}
     return *prompts, {f"chosen_{name}": share for name, share in style.items()}

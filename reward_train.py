@@ -169,7 +169,7 @@ def main(config: Config) -> None:
     started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
-    form = format_of(config.sft_checkpoint, sft)
+    prompt_format = format_of(config.sft_checkpoint, sft)
 
     # 1. Tokenise both responses of each pair.
     votes = load_votes(config.extra_data) if config.extra_data else None
@@ -183,11 +183,11 @@ def main(config: Config) -> None:
     )
     train_pairs += votes.train * config.extra_weight if votes else []
     if config.dry_run:
-        dry_run(config, base, form, train_pairs, sft)
+        dry_run(config, base, prompt_format, train_pairs, sft)
         return
-    token_pairs = tokenize_pairs(train_pairs, form, config.max_length, "train")
-    train_set = both_responses(token_pairs, form.eos_token_id)
-    eval_sets = tokenize_eval(config, form, eval_pairs, votes)
+    token_pairs = tokenize_pairs(train_pairs, prompt_format, config.max_length, "train")
+    train_set = both_responses(token_pairs, prompt_format.eos_token_id)
+    eval_sets = tokenize_eval(config, prompt_format, eval_pairs, votes)
 
     check_context(base, longest_text([*token_pairs, *sum(eval_sets.values(), [])]), "--max-length")
 
@@ -196,7 +196,7 @@ def main(config: Config) -> None:
     tokens, why = choose_tokens(config, make_plan(config, base, sft, longest), longest, device())
     console.print(describe_start(device(), tokens, config.batch_size, dtype, why))
     set_seed(config.seed)
-    model = load_base(base, dtype, form.pad_token_id, with_head=True)
+    model = load_base(base, dtype, prompt_format.pad_token_id, with_head=True)
     shared = SharedBase(model, config.sft_checkpoint, dtype)
     shared.add_role("reward", config.lora_rank, config.lora_alpha, config.role_layers)
     shared.heads["reward"] = model.score
@@ -206,7 +206,7 @@ def main(config: Config) -> None:
 
     with output_folder(config.output_dir, config.resume) as folder:
         # 3. Train.
-        trainer = make_trainer(config, shared, form, train_set, dtype, folder)
+        trainer = make_trainer(config, shared, prompt_format, train_set, dtype, folder)
         trainer.eval_pairs = eval_sets["test pairs"]
         data = {
             "source": config.dataset,
@@ -234,9 +234,9 @@ def main(config: Config) -> None:
         trainer.run()
 
         # 4. Score the test split.
-        metrics = evaluate(config, shared, form, eval_sets, folder)
+        metrics = evaluate(config, shared, prompt_format, eval_sets, folder)
         trainer.log({name: metrics[name] for name in ("eval_loss", "eval_accuracy", "eval_margin")})
-        save_stacked(folder, shared, "reward", form, base)
+        save_stacked(folder, shared, "reward", prompt_format, base)
         if is_main():
             trainer.lines.curves.draw()
             write_run(
@@ -297,14 +297,15 @@ def both_responses(pairs: list[TokenPair], eos_token_id: int) -> datasets.Datase
 
 
 def tokenize_eval(
-    config: Config, form, pairs: list[Pair], votes: VotePairs | None
+    config: Config, prompt_format, pairs: list[Pair], votes: VotePairs | None
 ) -> dict[str, list[TokenPair]]:
     """What is scored at the end: the test pairs, and the held-out votes if there are any."""
     sets = {"test pairs": pairs} | (
         {"held-out votes": votes.held_out} if votes and votes.held_out else {}
     )
     return {
-        what: tokenize_pairs(part, form, config.max_length, what) for what, part in sets.items()
+        what: tokenize_pairs(part, prompt_format, config.max_length, what)
+        for what, part in sets.items()
     }
 
 
@@ -315,9 +316,9 @@ def foresee(config: Config) -> dict[str, Any]:
     return earlier_runs(config, sft=sft_train)["sft"]
 
 
-def dry_run(config: Config, base, form, pairs, sft) -> None:
+def dry_run(config: Config, base, prompt_format, pairs, sft) -> None:
     """Rows, tokens, steps and the memory plan."""
-    tokenized = tokenize_pairs(pairs, form, config.max_length, "train")
+    tokenized = tokenize_pairs(pairs, prompt_format, config.max_length, "train")
     lengths = list(map(num_tokens, tokenized))
     show_data("training pairs", lengths)
     console.print(
@@ -394,7 +395,7 @@ class Trainer(Resumable, RewardTrainer):
         return {name: float(values.mean()) for name, values in numbers.items()}
 
 
-def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, folder: Path):
+def make_trainer(config: Config, shared: SharedBase, prompt_format, train_set, dtype, folder: Path):
     """The trainer of an adapter that is already in place; keeps adapter and head in float32."""
     args = RewardConfig(
         **trainer_options(config, dtype, folder, len(train_set)),
@@ -402,7 +403,10 @@ def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, fol
         center_rewards_coefficient=config.center_rewards_coefficient,
     )
     trainer = Trainer(
-        model=shared.peft, args=args, train_dataset=train_set, processing_class=form.tokenizer
+        model=shared.peft,
+        args=args,
+        train_dataset=train_set,
+        processing_class=prompt_format.tokenizer,
     )
     keep_fp32(trainer.model)
     trainer.shared = shared
@@ -414,7 +418,11 @@ def make_trainer(config: Config, shared: SharedBase, form, train_set, dtype, fol
 
 
 def evaluate(
-    config: Config, shared: SharedBase, form, eval_sets: dict[str, list[TokenPair]], folder: Path
+    config: Config,
+    shared: SharedBase,
+    prompt_format,
+    eval_sets: dict[str, list[TokenPair]],
+    folder: Path,
 ) -> dict[str, Any]:
     """Score the test pairs and held-out votes, say what the scores are worth, and write it down.
 
@@ -422,7 +430,9 @@ def evaluate(
     safety probe under those that start with `probe_`, and `warnings`. Raises UserError if the
     scores are worth nothing.
     """
-    scored = {what: score(shared, pairs, form.eos_token_id) for what, pairs in eval_sets.items()}
+    scored = {
+        what: score(shared, pairs, prompt_format.eos_token_id) for what, pairs in eval_sets.items()
+    }
     judged = {what: judge(pairs) for what, pairs in scored.items()}
     metrics = judged["test pairs"]
     if not np.isfinite(metrics["score_std"]):
@@ -443,7 +453,7 @@ def evaluate(
             f"votes_{name.removeprefix('eval_')}": value
             for name, value in judged["held-out votes"].items()
         }
-    metrics |= score_probe(config, shared, form)
+    metrics |= score_probe(config, shared, prompt_format)
     if said := describe_probe(metrics):
         console.print(said)
     metrics["warnings"] = reward_warnings(metrics)
@@ -454,13 +464,13 @@ def evaluate(
     return metrics
 
 
-def score_probe(config: Config, shared: SharedBase, form) -> dict[str, float]:
+def score_probe(config: Config, shared: SharedBase, prompt_format) -> dict[str, float]:
     """What the reward model makes of the safety probe, as far as it fits into --max-length."""
-    probe = load_probe(form, config.max_length)
+    probe = load_probe(prompt_format, config.max_length)
     scores = {}
     for kind, pairs in probe.items():
         if pairs:
-            scored = score(shared, pairs, form.eos_token_id)
+            scored = score(shared, pairs, prompt_format.eos_token_id)
             scores[kind] = scored.chosen, scored.rejected
     return judge_probe(scores)
 
@@ -500,15 +510,17 @@ def eval_only(config: Config) -> None:
             "touched)"
         )
     base = same_base(sft, config.sft_checkpoint, config.base_model)
-    form = load_format(config.sft_checkpoint, sft)
+    prompt_format = load_format(config.sft_checkpoint, sft)
     test_pairs = load_pairs(config.dataset, "test", config.max_eval_samples, columns=config.columns)
     votes = load_votes(config.extra_data) if config.extra_data else None
-    eval_sets = tokenize_eval(config, form, test_pairs, votes)
+    eval_sets = tokenize_eval(config, prompt_format, test_pairs, votes)
     check_context(base, longest_text(sum(eval_sets.values(), [])), "--max-length")
     dtype = choose_dtype(config.dtype, device())
-    shared = SharedBase(load_base(base, dtype, form.pad_token_id), config.sft_checkpoint, dtype)
+    shared = SharedBase(
+        load_base(base, dtype, prompt_format.pad_token_id), config.sft_checkpoint, dtype
+    )
     shared.add_role("reward", **read_stacked(config.output_dir, shared))
-    metrics = evaluate(config, shared, form, eval_sets, folder)
+    metrics = evaluate(config, shared, prompt_format, eval_sets, folder)
     console.print(f"Saved {folder}/evaluation.json and {folder}/evaluation.png.")
     show(metrics["warnings"])
 

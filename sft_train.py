@@ -38,7 +38,7 @@ from rlhf.engine.base import base_facts, check_context, identified
 from rlhf.engine.card import Plan, choose_tokens, describe_start
 from rlhf.engine.decoder import Decoder, lay_out
 from rlhf.engine.loading import linear_names, load_base
-from rlhf.engine.logprobs import Chosen, chosen_logprobs
+from rlhf.engine.logprobs import TokenLogprobs, logprobs_of
 from rlhf.engine.plan import plan_sft, read_shape
 from rlhf.engine.portable import save_tokenizer
 from rlhf.engine.speed import Work
@@ -143,17 +143,19 @@ def main(config: Config) -> None:
     base = base_facts(config.base_model, config.revision, config.load_in_4bit)
     tokenizer = load_tokenizer(base["model"], base["revision"])
     check_vocabulary(tokenizer, base)
-    form = PromptFormat(config.prompt_format, tokenizer)
+    prompt_format = PromptFormat(config.prompt_format, tokenizer)
 
     # 1. Tokenise: prompt tokens are masked out of the loss, EOS is not.
     train_pairs, eval_pairs = load_splits(
         config.dataset, "answer", config.columns, config.max_train_samples, config.max_eval_samples
     )
     if config.dry_run:
-        dry_run(config, base, form, train_pairs)
+        dry_run(config, base, prompt_format, train_pairs)
         return
-    train_set = response_only(tokenize_pairs(train_pairs, form, config.max_length, "train"))
-    eval_set = response_only(tokenize_pairs(eval_pairs, form, config.max_length, "test"))
+    train_set = response_only(
+        tokenize_pairs(train_pairs, prompt_format, config.max_length, "train")
+    )
+    eval_set = response_only(tokenize_pairs(eval_pairs, prompt_format, config.max_length, "test"))
 
     # 2. and 3.
     longest = max(map(len, train_set["input_ids"]))
@@ -162,9 +164,9 @@ def main(config: Config) -> None:
     console.print(describe_start(device(), tokens, config.batch_size, dtype, why))
     set_seed(config.seed)
     base = identified(base)
-    model = load_base(base, dtype, form.pad_token_id)
+    model = load_base(base, dtype, prompt_format.pad_token_id)
     with output_folder(config.output_dir, config.resume) as folder:
-        trainer = make_trainer(config, model, form, train_set, eval_set, dtype, folder)
+        trainer = make_trainer(config, model, prompt_format, train_set, eval_set, dtype, folder)
         data = {
             "source": config.dataset,
             "columns": config.columns,
@@ -191,7 +193,7 @@ def main(config: Config) -> None:
             trainer.model.peft_config["default"].revision = base["revision"]
             trainer.model.save_pretrained(str(folder), state_dict=weights)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
-            save_tokenizer(form.tokenizer, folder)
+            save_tokenizer(prompt_format.tokenizer, folder)
             trainer.lines.curves.draw()
             write_run(
                 folder,
@@ -232,9 +234,9 @@ def response_only(pairs):
     return datasets.Dataset.from_list(rows)
 
 
-def dry_run(config: Config, base, form, pairs) -> None:
+def dry_run(config: Config, base, prompt_format, pairs) -> None:
     """Rows, tokens, steps and the memory plan."""
-    tokenized = tokenize_pairs(pairs, form, config.max_length, "train")
+    tokenized = tokenize_pairs(pairs, prompt_format, config.max_length, "train")
     lengths = [len(p.prompt_ids) + len(p.chosen_ids) for p in tokenized]
     show_data("training rows", lengths)
     console.print(f"optimizer steps: {num_steps(config, len(lengths))} of {config.batch_size} rows")
@@ -286,7 +288,7 @@ class Trainer(Resumable, SFTTrainer):
         sums = -logprobs.sum(), chosen.entropy.sum(), chosen.is_top1.sum()
         return dict(zip(self.means, sums, strict=True))
 
-    def read_responses(self, rows: list[Row]) -> Chosen:
+    def read_responses(self, rows: list[Row]) -> TokenLogprobs:
         """Of all labelled tokens [N]: no padding is computed, and the LM head only there."""
         texts = lay_out([row["input_ids"] for row in rows], self.args.device)
         following = np.array([label for row in rows for label in [*row["labels"][1:], -100]])
@@ -298,7 +300,7 @@ class Trainer(Resumable, SFTTrainer):
             places
         ]
         lm_head = self.decoder.model.get_output_embeddings().weight
-        return chosen_logprobs(self.decoder.norm(states), lm_head, labels, 1.0, statistics=True)
+        return logprobs_of(self.decoder.norm(states), lm_head, labels, 1.0, statistics=True)
 
     def evaluation(self) -> dict[str, float]:
         """Means over all response tokens of the test rows; each process reads its share of them."""
@@ -306,7 +308,7 @@ class Trainer(Resumable, SFTTrainer):
         return means
 
 
-def make_trainer(config: Config, model, form, train_set, eval_set, dtype, folder: Path):
+def make_trainer(config: Config, model, prompt_format, train_set, eval_set, dtype, folder: Path):
     """The trainer of `model` with a fresh LoRA adapter, which is kept in float32."""
     lora = LoraConfig(
         r=config.lora_rank,
@@ -319,7 +321,7 @@ def make_trainer(config: Config, model, form, train_set, eval_set, dtype, folder
         args=SFTConfig(**trainer_options(config, dtype, folder, len(train_set)), max_length=None),
         train_dataset=train_set,
         eval_dataset=eval_set,
-        processing_class=form.tokenizer,
+        processing_class=prompt_format.tokenizer,
     )
     keep_fp32(trainer.model)
     trainer.dtype = dtype

@@ -341,14 +341,14 @@ def open_policy(of: dict[str, Any]):
     """The shared base as `ppo_train.py` loads it, with a policy that is not its reference."""
     config = of["ppo"]
     sft = read_run(config.sft_checkpoint, "sft")
-    form = load_format(config.sft_checkpoint, sft)
-    shared, _ = ppo_train.load_models(config, sft, form)
+    prompt_format = load_format(config.sft_checkpoint, sft)
+    shared, _ = ppo_train.load_models(config, sft, prompt_format)
     torch.manual_seed(0)
     with torch.no_grad():
         for weight in shared.parameters("policy"):
             weight.normal_(std=0.01)
     shared.restack()
-    return shared, form, config
+    return shared, prompt_format, config
 
 
 def made_up(
@@ -482,10 +482,12 @@ def check(config: Config, precision: str, dtype: str) -> dict[str, Any]:
         phase: {"seconds_a_step": values["seconds_a_step"]} | policy_of(values)
         for phase, values in found.items()
     }
-    shared, form, _ = open_policy(of)
+    shared, prompt_format, _ = open_policy(of)
     shared.merge("policy")
     for weights, layers in (("base", shared.decoder.layers), ("merged", shared.merged.layers)):
-        found[f"graph_{weights}"] = compare_graph(shared, form, layers, 4 if config.tiny else 24)
+        found[f"graph_{weights}"] = compare_graph(
+            shared, prompt_format, layers, 4 if config.tiny else 24
+        )
     return found
 
 
@@ -494,8 +496,8 @@ def policy_of(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def compare_graph(shared, form, layers, rows: int) -> dict[str, Any]:
-    prompts = [form.prompt_ids((("user", "Hi " * (1 + 3 * row)),)) for row in range(rows)]
+def compare_graph(shared, prompt_format, layers, rows: int) -> dict[str, Any]:
+    prompts = [prompt_format.prompt_ids((("user", "Hi " * (1 + 3 * row)),)) for row in range(rows)]
     written = []
     for graphs in (Graphs(False), Graphs(shared.device.type == "cuda")):
         draws = torch.rand(
@@ -672,9 +674,11 @@ def trl_ppo(config: Config) -> dict[str, Any]:
         if subprocess.run(pip, capture_output=True).returncode:
             return {"skipped": f"TRL 1.12.0 is not in {folder}, and pip cannot install it there"}
     sft = read_run(str(WORK / "phases_whole" / "sft"), "sft")
-    form = load_format(str(WORK / "phases_whole" / "sft"), sft)
+    prompt_format = load_format(str(WORK / "phases_whole" / "sft"), sft)
     prompts = [
-        form.prompt_ids((("user", row["prompt"].split("Human: ")[1].split("\n\n")[0]),))[-PROMPT:]
+        prompt_format.prompt_ids((("user", row["prompt"].split("Human: ")[1].split("\n\n")[0]),))[
+            -PROMPT:
+        ]
         for row in read_jsonl(WORK / "data" / "train.jsonl")
     ]
     (WORK / "prompts.json").write_text(json.dumps(prompts))

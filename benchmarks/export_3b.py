@@ -127,8 +127,8 @@ def make_checkpoint(tokenizer: str) -> None:
         base_model_name_or_path=str(WORK / "model"),
     )
     lora.save_pretrained(str(folder))
-    form = PromptFormat("hh", load_tokenizer(tokenizer))
-    form.tokenizer.save_pretrained(folder)
+    prompt_format = PromptFormat("hh", load_tokenizer(tokenizer))
+    prompt_format.tokenizer.save_pretrained(folder)
     base = base_facts(str(WORK / "model"), None, load_in_4bit=True)
     settings = PPOConfig(output_dir=str(folder))
     write_run(
@@ -138,7 +138,7 @@ def make_checkpoint(tokenizer: str) -> None:
         torch.bfloat16,
         time.monotonic(),
         base=base,
-        prompt_format=form.name,
+        prompt_format=prompt_format.name,
     )
 
 

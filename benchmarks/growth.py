@@ -123,11 +123,11 @@ def measure(config: Config, batch: int, response: int, vocabulary: int, pipe) ->
 
     ppo_train.load_base = load_padded
     sft = read_run(settings.sft_checkpoint, "sft")
-    form = load_format(settings.sft_checkpoint, sft)
-    shared, _ = ppo_train.load_models(settings, sft, form)
-    form.eos_token_id = form.pad_token_id
-    form.stop_text = None
-    prompts, *_ = ppo_train.load_prompts(settings, form)
+    prompt_format = load_format(settings.sft_checkpoint, sft)
+    shared, _ = ppo_train.load_models(settings, sft, prompt_format)
+    prompt_format.eos_token_id = prompt_format.pad_token_id
+    prompt_format.stop_text = None
+    prompts, *_ = ppo_train.load_prompts(settings, prompt_format)
     flat = [token for prompt in prompts for token in prompt]
     prompts = [flat[i * response : (i + 1) * response] for i in range(batch)]
     groups = [{"name": name, "params": shared.parameters(name)} for name in ("policy", "value")]
@@ -136,12 +136,12 @@ def measure(config: Config, batch: int, response: int, vocabulary: int, pipe) ->
     update(
         replace(settings, response_length=8, episodes_per_update=8),
         shared,
-        form,
+        prompt_format,
         optimizer,
         prompts[:8],
     )
     with PeakMemory() as memory:
-        seconds = update(settings, shared, form, optimizer, prompts)
+        seconds = update(settings, shared, prompt_format, optimizer, prompts)
     pipe.send(
         {
             "batch": batch,
@@ -156,14 +156,16 @@ def measure(config: Config, batch: int, response: int, vocabulary: int, pipe) ->
     )
 
 
-def update(settings, shared, form, optimizer, prompts) -> dict[str, float]:
+def update(settings, shared, prompt_format, optimizer, prompts) -> dict[str, float]:
     """Seconds of each phase of one update."""
     clock = Stopwatch(shared.device)
-    responses = ppo_train.rollout(settings, shared, form, prompts, list(range(len(prompts))))
+    responses = ppo_train.rollout(
+        settings, shared, prompt_format, prompts, list(range(len(prompts)))
+    )
     assert {len(response.ids) for response in responses} == {settings.response_length}
     clock.lap("rollout")
     batch = make_batch(
-        prompts, responses, ppo_train.draw_minibatches(1, settings), form, shared.device
+        prompts, responses, ppo_train.draw_minibatches(1, settings), prompt_format, shared.device
     )
     measured = ppo_train.measure(shared, batch, settings.temperature, 0.0)
     clock.lap("measure")

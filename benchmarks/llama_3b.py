@@ -167,7 +167,7 @@ def replace_ids(tokenizer, folder: Path, shape: LlamaConfig) -> LlamaConfig:
 
 def write_data(folder: Path, tokenizer: str) -> None:
     """Pairs whose prompts have exactly PROMPT tokens and whose responses RESPONSE, EOS included."""
-    form = PromptFormat("hh", load_tokenizer(tokenizer))
+    prompt_format = PromptFormat("hh", load_tokenizer(tokenizer))
 
     def pair(words: int, good: str, bad: str) -> Pair:
         return Pair(
@@ -176,9 +176,9 @@ def write_data(folder: Path, tokenizer: str) -> None:
             " ".join([bad] * (RESPONSE - 1)),
         )
 
-    words = PROMPT - len(tokenize_prompt(pair(1, "b", "c").turns, form, PROMPT)) + 1
+    words = PROMPT - len(tokenize_prompt(pair(1, "b", "c").turns, prompt_format, PROMPT)) + 1
     pairs = [pair(words, good, bad) for good, bad in zip("bcdefghijk", "BCDEFGHIJK", strict=True)]
-    for tokens in tokenize_pairs(pairs, form, PROMPT + RESPONSE + 1, "made pairs"):
+    for tokens in tokenize_pairs(pairs, prompt_format, PROMPT + RESPONSE + 1, "made pairs"):
         assert (len(tokens.prompt_ids), len(tokens.chosen_ids)) == (PROMPT, RESPONSE), (
             "a word is not one token"
         )

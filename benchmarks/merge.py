@@ -39,7 +39,7 @@ class Config:
 
 @torch.no_grad()
 def main(config: Config) -> None:
-    form = load_format(
+    prompt_format = load_format(
         config.checkpoint, read_run(config.checkpoint, export.phase_of(config.checkpoint))
     )
     turns = list(dict.fromkeys(pair.turns for pair in load_pairs(config.dataset, "test")))[
@@ -52,7 +52,7 @@ def main(config: Config) -> None:
         same = 0
         largest = 0.0
         for turn in turns:
-            ids = torch.tensor([form.prompt_ids(turn)])
+            ids = torch.tensor([prompt_format.prompt_ids(turn)])
             answers = [
                 model.generate(
                     input_ids=ids,

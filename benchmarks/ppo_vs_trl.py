@@ -127,9 +127,9 @@ def prepare(config: Config) -> None:
         ]
         subprocess.run(pip, check=True)
     tokenizer = load_tokenizer(config.sft_checkpoint)
-    form = PromptFormat(read_run(config.sft_checkpoint, "sft")["prompt_format"], tokenizer)
+    prompt_format = PromptFormat(read_run(config.sft_checkpoint, "sft")["prompt_format"], tokenizer)
     pairs = load_pairs(config.dataset, "train", config.max_train_samples)
-    prompts = tokenize_prompts(pairs, form, ours(config).max_prompt_length)
+    prompts = tokenize_prompts(pairs, prompt_format, ours(config).max_prompt_length)
     (WORK / "prompts.json").write_text(json.dumps(prompts))
     # TRL's models are whole ones, so the adapters are merged into copies of the base.
     options = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id, "dtype": torch.float32}
@@ -156,8 +156,8 @@ def widen_reward(config: Config) -> None:
     The value model is a copy of it.
     """
     sft = read_run(config.sft_checkpoint, "sft")
-    form = load_format(config.sft_checkpoint, sft)
-    shared, base = ppo_train.load_models(ours(config), sft, form)
+    prompt_format = load_format(config.sft_checkpoint, sft)
+    shared, base = ppo_train.load_models(ours(config), sft, prompt_format)
     scorer = read_stacked(config.reward_checkpoint, shared)
     shared.add_role("wide", **scorer | {"num_layers": 0, "state": None})
     with torch.no_grad():
@@ -166,7 +166,7 @@ def widen_reward(config: Config) -> None:
                 narrow = scorer["state"].get(name.replace(".wide.", "."))
                 if narrow is not None:
                     weight.copy_(narrow)
-    save_stacked(WORK / "reward_all_layers", shared, "wide", form, base)
+    save_stacked(WORK / "reward_all_layers", shared, "wide", prompt_format, base)
     facts = read_run(config.reward_checkpoint, "reward")
     facts["adapter_sha256"] = sha256(WORK / "reward_all_layers" / "adapter_model.safetensors")
     (WORK / "reward_all_layers" / "run.json").write_text(json.dumps(facts))
@@ -328,8 +328,8 @@ def judge(config: Config, name: str, seed: int) -> ppo_train.Evaluation:
     sft = read_run(config.sft_checkpoint, "sft")
     settings = replace(ours(config), dtype="bf16")
     state = None
-    form = load_format(config.sft_checkpoint, sft)
-    shared, _ = ppo_train.load_models(settings, sft, form)
+    prompt_format = load_format(config.sft_checkpoint, sft)
+    shared, _ = ppo_train.load_models(settings, sft, prompt_format)
     folder = str(WORK / f"{name}_{seed}")
     if name == "trl":
         lora, state = read_adapter(folder)
@@ -343,10 +343,10 @@ def judge(config: Config, name: str, seed: int) -> ppo_train.Evaluation:
             "role_layers": policy["num_layers"],
         }
     if state is not None:
-        shared, _ = ppo_train.load_models(replace(settings, **shape), sft, form)
+        shared, _ = ppo_train.load_models(replace(settings, **shape), sft, prompt_format)
         shared.load("policy", state)
-    _, prompts, _ = ppo_train.load_prompts(settings, form)
-    return ppo_train.evaluate(settings, shared, form, prompts)
+    _, prompts, _ = ppo_train.load_prompts(settings, prompt_format)
+    return ppo_train.evaluate(settings, shared, prompt_format, prompts)
 
 
 def hardware() -> str:

@@ -85,12 +85,12 @@ def main(config: Config) -> None:
 
 def write_data(config: Config) -> None:
     """The same pairs in our columns and in those that the stock commands take."""
-    form = PromptFormat("hh", load_tokenizer(config.model))
+    prompt_format = PromptFormat("hh", load_tokenizer(config.model))
     pairs = load_pairs(config.dataset, "train", config.rows)
-    eos = form.tokenizer.eos_token
+    eos = prompt_format.tokenizer.eos_token
     rows: dict[str, list[dict[str, Any]]] = {"ours": [], "sft": [], "reward": []}
     for pair in pairs:
-        prompt = form.tokenizer.decode(form.prompt_ids(pair.turns))
+        prompt = prompt_format.tokenizer.decode(prompt_format.prompt_ids(pair.turns))
         rows["ours"].append({"prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected})
         rows["sft"].append({"prompt": prompt, "completion": f" {pair.chosen}{eos}"})
         rows["reward"].append(

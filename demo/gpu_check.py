@@ -96,13 +96,13 @@ def compare_graphs() -> dict[str, dict[str, int]]:
     import ppo_train
 
     checkpoints = {"sft_checkpoint": SFT, "reward_checkpoint": REWARD}
-    shared, form, _ = card.open_policy(
+    shared, prompt_format, _ = card.open_policy(
         {"ppo": dataclasses.replace(ppo_train.PRESETS["demo"], **checkpoints)}
     )
     shared.merge("policy")
     through = {"base": shared.decoder.layers, "merged": shared.merged.layers}
     return {
-        weights: card.compare_graph(shared, form, layers, rows=8)
+        weights: card.compare_graph(shared, prompt_format, layers, rows=8)
         for weights, layers in through.items()
     }
 

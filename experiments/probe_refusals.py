@@ -80,14 +80,16 @@ def write_data(source: Path, folder: Path, extra: list[dict[str, str]]) -> None:
 def ask(settings: reward_train.Config) -> dict[str, Any]:
     """What a finished reward model makes of the half of the probe that nobody has trained on."""
     sft = read_run(settings.sft_checkpoint, "sft")
-    form = load_format(settings.sft_checkpoint, sft)
+    prompt_format = load_format(settings.sft_checkpoint, sft)
     base = same_base(sft, settings.sft_checkpoint, None)
     dtype = choose_dtype("auto", device())
-    shared = SharedBase(load_base(base, dtype, form.pad_token_id), settings.sft_checkpoint, dtype)
+    shared = SharedBase(
+        load_base(base, dtype, prompt_format.pad_token_id), settings.sft_checkpoint, dtype
+    )
     shared.add_role("reward", **read_stacked(settings.output_dir, shared))
     scores = {}
-    for kind, pairs in probe.load_probe(form, settings.max_length).items():
-        scored = reward_train.score(shared, pairs[1::2], form.eos_token_id)
+    for kind, pairs in probe.load_probe(prompt_format, settings.max_length).items():
+        scored = reward_train.score(shared, pairs[1::2], prompt_format.eos_token_id)
         scores[kind] = scored.chosen, scored.rejected
     return probe.judge_probe(scores)
 

@@ -537,14 +537,14 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
     ]
 
 
-def clear(part: dict[str, Any], key: str, form: str = ".2f") -> str:
+def clear(part: dict[str, Any], key: str, number_format: str = ".2f") -> str:
     """The variants whose difference `key` has an interval without 0."""
     found = [
         (name, v)
         for name, v in part["variants"].items()
         if key in v and v[f"{key}_low"] * v[f"{key}_high"] > 0
     ]
-    return ", ".join(f"`{name}` ({v[key]:+{form}})" for name, v in found) or "none"
+    return ", ".join(f"`{name}` ({v[key]:+{number_format}})" for name, v in found) or "none"
 
 
 def sample_part(shown: list[dict[str, Any]]) -> list[str]:
@@ -609,13 +609,14 @@ def percent(m: dict[str, Any], key: str) -> str:
     return f"{m[key]:.0%} ({m[f'{key}_low']:.0%} to {m[f'{key}_high']:.0%})"
 
 
-def signed(m: dict[str, Any], key: str, form: str = ".2f") -> str:
-    return f"{m[key]:+{form}} ({m[f'{key}_low']:+{form}} to {m[f'{key}_high']:+{form}})"
+def signed(m: dict[str, Any], key: str, number_format: str = ".2f") -> str:
+    low, high = (f"{m[f'{key}_{end}']:+{number_format}}" for end in ("low", "high"))
+    return f"{m[key]:+{number_format}} ({low} to {high})"
 
 
-def span(runs: list[dict[str, Any]], key: str, form: str = ".2f") -> str:
+def span(runs: list[dict[str, Any]], key: str, number_format: str = ".2f") -> str:
     """The range over the seeds."""
-    values = [format(run[key], form) for run in sorted(runs, key=lambda run: run[key])]
+    values = [format(run[key], number_format) for run in sorted(runs, key=lambda run: run[key])]
     return values[0] if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
 
 

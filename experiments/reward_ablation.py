@@ -207,11 +207,11 @@ def train(config: Config) -> None:
                 losses = losses + variant.label_smoothing * margin
             return losses
 
-    def make_trainer(settings, shared, form, train_set, *rest):
+    def make_trainer(settings, shared, prompt_format, train_set, *rest):
         head = shared.heads["reward"].weight
         if variant.head_std is not None:
             torch.nn.init.normal_(head, std=variant.head_std)
-        trainer = original(settings, shared, form, train_set, *rest)
+        trainer = original(settings, shared, prompt_format, train_set, *rest)
         longer = [np.sign(len(row["chosen_ids"]) - len(row["rejected_ids"])) for row in train_set]
         counts = [max(1, longer.count(sign)) for sign in (-1, 0, 1)]
         half = (counts[0] + counts[2]) / 2
@@ -222,9 +222,9 @@ def train(config: Config) -> None:
         write(folder, metrics, pairs)
         save_scores(folder / "scores.json", pairs)
 
-    def evaluate(settings, shared, form, eval_sets, folder):
-        save_validation(config, shared, form, folder)
-        return judge_test(settings, shared, form, eval_sets, folder)
+    def evaluate(settings, shared, prompt_format, eval_sets, folder):
+        save_validation(config, shared, prompt_format, folder)
+        return judge_test(settings, shared, prompt_format, eval_sets, folder)
 
     original = reward_train.make_trainer
     write = reward_train.write_evaluation
@@ -259,7 +259,7 @@ def blank_sft(folder: str, blank: Path) -> None:
 
 def judge_average(config: Config, folders: list[Path], seconds: float) -> None:
     """Score the mean of these reward models' adapters and heads, as one reward model."""
-    shared, form = open_base(config)
+    shared, prompt_format = open_base(config)
     parts = [read_stacked(str(part), shared) for part in folders]
     state = {
         key: torch.cat([part["state"][key] for part in parts], 1 if "lora_B" in key else 0)
@@ -271,27 +271,36 @@ def judge_average(config: Config, folders: list[Path], seconds: float) -> None:
     shared.add_role("reward", rank, rank, parts[0]["num_layers"], state, head)
     here = folder(config)
     here.mkdir(exist_ok=True)
-    save_validation(config, shared, form, here)
+    save_validation(config, shared, prompt_format, here)
     tokens = tokenize_pairs(
-        load_pairs(config.dataset, "test", config.test_pairs), form, config.max_length, "test"
+        load_pairs(config.dataset, "test", config.test_pairs),
+        prompt_format,
+        config.max_length,
+        "test",
     )
-    save_scores(here / "scores.json", reward_train.score(shared, tokens, form.eos_token_id))
+    save_scores(
+        here / "scores.json", reward_train.score(shared, tokens, prompt_format.eos_token_id)
+    )
     (here / "run.json").write_text(json.dumps({"seconds": seconds}))
 
 
 def open_base(config: Config) -> tuple[SharedBase, PromptFormat]:
     sft = read_run(config.sft_checkpoint, "sft")
-    form = load_format(config.sft_checkpoint, sft)
+    prompt_format = load_format(config.sft_checkpoint, sft)
     dtype = choose_dtype("auto", device())
     return SharedBase(
-        load_base(sft["base"], dtype, form.pad_token_id), config.sft_checkpoint, dtype
-    ), form
+        load_base(sft["base"], dtype, prompt_format.pad_token_id), config.sft_checkpoint, dtype
+    ), prompt_format
 
 
-def save_validation(config: Config, shared: SharedBase, form: PromptFormat, folder: Path) -> None:
+def save_validation(
+    config: Config, shared: SharedBase, prompt_format: PromptFormat, folder: Path
+) -> None:
     pairs = load_pairs(config.dataset, "train", None, "second")[-config.validation_pairs :]
-    tokens = tokenize_pairs(pairs, form, config.max_length, "validation")
-    save_scores(folder / "validation.json", reward_train.score(shared, tokens, form.eos_token_id))
+    tokens = tokenize_pairs(pairs, prompt_format, config.max_length, "validation")
+    save_scores(
+        folder / "validation.json", reward_train.score(shared, tokens, prompt_format.eos_token_id)
+    )
 
 
 def save_scores(path: Path, pairs: ScoredPairs) -> None:
@@ -313,38 +322,38 @@ def stock(config: Config) -> None:
     sources = here.with_name(f"{here.name}.sources")  # the merged SFT model and the pairs
     shutil.rmtree(sources, ignore_errors=True)
     tokenizer = load_tokenizer(config.sft_checkpoint)
-    form = PromptFormat(read_run(config.sft_checkpoint, "sft")["prompt_format"], tokenizer)
+    prompt_format = PromptFormat(read_run(config.sft_checkpoint, "sft")["prompt_format"], tokenizer)
     model = AutoPeftModelForCausalLM.from_pretrained(config.sft_checkpoint, dtype=torch.float32)
     model.merge_and_unload().to(torch.bfloat16).save_pretrained(sources / "merged")
     tokenizer.save_pretrained(sources / "merged")
-    pairs = write_texts(config, form, sources / "pairs")
+    pairs = write_texts(config, prompt_format, sources / "pairs")
     steps = math.ceil(pairs / STOCK_BATCH)
     if config.variant == "stock":
         whole = json.loads((folder(config, "stock_epoch", 0) / "run.json").read_text())
         steps = max(
             1, round(train_seconds(folder(config, "recipe")) / whole["seconds"] * whole["steps"])
         )
-    stock_run(config, form, sources, steps)
+    stock_run(config, prompt_format, sources, steps)
     shutil.rmtree(sources)
 
 
-def write_texts(config: Config, form: PromptFormat, folder: Path) -> int:
+def write_texts(config: Config, prompt_format: PromptFormat, folder: Path) -> int:
     """Write the pairs for the stock command, as text of exactly our tokens; returns how many."""
     folder.mkdir()
     pairs = load_pairs(config.dataset, "train", config.pairs, "first")
     rows = []
-    for p in tokenize_pairs(pairs, form, config.max_length, "train"):
+    for p in tokenize_pairs(pairs, prompt_format, config.max_length, "train"):
         answers = [
-            ids[:-1] if ids[-1] == form.eos_token_id else ids
+            ids[:-1] if ids[-1] == prompt_format.eos_token_id else ids
             for ids in (p.chosen_ids, p.rejected_ids)
         ]
-        chosen, rejected = (form.tokenizer.decode(p.prompt_ids + ids) for ids in answers)
+        chosen, rejected = (prompt_format.tokenizer.decode(p.prompt_ids + ids) for ids in answers)
         rows.append(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
     (folder / "train.jsonl").write_text("".join(rows))
     return len(rows)
 
 
-def stock_run(config: Config, form: PromptFormat, sources: Path, steps: int) -> None:
+def stock_run(config: Config, prompt_format: PromptFormat, sources: Path, steps: int) -> None:
     here = folder(config)
     log = here.with_suffix(".log")
     command = [
@@ -387,19 +396,22 @@ def stock_run(config: Config, form: PromptFormat, sources: Path, steps: int) -> 
             raise UserError(f"the stock trainer failed; see {log}")
     seconds = float(re.findall(r"'train_runtime': '?([\d.e+]+)", log.read_text())[-1])
     (here / "run.json").write_text(json.dumps({"seconds": seconds, "steps": steps}))
-    save_scores(here / "scores.json", stock_scores(config, form, here))
+    save_scores(here / "scores.json", stock_scores(config, prompt_format, here))
 
 
 @torch.no_grad()
-def stock_scores(config: Config, form: PromptFormat, folder: Path) -> ScoredPairs:
+def stock_scores(config: Config, prompt_format: PromptFormat, folder: Path) -> ScoredPairs:
     """What the stock model says of the test pairs: our very tokens, right-padded, by eights."""
     model = AutoPeftModelForSequenceClassification.from_pretrained(
-        folder, num_labels=1, pad_token_id=form.pad_token_id, dtype=torch.float32
+        folder, num_labels=1, pad_token_id=prompt_format.pad_token_id, dtype=torch.float32
     ).eval()
     pairs = tokenize_pairs(
-        load_pairs(config.dataset, "test", config.test_pairs), form, config.max_length, "test"
+        load_pairs(config.dataset, "test", config.test_pairs),
+        prompt_format,
+        config.max_length,
+        "test",
     )
-    eos = form.eos_token_id
+    eos = prompt_format.eos_token_id
     scores = []
     answers = [
         [reward_train.closed(ids, eos) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs
@@ -408,11 +420,13 @@ def stock_scores(config: Config, form: PromptFormat, folder: Path) -> ScoredPair
         part = range(start, min(start + 8, len(pairs)))
         ids = pad_right(
             [pairs[i].prompt_ids + answer for i in part for answer in answers[i]],
-            form.pad_token_id,
+            prompt_format.pad_token_id,
             "cpu",
         )
         scores.append(
-            model(ids, attention_mask=(ids != form.pad_token_id).long()).logits.float().view(-1, 2)
+            model(ids, attention_mask=(ids != prompt_format.pad_token_id).long())
+            .logits.float()
+            .view(-1, 2)
         )
     chosen, rejected = torch.cat(scores).double().numpy().T
     tokens = np.array([[len(a), len(b)] for a, b in answers])

@@ -301,9 +301,9 @@ class LiveModels:
                 )
         dtype = choose_dtype(flags["dtype"], device())
         self.base = same_base(runs["sft"], folders["sft"], flags["base_model"])
-        self.form = load_format(folders["sft"], runs["sft"])
+        self.prompt_format = load_format(folders["sft"], runs["sft"])
         self.scored = "reward" in runs
-        model = load_base(self.base, dtype, self.form.pad_token_id)
+        model = load_base(self.base, dtype, self.prompt_format.pad_token_id)
         self.shared = load_models(model, folders, runs, dtype)
 
     def answer(self, turns: Turns, name: str) -> Answer:
@@ -311,11 +311,11 @@ class LiveModels:
             if self.shared is None:
                 self.load()
             flags = self.report["flags"]
-            ids = tokenize_prompt(turns, self.form, flags["max_prompt_length"])
+            ids = tokenize_prompt(turns, self.prompt_format, flags["max_prompt_length"])
             check_lengths(self.base, [ids], flags["max_new_tokens"])
             answers = answers_of(
                 self.shared,
-                self.form,
+                self.prompt_format,
                 [ids],
                 name,
                 self.scored,

@@ -69,9 +69,9 @@ def main(config: Config) -> None:
     check_at_least_one(config, "max_prompt_length", "max_new_tokens")
     check_between(config, 0, math.inf, "temperature")
     check_between(config, 0, 2**32 - 1, "seed")
-    shared, form, names = open_checkpoint(config)
+    shared, prompt_format, names = open_checkpoint(config)
     print(f"{', '.join(names)} can answer; it is {names[-1]} now. /help says what else there is.")
-    chat = Chat(config, shared, form, names)
+    chat = Chat(config, shared, prompt_format, names)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history
     while True:
@@ -102,21 +102,23 @@ def open_checkpoint(config: Config) -> tuple[SharedBase, PromptFormat, list[str]
     if config.checkpoint is None and config.base_model:
         base = base_facts(config.base_model, None, config.load_in_4bit)
         tokenizer = load_tokenizer(base["model"], base["revision"])
-        form = PromptFormat("model" if tokenizer.chat_template else "hh", tokenizer)
+        prompt_format = PromptFormat("model" if tokenizer.chat_template else "hh", tokenizer)
         runs = {}
         folders = {}
     else:
         runs, folders = read_runs(config)
         base = same_base(runs["sft"], folders["sft"], config.base_model)
-        form = load_format(folders["sft"], runs["sft"])
+        prompt_format = load_format(folders["sft"], runs["sft"])
     check_context(
         base,
         config.max_prompt_length + config.max_new_tokens,
         "--max-prompt-length",
         "--max-new-tokens",
     )
-    form.check()
-    shared = SharedBase(load_base(base, dtype, form.pad_token_id), folders.get("sft"), dtype)
+    prompt_format.check()
+    shared = SharedBase(
+        load_base(base, dtype, prompt_format.pad_token_id), folders.get("sft"), dtype
+    )
     for phase, role in (("ppo", "policy"), ("reward", "reward")):
         if phase in runs:
             shared.add_role(role, **read_stacked(folders[phase], shared))
@@ -124,7 +126,7 @@ def open_checkpoint(config: Config) -> tuple[SharedBase, PromptFormat, list[str]
                 raise UserError(
                     f"{folders[phase]} is not what its run.json says: train that phase again"
                 )
-    return shared, form, ["base", *(name for name in ("sft", "ppo") if name in runs)]
+    return shared, prompt_format, ["base", *(name for name in ("sft", "ppo") if name in runs)]
 
 
 def read_runs(config: Config) -> tuple[Runs, dict[str, str]]:
@@ -161,10 +163,12 @@ def phase_of(checkpoint: str) -> str:
 class Chat:
     """A dialogue with one of the models, which may change between turns."""
 
-    def __init__(self, config: Config, shared: SharedBase, form: PromptFormat, names: list[str]):
+    def __init__(
+        self, config: Config, shared: SharedBase, prompt_format: PromptFormat, names: list[str]
+    ):
         self.config = config
         self.shared = shared
-        self.form = form
+        self.prompt_format = prompt_format
         self.names = names
         self.name = names[-1]  # who answers
         self.turns: Turns = []
@@ -198,7 +202,7 @@ class Chat:
         """Print the answer to the user's turn as it is sampled. Ctrl-C stops it where it is."""
         try:
             turns = checked_turns([*self.turns, ("user", text)])
-            prompt = tokenize_prompt(turns, self.form, self.config.max_prompt_length)
+            prompt = tokenize_prompt(turns, self.prompt_format, self.config.max_prompt_length)
         except BadRow as reason:
             print(f"This cannot be asked: {reason}. /reset begins anew.")
             return
@@ -214,7 +218,7 @@ class Chat:
         print()
         if shown:
             self.turns = [*turns, ("assistant", shown)]
-            self.last = [*prompt, *ids, self.form.eos_token_id]
+            self.last = [*prompt, *ids, self.prompt_format.eos_token_id]
 
     def sample(self, prompt: list[int]) -> Iterator[tuple[list[int], str]]:
         """The answer so far, as token ids and as the text that was printed, after each token."""
@@ -224,10 +228,10 @@ class Chat:
         decoding = start(self.shared, ROLES[self.name], [prompt], [seed], *settings)
         ids: list[int] = []
         shown = ""
-        for _, token, response in stream(decoding, self.form):
+        for _, token, response in stream(decoding, self.prompt_format):
             ids = response.text_ids if response else [*ids, token]
-            text = self.form.decode(ids)
-            text = text if response else settled(text, self.form.stop_text)
+            text = self.prompt_format.decode(ids)
+            text = text if response else settled(text, self.prompt_format.stop_text)
             if text.startswith(shown):  # what is decoded later may change what came before
                 sys.stdout.write(plain(text[len(shown) :]))
                 sys.stdout.flush()

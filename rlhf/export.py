@@ -86,7 +86,7 @@ def main(config: Config) -> None:
         made["base"]["model"],
     )
     base = same_base(made, config.checkpoint, config.base_model)
-    form = load_format(config.checkpoint, made)
+    prompt_format = load_format(config.checkpoint, made)
     settings = read_config(base)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
@@ -99,17 +99,19 @@ def main(config: Config) -> None:
             f"the adapter at {config.checkpoint} does not fit its base (there is no {odd[0]})"
         )
     dtype = DTYPES[config.dtype]
-    texts = [form.prompt_ids((("user", text),)) for text in PROMPTS]
+    texts = [prompt_format.prompt_ids((("user", text),)) for text in PROMPTS]
     check_context(base, max(map(len, texts)))
     with output_folder(config.output_dir) as folder, torch.no_grad():
         writer = Writer(folder)
-        check = Check(model, texts, form.pad_token_id, adapter, dtype, base["load_in_4bit"])
+        check = Check(
+            model, texts, prompt_format.pad_token_id, adapter, dtype, base["load_in_4bit"]
+        )
         for part in parts(weights, model):
             writer.add(check.go_through(part))
         writer.finish()
         report = check.report(weights[HEAD if HEAD in weights.files else EMBEDDING])
         refuse_wrong_merge(report)
-        write_settings(folder, settings, form, dtype)
+        write_settings(folder, settings, prompt_format, dtype)
         for file in licence_files(source):
             shutil.copyfile(file, folder / file.name)
         (folder / "export.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -382,18 +384,20 @@ def describe(report: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- what goes with it
 
 
-def write_settings(folder: Path, settings, form: PromptFormat, dtype: torch.dtype) -> None:
+def write_settings(folder: Path, settings, prompt_format: PromptFormat, dtype: torch.dtype) -> None:
     """config.json, generation_config.json and the tokenizer with its chat template.
 
     `\\n\\nHuman:` is no stop string of generation_config.json: with one, `generate` fails unless it
     is given a tokenizer.
     """
-    tokenizer = form.tokenizer
-    if form.stop_text:
-        tokenizer.response_template = response_template(form.stop_text, tokenizer.eos_token)
+    tokenizer = prompt_format.tokenizer
+    if prompt_format.stop_text:
+        tokenizer.response_template = response_template(
+            prompt_format.stop_text, tokenizer.eos_token
+        )
     ends = {
-        "eos_token_id": form.eos_token_id,
-        "pad_token_id": form.pad_token_id,
+        "eos_token_id": prompt_format.eos_token_id,
+        "pad_token_id": prompt_format.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
     }
     settings.dtype = dtype

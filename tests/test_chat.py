@@ -190,11 +190,11 @@ import rlhf.engine.decoding, torch, transformers
 
 letter = transformers.AutoTokenizer.from_pretrained(sys.argv[1]).convert_tokens_to_ids("a")
 
-def pick(logits, temperature, draws):
+def sample_tokens(logits, temperature, draws):
     time.sleep(0.1)
     return torch.full_like(draws, letter, dtype=torch.long), None
 
-rlhf.engine.decoding.pick = pick
+rlhf.engine.decoding.sample_tokens = sample_tokens
 runpy.run_module("rlhf.chat", run_name="__main__", alter_sys=True)
 """
 

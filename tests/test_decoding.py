@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 import rlhf.engine.decoding
 from rlhf.engine.base import base_facts
 from rlhf.engine.decoder import Decoder, MergedLayers, lay_out
-from rlhf.engine.decoding import Decoding, invert, pick, row_bucket
+from rlhf.engine.decoding import Decoding, invert, row_bucket, sample_tokens
 from rlhf.engine.generation import Response, _uniforms, generate, prepare, stream
 from rlhf.engine.graphs import Graphs
 from rlhf.engine.layers import _attend_by_products, _attend_fused
@@ -96,9 +96,9 @@ def check_against_reference(peft, monkeypatch, prompts, new, temperature, merged
 
     def watched(logits, temperature, draws):
         seen.append(logits.clone())
-        return pick(logits, temperature, draws)
+        return sample_tokens(logits, temperature, draws)
 
-    monkeypatch.setattr(rlhf.engine.decoding, "pick", watched)
+    monkeypatch.setattr(rlhf.engine.decoding, "sample_tokens", watched)
     decoder = decoder_of(peft)
     layers = MergedLayers(decoder, "policy", 2).layers if merged else None
     decoding = begin(decoder, prompts, new, temperature, layers=layers)
@@ -594,7 +594,9 @@ def test_a_shape_runs_then_is_captured_then_is_replayed_and_a_failure_is_the_las
 
 
 def test_a_policy_that_is_not_finite_ends_in_numbers_that_say_so():
-    tokens, logprobs = pick(torch.full((2, 300), torch.nan), 1.0, torch.tensor([0.0, 0.9]).double())
+    tokens, logprobs = sample_tokens(
+        torch.full((2, 300), torch.nan), 1.0, torch.tensor([0.0, 0.9]).double()
+    )
     assert logprobs.isnan().all() and ((tokens >= 0) & (tokens < 300)).all()
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import rlhf.engine.generation
 from rlhf.engine.base import base_facts
-from rlhf.engine.decoding import pick as pick_with_logprobs
+from rlhf.engine.decoding import sample_tokens
 from rlhf.engine.generation import Response, _ended, _uniforms, generate
 from rlhf.engine.loading import load_base
 from rlhf.engine.roles import SharedBase
@@ -54,7 +54,7 @@ def sample(shared, form, prompts, temperature, seeds, batch_size, new=NEW, role=
 
 
 def pick(logits, temperature, draws):
-    return pick_with_logprobs(logits, temperature, draws)[0]
+    return sample_tokens(logits, temperature, draws)[0]
 
 
 # ---------------------------------------------------------------- the batch changes nothing

@@ -12,7 +12,7 @@ from torch import tensor
 import ppo_train
 from ppo_train import adapt_kl_coef, gae, policy_loss, token_rewards, value_loss, whiten
 from rlhf.engine.generation import Response
-from rlhf.engine.logprobs import chosen_logprobs
+from rlhf.engine.logprobs import logprobs_of
 from rlhf.ppo.batch import Measured, NotFinite, count_tokens, make_batch
 from rlhf.ppo.log import FAR_SAMPLER, Log, mean_stats, sampler_kl
 
@@ -381,12 +381,12 @@ def test_chosen_logprobs_equal_log_softmax_in_value_entropy_and_gradient(monkeyp
     expected = log_softmax[torch.arange(7), tokens]
     (expected * torch.arange(7)).sum().backward()
     with torch.no_grad():
-        logprobs, entropy, is_top1 = chosen_logprobs(hidden, weight, tokens, 0.7, statistics=True)
+        logprobs, entropy, is_top1 = logprobs_of(hidden, weight, tokens, 0.7, statistics=True)
     assert is_top1.tolist() == (log_softmax.argmax(-1) == tokens).tolist()
     torch.testing.assert_close(logprobs, expected)
     torch.testing.assert_close(entropy, -(log_softmax.exp() * log_softmax).sum(-1))
     ours = hidden.clone().requires_grad_()
-    logprobs = chosen_logprobs(ours, weight, tokens, 0.7).logprobs
+    logprobs = logprobs_of(ours, weight, tokens, 0.7).logprobs
     torch.testing.assert_close(logprobs, expected)
     (logprobs * torch.arange(7)).sum().backward()
     torch.testing.assert_close(ours.grad, plain.grad)

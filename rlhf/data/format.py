@@ -277,20 +277,20 @@ def no_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
 # ---------------------------------------------------------------- pairs and prompts
 
 
-def tokenize_prompt(turns: Turns, form: PromptFormat, max_tokens: int) -> list[int]:
+def tokenize_prompt(turns: Turns, prompt_format: PromptFormat, max_tokens: int) -> list[int]:
     """Token ids of a prompt of at most `max_tokens`; a longer one loses its oldest turns, whole.
 
     Raises:
         BadRow: the last user turn alone is too long, or the format cannot write the prompt.
         UserError: the format can write none rightly.
     """
-    return fit_prompt(turns, form, max_tokens)[1]
+    return fit_prompt(turns, prompt_format, max_tokens)[1]
 
 
-def fit_prompt(turns: Turns, form: PromptFormat, max_tokens: int) -> tuple[str, list[int]]:
+def fit_prompt(turns: Turns, prompt_format: PromptFormat, max_tokens: int) -> tuple[str, list[int]]:
     """The text and the token ids of as many of the last turns as fit, in linear time."""
-    form.check()
-    if form.spells_special(turns):
+    prompt_format.check()
+    if prompt_format.spells_special(turns):
         raise BadRow("text that spells a special token")
     system = turns[:1] if turns[0][0] == "system" else ()
     starts = [i for i, (role, _) in enumerate(turns) if role == "user"]
@@ -298,8 +298,8 @@ def fit_prompt(turns: Turns, form: PromptFormat, max_tokens: int) -> tuple[str, 
     def written(count: int) -> tuple[str, list[int]]:
         """With the last `count` turns of the user's."""
         kept = turns if count == len(starts) else system + turns[starts[-count] :]
-        text = form.prompt_text(kept)
-        return text, form.whole_ids(text)
+        text = prompt_format.prompt_text(kept)
+        return text, prompt_format.whole_ids(text)
 
     best = written(len(starts))
     if len(best[1]) <= max_tokens:
@@ -320,13 +320,15 @@ def fit_prompt(turns: Turns, form: PromptFormat, max_tokens: int) -> tuple[str, 
     return best
 
 
-def tokenize_prompts(pairs: list[Pair], form: PromptFormat, max_tokens: int) -> list[list[int]]:
+def tokenize_prompts(
+    pairs: list[Pair], prompt_format: PromptFormat, max_tokens: int
+) -> list[list[int]]:
     """Token ids of each different prompt, at most `max_tokens`, in order; drops are reported."""
     drops: Counter[str] = Counter()
     prompts = []
     for turns in dict.fromkeys(pair.turns for pair in pairs):
         try:
-            prompts.append(tokenize_prompt(turns, form, max_tokens))
+            prompts.append(tokenize_prompt(turns, prompt_format, max_tokens))
         except BadRow as reason:
             drops[str(reason)] += 1
     if drops:
@@ -337,7 +339,7 @@ def tokenize_prompts(pairs: list[Pair], form: PromptFormat, max_tokens: int) -> 
 
 
 def tokenize_pairs(
-    pairs: list[Pair], form: PromptFormat, max_length: int, what: str
+    pairs: list[Pair], prompt_format: PromptFormat, max_length: int, what: str
 ) -> list[TokenPair]:
     """Tokenise rows with one answer or two to at most `max_length` tokens, prompt and response.
 
@@ -348,18 +350,18 @@ def tokenize_pairs(
     Raises:
         UserError: the format can write none rightly, or no row is left.
     """
-    form.check()
+    prompt_format.check()
     drops: Counter[str] = Counter()
     tokenized: list[TokenPair] = []
     room = max_length // 2 - 1  # and one for EOS
     cut = responses = 0
     for pair in pairs:
         texts = [text for text in (pair.chosen, pair.rejected) if text is not None]
-        wholes = [form.response_ids(text) for text in texts]
+        wholes = [prompt_format.response_ids(text) for text in texts]
         responses += len(texts)
         cut += sum(len(ids) > room for ids in wholes)
         try:
-            tokenized.append(tokenize_pair(pair, texts, wholes, form, max_length))
+            tokenized.append(tokenize_pair(pair, texts, wholes, prompt_format, max_length))
         except BadRow as reason:
             drops[str(reason)] += 1
     if drops:
@@ -374,17 +376,28 @@ def tokenize_pairs(
 
 
 def tokenize_pair(
-    pair: Pair, texts: list[str], wholes: list[list[int]], form: PromptFormat, max_length: int
+    pair: Pair,
+    texts: list[str],
+    wholes: list[list[int]],
+    prompt_format: PromptFormat,
+    max_length: int,
 ) -> TokenPair:
     """A row as tokens; `wholes` are those of its responses, before they are cut and closed."""
     room = max_length // 2 - 1
-    if form.spells_special([("assistant", text) for text in texts]):
-        raise BadRow(f"answer that spells a special token, such as {form.end_text}")
-    answers = [ids[:room] if len(ids) > room else [*ids, form.eos_token_id] for ids in wholes]
-    prompt, prompt_ids = fit_prompt(pair.turns, form, max_length - 1 - max(map(len, answers)))
+    if prompt_format.spells_special([("assistant", text) for text in texts]):
+        raise BadRow(f"answer that spells a special token, such as {prompt_format.end_text}")
+    answers = [
+        ids[:room] if len(ids) > room else [*ids, prompt_format.eos_token_id] for ids in wholes
+    ]
+    prompt, prompt_ids = fit_prompt(
+        pair.turns, prompt_format, max_length - 1 - max(map(len, answers))
+    )
     if len(answers) == 2 and answers[0] == answers[1]:
         raise BadRow("identical after cutting")
-    if any(form.joins(prompt, prompt_ids, *answer) for answer in zip(texts, wholes, strict=True)):
+    if any(
+        prompt_format.joins(prompt, prompt_ids, *answer)
+        for answer in zip(texts, wholes, strict=True)
+    ):
         raise BadRow("a token would span the end of the prompt and the start of the answer")
     return TokenPair(pair, prompt_ids, *answers)
 

@@ -20,7 +20,7 @@ HEAD_KEY = "base_model.model.score.weight"
 
 
 def save_stacked(
-    folder: Path, shared: SharedBase, role: str, form: PromptFormat, base: dict[str, Any]
+    folder: Path, shared: SharedBase, role: str, prompt_format: PromptFormat, base: dict[str, Any]
 ) -> None:
     """Save SFT's adapter and `role`'s as one ordinary PEFT adapter, with head and tokenizer.
 
@@ -61,7 +61,7 @@ def save_stacked(
         inference_mode=True,
     ).save_pretrained(str(folder))
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    save_tokenizer(form.tokenizer, folder)
+    save_tokenizer(prompt_format.tokenizer, folder)
 
 
 def read_stacked(folder: str, shared: SharedBase) -> dict[str, Any]:

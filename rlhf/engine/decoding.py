@@ -189,7 +189,7 @@ class Decoding:
     def sample(self, hidden: Tensor) -> None:
         """The next token of each row, from the final hidden states [B, H] of the last one."""
         draws = self.draws.index_select(1, self.step_number).squeeze(1)
-        tokens, logprobs = pick(matmul(hidden, self.lm_head.T), self.temperature, draws)
+        tokens, logprobs = sample_tokens(matmul(hidden, self.lm_head.T), self.temperature, draws)
         self.tokens.copy_(tokens)
         if logprobs is not None:
             self.logprobs.index_put_((self.places, self.step_number), logprobs)
@@ -241,7 +241,9 @@ class Decoding:
         return True
 
 
-def pick(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, Tensor | None]:
+def sample_tokens(
+    logits: Tensor, temperature: float, draws: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """One token a row: the largest logit at temperature 0, else the softmax's CDF inverted.
 
     The CDF is summed in float64, over blocks of the vocabulary first, and within the block that was

@@ -52,7 +52,7 @@ class Response:
 def generate(
     shared: SharedBase,
     role: str,
-    form: PromptFormat,
+    prompt_format: PromptFormat,
     prompts: list[list[int]],
     max_new_tokens: int,
     temperature: float,
@@ -78,7 +78,7 @@ def generate(
         ours = [prompts[row] for row in rows], [seeds[row] for row in rows]
         try:
             for row, response in zip(
-                rows, _sample(shared, role, form, *ours, *settings), strict=True
+                rows, _sample(shared, role, prompt_format, *ours, *settings), strict=True
             ):
                 responses[row] = response
             order = order[len(rows) :]
@@ -97,11 +97,13 @@ def generate(
     return responses
 
 
-def _sample(shared, role, form, prompts, seeds, max_new_tokens, temperature) -> list[Response]:
+def _sample(
+    shared, role, prompt_format, prompts, seeds, max_new_tokens, temperature
+) -> list[Response]:
     """The responses to prompts that run together."""
     decoding = start(shared, role, prompts, seeds, max_new_tokens, temperature)
     try:
-        ended = {row: response for row, _, response in stream(decoding, form) if response}
+        ended = {row: response for row, _, response in stream(decoding, prompt_format) if response}
     finally:
         if decoding is not shared.decoding:
             shared.graphs.clear()
@@ -177,7 +179,9 @@ def step_seconds(
 
 
 @torch.no_grad()
-def stream(decoding: Decoding, form: PromptFormat) -> Iterator[tuple[int, int, Response | None]]:
+def stream(
+    decoding: Decoding, prompt_format: PromptFormat
+) -> Iterator[tuple[int, int, Response | None]]:
     """All responses' tokens as they come: row, token, and the whole response with its last one."""
     count = decoding.count
     new = decoding.new
@@ -196,7 +200,7 @@ def stream(decoding: Decoding, form: PromptFormat) -> Iterator[tuple[int, int, R
             if text is None:
                 continue
             written[text].append(token)
-            response = _ended(written[text], form, new)
+            response = _ended(written[text], prompt_format, new)
             texts[row] = None if response else text
             yield text, token, response
         alive = [row for row, text in enumerate(texts) if text is not None]
@@ -212,17 +216,19 @@ def _uniforms(seed: Seed, count: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).random(count))
 
 
-def _ended(ids: list[int], form: PromptFormat, max_new_tokens: int) -> Response | None:
-    if ids[-1] == form.eos_token_id:
+def _ended(ids: list[int], prompt_format: PromptFormat, max_new_tokens: int) -> Response | None:
+    if ids[-1] == prompt_format.eos_token_id:
         return Response(ids, ids[:-1], "eos")
-    if form.stop_text and form.stop_text in form.tokenizer.decode(ids[-TAIL:]):
-        decode = form.tokenizer.decode
-        text = decode(ids).split(form.stop_text)[0]
+    if prompt_format.stop_text and prompt_format.stop_text in prompt_format.tokenizer.decode(
+        ids[-TAIL:]
+    ):
+        decode = prompt_format.tokenizer.decode
+        text = decode(ids).split(prompt_format.stop_text)[0]
         # How many tokens are of the text alone; of the next one, what is text comes as tokens of
         # its own.
         whole = next(n for n in reversed(range(len(ids))) if len(decode(ids[:n])) <= len(text))
         rest = text[len(decode(ids[:whole])) :]
-        return Response(ids[: whole + 1], ids[:whole] + form.encode(rest), "stop_text")
+        return Response(ids[: whole + 1], ids[:whole] + prompt_format.encode(rest), "stop_text")
     if len(ids) == max_new_tokens:
         return Response(ids, ids, "length")
     return None

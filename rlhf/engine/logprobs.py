@@ -13,7 +13,7 @@ def chunk_elements(on_card: bool) -> int:
     return 1 << 25 if on_card else 1 << 23
 
 
-class Chosen(NamedTuple):
+class TokenLogprobs(NamedTuple):
     """Of N chosen tokens, float32."""
 
     logprobs: Tensor  # [N] nats
@@ -86,9 +86,9 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-def chosen_logprobs(
+def logprobs_of(
     hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, statistics: bool = False
-) -> Chosen:
+) -> TokenLogprobs:
     """Log-probability of each chosen token at the sampling temperature.
 
     Args:
@@ -98,9 +98,9 @@ def chosen_logprobs(
         statistics: whether the distribution's entropy, and whether the token is the likeliest, are
         wanted too.
     Returns:
-        a `Chosen`, of which only the log-probabilities have a gradient, for `hidden`.
+        a `TokenLogprobs`, of which only the log-probabilities have a gradient, for `hidden`.
     """
     need_grad = torch.is_grad_enabled() and hidden.requires_grad
-    return Chosen(
+    return TokenLogprobs(
         *_ChosenLogprobs.apply(hidden, weight, tokens, temperature, statistics, need_grad)
     )

@@ -29,8 +29,8 @@ from rlhf.runs.processes import (
     part,
     sharded,
     sum_gradients,
+    sum_over_processes,
     this_process,
-    total,
     wait,
     whole,
     world,
@@ -328,7 +328,9 @@ class Resumable(Trainer):
         """
         lengths = [self.tokens(row) for row in rows]
         counts = [sum(map(self.items, rows)), sum(map(num_tokens, rows)), sum(lengths)]
-        counts = total(torch.tensor(counts, dtype=torch.float64, device=self.args.device))
+        counts = sum_over_processes(
+            torch.tensor(counts, dtype=torch.float64, device=self.args.device)
+        )
         # FSDP takes the mean of gradients
         weight = ((num_processes() if sharded() else 1) / counts[0]).float()
 
@@ -370,7 +372,7 @@ class Resumable(Trainer):
             numbers = torch.stack([of_part[name].double() for name in self.means + self.extremes])
             sums += numbers[: len(sums)]
             peaks = torch.maximum(peaks, signs * numbers[len(sums) :])
-        return total(sums), signs * largest(peaks)
+        return sum_over_processes(sums), signs * largest(peaks)
 
     # -- called by transformers' Trainer
 

@@ -17,7 +17,7 @@ from rlhf.engine.decoder import Padded, Texts, lay_out
 from rlhf.engine.generation import Response
 from rlhf.engine.micro_batches import cut_by_tokens
 from rlhf.runs.errors import UserError
-from rlhf.runs.processes import moments, share, totals
+from rlhf.runs.processes import moments, share, sum_numbers
 
 MEASURED = ("logprobs", "ref_logprobs", "values", "scores")
 
@@ -121,7 +121,7 @@ def make_batch(
     prompts: list[list[int]],
     responses: list[Response],
     minibatches: list[list[int]],
-    form: PromptFormat,
+    prompt_format: PromptFormat,
     device: torch.device,
 ) -> Batch:
     """This process's share of each minibatch.
@@ -129,7 +129,10 @@ def make_batch(
     Args:
         minibatches: the episodes of each; of all processes, as are `prompts` and `responses`.
     """
-    texts = [p + r.text_ids + [form.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
+    texts = [
+        p + r.text_ids + [prompt_format.eos_token_id]
+        for p, r in zip(prompts, responses, strict=True)
+    ]
     rows: list[int] = []
     slices = []
     for minibatch in minibatches:
@@ -199,5 +202,7 @@ def count_tokens(batch: Batch) -> list[float]:
     """Sampled tokens of each minibatch, of all processes."""
     lengths = batch.response_lengths
     return list(
-        totals({i: float(sum(lengths[rows])) for i, rows in enumerate(batch.minibatches)}).values()
+        sum_numbers(
+            {i: float(sum(lengths[rows])) for i, rows in enumerate(batch.minibatches)}
+        ).values()
     )

@@ -17,7 +17,7 @@ from rlhf.ppo.batch import Batch, Measured, count_tokens
 from rlhf.ppo.evaluation import Evaluation, compare, penalty_warnings
 from rlhf.runs.curves import Curves, Panel
 from rlhf.runs.metrics import JsonLines
-from rlhf.runs.processes import is_main, moments, totals
+from rlhf.runs.processes import is_main, moments, sum_numbers
 from rlhf.runs.run_warnings import policy_warnings
 from rlhf.runs.terminal import Progress, console, plain
 
@@ -140,7 +140,7 @@ class Log:
             self.curves.draw_when_due()
 
     def evaluation(
-        self, update: int, result: Evaluation, prompts: list[list[int]], form: PromptFormat
+        self, update: int, result: Evaluation, prompts: list[list[int]], prompt_format: PromptFormat
     ) -> None:
         """Held-out means; every response goes to samples.jsonl, the first few to the terminal."""
         means = result.means()
@@ -157,7 +157,7 @@ class Log:
         for warning in found:
             console.print(f"warning: {warning}")
         for i, (prompt, response) in enumerate(zip(prompts, result.responses, strict=True)):
-            text = {"prompt": form.decode(prompt), "response": result.texts[i]}
+            text = {"prompt": prompt_format.decode(prompt), "response": result.texts[i]}
             numbers = {"score": result.scores[i].item(), "kl": result.kl[i].item()}
             if result.gold_scores is not None:
                 numbers["gold_score"] = result.gold_scores[i].item()
@@ -185,8 +185,8 @@ def batch_metrics(
         "objective/kl": kl,
         "objective/kl_coef": kl_coef,
         "objective/rlhf_reward": scores - penalty - kl_coef * kl,
-        "policy/entropy_avg": totals({"sum": measured.entropy.sum().item()})["sum"] / tokens,
-        "policy/sampler_kl": totals({"sum": sampler_kl(batch, measured)})["sum"] / tokens,
+        "policy/entropy_avg": sum_numbers({"sum": measured.entropy.sum().item()})["sum"] / tokens,
+        "policy/sampler_kl": sum_numbers({"sum": sampler_kl(batch, measured)})["sum"] / tokens,
         "val/num_eos_tokens": round(ended * config.episodes_per_update),
         "val/response_length": tokens / config.episodes_per_update,
         "val/explained_variance": 1 - unexplained.item(),
@@ -218,7 +218,9 @@ def speed_metrics(
         stats: what `optimise` returned.
         seconds: of each part.
     """
-    counts = totals({"texts": sum(map(len, batch.texts)), "sampled": sum(batch.response_lengths)})
+    counts = sum_numbers(
+        {"texts": sum(map(len, batch.texts)), "sampled": sum(batch.response_lengths)}
+    )
     epochs = stats["policy/optimizer_steps"] / config.num_mini_batches
     work = Work.of(shared.decoder, shared.first_role_layer, shared.lm_head_weight())
     operations = work.ppo_update(

@@ -190,7 +190,7 @@ def save(
     config,
     folder: Path,
     shared,
-    form,
+    prompt_format,
     base,
     runs: dict,
     metrics: dict[str, Any],
@@ -203,8 +203,8 @@ def save(
     log.curves.draw()
     with drawing(folder / "frontier.png") as partial:
         plot_frontier(folder, partial)
-    save_stacked(folder, shared, "policy", form, base)
-    save_stacked(folder / "value", shared, "value", form, base)
+    save_stacked(folder, shared, "policy", prompt_format, base)
+    save_stacked(folder / "value", shared, "value", prompt_format, base)
     write_run(
         folder,
         "ppo",
@@ -212,7 +212,7 @@ def save(
         shared.dtype,
         started,
         base=base,
-        prompt_format=form.name,
+        prompt_format=prompt_format.name,
         parents={role: run["adapter_sha256"] for role, run in runs.items()},
         data={"source": config.dataset, "columns": config.columns},
         updates=config.num_updates,

@@ -143,11 +143,11 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     """What `ppo_train.py` would do with these flags and checkpoints' run.json, by role."""
     sft = runs["sft"]
     base = same_base(sft, config.sft_checkpoint, config.base_model)
-    form = format_of(config.sft_checkpoint, sft)
+    prompt_format = format_of(config.sft_checkpoint, sft)
     pairs, held_out = load_splits(
         config.dataset, "prompt", config.columns, config.max_train_samples, config.max_eval_samples
     )
-    prompts = tokenize_prompts(pairs, form, config.max_prompt_length)
+    prompts = tokenize_prompts(pairs, prompt_format, config.max_prompt_length)
     show_data("prompts", [len(prompt) for prompt in prompts])
     console.print(f"held-out prompts: {len(held_out)}")
     console.print(

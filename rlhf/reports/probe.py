@@ -30,7 +30,7 @@ from torch import Tensor
 from rlhf.data.format import PromptFormat, TokenPair, tokenize_pairs
 from rlhf.data.rows import parse_row
 from rlhf.engine.decoder import lay_out_pairs
-from rlhf.engine.logprobs import chosen_logprobs
+from rlhf.engine.logprobs import logprobs_of
 from rlhf.engine.micro_batches import cut_by_tokens
 from rlhf.engine.roles import SharedBase
 from rlhf.runs.metrics import read_jsonl
@@ -46,7 +46,7 @@ Probe = dict[str, list[TokenPair]]  # by kind
 TextPair = tuple[list[int], list[int]]  # token ids of two texts that begin alike
 
 
-def load_probe(form: PromptFormat, max_length: int, opening: int | None = None) -> Probe:
+def load_probe(prompt_format: PromptFormat, max_length: int, opening: int | None = None) -> Probe:
     """The pairs as token ids.
 
     Args:
@@ -57,7 +57,7 @@ def load_probe(form: PromptFormat, max_length: int, opening: int | None = None) 
     rows = read_jsonl(PATH)
     for kind in KINDS:
         pairs = [parse_row(row) for row in rows if row["kind"] == kind]
-        tokenized = tokenize_pairs(pairs, form, UNCUT, f"safety probe, {kind}")
+        tokenized = tokenize_pairs(pairs, prompt_format, UNCUT, f"safety probe, {kind}")
         cut = [begun(pair, opening) for pair in tokenized]
         probe[kind] = [pair for pair in cut if length(pair) <= max_length]
     return probe
@@ -171,6 +171,6 @@ def read_odds(shared: SharedBase, role: str, pairs: list[TextPair]) -> list[floa
         counts += [len(first) - alike, own]
         start += len(first) + own
     before, asked = torch.tensor([places, tokens], device=shared.device)
-    logprobs = chosen_logprobs(hidden[before], shared.lm_head_weight(), asked, 1.0).logprobs
+    logprobs = logprobs_of(hidden[before], shared.lm_head_weight(), asked, 1.0).logprobs
     sums = torch.stack([part.sum() for part in logprobs.cpu().split(counts)]).view(-1, 2)
     return (sums[:, 0] - sums[:, 1]).tolist()

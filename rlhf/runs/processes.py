@@ -70,7 +70,7 @@ def gather(items: list) -> list:
     return [everyone[i % n][i // n] for i in range(sum(map(len, everyone)))]
 
 
-def total(tensor: Tensor) -> Tensor:
+def sum_over_processes(tensor: Tensor) -> Tensor:
     """The sum over all processes, in the tensor's place."""
     if num_processes() > 1:
         torch.distributed.all_reduce(tensor)
@@ -84,11 +84,11 @@ def largest(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def totals(numbers: dict[str, float]) -> dict[str, float]:
+def sum_numbers(numbers: dict[str, float]) -> dict[str, float]:
     """Each number summed over all processes."""
     if num_processes() == 1:
         return numbers
-    sums = total(
+    sums = sum_over_processes(
         torch.tensor(list(numbers.values()), dtype=torch.float64, device=this_process().device)
     )
     return dict(zip(numbers, sums.tolist(), strict=True))
@@ -109,11 +109,13 @@ def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     if num_processes() == 1:
         return values.mean(), values.var(unbiased=False)
     on_device = this_process().device  # where the processes can add up
-    count, sum_ = total(
+    count, sum_ = sum_over_processes(
         torch.stack([values.new_tensor(len(values)), values.sum()]).double().to(on_device)
     )
     mean = (sum_ / count).to(values)
-    return mean, (total((values - mean).square().sum().double().to(on_device)) / count).to(values)
+    return mean, (
+        sum_over_processes((values - mean).square().sum().double().to(on_device)) / count
+    ).to(values)
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -130,7 +132,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters]
-    flat = total(torch.cat([gradient.flatten() for gradient in gradients]))
+    flat = sum_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 

@@ -189,8 +189,8 @@ def few_rows(rows: int, what: str, flag: str) -> list[str]:
 # ---------------------------------------------------------------- in one place, and again later
 
 
-def show(warnings: Iterable[str]) -> None:
-    for text in warnings:
+def show(found: Iterable[str]) -> None:
+    for text in found:
         console.print(f"warning: {text}")
 
 
