@@ -30,6 +30,7 @@ the longest response.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -40,6 +41,8 @@ import rlhf  # noqa: F401  before the libraries that it sets up
 import numpy as np
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 from transformers import set_seed
 
 from rlhf.data.format import PromptFormat, tokenize_prompts
@@ -56,7 +59,16 @@ from rlhf.engine.plan import episodes_of_a_process, ppo_plans, read_shape
 from rlhf.engine.roles import REFERENCE, SharedBase
 from rlhf.engine.speed import Stopwatch
 from rlhf.engine.tokenizers import load_format
-from rlhf.ppo.batch import Batch, Measured, MicroBatch, NotFinite, Old, count_tokens, make_batch
+from rlhf.ppo.batch import (
+    Batch,
+    Measured,
+    MicroBatch,
+    NotFinite,
+    Old,
+    count_tokens,
+    make_batch,
+    restarts_in_smaller_parts,
+)
 from rlhf.ppo.evaluation import Evaluation, compare, describe
 from rlhf.ppo.log import Log, batch_metrics, mean_stats, speed_metrics
 from rlhf.ppo.state import State, save
@@ -70,7 +82,7 @@ from rlhf.runs.device import choose_dtype, device
 from rlhf.runs.folders import check_output, output_folder
 from rlhf.runs.processes import agree, gather, moments, share, sum_gradients, sum_over_processes
 from rlhf.runs.run_warnings import ppo_warnings, said_before, show
-from rlhf.runs.stop import check_stop
+from rlhf.runs.stop import until_stopped
 from rlhf.runs.terminal import console
 from rlhf.runs.trial import time_steps
 
@@ -213,7 +225,7 @@ def main(config: Config) -> None:
         dry_run_ppo(config, runs)
         if config.measure:
             time_steps(main, config, config.num_updates)
-        show_end(config)
+        show_end(config.measure)
         return
     prompt_format = load_format(config.sft_checkpoint, runs["sft"])
     prompts, eval_prompts, chosen = load_prompts(config, prompt_format)
@@ -232,17 +244,14 @@ def main(config: Config) -> None:
         f"rollouts of {rollouts.rows} responses at a time, from {shared.rollout_weights} "
         f"weights{kept}"
     )
+    peaks = {"policy": config.learning_rate, "value": config.value_learning_rate}
     groups = [
-        {"name": "policy", "params": shared.parameters("policy"), "peak_lr": config.learning_rate},
-        {
-            "name": "value",
-            "params": shared.parameters("value"),
-            "peak_lr": config.value_learning_rate,
-        },
+        {"name": role, "params": shared.parameters(role), "peak_lr": peak}
+        for role, peak in peaks.items()
     ]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
     shared.decoder.follow(optimizer)
-    scaler = torch.amp.GradScaler(shared.device.type, enabled=shared.dtype == torch.float16)
+    scaler = GradScaler(shared.device.type, enabled=shared.dtype == torch.float16)
 
     with (
         output_folder(config.output_dir, config.resume) as folder,
@@ -288,11 +297,15 @@ def main(config: Config) -> None:
             stats = optimise(config, shared, batch, old, baseline, optimizer, scaler, update)
             clock.lap("optimise")
             # 5. Adapt and report
-            row = batch_metrics(batch, measured, returns, update, kl_coef, config) | stats
-            log.update(row | speed_metrics(shared, batch, stats, clock.seconds, config))
+            sizes = config.episodes_per_update, config.missing_eos_penalty
+            row = batch_metrics(batch, measured, returns, update, kl_coef, *sizes) | stats
+            speed = speed_metrics(shared, batch, stats, clock.seconds, config.num_mini_batches)
+            log.update(row | speed)
             # before it KL is 0
             if config.kl_controller == "adaptive" and update > config.critic_warmup_updates + 1:
-                kl_coef = adapt_kl_coef(kl_coef, measured.mean_kl(batch), config)
+                kl = measured.mean_kl(batch)
+                episodes = config.episodes_per_update
+                kl_coef = adapt_kl_coef(kl_coef, kl, config.kl_target, episodes, config.kl_horizon)
             del measured, old  # their lower states make room for what is sampled next
             if update % config.eval_steps == 0 or update == config.num_updates:
                 is_last = update == config.num_updates
@@ -323,9 +336,8 @@ def draw_prompts(
     count = config.episodes_per_update
     for episode in range((update - 1) * count, update * count):
         epoch, place = divmod(episode, len(prompts))
-        queries.append(
-            prompts[np.random.default_rng((config.seed, 1, epoch)).permutation(len(prompts))[place]]
-        )
+        order = np.random.default_rng((config.seed, 1, epoch)).permutation(len(prompts))
+        queries.append(prompts[order[place]])
         seeds.append((config.seed, 2, episode))
     return queries, seeds
 
@@ -352,38 +364,35 @@ def rollout(
 
 
 @torch.no_grad()
+@restarts_in_smaller_parts
 def measure(shared: SharedBase, batch: Batch, temperature: float, baseline: float) -> Measured:
-    """What each role says of the batch. The lower layers run once, for all roles and epochs."""
+    """What each role says of the batch. The lower layers run once, for all roles and epochs.
 
-    def work() -> Measured:
-        lower = torch.empty(
-            sum(map(len, batch.texts)),
-            shared.lm_head_weight().shape[1],
-            dtype=shared.dtype,
-            device=shared.device,
-        )
-        columns: dict[str, list[Tensor]] = {}
-        for micro in chain(*batch.micro_batches(shared.micro_batch.tokens)):
-            check_stop()
-            lower[micro.text_tokens] = below = shared.lower(micro.texts)
-            policy = token_logprobs(shared, "policy", micro, below, temperature, statistics=True)
-            said = {
-                "logprobs": policy.logprobs,
-                "ref_logprobs": token_logprobs(
-                    shared, REFERENCE, micro, below, temperature
-                ).logprobs,
-                "entropy": policy.entropy,
-                "values": token_values(shared, micro, below, baseline),
-                "scores": score(shared, "reward", micro, below),
-            }
-            for name, numbers in said.items():
-                columns.setdefault(name, []).append(numbers)
-        # One transfer, for all numbers that the formulas take on the CPU.
-        flat = [torch.cat(column) for column in columns.values()]
-        on_cpu = torch.cat(flat).cpu().split([len(column) for column in flat])
-        return Measured(lower, **dict(zip(columns, on_cpu, strict=True)))
-
-    measured = shared.micro_batch.fit(work, batch.longest)
+    Raises:
+        NotFinite: some of it is not finite.
+    """
+    shape = sum(map(len, batch.texts)), shared.lm_head_weight().shape[1]
+    lower = torch.empty(shape, dtype=shared.dtype, device=shared.device)
+    columns: dict[str, list[Tensor]] = {}
+    micro_batches = chain(*batch.micro_batches(shared.micro_batch.tokens))
+    for micro in until_stopped(micro_batches):
+        below = shared.lower(micro.texts)
+        lower[micro.text_tokens] = below
+        policy = token_logprobs(shared, "policy", micro, below, temperature, statistics=True)
+        reference = token_logprobs(shared, REFERENCE, micro, below, temperature)
+        said = {
+            "logprobs": policy.logprobs,
+            "ref_logprobs": reference.logprobs,
+            "entropy": policy.entropy,
+            "values": token_values(shared, micro, below, baseline),
+            "scores": score(shared, "reward", micro, below),
+        }
+        for name, numbers in said.items():
+            columns.setdefault(name, []).append(numbers)
+    # One transfer, for all numbers that the formulas take on the CPU.
+    flat = [torch.cat(column) for column in columns.values()]
+    on_cpu = torch.cat(flat).cpu().split([len(column) for column in flat])
+    measured = Measured(lower, **dict(zip(columns, on_cpu, strict=True)))
     measured.check_finite(batch)
     return measured
 
@@ -415,12 +424,8 @@ def token_values(shared: SharedBase, micro: MicroBatch, lower: Tensor, baseline:
 
     The head, copied from the reward model, speaks in raw scores, so it is centred here.
     """
-    return (
-        shared.heads["value"](shared.upper(lower, micro.texts, "value")[micro.positions]).squeeze(
-            -1
-        )
-        - baseline
-    )
+    hidden = shared.upper(lower, micro.texts, "value")[micro.positions]
+    return shared.heads["value"](hidden).squeeze(-1) - baseline
 
 
 def advantages_and_returns(
@@ -446,26 +451,26 @@ def optimise(
     batch: Batch,
     old: Old,
     baseline: float,
-    optimizer,
-    scaler,
+    optimizer: Optimizer,
+    scaler: GradScaler,
     update: int,
 ) -> dict[str, float]:
     """Epochs over the batch; each minibatch is one step. Returns mean statistics.
 
     In the first updates only the value model learns.
     """
-    policy = partial(policy_losses, config, shared, old)
-    value = partial(value_losses, config, shared, old, baseline)
+    policy = partial(policy_losses, shared, old, config.temperature, config.cliprange)
+    value = partial(value_losses, shared, old, baseline, config.cliprange_value)
     history: list[dict[str, float]] = []
-    for minibatch, tokens in list(enumerate(count_tokens(batch))) * config.num_ppo_epochs:
-        check_stop(together=True)
+    minibatches = list(enumerate(count_tokens(batch))) * config.num_ppo_epochs
+    for minibatch, tokens in until_stopped(minibatches, together=True):
         sums: Sums = {}
         if update > config.critic_warmup_updates:
-            sums |= backward(policy, shared, "policy", batch, minibatch, tokens, scaler)
+            sums |= backward(shared, batch, "policy", policy, minibatch, tokens, scaler)
             # in smaller micro-batches rounding alone moves the ratio
             if history or shared.micro_batch.halved:
                 sums["ratio_off"].zero_()
-        sums |= backward(value, shared, "value", batch, minibatch, tokens, scaler)
+        sums |= backward(shared, batch, "value", value, minibatch, tokens, scaler)
         norms = clip(optimizer, scaler, config.max_grad_norm)
         stats = read(sums, tokens, norms)
         if stats.pop("ratio_off", 0.0):
@@ -481,50 +486,52 @@ def optimise(
     return mean_stats(history)
 
 
+@restarts_in_smaller_parts
 def backward(
-    losses, shared: SharedBase, role: str, batch: Batch, minibatch: int, tokens: float, scaler
+    shared: SharedBase,
+    batch: Batch,
+    role: str,
+    losses: Callable[[MicroBatch], tuple[Tensor, dict[str, Tensor]]],
+    minibatch: int,
+    tokens: float,
+    scaler: GradScaler,
 ) -> Sums:
-    """Add `role`'s gradients over a minibatch; return sums of statistics of this process's tokens.
+    """Make `role`'s gradients over a minibatch; return sums of statistics of this process's tokens.
 
     Args:
         losses: makes of a micro-batch the loss [n] of each of its tokens, and statistics of them.
         tokens: of the minibatch, of all processes: the loss is the mean over them.
     """
-
-    def work() -> Sums:
-        sums: Sums = {}
-        for micro in batch.micro_batches(shared.micro_batch.tokens)[minibatch]:
-            loss, statistics = losses(micro)
-            scaler.scale(loss.sum() / tokens).backward()
-            for name, numbers in statistics.items():
-                sums[name] = sums.get(name, 0.0) + numbers.detach().sum()
-        return sums
-
-    return shared.micro_batch.fit(work, batch.longest, undo=partial(shared.drop_gradients, role))
+    shared.drop_gradients(role)  # of an attempt that ran out of memory
+    sums: Sums = {}
+    for micro in batch.micro_batches(shared.micro_batch.tokens)[minibatch]:
+        loss, statistics = losses(micro)
+        scaler.scale(loss.sum() / tokens).backward()
+        for name, numbers in statistics.items():
+            sums[name] = sums.get(name, 0.0) + numbers.detach().sum()
+    return sums
 
 
 def policy_losses(
-    config: Config, shared: SharedBase, old: Old, micro: MicroBatch
+    shared: SharedBase, old: Old, temperature: float, cliprange: float, micro: MicroBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss` of a micro-batch as the policy now is."""
     lower = old.lower[micro.text_tokens]
-    logprobs = token_logprobs(shared, "policy", micro, lower, config.temperature).logprobs
+    logprobs = token_logprobs(shared, "policy", micro, lower, temperature).logprobs
     return policy_loss(
-        logprobs, old.logprobs[micro.tokens], old.advantages[micro.tokens], config.cliprange
+        logprobs, old.logprobs[micro.tokens], old.advantages[micro.tokens], cliprange
     )
 
 
 def value_losses(
-    config: Config, shared: SharedBase, old: Old, baseline: float, micro: MicroBatch
+    shared: SharedBase, old: Old, baseline: float, cliprange_value: float, micro: MicroBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`value_loss` of a micro-batch as the value model now is."""
     values = token_values(shared, micro, old.lower[micro.text_tokens], baseline)
-    return value_loss(
-        values, old.values[micro.tokens], old.returns[micro.tokens], config.cliprange_value
-    )
+    return value_loss(values, old.values[micro.tokens], old.returns[micro.tokens], cliprange_value)
 
 
-def clip(optimizer, scaler, max_grad_norm: float) -> dict[str, Tensor]:
+def clip(optimizer: Optimizer, scaler: GradScaler, max_grad_norm: float) -> dict[str, Tensor]:
     """Sum gradients over all processes; clip policy's and value's, each to `max_grad_norm`.
 
     Returns their norms.
@@ -546,7 +553,7 @@ def read(sums: Sums, tokens: float, norms: dict[str, Tensor]) -> dict[str, float
     return dict(zip([*sums, *norms], numbers.tolist(), strict=True))
 
 
-def step(optimizer, scaler, stats: dict[str, float]) -> None:
+def step(optimizer: Optimizer, scaler: GradScaler, stats: dict[str, float]) -> None:
     """Make the clipped step. Raises NotFinite if the gradient norms in `stats` are not finite.
 
     With fp16 the scaler skips such a step and halves its scale; a scale below 1 has no room left.
@@ -581,22 +588,7 @@ def evaluate(
     )
     judges = ["reward", "gold"] if config.gold_checkpoint else ["reward"]
 
-    def work() -> list[Tensor]:
-        columns: list[list[Tensor]] = [[] for _ in range(2 + len(judges))]
-        for micro in chain(*batch.micro_batches(shared.micro_batch.tokens)):
-            check_stop()
-            lower = shared.lower(micro.texts)
-            policy = token_logprobs(
-                shared, "policy", micro, lower, config.temperature, statistics=True
-            )
-            reference = token_logprobs(shared, REFERENCE, micro, lower, config.temperature)
-            said = [policy.logprobs - reference.logprobs, policy.entropy]
-            said += [score(shared, judge, micro, lower) for judge in judges]
-            for column, numbers in zip(columns, said, strict=True):
-                column.append(numbers)
-        return [torch.cat(column or [torch.empty(0)]).cpu() for column in columns]
-
-    kl, entropy, *scores = shared.micro_batch.fit(work, batch.longest)
+    kl, entropy, *scores = measure_held_out(shared, batch, judges, config.temperature)
     numbers = torch.zeros(2 + len(judges), len(prompts))
     numbers[0, batch.rows] = batch.by_response(kl).sum(1)
     numbers[1, batch.rows] = batch.by_response(entropy).sum(1) / torch.tensor(
@@ -608,6 +600,25 @@ def evaluate(
     odds = refusal_odds(shared, "policy", probe) if probe else {}
     refusals = {"refusal_odds": odds.get("harmful"), "overrefusal_odds": odds.get("harmless")}
     return Evaluation(responses, texts, scores, kl, entropy, *gold_scores, **refusals)
+
+
+@torch.no_grad()
+@restarts_in_smaller_parts
+def measure_held_out(
+    shared: SharedBase, batch: Batch, judges: list[str], temperature: float
+) -> list[Tensor]:
+    """KL and entropy of the policy [n], and what each judge says [b], on the CPU."""
+    columns: list[list[Tensor]] = [[] for _ in range(2 + len(judges))]
+    micro_batches = chain(*batch.micro_batches(shared.micro_batch.tokens))
+    for micro in until_stopped(micro_batches):
+        lower = shared.lower(micro.texts)
+        policy = token_logprobs(shared, "policy", micro, lower, temperature, statistics=True)
+        reference = token_logprobs(shared, REFERENCE, micro, lower, temperature)
+        said = [policy.logprobs - reference.logprobs, policy.entropy]
+        said += [score(shared, judge, micro, lower) for judge in judges]
+        for column, numbers in zip(columns, said, strict=True):
+            column.append(numbers)
+    return [torch.cat(column or [torch.empty(0)]).cpu() for column in columns]
 
 
 # ---------------------------------------------------------------- the formulas
@@ -681,13 +692,19 @@ def value_loss(
     return losses, {"loss/value_avg": losses, "val/clipfrac_avg": (clipped_error > error).float()}
 
 
-def adapt_kl_coef(kl_coef: float, kl: float, config: Config) -> float:
-    """Move the coefficient towards a KL of `kl_target` nats a response (1909.08593, 2.2)."""
-    error = min(max(kl / config.kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * config.episodes_per_update / config.kl_horizon)
+def adapt_kl_coef(
+    kl_coef: float, kl: float, kl_target: float, episodes: int, kl_horizon: int
+) -> float:
+    """Move the coefficient towards a KL of `kl_target` nats a response (1909.08593, 2.2).
+
+    Args:
+        episodes: of an update; `kl_horizon` is counted in them.
+    """
+    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * episodes / kl_horizon)
 
 
-def set_learning_rates(optimizer, update: int, config: Config) -> None:
+def set_learning_rates(optimizer: Optimizer, update: int, config: Config) -> None:
     """Linear warm-up over `warmup_updates`, then linear decay to 0.
 
     The policy's starts after the critic's own updates.
@@ -725,7 +742,9 @@ def choose_sizes(
     most = max(longest, *map(len, eval_prompts)) + config.response_length + 1
     check_context(base, most, "--max-prompt-length", "--response-length")
     plans = ppo_plans(read_shape(base, config.dtype), config, runs, longest)
-    rollouts = choose_rollouts(config, plans, episodes_of_a_process(config), length, device())
+    rollouts = choose_rollouts(
+        config, plans, episodes_of_a_process(config.episodes_per_update), length, device()
+    )
     return *choose_tokens(config, plans(rollouts), length, device()), rollouts
 
 

@@ -53,7 +53,7 @@ from rlhf.engine.plan import plan_reward, read_shape
 from rlhf.engine.roles import SharedBase
 from rlhf.engine.speed import Work
 from rlhf.engine.tokenizers import load_format
-from rlhf.engine.trainer import Restack, Resumable, Row, keep_fp32, num_steps, trainer_options
+from rlhf.engine.trainer import Restack, Resumable, Row, keep_fp32, steps_of, trainer_options
 from rlhf.reports.dry_run import earlier_runs, format_of, show_data, show_end, show_plan
 from rlhf.reports.probe import describe_probe, judge_probe, load_probe
 from rlhf.reports.reward_evaluation import ScoredPairs, describe, judge, write_evaluation
@@ -321,17 +321,15 @@ def dry_run(config: Config, base, prompt_format, pairs, sft) -> None:
     tokenized = tokenize_pairs(pairs, prompt_format, config.max_length, "train")
     lengths = list(map(num_tokens, tokenized))
     show_data("training pairs", lengths)
-    console.print(
-        f"optimizer steps: {num_steps(config, len(lengths))} of {config.batch_size} pairs"
-    )
+    console.print(f"optimizer steps: {steps_of(config, len(lengths))} of {config.batch_size} pairs")
     shape = read_shape(base, config.dtype)
     check_between(config, 0, shape.layers, "role_layers")
     longest = max(lengths)
     check_context(base, longest_text(tokenized), "--max-length")
     show_plan(make_plan(config, base, sft, longest), longest, config)
     if config.measure:
-        time_steps(main, config, num_steps(config, len(lengths)))
-    show_end(config)
+        time_steps(main, config, steps_of(config, len(lengths)))
+    show_end(config.measure)
 
 
 def make_plan(config: Config, base, sft, longest: int) -> Plan:

@@ -43,7 +43,7 @@ from rlhf.engine.plan import plan_sft, read_shape
 from rlhf.engine.portable import save_tokenizer
 from rlhf.engine.speed import Work
 from rlhf.engine.tokenizers import check_vocabulary, load_tokenizer
-from rlhf.engine.trainer import Restack, Resumable, Row, keep_fp32, num_steps, trainer_options
+from rlhf.engine.trainer import Restack, Resumable, Row, keep_fp32, steps_of, trainer_options
 from rlhf.reports.dry_run import show_data, show_end, show_plan
 from rlhf.runs.advice import next_command
 from rlhf.runs.checkpoints import is_finished, start_run, weights_of, write_run
@@ -239,13 +239,13 @@ def dry_run(config: Config, base, prompt_format, pairs) -> None:
     tokenized = tokenize_pairs(pairs, prompt_format, config.max_length, "train")
     lengths = [len(p.prompt_ids) + len(p.chosen_ids) for p in tokenized]
     show_data("training rows", lengths)
-    console.print(f"optimizer steps: {num_steps(config, len(lengths))} of {config.batch_size} rows")
+    console.print(f"optimizer steps: {steps_of(config, len(lengths))} of {config.batch_size} rows")
     longest = max(lengths)
     check_context(base, longest, "--max-length")
     show_plan(make_plan(config, base, longest), longest, config)
     if config.measure:
-        time_steps(main, config, num_steps(config, len(lengths)))
-    show_end(config)
+        time_steps(main, config, steps_of(config, len(lengths)))
+    show_end(config.measure)
 
 
 def make_plan(config: Config, base, longest: int) -> Plan:

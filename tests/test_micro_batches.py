@@ -28,7 +28,7 @@ def test_half_the_tokens_until_it_fits():
             raise torch.OutOfMemoryError
         return "done"
 
-    assert size.fit(work, longest=200, undo=lambda: undone.append(size.tokens)) == "done"
+    assert size.retry(work, longest=200, undo=lambda: undone.append(size.tokens)) == "done"
     assert (tried, undone, size.halved) == ([1000, 500, 250], [500, 250], True)
     size.agree()
     assert (size.tokens, size.halved) == (250, False)
@@ -43,5 +43,5 @@ def test_one_text_that_does_not_fit_ends_the_run():
         raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
-        size.fit(work, longest=300)
+        size.retry(work, longest=300)
     assert tried == [1000, 500, 250]

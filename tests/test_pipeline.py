@@ -834,8 +834,7 @@ def stopping_at(number):
     ],
 )
 def test_looks_at_the_test_rows_take_a_tenth_of_the_time_at_most(eval_steps, eval_rows, between):
-    config = sft_train.Config(eval_steps=eval_steps, batch_size=16, num_train_epochs=1.0)
-    assert steps_between_evaluations(config, 1600, eval_rows) == between
+    assert steps_between_evaluations(eval_steps, 100, 16, eval_rows) == between
 
 
 def test_curves_are_of_metrics_that_are_written(trained, ppo):

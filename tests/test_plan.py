@@ -134,8 +134,7 @@ def test_steps_are_those_that_the_trainer_makes(
     """Batches of 4 rows, over all processes: transformers counts whole steps an epoch."""
     for module in ("rlhf.engine.trainer", "rlhf.runs.checks"):
         monkeypatch.setattr(f"{module}.num_processes", lambda: processes)
-    config = sft_train.Config(batch_size=4, num_train_epochs=epochs)
-    assert num_steps(config, rows) == steps
+    assert num_steps(rows, batch_size=4, epochs=epochs) == steps
     size = 4 // processes
     loader = torch.utils.data.DataLoader(range(rows // processes), size, drop_last=processes > 1)
     options = {"per_device_train_batch_size": size, "num_train_epochs": epochs}

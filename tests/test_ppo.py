@@ -167,11 +167,11 @@ def test_value_loss_clips_around_the_old_values():
 
 def test_kl_coefficient_moves_towards_the_target_by_at_most_a_fifth():
     # a batch is 64: one tenth
-    config = dataclasses.replace(ppo_train.Config(), kl_target=6.0, kl_horizon=640)
-    assert adapt_kl_coef(0.1, 6.0, config) == pytest.approx(0.1)
-    assert adapt_kl_coef(0.1, 6.6, config) == pytest.approx(0.1 * 1.01)
-    assert adapt_kl_coef(0.1, 60.0, config) == pytest.approx(0.1 * 1.02)
-    assert adapt_kl_coef(0.1, 0.0, config) == pytest.approx(0.1 * 0.98)
+    settings = {"kl_target": 6.0, "episodes": 64, "kl_horizon": 640}
+    assert adapt_kl_coef(0.1, 6.0, **settings) == pytest.approx(0.1)
+    assert adapt_kl_coef(0.1, 6.6, **settings) == pytest.approx(0.1 * 1.01)
+    assert adapt_kl_coef(0.1, 60.0, **settings) == pytest.approx(0.1 * 1.02)
+    assert adapt_kl_coef(0.1, 0.0, **settings) == pytest.approx(0.1 * 0.98)
 
 
 def test_learning_rates_warm_up_and_fall_to_zero():

@@ -6,7 +6,7 @@ keys and values that stay from one rollout to the next, more tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -64,7 +64,7 @@ def deal(plans: Plans, config: Any, episodes: int, longest: int, room: float) ->
 
     rows = config.rollout_batch_size
     weights = config.rollout_weights
-    tokens = first_tokens(config, longest)
+    tokens = first_tokens(config.micro_batch_tokens, longest)
     if rows == "auto":
         sizes = [-(-episodes // parts) for parts in range(1, episodes + 1)]
         rows = next((size for size in sizes if fits(Rollouts(size), longest)), 1)
@@ -75,11 +75,9 @@ def deal(plans: Plans, config: Any, episodes: int, longest: int, room: float) ->
     return Rollouts(rows, merged, kept)
 
 
-def first_tokens(config: Any, longest: int) -> int:
+def first_tokens(asked: int | Literal["auto"], longest: int) -> int:
     """Tokens of a micro-batch that come before what makes rollouts fast."""
-    return max(
-        FIRST_TOKENS if config.micro_batch_tokens == "auto" else config.micro_batch_tokens, longest
-    )
+    return max(FIRST_TOKENS if asked == "auto" else asked, longest)
 
 
 def room_for_tensors(total: int, free: int, reserved: int, fraction: float) -> float:
@@ -123,7 +121,7 @@ def choose_rollouts(
     dealt = deal(plans, config, episodes, longest, room)
     rows, merged, kept = (least(int(number)) for number in (dealt.rows, dealt.merged, dealt.kept))
     rollouts = Rollouts(rows, bool(merged), bool(kept))
-    tokens = first_tokens(config, longest)
+    tokens = first_tokens(config.micro_batch_tokens, longest)
     if least(
         int(
             weights != "merged"

@@ -5,7 +5,7 @@ neither what a step computes nor which rows it has.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -48,18 +48,19 @@ class MicroBatchSize:
         self.tokens = tokens
         self.halved = False  # since the processes last agreed
 
-    def fit(self, work: Callable[[], T], longest: int, undo: Callable[[], None] | None = None) -> T:
-        """`work()`. When memory runs out, `undo()`, and `work()` again with half the tokens.
+    def retry(
+        self, work: Callable[[], T], longest: int, undo: Callable[[], None] | None = None
+    ) -> T:
+        """`work()`; when memory runs out, `undo()`, and `work()` again with half the tokens.
 
-        `work` must read `tokens` anew each time and must not wait for another process.
+        `work` must read `tokens` each time, and must not wait for another process.
 
         Args:
-            longest: tokens of the longest text. When that does not fit by itself, nothing smaller
-            helps.
-            undo: drops what `work` has left half-done, such as gradients.
+            longest: tokens of the longest text. If that alone does not fit, nothing smaller helps.
+            undo: drops what `work` left half-done, such as gradients.
         Raises:
             torch.OutOfMemoryError: a micro-batch of one text does not fit, or FSDP has all
-            processes wait for each other.
+                processes wait for each other.
         """
         while True:
             try:
@@ -87,10 +88,9 @@ class MicroBatchSize:
         self.halved = False
 
 
-def keep_tokens(config: Any, micro_batch: MicroBatchSize, facts: dict[str, Any]) -> None:
-    """Go on with the micro-batch size in the state's `facts`, unless the flag names another."""
-    before = facts["micro_batch_tokens"]
-    if config.micro_batch_tokens == "auto":
+def keep_tokens(micro_batch: MicroBatchSize, asked: int | Literal["auto"], before: int) -> None:
+    """Go on with micro-batches of as many tokens as `before`, unless the flag asked for others."""
+    if asked == "auto":
         micro_batch.tokens = before
     elif micro_batch.tokens != before:
         console.print(

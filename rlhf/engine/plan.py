@@ -285,8 +285,8 @@ def trained(
     }
 
 
-def episodes_of_a_process(config: Any) -> int:
-    return config.episodes_per_update // num_processes()
+def episodes_of_a_process(episodes_per_update: int) -> int:
+    return episodes_per_update // num_processes()
 
 
 def ppo_plans(shape: Shape, config: Any, runs: dict[str, dict[str, Any]], longest: int) -> Plans:

@@ -264,7 +264,7 @@ class SharedBase:
             scores = torch.cat([read([items[i] for i in part]) for part in parts], -1).cpu()
             return scores[..., torch.tensor(sum(parts, [])).argsort()]
 
-        return self.micro_batch.fit(work, max(lengths)) if items else torch.empty(0)
+        return self.micro_batch.retry(work, max(lengths)) if items else torch.empty(0)
 
     def read_pairs(self, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
         """What the reward model says of the first texts, then of the second ones [2 x B]."""

@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,34 +45,38 @@ EVALUATIONS = 10  # of a run, the last one included
 EVAL_SHARE = 0.1  # of a run's time
 
 
-def num_steps(config: Any, rows: int) -> int:
+def num_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None = None) -> int:
     """Optimizer steps of a run. Raises UserError when the rows do not fill one."""
-    if rows < config.batch_size:
+    if rows < batch_size:
         most = rows // num_processes() * num_processes()
         todo = f"lower --batch-size to {most}"
         if not most:
             todo = f"start fewer processes than {num_processes()}"
-        raise UserError(
-            f"{rows} training rows do not fill one batch of {config.batch_size}: {todo}"
-        )
-    whole_batches = rows // config.batch_size
+        raise UserError(f"{rows} training rows do not fill one batch of {batch_size}: {todo}")
+    whole_batches = rows // batch_size
     # as the Trainer counts
-    epoch = whole_batches if num_processes() > 1 else math.ceil(rows / config.batch_size)
-    return config.max_steps or math.ceil(epoch * config.num_train_epochs)
+    epoch = whole_batches if num_processes() > 1 else math.ceil(rows / batch_size)
+    return max_steps or math.ceil(epoch * epochs)
 
 
-def steps_between_evaluations(config: Any, rows: int, eval_rows: int) -> int | None:
+def steps_between_evaluations(
+    asked: int | Literal["auto"] | None, steps: int, batch_size: int, eval_rows: int
+) -> int | None:
     """Steps from one look at the test rows to the next; None: there is none along the way.
 
     `auto` cuts the run into `EVALUATIONS` parts, or into fewer, so that the looks between them take
     at most `EVAL_SHARE` of its time. Reading a row takes half as long as learning from it.
     """
-    if config.eval_steps != "auto":
-        return config.eval_steps
-    steps = num_steps(config, rows)
-    affordable = EVAL_SHARE * steps * config.batch_size / (eval_rows / 2)
+    if asked != "auto":
+        return asked
+    affordable = EVAL_SHARE * steps * batch_size / (eval_rows / 2)
     parts = min(EVALUATIONS, int(affordable) + 1)
     return math.ceil(steps / parts) if parts > 1 else None
+
+
+def steps_of(config: Any, rows: int) -> int:
+    """`num_steps` of a script's Config."""
+    return num_steps(rows, config.batch_size, config.num_train_epochs, config.max_steps)
 
 
 def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) -> dict[str, Any]:
@@ -87,7 +91,7 @@ def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) ->
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": False,  # the decoder's own is used, or `prepare` turns it on
         "lr_scheduler_type": "cosine",
-        "warmup_steps": round(config.warmup_ratio * num_steps(config, rows)),
+        "warmup_steps": round(config.warmup_ratio * steps_of(config, rows)),
         "max_grad_norm": config.max_grad_norm,
         # the base computes in bfloat16 by itself; autocast on top of it would only cost time
         "bf16": False,
@@ -237,12 +241,16 @@ class Resumable(Trainer):
             check_same(facts["hyperparameters"], dataclasses.asdict(config), HARMLESS, where)
             check_same(facts["inputs"], inputs, (), where)
             position = facts["position"]
-            keep_tokens(config, self.micro_batch, facts)
+            before = facts["micro_batch_tokens"]
+            keep_tokens(self.micro_batch, config.micro_batch_tokens, before)
         if is_main():
             self.lines.metrics.cut(position)
         # it prints each log as a dictionary; TrainerLog is ours
         self.remove_callback(PrinterCallback)
-        eval_steps = steps_between_evaluations(config, len(self.train_dataset), eval_rows)
+        steps = steps_of(config, len(self.train_dataset))
+        eval_steps = steps_between_evaluations(
+            config.eval_steps, steps, config.batch_size, eval_rows
+        )
         clock = SaveClock(config.save_minutes, config.save_steps)
         self.add_callback(AfterStep(clock, self.micro_batch, eval_steps))
         self.add_callback(self.lines)
@@ -343,7 +351,7 @@ class Resumable(Trainer):
                 self.differentiate([self.train_dataset[0]], 0 * weight)
             return found
 
-        found = self.micro_batch.fit(work, max(lengths, default=0), self.model.zero_grad)
+        found = self.micro_batch.retry(work, max(lengths, default=0), self.model.zero_grad)
         sums, peaks = self.add_up(found)
         # the one wait for the device
         numbers = torch.cat([sums / counts[0], peaks, counts]).tolist()

@@ -7,7 +7,10 @@ Shapes: b episodes, N tokens of their texts, n sampled tokens of all of them, R 
 response, H hidden size.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +19,11 @@ from rlhf.data.format import PromptFormat
 from rlhf.engine.decoder import Padded, Texts, lay_out
 from rlhf.engine.generation import Response
 from rlhf.engine.micro_batches import cut_by_tokens
+from rlhf.engine.roles import SharedBase
 from rlhf.runs.errors import UserError
 from rlhf.runs.processes import moments, share, sum_numbers
 
+T = TypeVar("T")
 MEASURED = ("logprobs", "ref_logprobs", "values", "scores")
 
 
@@ -115,6 +120,21 @@ class Batch:
             tokens=slice(first, first + len(actions)),
             text_tokens=slice(first_text, first_text + start),
         )
+
+
+def restarts_in_smaller_parts(step: Callable[..., T]) -> Callable[..., T]:
+    """Decorate a function of (shared, batch, ...): when memory runs out, it begins again.
+
+    It then goes through the batch in micro-batches of half the tokens (`MicroBatchSize.retry`), so
+    it must read their size itself, and drop what an attempt before it may have left.
+    """
+
+    @functools.wraps(step)
+    def restarted(shared: SharedBase, batch: Batch, *args: Any, **kwargs: Any) -> T:
+        attempt = functools.partial(step, shared, batch, *args, **kwargs)
+        return shared.micro_batch.retry(attempt, batch.longest)
+
+    return restarted
 
 
 def make_batch(

@@ -169,26 +169,32 @@ class Log:
 
 
 def batch_metrics(
-    batch: Batch, measured: Measured, returns: Tensor, update: int, kl_coef: float, config: Any
+    batch: Batch,
+    measured: Measured,
+    returns: Tensor,
+    update: int,
+    kl_coef: float,
+    episodes: int,
+    missing_eos_penalty: float,
 ) -> dict[str, float]:
-    """What an update saw, under TRL's names; KL in nats a response."""
+    """What an update of so many episodes saw, under TRL's names; KL in nats a response."""
     scores = moments(measured.scores)[0].item()
     ended = moments(batch.ended.float())[0].item()
     kl = measured.mean_kl(batch)
     tokens = sum(count_tokens(batch))
-    penalty = config.missing_eos_penalty * (1 - ended)
+    penalty = missing_eos_penalty * (1 - ended)
     unexplained = moments(returns - measured.values)[1] / moments(returns)[1].clamp(min=1e-8)
     return {
         "update": update,
-        "episode": update * config.episodes_per_update,
+        "episode": update * episodes,
         "objective/scores": scores,
         "objective/kl": kl,
         "objective/kl_coef": kl_coef,
         "objective/rlhf_reward": scores - penalty - kl_coef * kl,
         "policy/entropy_avg": sum_numbers({"sum": measured.entropy.sum().item()})["sum"] / tokens,
         "policy/sampler_kl": sum_numbers({"sum": sampler_kl(batch, measured)})["sum"] / tokens,
-        "val/num_eos_tokens": round(ended * config.episodes_per_update),
-        "val/response_length": tokens / config.episodes_per_update,
+        "val/num_eos_tokens": round(ended * episodes),
+        "val/response_length": tokens / episodes,
         "val/explained_variance": 1 - unexplained.item(),
     }
 
@@ -210,7 +216,7 @@ def speed_metrics(
     batch: Batch,
     stats: dict[str, float],
     seconds: dict[str, float],
-    config: Any,
+    num_mini_batches: int,
 ) -> dict[str, float]:
     """How fast an update was; tokens are those of all processes, memory is this one's.
 
@@ -221,7 +227,7 @@ def speed_metrics(
     counts = sum_numbers(
         {"texts": sum(map(len, batch.texts)), "sampled": sum(batch.response_lengths)}
     )
-    epochs = stats["policy/optimizer_steps"] / config.num_mini_batches
+    epochs = stats["policy/optimizer_steps"] / num_mini_batches
     work = Work.of(shared.decoder, shared.first_role_layer, shared.lm_head_weight())
     operations = work.ppo_update(
         **counts, policy_epochs=epochs * ("policy/approxkl_avg" in stats), value_epochs=epochs

@@ -146,7 +146,8 @@ class State:
         self.shared.load_trained(load_file(folder / "weights.safetensors"))
         load_optimizer(self.optimizer, load_file(folder / "optimizer.safetensors"))
         self.scaler.load_state_dict(facts["scaler"])
-        keep_tokens(self.config, self.shared.micro_batch, facts)
+        before = facts["micro_batch_tokens"]
+        keep_tokens(self.shared.micro_batch, self.config.micro_batch_tokens, before)
         before = facts["hyperparameters"]["rollout_batch_size"]
         if self.config.rollout_batch_size in ("auto", before):  # fewer, if memory ran out
             self.shared.rollout_rows = facts["rollout_rows"]

@@ -62,8 +62,8 @@ def show_data(what: str, lengths: list[int]) -> None:
     )
 
 
-def show_end(config: Any) -> None:
-    loaded = "a few steps were made and thrown away" if config.measure else "no weights were loaded"
+def show_end(measured: bool) -> None:
+    loaded = "a few steps were made and thrown away" if measured else "no weights were loaded"
     console.print(f"Dry run: {loaded}, and nothing was written.")
 
 
@@ -162,7 +162,7 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     room = config.card_gb * 1e9 * (1 - CARD_OVERHEAD)
     check_context(base, length, "--max-prompt-length", "--response-length")
     plans = ppo_plans(shape, config, runs, longest)
-    rollouts = deal(plans, config, episodes_of_a_process(config), length, room)
+    rollouts = deal(plans, config, episodes_of_a_process(config.episodes_per_update), length, room)
     weights = "a merged 16-bit copy" if rollouts.merged else "the base with its adapters"
     kept = ", their keys and values kept for the next" if rollouts.kept else ""
     console.print(f"rollouts: {rollouts.rows} responses at a time, from {weights}{kept}")

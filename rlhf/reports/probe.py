@@ -147,7 +147,7 @@ def log_odds(shared: SharedBase, role: str, pairs: list[TextPair]) -> list[float
                 found[i] = number
         return found
 
-    return shared.micro_batch.fit(work, max(lengths, default=0))
+    return shared.micro_batch.retry(work, max(lengths, default=0))
 
 
 def read_odds(shared: SharedBase, role: str, pairs: list[TextPair]) -> list[float]:

@@ -3,15 +3,16 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
 
 from rlhf.runs.errors import Stopped
 from rlhf.runs.processes import num_processes
 
+T = TypeVar("T")
 _asked: list[int] = []  # signals that came
 
 
@@ -58,6 +59,13 @@ def after_step(due: bool, tokens: int) -> tuple[int, bool, int]:
         return number, due, tokens
     signals, dues, sizes = zip(*gather_object([(number, due, tokens)]), strict=True)
     return max(signals), dues[0], min(sizes)
+
+
+def until_stopped(items: Iterable[T], together: bool = False) -> Iterator[T]:
+    """The items of a loop, with `check_stop` before each."""
+    for item in items:
+        check_stop(together)
+        yield item
 
 
 def check_stop(together: bool = False) -> None:
