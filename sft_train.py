@@ -39,6 +39,7 @@ from rlhf.engine.card import Plan, choose_tokens, describe_start
 from rlhf.engine.decoder import Decoder, lay_out
 from rlhf.engine.loading import linear_names, load_base
 from rlhf.engine.logprobs import TokenLogprobs, logprobs_of
+from rlhf.engine.peft_workarounds import UNNAMED, save_adapter
 from rlhf.engine.plan import plan_sft, read_shape
 from rlhf.engine.portable import save_tokenizer
 from rlhf.engine.speed import Work
@@ -189,10 +190,7 @@ def main(config: Config) -> None:
         metrics["warnings"] = sft_warnings(metrics)
         weights = trainer.whole_weights()
         if trainer.is_world_process_zero():
-            trainer.model.peft_config["default"].base_model_name_or_path = base["model"]
-            trainer.model.peft_config["default"].revision = base["revision"]
-            trainer.model.save_pretrained(str(folder), state_dict=weights)
-            (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
+            save_adapter(trainer.model, weights, base, folder)
             save_tokenizer(prompt_format.tokenizer, folder)
             trainer.lines.curves.draw()
             write_run(
@@ -327,7 +325,7 @@ def make_trainer(config: Config, model, prompt_format, train_set, eval_set, dtyp
     trainer.dtype = dtype
     if not sharded():
         trainer.decoder = Decoder(trainer.model.get_base_model())
-        trainer.decoder.stack({SFT: ["default"]})  # PEFT's name for an adapter without one
+        trainer.decoder.stack({SFT: [UNNAMED]})
         trainer.decoder.gradient_checkpointing = config.gradient_checkpointing
         trainer.work = Work.of(trainer.decoder, 0, model.get_output_embeddings().weight)
         trainer.add_callback(Restack(trainer.decoder))

@@ -104,7 +104,8 @@ def test_a_tracker_that_is_not_installed(call_main, tmp_path, monkeypatch, scrip
 
 @pytest.mark.parametrize("script", ["sft_train", "reward_train"])
 def test_a_batch_that_the_processes_cannot_share(refused, trained, monkeypatch, script):
-    monkeypatch.setattr("rlhf.runs.checks.num_processes", lambda: 3)
+    for module in ("rlhf.engine.trainer", "rlhf.runs.checks"):
+        monkeypatch.setattr(f"{module}.num_processes", lambda: 3)
     more = ["--sft-checkpoint", trained.sft] if script == "reward_train" else []
     refused(
         script,

@@ -7,5 +7,6 @@ length, and `logprobs` the probabilities of chosen tokens. `decoding` makes one 
 replayed from CUDA `graphs`; `generation` samples whole responses with it. `plan` works out what a
 run holds in memory, `card` how much of that fits, `micro_batches` how many tokens go through the
 model at once, and `speed` what was reached. `trainer` is what SFT and reward training add to TRL's
-trainers, and `portable` writes files that older libraries can read, too.
+trainers and do otherwise; `peft_workarounds` is what we do otherwise than PEFT, and `portable`
+writes files that older libraries can read, too.
 """

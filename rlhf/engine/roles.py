@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,8 +20,9 @@ from rlhf.engine.decoder import Decoder, MergedLayers, Texts, lay_out, lay_out_p
 from rlhf.engine.decoding import Decoding
 from rlhf.engine.graphs import Graphs
 from rlhf.engine.layers import LeanLayer
-from rlhf.engine.loading import ScalarHead, linear_names, pad_right, read_adapter
+from rlhf.engine.loading import ScalarHead, pad_right, read_adapter
 from rlhf.engine.micro_batches import CPU_TOKENS, MicroBatchSize, cut_by_tokens
+from rlhf.engine.peft_workarounds import select_adapters, without_effect
 from rlhf.runs.errors import UserError, one_line
 from rlhf.runs.processes import sharded, this_process, whole
 
@@ -52,8 +52,8 @@ class SharedBase:
         self.graphs = Graphs(enabled=self.device.type == "cuda")  # of decoding
         self.decoding: Decoding | None = None  # kept from one rollout to the next, with its graphs
         self.trained: tuple[str, ...] = ()  # the roles whose weights get gradients
-        if folder is None:  # PEFT wants an adapter; a new one adds nothing
-            config = LoraConfig(r=1, target_modules=linear_names(model))
+        if folder is None:
+            config = without_effect(model)
             state = {}
         else:
             config, state = read_adapter(folder)
@@ -135,9 +135,7 @@ class SharedBase:
         """
         self.trained = roles
         if sharded() and roles:
-            for module in self.peft.modules():
-                if isinstance(module, BaseTunerLayer):
-                    module.set_adapter(self.adapters[roles[-1]])
+            select_adapters(self.peft, self.adapters[roles[-1]])
         for module in (self.peft, *self.heads.values()):
             module.requires_grad_(False)
         for role in roles:
