@@ -357,7 +357,7 @@ def compare_pairs(answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
         pair = {"first": first, "second": second}
         for key, values in {
             "win_rate": (sum(wins) / len(wins), *mean_interval(more_wins)),
-            # a line may leave 0 to 1
+            # A fitted line may leave 0 to 1.
             "at_equal_length": (min(max(value, 0.0), 1.0) for value in (share, *interval)),
         }.items():
             pair |= zip((key, f"{key}_low", f"{key}_high"), values, strict=True)

@@ -301,7 +301,7 @@ def main(config: Config) -> None:
             row = batch_metrics(batch, measured, returns, update, kl_coef, *sizes) | stats
             speed = speed_metrics(shared, batch, stats, clock.seconds, config.num_mini_batches)
             log.update(row | speed)
-            # before it KL is 0
+            # Before the policy's first update KL is 0.
             if config.kl_controller == "adaptive" and update > config.critic_warmup_updates + 1:
                 kl = measured.mean_kl(batch)
                 episodes = config.episodes_per_update
@@ -467,7 +467,7 @@ def optimise(
         sums: Sums = {}
         if update > config.critic_warmup_updates:
             sums |= backward(shared, batch, "policy", policy, minibatch, tokens, scaler)
-            # in smaller micro-batches rounding alone moves the ratio
+            # In smaller micro-batches rounding alone moves the ratio.
             if history or shared.micro_batch.halved:
                 sums["ratio_off"].zero_()
         sums |= backward(shared, batch, "value", value, minibatch, tokens, scaler)

@@ -214,15 +214,10 @@ def main(config: Config) -> None:
             "half": config.half,
             "train_rows": len(train_set),
             "sha256": fingerprint(train_pairs),
-            **(
-                {
-                    "votes": votes.counts
-                    | {"source": config.extra_data, "weight": config.extra_weight}
-                }
-                if votes
-                else {}
-            ),
         }
+        if votes:
+            origin = {"source": config.extra_data, "weight": config.extra_weight}
+            data["votes"] = votes.counts | origin
         same = {
             "sft checkpoint": sft["adapter_sha256"],
             "dtype": str(dtype),
@@ -361,7 +356,7 @@ class Trainer(Resumable, RewardTrainer):
         rejected = row["rejected_ids"]
         if sharded():  # both are read by themselves, and padded
             return 2 * max(len(chosen), len(rejected))
-        # the prompt is read once
+        # The prompt is read once.
         return len(chosen) + len(rejected) - len(commonprefix([chosen, rejected]))
 
     def items(self, row: Row) -> int:

@@ -111,7 +111,7 @@ def main(config: Config) -> None:
 def plan_of(config: Config) -> list[tuple]:
     """Part, label, function and its arguments, in order."""
     on_card = torch.cuda.is_available()
-    # asked without a context
+    # Asked without creating a CUDA context.
     total = torch.cuda.get_device_properties(0).total_memory / 1e9 if on_card else 0
     plan: list[tuple] = []
     for cap in CAPS:
@@ -475,7 +475,7 @@ def check(config: Config, precision: str, dtype: str) -> dict[str, Any]:
     """
     folder = WORK / f"check_{precision.replace(' ', '')}_{dtype}"
     of = settings(config, folder, precision == "nf4", dtype)
-    # an update without the policy, and one with it
+    # One update of the critic alone, and one with the policy.
     of["ppo"] = replace(of["ppo"], critic_warmup_updates=1)
     found = run_phases({phase: replace(of_phase, max_steps=2) for phase, of_phase in of.items()})
     found = {
@@ -639,7 +639,7 @@ def trl_trainer(config: Config, what: str) -> dict[str, Any]:
 
     trainer.training_step = timed
     trainer.train()
-    # from the end of the first step's parts to that of the last one's
+    # From the end of the first step to the end of the last one.
     seconds = (times[-1] - times[3]) / (steps - 1)
     found = {"seconds_a_step": seconds, "rows_per_second": 16 / seconds}
     if torch.cuda.is_available():

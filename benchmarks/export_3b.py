@@ -75,7 +75,7 @@ def measure(*arguments: str) -> tuple[float, float, float]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(os.waitstatus_to_exitcode(status))
-    # in bytes there, in KiB on Linux
+    # In bytes on macOS, in KiB on Linux.
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     return peak, time.monotonic() - started, usage.ru_utime + usage.ru_stime
 

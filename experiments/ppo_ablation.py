@@ -97,7 +97,7 @@ VARIANTS = {
     "advantages_not_whitened": Variant(patch=unwhitened),
     "scores_not_centred": Variant(patch=uncentred),
     "score_clip_1": Variant({"score_clip": 1.0}),  # the preset's 5 is never reached here
-    # at the preset's 10,000 the coefficient stays within 1 % here
+    # At the preset's 10,000 the coefficient stays within 1 % here.
     "kl_horizon_200": Variant({"kl_horizon": 200}),
     "no_kl_stop": Variant({"kl_stop": 1e9}),
     "missing_eos_penalty_1": Variant({"missing_eos_penalty": 1.0}),  # ppo_train.py's default

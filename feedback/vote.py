@@ -350,7 +350,7 @@ button:focus-visible { outline: 3px solid var(--body-text-color); outline-offset
   #vote-B { order: -1; } #vote-A { order: -2; }
 }
 """
-# no font from the network; white on blue that is easy to read
+# No font from the network; white on a blue that is easy to read.
 THEME = gr.themes.Default(
     primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]
 ).set(

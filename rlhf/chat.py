@@ -173,7 +173,7 @@ class Chat:
         self.name = names[-1]  # who answers
         self.turns: Turns = []
         self.answers = 0
-        # token ids of the last prompt with its answer, ended by EOS
+        # Token ids of the last prompt with its answer, ended by EOS.
         self.last: list[int] | None = None
 
     def command(self, line: str) -> str:

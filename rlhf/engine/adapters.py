@@ -15,7 +15,7 @@ from rlhf.engine.roles import SharedBase
 from rlhf.runs.errors import UserError
 from rlhf.runs.processes import is_main, whole
 
-# where PEFT keeps the head of a sequence classification adapter
+# Where PEFT keeps the head of a sequence classification adapter.
 HEAD_KEY = "base_model.model.score.weight"
 
 

@@ -33,7 +33,7 @@ WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 HEAD = "lm_head.weight"
-# before the names of all but the head; a model that was saved without its head has none
+# Before all names but the head's; a model saved without its head has no prefix.
 PREFIX = "model."
 
 

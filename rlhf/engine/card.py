@@ -92,7 +92,7 @@ def room_for_tensors(total: int, free: int, reserved: int, fraction: float) -> f
 
 
 def room_on_card(device: torch.device) -> float:
-    # the fraction is asked by number
+    # The memory fraction is asked for by number.
     index = torch.cuda.current_device() if device.index is None else device.index
     free, total = torch.cuda.mem_get_info(index)
     fraction = torch.cuda.get_per_process_memory_fraction(index)

@@ -157,7 +157,7 @@ class Decoder:
         # cuDNN's attention makes a plan for every new shape, and may take another for training than
         # for measuring.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        # whether a layer that trains is computed twice, and only its input kept
+        # Whether trained layers keep only their input, and are computed twice.
         self.gradient_checkpointing = False
 
     def stack(self, roles: dict[str, list[str]]) -> None:

@@ -139,7 +139,7 @@ class Decoding:
             tokens: read at a time, or one text.
         """
         self.count = len(prompts)
-        # of the texts, once the token that was sampled last is read
+        # Of the texts, once the token sampled last has been read.
         self.longest = len(prompts[-1])
         self.sent = self.received = 0
         idle = len(self.tokens) - self.count

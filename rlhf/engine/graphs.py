@@ -61,7 +61,7 @@ class Graphs:
                 function()
             return graph
         except Exception as error:
-            # a capture that fails at its end leaves its own as the current one
+            # A capture that fails at its end leaves its own stream as the current one.
             torch.cuda.set_stream(stream)
             if is_out_of_memory(error):
                 raise torch.OutOfMemoryError(str(error)) from None

@@ -59,7 +59,7 @@ class _ChosenLogprobs(torch.autograd.Function):
                 logprobs[part] = chosen - logsumexp
                 if statistics:
                     is_top1[part] = chosen == top1
-                    # no third tensor of this size
+                    # As a product, so as not to hold a third tensor of this size.
                     mean = torch.bmm(softmax[:, None], scaled[:, :, None])
                     entropy[part] = logsumexp - mean.flatten()
                 if need_grad:

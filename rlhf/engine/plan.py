@@ -83,7 +83,7 @@ class Shape:
         i = self.intermediate
         q = self.heads * self.head_dim
         kv = self.kv_heads * self.head_dim
-        # numbers of a layer for each rank
+        # Numbers of a layer, per rank.
         a_and_b = 3 * (h + q + 2 * kv) + (q + h) + 2 * (h + 2 * i) + (i + h)
         upper = role_layers or self.layers
         return (
@@ -128,7 +128,7 @@ class Shape:
         standing = (
             layers * tokens * self.hidden * self.width + kept if checkpointing else layers * kept
         )
-        # its output, its activation, and their gradients
+        # The MLP's activation and output, and their gradients.
         mlp = 7 * tokens * self.intermediate * self.width
         return standing + max(mlp, self.attention(tokens, longest, 3)) + self.matrix()
 
@@ -247,7 +247,7 @@ def plan_ppo(
         "logits": rows * shape.vocabulary * ((4 if shape.fused_attention else shape.width) + 4 + 4),
     }
     prefill = {"activations": shape.forward(min(rows * longest, tokens), longest)}
-    # of the layers below the roles, for all epochs
+    # Hidden states below the roles, kept for all epochs.
     lower = episodes * length * shape.hidden * shape.width
     rank = sft_rank + role_rank
     backward = {

@@ -47,7 +47,7 @@ class SharedBase:
         self.adapters: dict[str, list[str]] = {BASE: [], REFERENCE: ["sft"]}  # of each role
         self.micro_batch = MicroBatchSize(CPU_TOKENS)
         self.rollout_rows: int | None = None  # that fit, once more have run out of memory
-        # what a role samples from, if not the base with its adapters
+        # What a role samples from, if not the base with its adapters.
         self.merged: MergedLayers | None = None
         self.graphs = Graphs(enabled=self.device.type == "cuda")  # of decoding
         self.decoding: Decoding | None = None  # kept from one rollout to the next, with its graphs
@@ -67,7 +67,7 @@ class SharedBase:
             raise UserError(
                 f"the adapter at {folder} does not fit this base model ({one_line(error)})"
             ) from None
-        # it reads weights of which FSDP has a part only
+        # The decoder reads whole weights; under FSDP a process has only part of each.
         self.decoder = None if sharded() else Decoder(model)
         if folder:
             self.load("sft", state)

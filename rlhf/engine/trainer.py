@@ -54,7 +54,7 @@ def num_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None =
             todo = f"start fewer processes than {num_processes()}"
         raise UserError(f"{rows} training rows do not fill one batch of {batch_size}: {todo}")
     whole_batches = rows // batch_size
-    # as the Trainer counts
+    # As the Trainer counts.
     epoch = whole_batches if num_processes() > 1 else math.ceil(rows / batch_size)
     return max_steps or math.ceil(epoch * epochs)
 
@@ -93,7 +93,7 @@ def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) ->
         "lr_scheduler_type": "cosine",
         "warmup_steps": round(config.warmup_ratio * steps_of(config, rows)),
         "max_grad_norm": config.max_grad_norm,
-        # the base computes in bfloat16 by itself; autocast on top of it would only cost time
+        # The base computes in bfloat16 anyway; autocast would only cost time.
         "bf16": False,
         "fp16": dtype == torch.float16,  # for the gradient scaler
         "use_cpu": this_process().device.type == "cpu",
@@ -245,7 +245,7 @@ class Resumable(Trainer):
             keep_tokens(self.micro_batch, config.micro_batch_tokens, before)
         if is_main():
             self.lines.metrics.cut(position)
-        # it prints each log as a dictionary; TrainerLog is ours
+        # It would print each log as a dictionary; TrainerLog is ours.
         self.remove_callback(PrinterCallback)
         steps = steps_of(config, len(self.train_dataset))
         eval_steps = steps_between_evaluations(
@@ -258,7 +258,7 @@ class Resumable(Trainer):
         if sharded() and config.gradient_checkpointing:
             base = self.model.get_base_model()
             base.activation_checkpointing_enable()
-            # it needs none, and layers below the first adapter would go backward
+            # Not needed, and layers below the first adapter would go backward, too.
             base.disable_input_require_grads()
 
     def run(self) -> None:
@@ -344,7 +344,7 @@ class Resumable(Trainer):
 
         def work() -> list[dict[str, Tensor]]:
             parts = cut_by_tokens(lengths, self.micro_batch.tokens)
-            # agreed on before the first of them
+            # Agreed on before the first part.
             missing = most(len(parts)) - len(parts) if sharded() else 0
             found = [self.differentiate([rows[i] for i in part], weight) for part in parts]
             for _ in range(missing):
@@ -353,7 +353,7 @@ class Resumable(Trainer):
 
         found = self.micro_batch.retry(work, max(lengths, default=0), self.model.zero_grad)
         sums, peaks = self.add_up(found)
-        # the one wait for the device
+        # The step's one wait for the device.
         numbers = torch.cat([sums / counts[0], peaks, counts]).tolist()
         names = self.means + self.extremes
         values = dict(zip(names, numbers, strict=False))
@@ -420,7 +420,7 @@ class Resumable(Trainer):
             sum_gradients(self.trained().values())
         loss = values.pop("loss")
         self._total_train_tokens += counts["num_tokens"]
-        # since the last one: with its optimizer step and what was written after it
+        # Since the last lap, so with the optimizer step and what was written after it.
         self.clock.lap("time/step")
         seconds = self.clock.seconds["time/step"]
         speed = {"speed/tokens_per_second": counts["texts"] / seconds, "time/step": seconds}
@@ -433,9 +433,9 @@ class Resumable(Trainer):
         return torch.tensor(loss, device=self.args.device)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        # read once, for the log too
+        # Read once, for the log too.
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
-        # with fp16 it skips such a step and halves its scale; below 1 no room is left
+        # With fp16 the scaler skips such a step and halves its scale, down to 1.
         scaler = self.accelerator.scaler
         if not math.isfinite(norm) and not (scaler and scaler.get_scale() >= 1):
             raise self.not_finite("gradient")
@@ -449,12 +449,12 @@ class Resumable(Trainer):
             "micro_batch_tokens": self.micro_batch.tokens,
         }
         with new_state(self.folder, step, facts, self.config.save_total_limit) as self.partial:
-            # not TRL's, which writes a model card first
+            # Not TRL's, which writes a model card first.
             Trainer._save_checkpoint(self, model, trial)
             wait()
             checkpoint = self.partial / f"checkpoint-{step}"
             if is_main():
-                # the same weights once more
+                # The same weights a second time.
                 (checkpoint / f"{FSDP_MODEL_NAME}.bin").unlink(missing_ok=True)
                 for path in checkpoint.iterdir():
                     path.rename(self.partial / path.name)

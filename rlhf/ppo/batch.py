@@ -95,7 +95,7 @@ class Batch:
         return self.laid_out[tokens]
 
     def cut(self, rows: slice, tokens: int) -> list[MicroBatch]:
-        # in order: they are sorted already
+        # In order, as they are sorted already.
         parts = cut_by_tokens([len(text) for text in self.texts[rows]], tokens)
         return [
             self.lay_out(slice(rows.start + part[0], rows.start + part[-1] + 1)) for part in parts
@@ -213,7 +213,7 @@ class Old:
     def of(
         cls, measured: Measured, advantages: Tensor, returns: Tensor, device: torch.device
     ) -> "Old":
-        # one transfer
+        # In one transfer.
         numbers = torch.stack([measured.logprobs, measured.values, advantages, returns])
         return cls(measured.lower, *numbers.to(device))
 

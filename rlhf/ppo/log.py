@@ -74,7 +74,7 @@ class Log:
         self.chosen = chosen or {}
         self.missing_eos_penalty = config.missing_eos_penalty
         self.sampler_is_close = True
-        # the first evaluation, which later ones are held against
+        # The first evaluation, which later ones are compared with.
         self.sft: Evaluation | None = None
         files = "metrics.jsonl", "samples.jsonl"
         self.metrics, self.samples = (
@@ -98,7 +98,7 @@ class Log:
         self.metrics.file.close()
         self.samples.file.close()
         for tracker in self.tracker.trackers if self.tracker else ():
-            # end_training() would end the processes' group with them, which has a wait to come
+            # Not end_training(), which would end the process group, too, before the last wait.
             tracker.finish()
 
     def positions(self) -> tuple[int, int]:

@@ -16,9 +16,9 @@ from rlhf.runs.checkpoints import SCRIPTS, check_child, read_run
 from rlhf.runs.errors import UserError
 
 Turns = tuple[tuple[str, str], ...]  # (role, text)
-# text, tokens, ended_by (a key of ENDINGS), score (None without a reward model)
+# text, tokens, ended_by (a key of ENDINGS), score (None without a reward model).
 Answer = dict[str, Any]
-# what compare.json holds; the terminal and the other files show parts of it
+# What compare.json holds; the terminal and the other files show parts of it.
 Report = dict[str, Any]
 
 

@@ -37,8 +37,9 @@ RUN_FACTS = {
 }
 BASE_FACTS = {"model": str, "revision": str | None, "config_sha256": str, "load_in_4bit": bool}
 FILE_FACTS = {"size": int, "mtime": int, "sha256": str}  # of each weight file of a local base
-LOGGING = frozenset(  # settings that change nothing of what a run makes
-    (
+# Settings that change nothing of what a run makes.
+LOGGING = frozenset(
+    {
         "output_dir",
         "overwrite",
         "resume",
@@ -48,8 +49,12 @@ LOGGING = frozenset(  # settings that change nothing of what a run makes
         "measure",
         "save_minutes",
         "save_steps",
-    )
-    + ("save_total_limit", "num_printed_samples", "log_with", "eval_steps", "preset")
+        "save_total_limit",
+        "num_printed_samples",
+        "log_with",
+        "eval_steps",
+        "preset",
+    }
 )
 MAX_RUN_JSON = 1 << 20  # bytes; ours have a few thousand
 

@@ -18,42 +18,39 @@ from rlhf.runs.errors import UserError, is_disk_full, one_line
 from rlhf.runs.processes import agree, is_main, wait
 
 LOCK = "lock"  # a file in the partial folder, held by the run that writes there
-# What our output folders hold, as patterns: an adapter, of PPO a second one in value/, what
-# training tells, or an export.
+# What our output folders hold, as patterns: an adapter (PPO's has a second one in value/), what
+# training writes, or an export.
 ADAPTER = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "chat_template.jinja",
     "tokenizer*",
     "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
 )
-ADAPTER += ("merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 OURS = (
-    *(
-        *ADAPTER,
-        "run.json",
-        "metrics.jsonl",
-        "samples.jsonl",
-        "curves.png",
-        "frontier.png",
-        LOCK,
-        "*.partial",
-    ),
-    *(
-        "evaluation.json",
-        "evaluation.png",
-        "config.json",
-        "generation_config.json",
-        "model*.safetensors",
-    ),
-    *(
-        "model.safetensors.index.json",
-        "export.json",
-        "README.md",
-        "LICEN[CS]E*",
-        "NOTICE*",
-        "USE_POLICY*",
-    ),
+    *ADAPTER,
+    "run.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "curves.png",
+    "frontier.png",
+    LOCK,
+    "*.partial",
+    "evaluation.json",
+    "evaluation.png",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "export.json",
+    "README.md",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "USE_POLICY*",
 )
 TRACKED = ("events.out.tfevents.*", "hparams.yml")  # by TensorBoard, in folders of its own
 
@@ -127,7 +124,7 @@ def not_ours(folder: Path, finished: bool = True) -> Path | None:
             ("value",): ADAPTER,
             ("additional_chat_templates",): ("*.jinja",),
         }.get(within, TRACKED)
-        # a state to resume from
+        # A state to resume from may hold anything.
         patterns = ("*",) if within and within[0].startswith("step-") else patterns
         if (path.is_symlink() or not path.is_dir()) and not any(
             fnmatch(path.name, pattern) for pattern in patterns

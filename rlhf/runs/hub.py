@@ -67,7 +67,7 @@ def hub_errors(name: str, kind: str, flag: str) -> Iterator[None]:
         raise
     except Exception as error:
         message = explain(error, name, kind, flag)
-        # that library raises plain Exceptions
+        # The tokenizers library raises plain Exceptions.
         broken = isinstance(error, BROKEN) or kind == "tokenizer"
         if message is None and broken and not is_disk_full(error):
             message = f"the {kind} of {name} cannot be loaded ({one_line(error)})"

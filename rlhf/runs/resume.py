@@ -20,29 +20,25 @@ from rlhf.runs.processes import agree, is_main, wait
 from rlhf.runs.terminal import console
 
 MANIFEST = "manifest.json"
-HARMLESS = (
-    LOGGING
-    # may change on the way: places, as what is there is hashed, how long it goes on, what it keeps
-    | {
-        *(
-            "base_model",
-            "revision",
-            "dataset",
-            "extra_data",
-            "sft_checkpoint",
-            "reward_checkpoint",
-            "gold_checkpoint",
-        ),
-        *(
-            "max_steps",
-            "num_train_epochs",
-            "total_episodes",
-            "gradient_checkpointing",
-            "micro_batch_tokens",
-        ),
-        *("rollout_batch_size", "rollout_weights", "cuda_graphs"),
-    }
-)
+# What may change on the way: places, as what is there is hashed; how long the run goes on; what it
+# keeps in memory.
+HARMLESS = LOGGING | {
+    "base_model",
+    "revision",
+    "dataset",
+    "extra_data",
+    "sft_checkpoint",
+    "reward_checkpoint",
+    "gold_checkpoint",
+    "max_steps",
+    "num_train_epochs",
+    "total_episodes",
+    "gradient_checkpointing",
+    "micro_batch_tokens",
+    "rollout_batch_size",
+    "rollout_weights",
+    "cuda_graphs",
+}
 MAX_FACTS = 1 << 26  # bytes of facts.json; a thousand held-out responses have about a million
 
 

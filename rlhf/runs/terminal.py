@@ -23,7 +23,7 @@ FORMATS = {
 }
 QUIET = os.environ.get("RANK", "0") != "0"  # one process talks
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=QUIET)
-# turns of direction; a byte order mark
+# Changes of direction; a byte order mark.
 NOT_TEXT = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
 
 
