@@ -66,32 +66,30 @@ from rlhf.runs.terminal import console, plain
 
 @dataclass(frozen=True)
 class Config:
-    # its base model, precision and prompt format are taken over
-    sft_checkpoint: str = "checkpoints/sft"
-    # scores the answers; without it there is no score and no win rate
+    sft_checkpoint: str = "checkpoints/sft"  # sets base model, precision and prompt format
+    # scores the answers; without it there are no scores and no win rates
     reward_checkpoint: str = "checkpoints/reward"
-    ppo_checkpoint: str = "checkpoints/ppo"  # without it base and SFT are compared
-    base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
+    ppo_checkpoint: str = "checkpoints/ppo"  # without it, base and SFT are compared
+    base_model: str | None = None  # where the base is now, if it was moved after SFT
     output_dir: str = "reports"  # folder of compare.md, compare.html and compare.json
-    overwrite: bool = False  # replace what is there of these three
+    overwrite: bool = False  # replace any of these three
 
-    # a text file, a prompt a line, or rows as in the data set (.jsonl, .csv); None: PROMPTS
+    # text file with a prompt a line, or rows (.jsonl, .csv); None: PROMPTS
     prompts: str | None = None
-    # the first so many rows of the test split of `dataset`; 0: use `prompts`
-    num_test_prompts: int = 0
-    # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
+    num_test_prompts: int = 0  # use the first N test prompts of `dataset`; 0: use `prompts`
+    # hub id, folder, .jsonl, .json, .csv (also .gz or .zst) or .parquet
     dataset: str = "Dahoas/rm-static"
-    # other names of columns, there and in `prompts`: prompt=question,chosen=good
+    # renames columns, here and in `prompts`: prompt=question,chosen=good
     columns: str | None = None
-    show: int = 8  # prompts printed; the files hold all
+    show: int = 8  # prompts to print; the files hold all
 
-    max_prompt_length: int = 384  # tokens; longer prompts are cut from the left at a turn boundary
-    max_new_tokens: int = 128  # tokens of an answer at most
+    max_prompt_length: int = 384  # tokens; longer prompts lose their oldest turns
+    max_new_tokens: int = 128  # most tokens of an answer
     temperature: float = 0.0  # 0: greedy
     seed: int = 0  # of the draws at temperature > 0
     batch_size: int = 8  # prompts answered or scored together
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in
-    preset: Literal["demo"] | None = None  # whose values stand where no flag changes them
+    preset: Literal["demo"] | None = None  # a named set of values; flags override it
 
 
 FIRST = (  # flags that --help shows first

@@ -89,28 +89,26 @@ from rlhf.runs.trial import time_steps
 
 @dataclass(frozen=True)
 class Config:
-    # its base model, precision and prompt format are taken over
-    sft_checkpoint: str = "checkpoints/sft"
+    sft_checkpoint: str = "checkpoints/sft"  # sets base model, precision and prompt format
     reward_checkpoint: str = "checkpoints/reward"  # trained from that SFT checkpoint
     # a judge of held-out responses: a reward model of the pairs' other --half
     gold_checkpoint: str | None = None
-    base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
+    base_model: str | None = None  # where the base is now, if it was moved after SFT
     dataset: str = "Dahoas/rm-static"  # only its prompts are used
-    columns: str | None = None  # other names of its columns: prompt=question,chosen=good
-    output_dir: str = "checkpoints/ppo"  # a folder that is empty or not there yet
+    columns: str | None = None  # renames its columns: prompt=question,chosen=good
+    output_dir: str = "checkpoints/ppo"  # must be empty or not exist yet
     overwrite: bool = False  # replace what output_dir holds
-    resume: bool = False  # go on with a run that was stopped or cut short
-    dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
-    card_gb: float = 12.0  # the card that --dry-run plans for
-    # with --dry-run: make a few real steps on this machine, and say how long the run would take
-    measure: bool = False
+    resume: bool = False  # continue a run that was stopped or cut short
+    dry_run: bool = False  # check data, checkpoints and flags, print a memory plan, and stop
+    card_gb: float = 12.0  # size of the card that --dry-run plans for
+    measure: bool = False  # with --dry-run: time a few real steps, and estimate the whole run
 
-    max_prompt_length: int = 384  # tokens; longer prompts are cut from the left at a turn boundary
-    response_length: int = 128  # tokens sampled at most
+    max_prompt_length: int = 384  # tokens; longer prompts lose their oldest turns
+    response_length: int = 128  # most tokens sampled
     temperature: float = 1.0  # of sampling, and of every log-probability
-    max_train_samples: int | None = None  # the first so many prompts; None: all
+    max_train_samples: int | None = None  # use only the first N prompts; None: all
     max_eval_samples: int | None = 64  # held-out prompts
-    max_steps: int | None = None  # stop after so many updates
+    max_steps: int | None = None  # stop after N updates
 
     # what the base computes in; adapters and heads are fp32
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -120,47 +118,46 @@ class Config:
     role_layers: int = 14  # upper layers that the policy adapts; 0: all
 
     total_episodes: int = 6400  # responses sampled in the whole run
-    episodes_per_update: int = 64  # responses sampled for an update, of all processes
-    # parts of an update's episodes, each of them one optimizer step of an epoch
-    num_mini_batches: int = 4
+    episodes_per_update: int = 64  # responses per update, over all processes
+    num_mini_batches: int = 4  # optimizer steps per epoch over an update's episodes
     num_ppo_epochs: int = 2  # passes over an update's episodes
-    # that go through the model at once; auto: what the card holds
+    # tokens in the model at once; auto: what fits the card
     micro_batch_tokens: int | Literal["auto"] = "auto"
-    # responses sampled at a time; auto: all that the card holds
+    # responses sampled at once; auto: what fits the card
     rollout_batch_size: int | Literal["auto"] = "auto"
-    # to sample from: a 16-bit copy, or base and adapters
+    # sample from a merged 16-bit copy, or from base and adapters
     rollout_weights: Literal["auto", "merged", "base"] = "auto"
     cuda_graphs: bool = True  # decode with CUDA graphs, on a card
-    learning_rate: float = 5e-5  # of the policy; linear to 0
-    value_learning_rate: float = 5e-5  # of the value adapter and head; linear to 0
-    warmup_updates: int = 5  # updates until the rates are at their peak
-    critic_warmup_updates: int = 5  # at the start only the value model learns
+    learning_rate: float = 5e-5  # of the policy; decays linearly to 0
+    value_learning_rate: float = 5e-5  # of the value model; decays linearly to 0
+    warmup_updates: int = 5  # updates until the learning rates peak
+    critic_warmup_updates: int = 5  # first updates, in which only the value model learns
     max_grad_norm: float = 1.0  # of each of the two adapters
 
     kl_coef: float = 0.05  # per token
     # adaptive: Ziegler et al. (1909.08593), section 2.2
     kl_controller: Literal["adaptive", "fixed"] = "adaptive"
     kl_target: float = 6.0  # nats a response
-    kl_horizon: int = 1_000  # episodes; if far more than the run has, the coefficient hardly moves
-    # end an update's epochs when a minibatch's approxkl, nats a token, passes this
+    kl_horizon: int = 1_000  # episodes; the longer, the slower kl_coef adapts
+    # end an update's epochs once a minibatch's approxkl (nats a token) passes this
     kl_stop: float = 0.05
-    gamma: float = 1.0  # discount a token; 1: the whole response counts alike
+    gamma: float = 1.0  # discount per token; 1: none
     lam: float = 0.95  # of GAE: 0 trusts the value model, 1 the sampled score
     cliprange: float = 0.2  # of the policy's ratio around 1
     cliprange_value: float = 0.2  # of the value around the rollout's
-    whiten_rewards: bool = False  # scales them to variance 1, keeping the mean
+    whiten_rewards: bool = False  # scale rewards to variance 1, keeping their mean
     score_clip: float = 5.0  # scores are centred on the SFT policy's mean, then clipped to +- this
-    missing_eos_penalty: float = 1.0  # taken from the score of a response that did not end by EOS
+    missing_eos_penalty: float = 1.0  # subtracted from the score of a response without EOS
 
     eval_steps: int = 10  # updates between looks at the held-out prompts
-    save_minutes: float = 10.0  # between states to resume from; a crash costs at most so long
-    save_steps: int | None = None  # the same in updates, instead
-    save_total_limit: int = 2  # states kept
-    num_printed_samples: int = 2  # held-out responses shown at each look
-    # a tracker beside metrics.jsonl
+    save_minutes: float = 10.0  # minutes between states to resume from: the most a crash can cost
+    save_steps: int | None = None  # save every N updates instead
+    save_total_limit: int = 2  # how many states to keep
+    num_printed_samples: int = 2  # held-out responses printed at each look
+    # a tracker to log to, beside metrics.jsonl
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None
     seed: int = 0  # of initialisation, shuffling and sampling
-    preset: Literal["demo"] | None = None  # whose values stand where no flag changes them
+    preset: Literal["demo"] | None = None  # a named set of values; flags override it
 
     @property
     def num_updates(self) -> int:

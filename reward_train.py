@@ -73,57 +73,53 @@ from rlhf.runs.trial import time_steps
 
 @dataclass(frozen=True)
 class Config:
-    # its base model, precision and prompt format are taken over
-    sft_checkpoint: str = "checkpoints/sft"
-    base_model: str | None = None  # where the base is now, if not where the SFT checkpoint says
-    # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
+    sft_checkpoint: str = "checkpoints/sft"  # sets base model, precision and prompt format
+    base_model: str | None = None  # where the base is now, if it was moved after SFT
+    # hub id, folder, .jsonl, .json, .csv (also .gz or .zst) or .parquet
     dataset: str = "Dahoas/rm-static"
-    columns: str | None = None  # other names of its columns: prompt=question,chosen=good
+    columns: str | None = None  # renames its columns: prompt=question,chosen=good
     extra_data: str | None = None  # a file of votes, mixed into the training pairs
-    extra_weight: int = 1  # times that an epoch goes over each vote
-    output_dir: str = "checkpoints/reward"  # a folder that is empty or not there yet
+    extra_weight: int = 1  # times an epoch goes over each vote
+    output_dir: str = "checkpoints/reward"  # must be empty or not exist yet
     overwrite: bool = False  # replace what output_dir holds
-    resume: bool = False  # go on with a run that was stopped or cut short
-    # train nothing: score the test split with the reward model in output_dir
-    eval_only: bool = False
-    dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
-    card_gb: float = 12.0  # the card that --dry-run plans for
-    # with --dry-run: make a few real steps on this machine, and say how long the run would take
-    measure: bool = False
+    resume: bool = False  # continue a run that was stopped or cut short
+    eval_only: bool = False  # train nothing; score the test split with the model in output_dir
+    dry_run: bool = False  # check data, checkpoints and flags, print a memory plan, and stop
+    card_gb: float = 12.0  # size of the card that --dry-run plans for
+    measure: bool = False  # with --dry-run: time a few real steps, and estimate the whole run
 
-    # tokens of prompt and response; prompts are cut from the left at a turn boundary
-    max_length: int = 512
-    # of the training prompts; the other can train a judge for PPO
+    max_length: int = 512  # tokens of prompt and response; longer prompts lose their oldest turns
+    # of the training prompts; the other half can train a judge for PPO
     half: Literal["both", "first", "second"] = "both"
-    max_train_samples: int | None = None  # the first so many rows; None: all
-    max_eval_samples: int | None = 2000  # the first so many test rows; None: all
+    max_train_samples: int | None = None  # use only the first N rows; None: all
+    max_eval_samples: int | None = 2000  # use only the first N test rows; None: all
 
     # what the base computes in; adapter and head are fp32
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    # about a third slower, several times less activation memory
+    # a third slower, with several times less activation memory
     gradient_checkpointing: bool = False
     lora_rank: int = 16  # of the adapter on all linear layers
     lora_alpha: int = 32  # LoRA is scaled by alpha / rank
     role_layers: int = 14  # upper layers that get the adapter; 0: all
 
-    learning_rate: float = 2e-4  # of AdamW at its peak
+    learning_rate: float = 2e-4  # peak, of AdamW
     num_train_epochs: float = 1.0  # a second epoch overfits
-    max_steps: int | None = None  # stop after so many optimizer steps
-    batch_size: int = 16  # pairs of an optimizer step, of all processes
-    # that go through the model at once; auto: what the card holds
+    max_steps: int | None = None  # stop after N optimizer steps
+    batch_size: int = 16  # pairs per optimizer step, over all processes
+    # tokens in the model at once; auto: what fits the card
     micro_batch_tokens: int | Literal["auto"] = "auto"
-    warmup_ratio: float = 0.05  # share of the steps; then cosine to 0
+    warmup_ratio: float = 0.05  # share of the steps; then cosine decay to 0
     center_rewards_coefficient: float = 0.01  # keeps the scores near mean 0 (2312.09244)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    # steps between looks at test pairs; auto: up to ten; None: last
+    # steps between looks at the test pairs; auto: up to ten; None: last only
     eval_steps: int | Literal["auto"] | None = "auto"
-    save_minutes: float = 10.0  # between states to resume from; a crash costs at most so long
-    save_steps: int | None = None  # the same in optimizer steps, instead
-    save_total_limit: int = 2  # states kept
-    # a tracker beside metrics.jsonl
+    save_minutes: float = 10.0  # minutes between states to resume from: the most a crash can cost
+    save_steps: int | None = None  # save every N optimizer steps instead
+    save_total_limit: int = 2  # how many states to keep
+    # a tracker to log to, beside metrics.jsonl
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None
     seed: int = 0  # of initialisation and shuffling
-    preset: Literal["demo"] | None = None  # whose values stand where no flag changes them
+    preset: Literal["demo"] | None = None  # a named set of values; flags override it
 
 
 FIRST = (  # flags that --help shows first

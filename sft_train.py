@@ -64,49 +64,47 @@ from rlhf.runs.trial import time_steps
 class Config:
     base_model: str = "meta-llama/Llama-3.2-3B"  # hub id or local folder
     revision: str | None = None  # branch, tag or commit of a hub model
-    # hub id, folder, .jsonl, .json, .csv (or these as .gz, .zst) or .parquet
+    # hub id, folder, .jsonl, .json, .csv (also .gz or .zst) or .parquet
     dataset: str = "Dahoas/rm-static"
-    columns: str | None = None  # other names of its columns: prompt=question,chosen=good
-    output_dir: str = "checkpoints/sft"  # a folder that is empty or not there yet
+    columns: str | None = None  # renames its columns: prompt=question,chosen=good
+    output_dir: str = "checkpoints/sft"  # must be empty or not exist yet
     overwrite: bool = False  # replace what output_dir holds
-    resume: bool = False  # go on with a run that was stopped or cut short
-    dry_run: bool = False  # check data, checkpoints and flags, print the plan for a card, and stop
-    card_gb: float = 12.0  # the card that --dry-run plans for
-    # with --dry-run: make a few real steps on this machine, and say how long the run would take
-    measure: bool = False
+    resume: bool = False  # continue a run that was stopped or cut short
+    dry_run: bool = False  # check data, checkpoints and flags, print a memory plan, and stop
+    card_gb: float = 12.0  # size of the card that --dry-run plans for
+    measure: bool = False  # with --dry-run: time a few real steps, and estimate the whole run
     # hh: "\n\nHuman: ..."; model: an Instruct base's own chat template
     prompt_format: Literal["hh", "model"] = "hh"
 
-    # tokens of prompt and response; prompts are cut from the left at a turn boundary
-    max_length: int = 512
-    max_train_samples: int | None = None  # the first so many rows; None: all
-    max_eval_samples: int | None = 500  # the first so many test rows; None: all
+    max_length: int = 512  # tokens of prompt and response; longer prompts lose their oldest turns
+    max_train_samples: int | None = None  # use only the first N rows; None: all
+    max_eval_samples: int | None = 500  # use only the first N test rows; None: all
 
     load_in_4bit: bool = True  # NF4 base with double quantisation (QLoRA, 2305.14314)
     # what the base computes in; adapters are fp32
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    # about a third slower, several times less activation memory
+    # a third slower, with several times less activation memory
     gradient_checkpointing: bool = False
     lora_rank: int = 16  # of the adapter on all linear layers
     lora_alpha: int = 32  # LoRA is scaled by alpha / rank
 
-    learning_rate: float = 2e-4  # of AdamW at its peak
+    learning_rate: float = 2e-4  # peak, of AdamW
     num_train_epochs: float = 2.0  # passes over the training rows
-    max_steps: int | None = None  # stop after so many optimizer steps
-    batch_size: int = 16  # rows of an optimizer step, of all processes
-    # that go through the model at once; auto: what the card holds
+    max_steps: int | None = None  # stop after N optimizer steps
+    batch_size: int = 16  # rows per optimizer step, over all processes
+    # tokens in the model at once; auto: what fits the card
     micro_batch_tokens: int | Literal["auto"] = "auto"
-    warmup_ratio: float = 0.03  # share of the steps; then cosine to 0
+    warmup_ratio: float = 0.03  # share of the steps; then cosine decay to 0
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    # steps between test losses; auto: up to ten; None: at both ends
+    # steps between test losses; auto: up to ten; None: first and last only
     eval_steps: int | Literal["auto"] | None = "auto"
-    save_minutes: float = 10.0  # between states to resume from; a crash costs at most so long
-    save_steps: int | None = None  # the same in optimizer steps, instead
-    save_total_limit: int = 2  # states kept
-    # a tracker beside metrics.jsonl
+    save_minutes: float = 10.0  # minutes between states to resume from: the most a crash can cost
+    save_steps: int | None = None  # save every N optimizer steps instead
+    save_total_limit: int = 2  # how many states to keep
+    # a tracker to log to, beside metrics.jsonl
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None
     seed: int = 0  # of initialisation and shuffling
-    preset: Literal["demo"] | None = None  # whose values stand where no flag changes them
+    preset: Literal["demo"] | None = None  # a named set of values; flags override it
 
 
 FIRST = (  # flags that --help shows first

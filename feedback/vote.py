@@ -63,12 +63,11 @@ OWN_KEPT = 1000  # comparisons of people's own prompts at most
 class Config:
     report: str = "reports/compare.json"  # of compare_outputs.py
     votes: str = "feedback/votes.jsonl"  # votes are appended to it
-    models: tuple[str, ...] = ()  # two or more of the report's (base, SFT, PPO); none: all of them
+    models: tuple[str, ...] = ()  # two or more of the report's (base, SFT, PPO); none: all
     # who votes on this machine; on the network, the log-in's name
     voter: str = os.environ.get("USER") or "me"
     port: int = 7860
-    # answer other machines too, which need the password that is printed then
-    share_on_network: bool = False
+    share_on_network: bool = False  # let other machines in, with the password it prints
 
 
 @dataclass(frozen=True)

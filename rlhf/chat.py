@@ -60,7 +60,7 @@ class Config:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in
 
     max_prompt_length: int = 384  # tokens; a longer dialogue loses its oldest turns, as in training
-    max_new_tokens: int = 128  # tokens of an answer at most
+    max_new_tokens: int = 128  # most tokens of an answer
     temperature: float = 0.7  # 0: greedy
     seed: int = 0  # of the draws
 

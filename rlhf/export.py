@@ -68,7 +68,7 @@ PROMPTS = (
 @dataclass(frozen=True)
 class Config:
     checkpoint: Positional[str] = "checkpoints/ppo"  # of ppo_train.py, or of sft_train.py
-    output_dir: Positional[str] = "exported"  # a folder that is empty or not there yet
+    output_dir: Positional[str] = "exported"  # must be empty or not exist yet
     base_model: str | None = None  # where the base is now, if not where the checkpoint says
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the weights that are written
     name: str | None = None  # of the model, in its card
