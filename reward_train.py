@@ -372,12 +372,12 @@ class Trainer(Resumable, RewardTrainer):
         }
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        """Bradley-Terry's, and what keeps the scores near mean 0 [pairs]."""
+        """The Bradley-Terry loss, and the term that keeps scores near mean 0 [pairs]."""
         centering = self.args.center_rewards_coefficient * (chosen + rejected).square()
         return centering - F.logsigmoid(chosen - rejected)
 
     def evaluation(self) -> dict[str, float]:
-        """Of the test pairs what the evaluation at the end says of them too."""
+        """The same numbers that the evaluation at the end has of the test pairs."""
         pairs = score(self.shared, self.eval_pairs, self.processing_class.eos_token_id)
         loss = np.logaddexp(0, -pairs.margin)
         numbers = {"loss": loss, "accuracy": pairs.right, "margin": pairs.margin}

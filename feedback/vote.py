@@ -180,7 +180,7 @@ def read_report(path: Path) -> tuple[Report, str]:
 class Poll:
     """Deals ballots from a report and counts votes; any number of threads may ask.
 
-    A ballot's id says by itself what it shows, so a page that was open when the server went down
+    A ballot's id alone says what it shows, so a page that was open when the server went down
     can still vote.
     """
 
@@ -266,7 +266,7 @@ class Poll:
     def ask(self, text: str) -> Ballot:
         """Two models' answers to a prompt that someone typed.
 
-        Raises UserError or BadRow if they cannot be had.
+        Raises UserError or BadRow if there are none.
         """
         turns = parse_dialogue(text)
         pair = secrets.SystemRandom().sample(self.models, 2)

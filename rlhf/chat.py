@@ -35,7 +35,7 @@ from rlhf.runs.terminal import plain
 
 HELP = """\
 /base /sft /ppo  who answers from now on, of those that are there
-/score           what the reward model says of the last answer
+/score           the reward model's score of the last answer
 /reset           begin a new dialogue
 /help            this
 /quit, Ctrl-D    end
@@ -204,7 +204,7 @@ class Chat:
             turns = checked_turns([*self.turns, ("user", text)])
             prompt = tokenize_prompt(turns, self.prompt_format, self.config.max_prompt_length)
         except BadRow as reason:
-            print(f"This cannot be asked: {reason}. /reset begins anew.")
+            print(f"This cannot be asked: {reason}. /reset starts over.")
             return
         shown = ""
         ids: list[int] = []

@@ -164,7 +164,7 @@ def parts(weights: Weights, model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 class Adapter:
-    """A LoRA adapter by the names of the weights that it goes on."""
+    """A LoRA adapter, by the names of the weights it is for."""
 
     def __init__(self, folder: str):
         self.config, self.state = read_adapter(folder)

@@ -780,7 +780,7 @@ def test_the_test_rows_are_looked_at_on_the_way(trained, call_main, tmp_path, mo
         f"{name}: step 4 of 4",
     ]
     assert sum(line.startswith("step 2, test rows: loss ") for line in lines) == 1
-    warning = "warning: curves.png could not be drawn (no fonts); the run goes on without it"
+    warning = "warning: curves.png could not be drawn (no fonts); the run continues without it"
     assert lines.count(warning) == 2 and not (tmp_path / "whole" / "curves.png").exists()
 
     usual = getattr(trained, phase)

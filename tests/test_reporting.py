@@ -336,7 +336,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, clock, monkeypatch
         for _ in range(5):
             clock[0] += 100
             curves.draw_when_due()
-    line = "warning: curves.png could not be drawn (no room); the run goes on without it\n"
+    line = "warning: curves.png could not be drawn (no room); the run continues without it\n"
     assert capsys.readouterr().out == line
     assert (tmp_path / "curves.png").read_bytes() == b"an earlier one"
     assert not (tmp_path / "curves.png.partial").exists()

@@ -114,7 +114,7 @@ class PromptFormat:
         return self.bos_ids + self.as_plain_text(text)
 
     def response_text(self, text: str) -> str:
-        """An answer as it goes on from a prompt, up to the token that ends it."""
+        """An answer as it continues a prompt, up to the token that ends it."""
         return self.opening + text + self.closing
 
     def response_ids(self, text: str) -> list[int]:
@@ -123,7 +123,7 @@ class PromptFormat:
         return self.as_plain_text(text) if self.starts_anew else self.encode(text)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text that goes on from another, in which no special token is read."""
+        """Token ids of a text that continues another, with no special token read in it."""
         if self.going_on is None:
             return self.as_plain_text(text)
         return self.going_on.encode(text, add_special_tokens=False).ids
@@ -234,7 +234,7 @@ class PromptFormat:
 
 
 def without_prefix(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """A copy that puts no space before a text, for text that goes on; None if it puts none anyway.
+    """A copy that puts no space before a text, for continuations; None if none is put anyway.
 
     Raises:
         UserError: a tokenizer that is not of the tokenizers library.
@@ -282,7 +282,7 @@ def tokenize_prompt(turns: Turns, prompt_format: PromptFormat, max_tokens: int) 
 
     Raises:
         BadRow: the last user turn alone is too long, or the format cannot write the prompt.
-        UserError: the format can write none rightly.
+        UserError: the format cannot write any of them.
     """
     return fit_prompt(turns, prompt_format, max_tokens)[1]
 
@@ -348,7 +348,7 @@ def tokenize_pairs(
     written, or whose answers cutting makes identical, are dropped; drops and cuts are reported.
 
     Raises:
-        UserError: the format can write none rightly, or no row is left.
+        UserError: the format cannot write any of them, or no row is left.
     """
     prompt_format.check()
     drops: Counter[str] = Counter()

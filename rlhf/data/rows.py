@@ -36,7 +36,7 @@ ROLES = {"Human": "user", "Assistant": "assistant"}
 CUES = {"user": HUMAN, "assistant": ASSISTANT}
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of the roles
 TOOLS = ("tool", "function", "function_call", "observation")
-TEST_SHARE = 20  # one first question in so many is held out of a file that has no splits
+TEST_SHARE = 20  # a file without splits holds out one first question in this many
 # Columns, of which the first that is there is read.
 ANSWERS = ("chosen", "completion", "response", "output")
 TALKS = ("messages", "conversations")
@@ -397,7 +397,7 @@ def text_of(content: Any) -> Any:
 def join_turns(
     asked: list[tuple[str, str]], shared: list[tuple[str, str]]
 ) -> list[tuple[str, str]]:
-    """The dialogue whose start `asked` is, and that `shared` goes on with or has from its start."""
+    """The dialogue that starts with `asked`, which `shared` continues or repeats."""
     systems = [turns[0] for turns in (asked, shared) if turns and turns[0][0] == "system"]
     if len(set(systems)) > 1:
         raise BadRow("two different system texts")

@@ -82,7 +82,7 @@ class Reading:
     ignored: dict[str, None] = field(default_factory=dict)
     markup: Counter[str] = field(default_factory=Counter)
     all_rows: int = 0  # of a file that is split by its first questions
-    questions: int = 0  # so many different ones
+    questions: int = 0  # how many different ones
 
     def note(self, row: dict[str, Any], pair: Pair) -> None:
         """Count a row that is used."""
@@ -420,7 +420,7 @@ def parse_columns(columns: str | None) -> dict[str, str]:
     """`prompt=question,chosen=good`: the data's own name of a column, by ours.
 
     Raises:
-        UserError: it is not written so, or names a column that nobody reads, or one twice.
+        UserError: it is malformed, or names a column that is not read, or one twice.
     """
     names: dict[str, str] = {}
     for part in columns.split(",") if columns else ():

@@ -26,7 +26,7 @@ from rlhf.runs.statistics import wilson_interval
 from rlhf.runs.terminal import console, plain
 
 CHOICES = ("A", "B", "tie", "both bad")
-HELD_OUT = 5  # one prompt in so many is kept from training
+HELD_OUT = 5  # one prompt in this many is kept from training
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Vote:
         return {"prompt": self.prompt, "response": chosen, "chosen": chosen, "rejected": rejected}
 
     def row(self) -> dict[str, Any]:
-        """The line of the file, as of now."""
+        """The vote as a line of the file, stamped with the time."""
         said = {"vote": self.choice, "ballot": self.ballot, "voter": self.voter, "time": now()}
         return (
             self.pair()

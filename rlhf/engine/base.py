@@ -254,7 +254,7 @@ def read_header(file: Path) -> list[tuple[str, list[int], str]]:
 
 
 def passed_over(key: str, config: PreTrainedConfig) -> bool:
-    """Whether transformers rightly skips a weight without a place: frequencies of old versions."""
+    """Whether a weight without a place may be skipped: frequencies that old versions saved."""
     found = re.search(r"layers\.(\d+)\.", key)
     of_a_layer = found is None or int(found.group(1)) < config.num_hidden_layers
     return of_a_layer and key.endswith("rotary_emb.inv_freq")

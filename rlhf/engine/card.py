@@ -42,7 +42,7 @@ def tokens_that_fit(plan: Plan, longest: int, room: float) -> int:
     Where even one text has more, it is that text: a micro-batch has one at least.
 
     Args:
-        plan: bytes by owner, of a micro-batch of so many tokens.
+        plan: bytes by owner, from the tokens of a micro-batch.
         longest: tokens of the longest text.
     """
     fitting = [n for n in range(STEP, MOST_TOKENS + 1, STEP) if sum(plan(n).values()) <= room]

@@ -40,7 +40,7 @@ class Decoding:
     Args:
         role, layers: whose adapters it runs with, through which layers: the decoder's own or their
         merged twins.
-        texts: at most so many.
+        texts: how many, at most.
         longest: tokens of a prompt at most.
         new: tokens that each text gets at most.
         temperature: logits are divided by it; 0 is greedy.

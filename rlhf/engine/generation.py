@@ -144,7 +144,7 @@ def start(
 def prepare(
     shared: SharedBase, role: str, texts: int, longest: int, max_new_tokens: int, temperature: float
 ) -> Decoding:
-    """Room for so many texts, of prompts of at most `longest` tokens."""
+    """Room for this many texts, with prompts of up to `longest` tokens."""
     lag = LAG if shared.device.type == "cuda" else 0
     sizes = texts, longest, max_new_tokens
     return Decoding(

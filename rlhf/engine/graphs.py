@@ -56,7 +56,7 @@ class Graphs:
         stream = torch.cuda.current_stream()
         try:
             graph = torch.cuda.CUDAGraph()
-            # Other threads, as those of a loader, may go on calling CUDA meanwhile.
+            # Other threads, such as a loader's, may call CUDA meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 function()
             return graph

@@ -1,7 +1,7 @@
 """A Llama decoder layer with few operations and little kept for backward.
 
 The weights are frozen but for LoRA, and memory, not arithmetic, decides what fits a card. So what
-is kept of a layer is what cannot be had cheaply again: the inputs of its norms, the rotated q, k
+is kept of a layer is what is not cheap to compute again: the inputs of its norms, the rotated q, k
 and v, the attention's output, gate and up. Linear maps that read the same input are one product,
 and all adapters of a role on them are one LoRA pair. Texts lie end to end; only attention sees them
 padded. Results are those of transformers' and PEFT's own layers; tests hold both side by side.
@@ -188,7 +188,7 @@ class Stack:
 class LinearMap:
     """Linear layers that read the same input, as one: x -> [W1 x, W2 x, ...] + B A x, by role.
 
-    PEFT runs each adapter by itself, in float32. Weights that are not quantised move into one
+    PEFT runs each adapter separately, in float32. Weights that are not quantised move into one
     tensor, of which the layers then hold views.
     """
 
@@ -208,7 +208,7 @@ class LinearMap:
         self.stacks: dict[str, Stack | None] = {}  # of each role; None: no adapter
 
     def stack(self, roles: dict[str, list[str]], dtype: torch.dtype) -> None:
-        """Make the stacks of all roles anew. Roles with the same adapters here share one.
+        """Build the stacks of all roles. Roles with the same adapters here share one.
 
         All are of the same rank R, that of the largest, so each role goes through products of the
         same shape and a fresh policy (B = 0) equals its reference bit for bit.
@@ -518,7 +518,7 @@ class _Gate:
 
 
 class Norm(Function):
-    """`_RMSNorm` by itself: (x, weight, eps) -> [N, H]; the frozen weight gets no gradient."""
+    """`_RMSNorm` alone: (x, weight, eps) -> [N, H]; the frozen weight gets no gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -21,7 +21,7 @@ def cut_by_tokens(lengths: list[int], tokens: int) -> list[list[int]]:
 
     Args:
         lengths: of the texts, in tokens.
-        tokens: that a micro-batch has at most, padding counted; a longer text is one by itself.
+        tokens: in a micro-batch at most, with padding; a longer text gets one of its own.
     """
     micro_batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -32,7 +32,7 @@ def cut_by_tokens(lengths: list[int], tokens: int) -> list[list[int]]:
 
 
 def free_memory() -> None:
-    """Give back what the allocator of a card holds for nobody."""
+    """Return the memory that a card's allocator holds unused."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

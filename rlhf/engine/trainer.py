@@ -123,7 +123,7 @@ def num_tokens(row: Row) -> int:
 
 
 class AllStepsMade(Exception):
-    """A run goes on from its very last step."""
+    """A run is resumed from its very last step."""
 
 
 class AfterStep(TrainerCallback):
@@ -217,10 +217,10 @@ class Resumable(Trainer):
         tokens: int,
         eval_rows: int,
     ) -> None:
-        """Find the state to go on from, if there is one and --resume was given.
+        """Find the state to resume from, if there is one and --resume was given.
 
         Args:
-            inputs: what the run starts from, by name: it goes on only from the same.
+            inputs: what the run starts from, by name; it is resumed only from the same.
             name: of the run, at its progress bar.
             tokens: of a micro-batch, unless the state says otherwise.
             eval_rows: that `evaluation` reads.
@@ -306,7 +306,7 @@ class Resumable(Trainer):
         }
 
     def not_finite(self, what: str) -> UserError:
-        """The error for a number that is not finite: step, rows, and from where to go on."""
+        """The error for a number that is not finite: step, rows, and the last good state."""
         column = "chosen_ids" if "chosen_ids" in self.train_dataset.column_names else "input_ids"
         at_hand = [row[column] for row in self.at_hand]
         rows = [i for i, ids in enumerate(self.train_dataset[column]) if ids in at_hand]

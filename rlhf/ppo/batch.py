@@ -28,7 +28,7 @@ MEASURED = ("logprobs", "ref_logprobs", "values", "scores")
 
 
 class NotFinite(UserError):
-    """A number that PPO cannot go on with. Whoever knows the update adds it."""
+    """A number that ends PPO. Whoever knows the number of the update adds it."""
 
 
 @dataclass(frozen=True)

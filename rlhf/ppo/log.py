@@ -177,7 +177,7 @@ def batch_metrics(
     episodes: int,
     missing_eos_penalty: float,
 ) -> dict[str, float]:
-    """What an update of so many episodes saw, under TRL's names; KL in nats a response."""
+    """What an update of `episodes` episodes saw, under TRL's names; KL in nats a response."""
     scores = moments(measured.scores)[0].item()
     ended = moments(batch.ended.float())[0].item()
     kl = measured.mean_kl(batch)

@@ -1,4 +1,4 @@
-"""All a PPO run needs to go on exactly where it was: weights, optimizer, scaler, positions.
+"""All that a PPO run needs to resume exactly where it was: weights, optimizer, positions.
 
 There is no state of random numbers: every draw follows from the seed and the number of the episode
 or update (`ppo_train.draw_prompts`, `optimise`), so a run that goes on draws what it would have
@@ -40,8 +40,8 @@ class State:
     Args:
         folder: the run's; the states are in it.
         runs: the run.json of the SFT, the reward and the gold checkpoint, by role.
-        prompts: the training and the held-out prompts. A run goes on only with the same, and from
-        the same checkpoints.
+        prompts: the training and the held-out prompts. A run is resumed only with the same, and
+        from the same checkpoints.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ def show_plan(plan: Plan, longest: int, config: Any) -> None:
     """Print the plan for a card of `config.card_gb` GB: does it fit, and if not, which flags help.
 
     Args:
-        plan: bytes by owner, of a micro-batch of so many tokens.
+        plan: bytes by owner, from the tokens of a micro-batch.
         longest: tokens of the longest text.
     """
     room = config.card_gb * 1e9 * (1 - CARD_OVERHEAD)

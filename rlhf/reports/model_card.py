@@ -93,7 +93,7 @@ def model_card(
     ]
     parts += ["## How to use it", usage(made["prompt_format"])]
     parts += ["## Limits", LIMITS]
-    terms = f"The base's licence ({licence or 'see its own page'}) goes on with this model."
+    terms = f"The base's licence ({licence or 'see its own page'}) also covers this model."
     if llama:
         terms += (
             " Llama is licensed under the Llama Community License, Copyright (c) Meta Platforms, "

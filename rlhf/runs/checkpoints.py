@@ -60,7 +60,7 @@ MAX_RUN_JSON = 1 << 20  # bytes; ours have a few thousand
 
 
 def is_finished(config: Any) -> bool:
-    """Whether the run that --resume would go on with is finished; if so it is put in its place.
+    """Whether the run that --resume would continue is finished; if so it is put in its place.
 
     Raises UserError when what is finished is another run.
     """
@@ -95,7 +95,7 @@ def look_for_run(config: Any) -> bool:
 def check_same(
     theirs: dict[str, Any], ours: dict[str, Any], harmless: Container[str], what: str
 ) -> None:
-    """Raise UserError if a run would go on with other settings or inputs, `harmless` ones aside."""
+    """Raise UserError if a run would resume with other settings or inputs but `harmless` ones."""
     ours = json.loads(json.dumps(ours))  # as JSON has them
     other = [
         f"another {name} ({theirs.get(name)} there, {ours.get(name)} now)"
@@ -105,7 +105,7 @@ def check_same(
     if other:
         raise UserError(
             f"--resume: {what} began with {', '.join(other)}: give it what it began with, or "
-            "start anew with --overwrite in the place of --resume"
+            "start over with --overwrite in place of --resume"
         )
 
 

@@ -116,7 +116,7 @@ def run(
     except Stopped as stopped:
         number = stopped.args[0]
         print(
-            f"\nStopped by {signal.Signals(number).name}. To go on: add --resume to the same "
+            f"\nStopped by {signal.Signals(number).name}. To continue, add --resume to the same "
             "command.",
             file=sys.stderr,
         )
@@ -124,7 +124,7 @@ def run(
     except Exception as error:
         if is_disk_full(error):
             later = (
-                "then --resume goes on from the last state"
+                "then --resume continues from the last state"
                 if hasattr(config, "resume")
                 else "nothing was replaced"
             )
@@ -134,7 +134,7 @@ def run(
         raise
     except KeyboardInterrupt:
         later = (
-            "; --resume goes on from the last state, if there was one"
+            "; --resume continues from the last state, if there is one"
             if hasattr(config, "resume")
             else ""
         )
@@ -161,7 +161,7 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
     quiet_hub()
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of the fonts that it finds
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which reports every font it finds
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings(
         "ignore", category=UserWarning, module=r"(torch|peft|trl|accelerate)\..*"

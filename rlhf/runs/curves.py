@@ -29,7 +29,7 @@ class Panel(NamedTuple):
 class Curves:
     """curves.png, drawn from a run's metrics.jsonl on the way and at its end, by the main process.
 
-    A picture is not worth a run: where it cannot be drawn the run goes on, and a warning says so,
+    A picture is not worth a run: if it cannot be drawn the run continues, and a warning says so,
     once on the way and once at the end.
 
     Args:
@@ -69,7 +69,7 @@ def drawing(path: Path) -> Iterator[Path]:
     except Exception as error:
         partial.unlink(missing_ok=True)
         why = f"could not be drawn ({one_line(error)})"
-        console.print(f"warning: {path.name} {why}; the run goes on without it")
+        console.print(f"warning: {path.name} {why}; the run continues without it")
 
 
 def plot_curves(rows: list[dict[str, float]], x: str, panels: Sequence[Panel]):

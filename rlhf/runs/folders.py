@@ -58,8 +58,8 @@ TRACKED = ("events.out.tfevents.*", "hparams.yml")  # by TensorBoard, in folders
 def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool = False) -> None:
     """Refuse, before any work, an output folder that holds something, or one of the `inputs`.
 
-    A run that was cut short and can go on is not thrown away unasked either, and nothing that this
-    project did not write is thrown away at all.
+    A run that was cut short and can be resumed is not thrown away unasked either, and nothing that
+    this project did not write is thrown away at all.
     """
     if Path(folder).name in ("", ".."):
         raise UserError(f"--output-dir '{folder}' must name a folder of its own")
@@ -95,8 +95,8 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
         )
     if any(partial_of(path).glob("step-*/manifest.json")):
         raise UserError(
-            f"{partial_of(path)} holds a run that was cut short: add --resume to go on, or "
-            "--overwrite to start anew"
+            f"{partial_of(path)} holds a run that was cut short: add --resume to continue it, or "
+            "--overwrite to start over"
         )
 
 
@@ -151,7 +151,7 @@ def output_folder(folder: str, resume: bool = False) -> Iterator[Path]:
     """Yield `folder.partial` to write to; rename it to `folder` when the block ends well.
 
     When the block raises, an existing `folder` stays as it was, and the partial one stays beside it
-    if it has a state to go on from, or after a crash; the next run of the phase clears it, unless
+    if it has a state to resume from, or after a crash; the next run of the phase clears it, unless
     it is given `resume`.
     """
     final = place_of(folder)
@@ -233,7 +233,7 @@ def put_in_place(final: Path) -> None:
 
 
 def open_up(folder: Path) -> None:
-    """Give files the mode of the umask: safetensors makes its own readable by nobody else."""
+    """Give files the mode of the umask: safetensors makes its own readable by the owner only."""
     os.umask(umask := os.umask(0))
     for path in folder.rglob("*"):
         if path.is_file():

@@ -24,7 +24,7 @@ BROKEN = (
 
 
 def quiet_hub() -> None:
-    """Have the hub's library tell of errors only, and of its retries in one line of ours."""
+    """Have the hub's library report errors only, and its retries in one line of ours."""
     huggingface_hub.utils.logging.set_verbosity_error()
     retries = logging.getLogger("huggingface_hub.utils._http")
     retries.setLevel(logging.WARNING)

@@ -40,7 +40,7 @@ class JsonLines:
         """Forget what stands after the first `position` bytes."""
         if position > self.file.seek(0, os.SEEK_END):
             raise UserError(
-                f"{self.file.name} has lost its end: it ended at byte {position}; start anew with "
+                f"{self.file.name} has lost its end: it ended at byte {position}; start over with "
                 "--overwrite"
             )
         self.file.seek(position)

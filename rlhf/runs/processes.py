@@ -35,7 +35,7 @@ def sharded() -> bool:
 
 
 def world() -> dict[str, Any]:
-    """What must not change when a run goes on: the number of processes, and FSDP.
+    """What must not change when a run is resumed: the number of processes, and FSDP.
 
     Other processes have other rows in a step; FSDP writes other files.
     """

@@ -1,4 +1,4 @@
-"""Runs that can be stopped, or cut short, and go on to the very result that they would have had.
+"""Runs that are stopped or cut short, and resume to the very result they would have had.
 
 A state is a folder `step-N` in the run's output folder: tensors in safetensors (the SFT and reward
 scripts keep their Trainer's optimizer and random numbers in its own files, read with
@@ -20,7 +20,7 @@ from rlhf.runs.processes import agree, is_main, wait
 from rlhf.runs.terminal import console
 
 MANIFEST = "manifest.json"
-# What may change on the way: places, as what is there is hashed; how long the run goes on; what it
+# What may change on the way: places, as their contents are hashed; the length of the run; what it
 # keeps in memory.
 HARMLESS = LOGGING | {
     "base_model",
@@ -56,7 +56,7 @@ class SaveClock:
         return time.monotonic() - self.last >= self.seconds
 
     def saved(self) -> None:
-        """Begin to count anew."""
+        """Start counting again."""
         self.last = time.monotonic()
 
 

@@ -175,7 +175,7 @@ def factor(m: dict[str, float], name: str) -> str:
 
 
 def compare_warnings(prompts: int) -> list[str]:
-    """Of win rates on so many prompts."""
+    """Of win rates on this many prompts."""
     return few_rows(prompts, "prompts", "--num-test-prompts")
 
 

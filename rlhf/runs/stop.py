@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run ends where it can go on, at the same place in all processes."""
+"""Ctrl-C and SIGTERM: a run stops where it can resume, at the same place in all processes."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def stop_when_asked() -> Iterator[None]:
             os._exit(128 + number)
         _asked.append(number)
         print(
-            "\nStopping as soon as it can go on from there; once more to stop at once.",
+            "\nStopping at the next point to resume from; press again to stop at once.",
             file=sys.stderr,
             flush=True,
         )

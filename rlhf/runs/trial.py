@@ -65,7 +65,7 @@ def read(folder: Path) -> tuple[list[dict[str, float]], int]:
 
 
 def describe(rows: list[dict[str, float]], micro_batch_tokens: int, total: int) -> str:
-    """What the steps say of a run of `total`: medians."""
+    """The steps' medians, and what they mean for a run of `total` steps."""
     names = [name for name in rows[0] if name.startswith(("time/", "speed/", "memory/"))]
     middle = {name: statistics.median(row[name] for row in rows) for name in names}
     parts = {
