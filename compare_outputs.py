@@ -33,13 +33,14 @@ import rlhf  # noqa: F401  before the libraries that it sets up
 from rich.table import Table
 from rich.text import Text
 
-from rlhf.data.format import tokenize_prompt
+from rlhf.data.format import PromptFormat, tokenize_prompt
 from rlhf.data.rows import SPEAKERS, BadRow, parse_dialogue, parse_row
 from rlhf.data.sources import has_rows, load_rows, open_text, parse_columns, read_rows, report_drops
 from rlhf.data.style import distinct_2, repeated_3grams, style_of
 from rlhf.engine.base import same_base
 from rlhf.engine.generation import ENDINGS
 from rlhf.engine.loading import load_base
+from rlhf.engine.roles import SharedBase
 from rlhf.engine.tokenizers import load_format
 from rlhf.reports.answers import (
     Answer,
@@ -273,7 +274,7 @@ def model_titles(base_model: str, runs: dict[str, dict[str, Any]]) -> dict[str, 
     return titles
 
 
-def read_prompts(config: Config, prompt_format) -> list[tuple[Turns, list[int]]]:
+def read_prompts(config: Config, prompt_format: PromptFormat) -> list[tuple[Turns, list[int]]]:
     """The prompts as turns and token ids. Bad and overlong ones are dropped and reported."""
     path = Path(config.prompts or "")
     if config.num_test_prompts:
@@ -403,7 +404,9 @@ def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
 # ---------------------------------------------------------------- the safety probe
 
 
-def ask_probe(config: Config, shared, prompt_format, names: list[str]) -> dict[str, Odds]:
+def ask_probe(
+    config: Config, shared: SharedBase, prompt_format: PromptFormat, names: list[str]
+) -> dict[str, Odds]:
     """By model and kind, how each request that fits the lengths would be answered."""
     probe = load_probe(
         prompt_format, config.max_prompt_length + config.max_new_tokens, OPENING_TOKENS

@@ -36,12 +36,13 @@ import rlhf  # noqa: F401  before the libraries that it sets up
 
 import datasets
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
-from rlhf.data.format import TokenPair, tokenize_pairs
+from rlhf.data.format import PromptFormat, TokenPair, tokenize_pairs
 from rlhf.data.rows import Pair, fingerprint
 from rlhf.data.sources import load_pairs, load_splits
 from rlhf.data.votes import VotePairs, load_votes
@@ -288,7 +289,7 @@ def both_responses(pairs: list[TokenPair], eos_token_id: int) -> datasets.Datase
 
 
 def tokenize_eval(
-    config: Config, prompt_format, pairs: list[Pair], votes: VotePairs | None
+    config: Config, prompt_format: PromptFormat, pairs: list[Pair], votes: VotePairs | None
 ) -> dict[str, list[TokenPair]]:
     """What is scored at the end: the test pairs, and the held-out votes if there are any."""
     sets = {"test pairs": pairs} | (
@@ -307,7 +308,13 @@ def foresee(config: Config) -> dict[str, Any]:
     return earlier_runs(config, sft=sft_train)["sft"]
 
 
-def dry_run(config: Config, base, prompt_format, pairs, sft) -> None:
+def dry_run(
+    config: Config,
+    base: dict[str, Any],
+    prompt_format: PromptFormat,
+    pairs: list[Pair],
+    sft: dict[str, Any],
+) -> None:
     """Rows, tokens, steps and the memory plan."""
     tokenized = tokenize_pairs(pairs, prompt_format, config.max_length, "train")
     lengths = list(map(num_tokens, tokenized))
@@ -323,7 +330,7 @@ def dry_run(config: Config, base, prompt_format, pairs, sft) -> None:
     show_end(config.measure)
 
 
-def make_plan(config: Config, base, sft, longest: int) -> Plan:
+def make_plan(config: Config, base: dict[str, Any], sft: dict[str, Any], longest: int) -> Plan:
     """The memory plan on a card, by micro-batch tokens, for pairs of up to `longest` tokens."""
     shape = read_shape(base, config.dtype)
     return lambda tokens: plan_reward(
@@ -384,7 +391,14 @@ class Trainer(Resumable, RewardTrainer):
         return {name: float(values.mean()) for name, values in numbers.items()}
 
 
-def make_trainer(config: Config, shared: SharedBase, prompt_format, train_set, dtype, folder: Path):
+def make_trainer(
+    config: Config,
+    shared: SharedBase,
+    prompt_format: PromptFormat,
+    train_set: datasets.Dataset,
+    dtype: torch.dtype,
+    folder: Path,
+):
     """The trainer of an adapter that is already in place; keeps adapter and head in float32."""
     args = RewardConfig(
         **trainer_options(config, dtype, folder, len(train_set)),
@@ -409,7 +423,7 @@ def make_trainer(config: Config, shared: SharedBase, prompt_format, train_set, d
 def evaluate(
     config: Config,
     shared: SharedBase,
-    prompt_format,
+    prompt_format: PromptFormat,
     eval_sets: dict[str, list[TokenPair]],
     folder: Path,
 ) -> dict[str, Any]:
@@ -453,7 +467,9 @@ def evaluate(
     return metrics
 
 
-def score_probe(config: Config, shared: SharedBase, prompt_format) -> dict[str, float]:
+def score_probe(
+    config: Config, shared: SharedBase, prompt_format: PromptFormat
+) -> dict[str, float]:
     """What the reward model makes of the safety probe, as far as it fits into --max-length."""
     probe = load_probe(prompt_format, config.max_length)
     scores = {}

@@ -19,7 +19,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import rlhf  # noqa: F401  before the libraries that it sets up
 
@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from rlhf.data.format import PromptFormat, tokenize_pairs
-from rlhf.data.rows import fingerprint
+from rlhf.data.format import PromptFormat, TokenPair, tokenize_pairs
+from rlhf.data.rows import Pair, fingerprint
 from rlhf.data.sources import load_splits
 from rlhf.engine.base import base_facts, check_context, identified
 from rlhf.engine.card import Plan, choose_tokens, describe_start
@@ -218,7 +218,7 @@ def main(config: Config) -> None:
     console.print(f"Next: {next_command('reward_train.py', config, 'sft', has_pairs)}")
 
 
-def response_only(pairs):
+def response_only(pairs: list[TokenPair]):
     """Token ids and labels of the chosen responses; -100 hides the prompt from the loss."""
     rows = [
         {
@@ -230,7 +230,9 @@ def response_only(pairs):
     return datasets.Dataset.from_list(rows)
 
 
-def dry_run(config: Config, base, prompt_format, pairs) -> None:
+def dry_run(
+    config: Config, base: dict[str, Any], prompt_format: PromptFormat, pairs: list[Pair]
+) -> None:
     """Rows, tokens, steps and the memory plan."""
     tokenized = tokenize_pairs(pairs, prompt_format, config.max_length, "train")
     lengths = [len(p.prompt_ids) + len(p.chosen_ids) for p in tokenized]
@@ -244,7 +246,7 @@ def dry_run(config: Config, base, prompt_format, pairs) -> None:
     show_end(config.measure)
 
 
-def make_plan(config: Config, base, longest: int) -> Plan:
+def make_plan(config: Config, base: dict[str, Any], longest: int) -> Plan:
     """The memory plan on a card, by micro-batch tokens, for texts of up to `longest` tokens."""
     shape = read_shape(base, config.dtype)
     return lambda tokens: plan_sft(shape, config, longest, tokens)
@@ -304,7 +306,15 @@ class Trainer(Resumable, SFTTrainer):
         return means
 
 
-def make_trainer(config: Config, model, prompt_format, train_set, eval_set, dtype, folder: Path):
+def make_trainer(
+    config: Config,
+    model: PreTrainedModel,
+    prompt_format: PromptFormat,
+    train_set: datasets.Dataset,
+    eval_set: datasets.Dataset,
+    dtype: torch.dtype,
+    folder: Path,
+):
     """The trainer of `model` with a fresh LoRA adapter, which is kept in float32."""
     lora = LoraConfig(
         r=config.lora_rank,

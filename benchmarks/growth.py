@@ -31,8 +31,11 @@ import numpy as np
 import torch
 from ppo_vs_trl import hardware
 from rich.table import Table
+from torch.optim import Optimizer
 
 import ppo_train
+from rlhf.data.format import PromptFormat
+from rlhf.engine.roles import SharedBase
 from rlhf.engine.speed import Stopwatch
 from rlhf.engine.tokenizers import load_format
 from rlhf.ppo.batch import Old, make_batch
@@ -156,7 +159,13 @@ def measure(config: Config, batch: int, response: int, vocabulary: int, pipe) ->
     )
 
 
-def update(settings, shared, prompt_format, optimizer, prompts) -> dict[str, float]:
+def update(
+    settings,
+    shared: SharedBase,
+    prompt_format: PromptFormat,
+    optimizer: Optimizer,
+    prompts: list[list[int]],
+) -> dict[str, float]:
     """Seconds of each phase of one update."""
     clock = Stopwatch(shared.device)
     responses = ppo_train.rollout(

@@ -21,7 +21,7 @@ class TensorMemory(TorchDispatchMode):
     Args:
         vocabulary: the model's, padded or not.
         cache_shape: (key heads, head dimension) of a tensor [rows, key heads, tokens, head
-        dimension].
+            dimension].
     """
 
     def __init__(self, vocabulary: int, cache_shape: tuple[int, int]):

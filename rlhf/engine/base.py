@@ -131,7 +131,7 @@ def find_files(model: str, revision: str | None, fetch: bool = True) -> list[Pat
 
     Args:
         fetch: get what is missing from the hub; without it, None if the files are not all on this
-        machine.
+            machine.
     Raises:
         UserError: there are none, or it is not clear which.
     """
@@ -351,8 +351,7 @@ def base_facts(model: str, revision: str | None, load_in_4bit: bool) -> dict[str
 
     Raises:
         UserError: no such folder or hub model, a gated one, no network; one that this pipeline does
-        not run, or whose
-            weights are not those of its config; in 4 bit, but to be sharded.
+            not run, or whose weights are not those of its config; in 4 bit, but to be sharded.
     """
     if load_in_4bit and sharded():
         raise UserError(

@@ -141,7 +141,7 @@ def choose_tokens(config: Any, plan: Plan, longest: int, device: torch.device) -
 
     Raises:
         UserError: the plan has more than the card, with as many tokens as were asked for, or with
-        one text.
+            one text.
     """
     asked = config.micro_batch_tokens
     if asked == "auto" and config.resume:

@@ -39,7 +39,7 @@ class Decoding:
 
     Args:
         role, layers: whose adapters it runs with, through which layers: the decoder's own or their
-        merged twins.
+            merged twins.
         texts: how many, at most.
         longest: tokens of a prompt at most.
         new: tokens that each text gets at most.

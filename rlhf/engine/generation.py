@@ -65,7 +65,7 @@ def generate(
         prompts: token ids, of any lengths.
         temperature: logits are divided by it; 0 is greedy.
         seeds: one a prompt; the same prompt and seed give the same response in any batch, up to
-        rounding.
+            rounding.
         batch_size: prompts of like length run together, this many at a time.
     Returns:
         One `Response` a prompt, in the prompts' order.
@@ -98,7 +98,13 @@ def generate(
 
 
 def _sample(
-    shared, role, prompt_format, prompts, seeds, max_new_tokens, temperature
+    shared: SharedBase,
+    role: str,
+    prompt_format: PromptFormat,
+    prompts: list[list[int]],
+    seeds: list[Seed],
+    max_new_tokens: int,
+    temperature: float,
 ) -> list[Response]:
     """The responses to prompts that run together."""
     decoding = start(shared, role, prompts, seeds, max_new_tokens, temperature)

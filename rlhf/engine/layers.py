@@ -65,7 +65,7 @@ class LeanLayer:
             rope: cosines and sines of the tokens' positions, each [N, D].
             padded: where each token stands in [B, T], a `decoder.Padded`.
             mask: [B or 1, 1, T, S], added to the attention's scores; None: causal, for a fused
-            kernel.
+                kernel.
             cache: a `decoder.Cache` that keeps k and v.
         """
         qkv = self.qkv(x, role, norm=self.layer.input_layernorm)  # [N, (GK + 2K) D]
@@ -114,7 +114,7 @@ class LeanLayer:
             rope: cosines [B, 1, D], and sines whose first half is negated.
             mask: [B, 1, 1, S], 0 where the token may look and -inf elsewhere.
             keys, values: [B, K, W, D] of the tokens before, W >= S; the token's own are written to
-            them.
+                them.
             at: where, as an index of their dimensions 0 and 2: two tensors [B].
         """
         rows, places = at
@@ -215,7 +215,7 @@ class LinearMap:
 
         Args:
             roles: the names of PEFT's adapters that each role has, in the order in which they are
-            stacked.
+                stacked.
         """
         self.stacks.clear()
         self.dtype = dtype

@@ -96,7 +96,7 @@ def logprobs_of(
         weight: [V, H], the frozen output embedding.
         tokens: [N].
         statistics: whether the distribution's entropy, and whether the token is the likeliest, are
-        wanted too.
+            wanted too.
     Returns:
         a `TokenLogprobs`, of which only the log-probabilities have a gradient, for `hidden`.
     """

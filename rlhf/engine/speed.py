@@ -116,7 +116,7 @@ class Work:
 
         Args:
             texts: tokens that go through the model; predicted: those whose probability the loss
-            wants.
+                wants.
         """
         return texts * (self.lower + 2 * self.upper) + predicted * 2 * self.head
 
@@ -128,7 +128,7 @@ class Work:
         Args:
             texts: tokens of its prompts and responses; sampled: those that were sampled.
             policy_epochs, value_epochs: times that each of the two was differentiated for all of
-            them.
+                them.
         """
         rollout = texts * (self.lower + self.upper) + sampled * self.head
         # Policy, reference, reward and value read the texts; two of them say how likely the tokens

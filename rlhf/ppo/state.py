@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
+from rlhf.data.format import PromptFormat
 from rlhf.engine.adapters import save_stacked
 from rlhf.engine.generation import Response
 from rlhf.engine.micro_batches import keep_tokens
@@ -41,18 +44,18 @@ class State:
         folder: the run's; the states are in it.
         runs: the run.json of the SFT, the reward and the gold checkpoint, by role.
         prompts: the training and the held-out prompts. A run is resumed only with the same, and
-        from the same checkpoints.
+            from the same checkpoints.
     """
 
     def __init__(
         self,
-        config,
+        config: Any,
         folder: Path,
         runs: dict,
         prompts: tuple,
         shared: SharedBase,
-        optimizer,
-        scaler,
+        optimizer: Optimizer,
+        scaler: GradScaler,
         log: Log,
     ):
         self.config = config
@@ -188,11 +191,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 
 
 def save(
-    config,
+    config: Any,
     folder: Path,
-    shared,
-    prompt_format,
-    base,
+    shared: SharedBase,
+    prompt_format: PromptFormat,
+    base: dict[str, Any],
     runs: dict,
     metrics: dict[str, Any],
     started: float,

@@ -40,7 +40,7 @@ TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO
 
 
 def model_card(
-    config, made: dict[str, Any], base: dict[str, Any], source: Path, report: dict[str, Any]
+    config: Any, made: dict[str, Any], base: dict[str, Any], source: Path, report: dict[str, Any]
 ) -> str:
     """The card, from run.json of the checkpoint and of the earlier phases still there.
 
