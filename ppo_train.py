@@ -225,7 +225,7 @@ def main(config: Config) -> None:
         show_end(config.measure)
         return
     prompt_format = load_format(config.sft_checkpoint, runs["sft"])
-    prompts, eval_prompts, chosen = load_prompts(config, prompt_format)
+    prompts, eval_prompts, chosen_style = load_prompts(config, prompt_format)
     probe = load_probe(
         prompt_format, config.max_prompt_length + config.response_length, OPENING_TOKENS
     )
@@ -252,7 +252,7 @@ def main(config: Config) -> None:
 
     with (
         output_folder(config.output_dir, config.resume) as folder,
-        Log(config, folder, config.num_updates, chosen) as log,
+        Log(config, folder, config.num_updates, chosen_style) as log,
         State(
             config, folder, runs, (prompts, eval_prompts), shared, optimizer, scaler, log
         ) as state,
@@ -312,7 +312,7 @@ def main(config: Config) -> None:
                 log.evaluation(update, last, eval_prompts, prompt_format)
             state.done(update, kl_coef)
 
-        metrics = compare(first, last) | chosen
+        metrics = compare(first, last) | chosen_style
         metrics["warnings"] = ppo_warnings(metrics)
         console.print(describe(metrics))
         save(config, folder, shared, prompt_format, base, runs, metrics, started, log)

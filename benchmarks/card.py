@@ -40,7 +40,7 @@ import rlhf  # noqa: F401  before the libraries that it sets up
 
 import torch
 from llama_3b import LLAMA_3B, write_model
-from ppo_vs_trl import TRL, hardware
+from ppo_vs_trl import TRL
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
@@ -52,6 +52,7 @@ from rlhf.engine.graphs import Graphs
 from rlhf.engine.tokenizers import load_format
 from rlhf.runs.checkpoints import git_commit, read_run
 from rlhf.runs.cli import quiet_libraries, run
+from rlhf.runs.device import hardware
 from rlhf.runs.metrics import read_jsonl
 from rlhf.runs.terminal import console
 

@@ -29,7 +29,6 @@ import rlhf  # noqa: F401  before the libraries that it sets up
 import matplotlib
 import numpy as np
 import torch
-from ppo_vs_trl import hardware
 from rich.table import Table
 from torch.optim import Optimizer
 
@@ -41,6 +40,7 @@ from rlhf.engine.tokenizers import load_format
 from rlhf.ppo.batch import Old, make_batch
 from rlhf.runs.checkpoints import read_run
 from rlhf.runs.cli import quiet_libraries, run
+from rlhf.runs.device import hardware
 from rlhf.runs.errors import UserError
 from rlhf.runs.terminal import console
 

@@ -25,7 +25,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import rlhf  # noqa: F401  before the libraries that it sets up
 
 import torch
-from ppo_vs_trl import hardware
 from rich.table import Table
 from safetensors.torch import save_file
 from tensor_memory import TensorMemory
@@ -45,7 +44,7 @@ from rlhf.engine.tokenizers import load_tokenizer
 from rlhf.reports.dry_run import show_plan
 from rlhf.runs.checkpoints import read_run
 from rlhf.runs.cli import quiet_libraries, run
-from rlhf.runs.device import peak_memory_gib
+from rlhf.runs.device import hardware, peak_memory_gib
 from rlhf.runs.terminal import console
 
 WORK = ROOT / "runs" / "llama-3b"

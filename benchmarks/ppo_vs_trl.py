@@ -44,6 +44,7 @@ from rlhf.engine.loading import read_adapter
 from rlhf.engine.tokenizers import load_format, load_tokenizer
 from rlhf.runs.checkpoints import read_run, sha256
 from rlhf.runs.cli import run
+from rlhf.runs.device import hardware
 from rlhf.runs.errors import UserError
 from rlhf.runs.statistics import mean_interval
 from rlhf.runs.terminal import console
@@ -347,17 +348,6 @@ def judge(config: Config, name: str, seed: int) -> ppo_train.Evaluation:
         shared.load("policy", state)
     _, prompts, _ = ppo_train.load_prompts(settings, prompt_format)
     return ppo_train.evaluate(settings, shared, prompt_format, prompts)
-
-
-def hardware() -> str:
-    return f"{torch.get_num_threads()} threads, {cpu()}, torch {torch.__version__}"
-
-
-def cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.split(":")[1].strip() for line in lines if "model name" in line), "unknown CPU"
-    )
 
 
 def show(results: dict[str, Any]) -> None:

@@ -27,13 +27,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import rlhf  # noqa: F401  before the libraries that it sets up
 
-from ppo_vs_trl import WORK, hardware
+from ppo_vs_trl import WORK
 from rich.table import Table
 
 from rlhf.data.format import PromptFormat
 from rlhf.data.sources import load_pairs
 from rlhf.engine.tokenizers import load_tokenizer
 from rlhf.runs.cli import run
+from rlhf.runs.device import hardware
 from rlhf.runs.errors import UserError
 from rlhf.runs.terminal import console
 

@@ -28,20 +28,20 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import rlhf  # noqa: F401  before the libraries that it sets up
 
 import ppo_ablation
 import results_page
 import reward_ablation
-from ppo_vs_trl import cpu
 from results_page import ABLATION_SEEDS, PERCENTILES, PLOTS, SEEDS
 from rich.table import Table
 
 from rlhf.runs.checkpoints import git_commit
 from rlhf.runs.checks import check_at_least_one
 from rlhf.runs.cli import run
+from rlhf.runs.device import cpu_name
 from rlhf.runs.errors import UserError
 from rlhf.runs.terminal import console
 
@@ -313,7 +313,7 @@ def do(config: Config, step: Step, shown: str) -> None:
         )
     if is_done(config, step, shown):
         return  # only its folder was gone; what others made of it rests on what the record tells of
-    how = {"command": shown, "commit": git_commit(), "cpu": cpu(), "threads": threads}
+    how = {"command": shown, "commit": git_commit(), "cpu": cpu_name(), "threads": threads}
     how["minutes"] = round((time.monotonic() - started) / 60, 1)
     record = json.dumps(how | step.record(work / step.folder), allow_nan=False)
     path_of(config, step).write_text(record + "\n")

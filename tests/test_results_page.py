@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT / "experiments"))
 
 import results
 import results_page as page

@@ -284,10 +284,10 @@ def tokenize_prompt(turns: Turns, prompt_format: PromptFormat, max_tokens: int) 
         BadRow: the last user turn alone is too long, or the format cannot write the prompt.
         UserError: the format cannot write any of them.
     """
-    return fit_prompt(turns, prompt_format, max_tokens)[1]
+    return cut_prompt(turns, prompt_format, max_tokens)[1]
 
 
-def fit_prompt(turns: Turns, prompt_format: PromptFormat, max_tokens: int) -> tuple[str, list[int]]:
+def cut_prompt(turns: Turns, prompt_format: PromptFormat, max_tokens: int) -> tuple[str, list[int]]:
     """The text and the token ids of as many of the last turns as fit, in linear time."""
     prompt_format.check()
     if prompt_format.spells_special(turns):
@@ -389,7 +389,7 @@ def tokenize_pair(
     answers = [
         ids[:room] if len(ids) > room else [*ids, prompt_format.eos_token_id] for ids in wholes
     ]
-    prompt, prompt_ids = fit_prompt(
+    prompt, prompt_ids = cut_prompt(
         pair.turns, prompt_format, max_length - 1 - max(map(len, answers))
     )
     if len(answers) == 2 and answers[0] == answers[1]:

@@ -61,17 +61,17 @@ class Log:
 
     Args:
         total: updates of the run.
-        chosen: the style of the answers chosen for the held-out prompts, if there are such.
+        chosen_style: of the answers chosen for the held-out prompts, if there are such.
     """
 
     def __init__(
-        self, config: Any, folder: Path, total: int, chosen: dict[str, float] | None = None
+        self, config: Any, folder: Path, total: int, chosen_style: dict[str, float] | None = None
     ):
         self.num_printed_samples = config.num_printed_samples
         self.tracker = None
         self.total = total
         self.curves = Curves(folder, "update", PANELS)
-        self.chosen = chosen or {}
+        self.chosen_style = chosen_style or {}
         self.missing_eos_penalty = config.missing_eos_penalty
         self.sampler_is_close = True
         # The first evaluation, which later ones are compared with.
@@ -153,7 +153,7 @@ class Log:
             self.progress.begin(update)  # what comes now takes another time
             found = penalty_warnings(result, self.missing_eos_penalty)
         elif update < self.total:  # after the last look the run itself says it
-            found = policy_warnings(compare(self.sft, result) | self.chosen)
+            found = policy_warnings(compare(self.sft, result) | self.chosen_style)
         for warning in found:
             console.print(f"warning: {warning}")
         for i, (prompt, response) in enumerate(zip(prompts, result.responses, strict=True)):

@@ -1,6 +1,7 @@
 """What a process computes on, in which number format, and how much memory it took."""
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -79,3 +80,14 @@ def check_4bit(device: torch.device) -> None:
             f"4-bit weights do not work on {device.type} here ({one_line(error)}): pass "
             "--no-load-in-4bit"
         ) from None
+
+
+def hardware() -> str:
+    """What a measurement on a CPU was made with: threads, processor, and torch's version."""
+    return f"{torch.get_num_threads()} threads, {cpu_name()}, torch {torch.__version__}"
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.split(":")[1].strip() for line in lines if "model name" in line)
+    return next(names, "unknown CPU")
