@@ -1,9 +1,15 @@
-"""Cutting by tokens, and what happens when memory runs out."""
+"""Cutting by tokens, and what happens when memory runs out or a signal comes."""
+
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rlhf.engine.micro_batches import MicroBatchSize, cut_by_tokens
+from rlhf.ppo.batch import restarts_in_smaller_parts
+from rlhf.runs.errors import Stopped
+from rlhf.runs.stop import stop_when_asked, until_stopped
 
 
 def test_cutting_by_hand():
@@ -45,3 +51,30 @@ def test_one_text_that_does_not_fit_ends_the_run():
     with pytest.raises(torch.OutOfMemoryError):
         size.retry(work, longest=300)
     assert tried == [1000, 500, 250]
+
+
+def test_a_step_begins_again_in_smaller_parts():
+    shared = SimpleNamespace(micro_batch=MicroBatchSize(400))
+    batch = SimpleNamespace(longest=90)
+    tried = []
+
+    @restarts_in_smaller_parts
+    def step(shared, batch, *names, power):
+        tried.append((shared.micro_batch.tokens, names, power))
+        if shared.micro_batch.tokens > 100:
+            raise torch.OutOfMemoryError
+        return "done"
+
+    assert step(shared, batch, "policy", power=2) == "done"
+    assert tried == [(400, ("policy",), 2), (200, ("policy",), 2), (100, ("policy",), 2)]
+    assert step.__name__ == "step"
+
+
+def test_a_loop_ends_where_a_signal_asks_it_to():
+    done = []
+    with stop_when_asked(), pytest.raises(Stopped) as stopped:
+        for number in until_stopped(range(5)):
+            done.append(number)
+            if number == 2:
+                signal.raise_signal(signal.SIGTERM)
+    assert done == [0, 1, 2] and stopped.value.args == (signal.SIGTERM,)
