@@ -226,9 +226,8 @@ def main(config: Config) -> None:
         return
     prompt_format = load_format(config.sft_checkpoint, runs["sft"])
     prompts, eval_prompts, chosen_style = load_prompts(config, prompt_format)
-    probe = load_probe(
-        prompt_format, config.max_prompt_length + config.response_length, OPENING_TOKENS
-    )
+    longest = config.max_prompt_length + config.response_length
+    probe = load_probe(prompt_format, longest, OPENING_TOKENS)
     tokens, why, rollouts = choose_sizes(config, runs, prompts, eval_prompts)
     shared, base = load_models(config, runs["sft"], prompt_format)
     shared.micro_batch.tokens = tokens
@@ -249,29 +248,31 @@ def main(config: Config) -> None:
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
     shared.decoder.follow(optimizer)
     scaler = GradScaler(shared.device.type, enabled=shared.dtype == torch.float16)
+    both = prompts, eval_prompts
 
     with (
         output_folder(config.output_dir, config.resume) as folder,
         Log(config, folder, config.num_updates, chosen_style) as log,
-        State(
-            config, folder, runs, (prompts, eval_prompts), shared, optimizer, scaler, log
-        ) as state,
+        State(config, folder, runs, both, shared, optimizer, scaler, log) as state,
     ):
-        sizes = {
-            "micro_batch_tokens": tokens,
-            "rollout_rows": rollouts.rows,
-            "rollouts_kept": rollouts.kept,
-        }
         start_run(
-            folder, "ppo", config, shared.dtype, rollout_weights=shared.rollout_weights, **sizes
+            folder,
+            "ppo",
+            config,
+            shared.dtype,
+            micro_batch_tokens=tokens,
+            rollout_rows=rollouts.rows,
+            rollouts_kept=rollouts.kept,
+            rollout_weights=shared.rollout_weights,
         )
+        look = partial(evaluate, config, shared, prompt_format, eval_prompts)
         if not state.sft:
-            # The new policy equals SFT's.
-            state.sft = evaluate(config, shared, prompt_format, eval_prompts, probe)
+            state.sft = look(probe)  # the new policy equals SFT's
             log.evaluation(0, state.sft, eval_prompts, prompt_format)
         first = last = state.sft
         baseline = first.scores.mean().item()
         kl_coef = state.kl_coef
+        episodes = config.episodes_per_update
 
         for update in range(state.update + 1, config.num_updates + 1):
             # 1. Rollout
@@ -281,9 +282,8 @@ def main(config: Config) -> None:
             clock.lap("rollout")
             # 2. Measure
             shared.micro_batch.agree()
-            batch = make_batch(
-                queries, responses, draw_minibatches(update, config), prompt_format, shared.device
-            )
+            minibatches = draw_minibatches(update, config)
+            batch = make_batch(queries, responses, minibatches, prompt_format, shared.device)
             measured = measure(shared, batch, config.temperature, baseline)
             clock.lap("measure")
             # 3. Reward
@@ -294,21 +294,18 @@ def main(config: Config) -> None:
             stats = optimise(config, shared, batch, old, baseline, optimizer, scaler, update)
             clock.lap("optimise")
             # 5. Adapt and report
-            sizes = config.episodes_per_update, config.missing_eos_penalty
-            row = batch_metrics(batch, measured, returns, update, kl_coef, *sizes) | stats
+            penalty = config.missing_eos_penalty
+            row = batch_metrics(batch, measured, returns, update, kl_coef, episodes, penalty)
             speed = speed_metrics(shared, batch, stats, clock.seconds, config.num_mini_batches)
-            log.update(row | speed)
+            log.update(row | stats | speed)
             # Before the policy's first update KL is 0.
             if config.kl_controller == "adaptive" and update > config.critic_warmup_updates + 1:
                 kl = measured.mean_kl(batch)
-                episodes = config.episodes_per_update
                 kl_coef = adapt_kl_coef(kl_coef, kl, config.kl_target, episodes, config.kl_horizon)
             del measured, old  # their lower states make room for what is sampled next
-            if update % config.eval_steps == 0 or update == config.num_updates:
-                is_last = update == config.num_updates
-                last = evaluate(
-                    config, shared, prompt_format, eval_prompts, probe if is_last else None
-                )
+            is_last = update == config.num_updates
+            if is_last or update % config.eval_steps == 0:
+                last = look(probe if is_last else None)
                 log.evaluation(update, last, eval_prompts, prompt_format)
             state.done(update, kl_coef)
 

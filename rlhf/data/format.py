@@ -1,9 +1,9 @@
 """How a dialogue is written for the model, and the token ids of prompts and answers.
 
-A prompt and an answer are tokenised apart, as PPO needs them, and together must be the tokens of
-the whole text, as everybody else tokenises it. That holds because an answer is tokenised as text
-that goes on, and because it is checked: once a run with a dialogue of our own, and for each row
-where the tokenizer may join the end of a prompt and the start of an answer.
+Prompt and answer are tokenised apart, as PPO needs them, and together must give the tokens of the
+whole text, as everybody else tokenises it. That holds because an answer is tokenised as a
+continuation, and because it is checked: once per run with a dialogue of our own, and for each row
+where the tokenizer may join the end of a prompt to the start of an answer.
 """
 
 import json
@@ -120,7 +120,7 @@ class PromptFormat:
     def response_ids(self, text: str) -> list[int]:
         """Token ids of a response, without EOS."""
         text = self.response_text(text)
-        return self.as_plain_text(text) if self.starts_anew else self.encode(text)
+        return self.as_plain_text(text) if self.starts_new_text else self.encode(text)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that continues another, with no special token read in it."""
@@ -199,7 +199,7 @@ class PromptFormat:
         return ""
 
     @cached_property
-    def starts_anew(self) -> bool:
+    def starts_new_text(self) -> bool:
         """Whether the tokenizer takes an answer for a new text, as after a special token."""
         if self.going_on is None or self.template is None:
             return False

@@ -1,8 +1,7 @@
-"""A base model on disk: is it one that this pipeline can run, are its weights those that its config
-describes, which are its files, and are they the very files of an earlier phase.
+"""A base model on disk: can it be run, do its weights fit its config, and is it the same as before?
 
-All but the last is known from config.json and the headers of the weight files, so a dry run says it
-too. `Weights` is the one way to them: training and export read the same names from the same files.
+All but the last is known from config.json and the headers of the weight files, so a dry run checks
+it, too. `Weights` is the only reader: training and export read the same names from the same files.
 """
 
 import contextlib

@@ -36,9 +36,9 @@ TAIL = 12  # tokens decoded to look for the stop text, which is shorter than tha
 class Response:
     """A sampled response.
 
-    `ids` are all the tokens that were chosen. The last one, unless the length ended it, is EOS or
-    the first token of the next turn's `\\n\\nHuman:`. `text_ids` are those before it, and what it
-    says itself of the text, as "!" of "!\\n\\n".
+    `ids` are all sampled tokens. Unless it was cut at the limit, the last one is EOS or the first
+    token of the next turn's `\\n\\nHuman:`. `text_ids` are the tokens before it, and its own part of
+    the text, such as "!" of "!\\n\\n".
     """
 
     ids: list[int]

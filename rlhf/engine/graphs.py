@@ -1,8 +1,7 @@
 """CUDA graphs of functions with fixed shapes and addresses: many kernels for one launch.
 
-What is captured is what the card does, with the addresses of that moment. So everything that the
-function reads or writes must be a tensor that stays where it is, and it must not read a value on
-the CPU.
+A capture records what the card does, with the addresses of that moment. So all that the function
+reads or writes must be tensors that stay in place, and it must not read a value on the CPU.
 """
 
 from collections.abc import Callable, Hashable

@@ -129,8 +129,8 @@ class AllStepsMade(Exception):
 class AfterStep(TrainerCallback):
     """What the processes settle after each step: whether to stop, and whether to save a state.
 
-    There is one at the end of the training too: what comes after it may fail. Each `eval_steps`
-    steps the test rows are looked at, but for the last step, after which the script does that.
+    A state is saved at the end of training, too, as what comes after it may fail. The test rows
+    are looked at every `eval_steps` steps, except the last, after which the script does it.
     """
 
     def __init__(self, clock: SaveClock, micro_batch: MicroBatchSize, eval_steps: int | None):
@@ -167,15 +167,15 @@ class Restack(TrainerCallback):
 
 
 class Resumable(Trainer):
-    """What comes before TRL's trainer in a trainer of ours; `run` takes the place of `train`.
+    """The base class of our trainers, in front of TRL's; `run` replaces `train`.
 
-    Two things are not as in transformers' Trainer. It writes its checkpoints in place and removes
-    old ones before anybody has looked at the new one; here they go through `rlhf.runs.resume`: the
-    weights that are trained, optimizer, scheduler, scaler, random numbers and the place in the
-    data. And a step has one batch, of which as much goes through the model at once as memory holds:
-    `go_through`. A loss or gradient that is not finite ends the run.
+    Two things differ from transformers' Trainer (5.23). That one writes checkpoints in place, and
+    removes old ones before the new one is checked; here states go through `rlhf.runs.resume`:
+    trained weights, optimizer, scheduler, scaler, random numbers and the place in the data. And a
+    step has one batch, which goes through the model in parts that fit the memory (`go_through`). A
+    loss or gradient that is not finite ends the run.
 
-    A trainer says what its loss is a mean of: items, of which a row of the data has some.
+    A trainer says what its loss is a mean of: items, of which each row has some.
     """
 
     panels: tuple[Panel, ...]  # of curves.png
@@ -322,10 +322,10 @@ class Resumable(Trainer):
     def go_through(self, rows: list[Row]) -> tuple[dict[str, float], dict[str, int]]:
         """Forward, and backward where gradients are on, over the rows of all processes, in parts.
 
-        The gradients are those of the mean loss; `sum_gradients` has still to sum them, unless FSDP
-        did. No process waits for another between the parts, so each can make them smaller when its
-        memory runs out; under FSDP, where every forward is of all processes together, they have as
-        many parts each, and none can.
+        The gradients are those of the mean loss; unless FSDP summed them, `sum_gradients` still
+        must. No process waits for another between the parts, so each can make them smaller when its
+        memory runs out. Under FSDP all processes go forward together, in the same number of parts,
+        and none can.
 
         Args:
             rows: of this process.
@@ -382,7 +382,7 @@ class Resumable(Trainer):
             peaks = torch.maximum(peaks, signs * numbers[len(sums) :])
         return sum_over_processes(sums), signs * largest(peaks)
 
-    # -- called by transformers' Trainer
+    # -- where transformers 5.23's Trainer and TRL 1.16's do otherwise; they call what is here
 
     def evaluate(self, *_, **__) -> dict[str, float]:
         """`evaluation`, which is logged. Its time is no step's."""

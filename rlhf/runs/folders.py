@@ -150,7 +150,7 @@ def partial_of(folder: Path) -> Path:
 def output_folder(folder: str, resume: bool = False) -> Iterator[Path]:
     """Yield `folder.partial` to write to; rename it to `folder` when the block ends well.
 
-    When the block raises, an existing `folder` stays as it was, and the partial one stays beside it
+    If the block raises, an existing `folder` stays as it was, and the partial one stays beside it
     if it has a state to resume from, or after a crash; the next run of the phase clears it, unless
     it is given `resume`.
     """
