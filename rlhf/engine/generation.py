@@ -37,8 +37,8 @@ class Response:
     """A sampled response.
 
     `ids` are all sampled tokens. Unless it was cut at the limit, the last one is EOS or the first
-    token of the next turn's `\\n\\nHuman:`. `text_ids` are the tokens before it, and its own part of
-    the text, such as "!" of "!\\n\\n".
+    token of the next turn's `\\n\\nHuman:`. `text_ids` are the tokens before it, and the part of it
+    that is text, such as "!" of "!\\n\\n".
     """
 
     ids: list[int]
