@@ -31,7 +31,7 @@ import reward_train  # noqa: E402
 from rlhf.checkpoints import read_run, sha256  # noqa: E402
 from rlhf.cli import UserError, run  # noqa: E402
 from rlhf.data import PromptFormat, load_pairs, tokenize_pairs  # noqa: E402
-from rlhf.modeling import (
+from rlhf.modeling import (  # noqa: E402
     SharedBase,
     choose_dtype,
     load_base,
@@ -39,7 +39,7 @@ from rlhf.modeling import (
     load_tokenizer,
     pad_right,
     read_stacked,
-)  # noqa: E402
+)
 from rlhf.reporting import console  # noqa: E402
 from rlhf.reward_eval import ScoredPairs, judge  # noqa: E402
 from rlhf.training import device  # noqa: E402

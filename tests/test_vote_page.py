@@ -6,8 +6,6 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,7 +15,7 @@ from rlhf.cli import UserError
 from rlhf.votes import VoteFile, read_votes
 
 import pytest
-from conftest import ROOT
+from forked import Run, free_port
 
 pytest.importorskip("gradio", reason="Gradio is not installed (requirements-feedback.txt)")
 from feedback import vote as page  # noqa: E402
@@ -162,28 +160,15 @@ class Server:
     """`python -m feedback.vote` as people start it."""
 
     def __init__(self, folder: Path, *flags: str):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url, self.votes = f"http://127.0.0.1:{self.port}/", folder / "votes.jsonl"
-        self.command = [
-            sys.executable,
-            "-m",
-            "feedback.vote",
-            "--report",
-            str(folder / "compare.json"),
-            "--votes",
-            str(self.votes),
-        ]
-        self.command += ["--port", str(self.port), *flags]
+        files = ["--report", folder / "compare.json", "--votes", self.votes]
+        self.command = ["-m", "feedback.vote", *files, "--port", self.port, *flags]
         self.log = folder / "server.log"
         self.start()
 
     def start(self):
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                self.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-            )
+        self.process = Run(self.command, log=self.log)
         for _ in range(600):
             time.sleep(0.2)
             assert self.process.poll() is None, self.log.read_text()
@@ -195,8 +180,7 @@ class Server:
         raise AssertionError(f"the server does not answer: {self.log.read_text()}")
 
     def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        self.process.kill()
 
 
 @pytest.fixture
