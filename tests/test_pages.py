@@ -15,9 +15,9 @@ from conftest import ROOT
 
 SCRIPTS = ("sft_train", "reward_train", "ppo_train", "compare_outputs")
 MODULES = (*SCRIPTS, "rlhf.chat", "rlhf.export", "feedback.vote")
-TYPED = sorted((ROOT / "docs").glob("*.md"))  # docs/results.md has records of old commands
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-PAGES += [page for page in TYPED if page.name != "results.md"]
+PAGES += [page for page in DOCS if page.name != "results.md"]  # which records old commands
 GONE = {"--per-device-train-batch-size", "--gradient-accumulation-steps"}  # CHANGELOG.md says so
 OTHERS = {  # flags of other programs
     *("--config_file", "--num_machines", "--num_processes", "--machine_rank"),
