@@ -23,7 +23,7 @@ OTHERS = {  # flags of other programs
     *("--config_file", "--num_machines", "--num_processes", "--machine_rank"),
     *("--main_process_ip", "--main_process_port", "--nproc-per-node", "--help"),
     *("--outfile", "--outtype", "--jinja", "--private"),
-    *("--repo-type", "--include", "--local-dir", "--random-source", "--allow-cpu"),
+    *("--repo-type", "--include", "--local-dir", "--random-source", "--allow-cpu", "--cpu"),
 }
 
 
