@@ -1,21 +1,25 @@
-# make demo       the whole pipeline with a small real model on a CPU, ending with the printed comparison
-# make feedback-demo  a scripted voter votes in a browser, and the reward model learns it (after make demo)
-# make test       the tests
-# make test-all   the same with more seeds, more prompts and longer runs
-# make lint       ruff
-# make gpu-check  a few steps of all four scripts with the 4-bit base on your CUDA card
-# make torture    kills the training scripts at random moments and resumes them: is everything as if nothing had happened?
-# make soak       300 PPO updates of a tiny model: do memory or files grow?
-# make open-elsewhere  transformers 4.57 opens checkpoints and exports: do they say there what they say here?
-# make toys       PPO on problems with a known answer, five seeds each (make test has one)
-# make results    reward models and PPO on Dahoas/rm-static, or DATA=a local copy; writes docs/results.md (some 17 hours of a core)
-# make bench      our PPO beside TRL 1.12's, on the demo's checkpoints (an hour and a half)
-# make bench-growth  how a PPO update's time and memory grow with batch, response and vocabulary (a quarter of an hour)
-# make bench-train   SFT and reward training beside the stock `trl sft` and `trl reward`, on Dahoas/rm-static
-# make bench-3b   memory by owner with Llama-3.2-3B's shapes and random weights
-# make bench-merge   64 greedy tokens of base and adapter beside those of their merge, on the demo's PPO checkpoint
-# make bench-card what a CUDA card makes of all phases and of decoding, beside TRL, and checks on it (some twenty minutes)
-# make bench-export  memory and time of exporting a checkpoint of Llama-3.2-3B's shape
+# make demo            the whole pipeline on a CPU with a small real model, up to the comparison
+# make feedback-demo   a scripted voter votes in a browser, and the reward model learns from it
+#                      (after make demo)
+#
+# make test            the tests
+# make test-all        the tests with more seeds, more prompts and longer runs
+# make lint            ruff
+# make gpu-check       a few steps of all four scripts with the 4-bit base on your CUDA card
+# make torture         kill training at random moments, resume, compare with runs left alone
+# make soak            300 PPO updates of a tiny model: do memory or files grow?
+# make open-elsewhere  open checkpoints and exports with transformers 4.57
+# make toys            PPO on problems with a known answer, five seeds each (make test runs one)
+#
+# make results         does it learn? on Dahoas/rm-static, or DATA=a local copy; writes
+#                      docs/results.md (17 hours of a core)
+# make bench           PPO beside TRL 1.12's, from the demo's checkpoints (81 minutes)
+# make bench-train     SFT and reward training beside `trl sft` and `trl reward` (20 minutes)
+# make bench-growth    how an update's time and memory grow with batch, response and vocabulary
+# make bench-3b        memory by owner with Llama-3.2-3B's shape and random weights
+# make bench-card      a CUDA card: all phases, decoding and checks, beside TRL (some 20 minutes)
+# make bench-merge     64 greedy tokens of the demo's PPO adapter, beside and merged into the base
+# make bench-export    memory and time of exporting a checkpoint of Llama-3.2-3B's shape
 .PHONY: demo feedback-demo test test-all torture soak toys lint gpu-check results bench bench-growth bench-train bench-3b bench-merge
 .PHONY: bench-card bench-export open-elsewhere
 .DELETE_ON_ERROR:

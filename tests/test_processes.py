@@ -15,6 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import OFFLINE, ROOT
+from forked import Run
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSequenceClassification,
@@ -25,19 +26,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rlhf.runs.checks import SHARDED
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-PPO = (
-    "--response-length 8 --max-prompt-length 64 --num-mini-batches 2 --num-ppo-epochs 2 "
-    "--total-episodes 40 "
-)
-PPO += (
-    "--episodes-per-update 8 --rollout-batch-size 4 --max-eval-samples 5 --eval-steps 2 "
-    "--lora-rank 4 "
-)
-PPO += (
-    "--lora-alpha 8 --role-layers 2 --learning-rate 1e-2 --value-learning-rate 1e-2 "
-    "--critic-warmup-updates 1 "
-)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+PPO = "--response-length 8 --max-prompt-length 64 --num-mini-batches 2 --num-ppo-epochs 2 "
+PPO += "--total-episodes 40 --episodes-per-update 8 --rollout-batch-size 4 --max-eval-samples 5 "
+PPO += "--eval-steps 2 --lora-rank 4 --lora-alpha 8 --role-layers 2 --learning-rate 1e-2 "
+PPO += "--value-learning-rate 1e-2 --critic-warmup-updates 1 "
 PPO += "--num-printed-samples 0 --no-gradient-checkpointing --dtype fp32 --save-steps 1"
 
 LOGGED = {
@@ -103,14 +97,7 @@ def launch(command, env=None, by=None):
     script, *argv = command
     by = "fsdp_on_cpu.py" if "ACCELERATE_USE_FSDP" in (env or {}) else by
     scripts = [ROOT / "tests" / by, ROOT / script] if by else [ROOT / script]
-    cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    return subprocess.Popen(
-        [*LAUNCH, *map(str, scripts), *argv],
-        env={**os.environ, **OFFLINE, **cpu, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Run([*scripts, *argv], CPU | (env or {}), processes=2)
 
 
 def launch_env(config):
@@ -121,16 +108,13 @@ def launch_env(config):
     return {name: value for name, value in env.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
-def kill_one(run, script, folder):
-    """Kill the last process, once there is a state in `folder`."""
+def kill_one(run, folder, pid):
+    """Kill the process `pid()`, once there is a state in `folder`: the others end, too."""
     deadline = time.monotonic() + 200
     while not list(folder.glob("step-*[0-9]")):
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(
-        max(p.pid for p in psutil.Process(run.pid).children() if script in " ".join(p.cmdline())),
-        signal.SIGKILL,
-    )
+    os.kill(pid(), signal.SIGKILL)
     run.communicate(timeout=120)
     assert run.returncode != 0
 
@@ -174,7 +158,7 @@ def test_two_processes_make_what_one_makes(command, call_main, tmp_path, phase):
 
 def test_a_gradient_that_only_one_process_has_is_summed(tmp_path):
     (tmp_path / "sum.py").write_text(SUM)
-    run = launch([tmp_path / "sum.py"], {"PYTHONPATH": str(ROOT)})
+    run = launch([tmp_path / "sum.py"])
     out, err = run.communicate(timeout=60)
     assert run.returncode == 0, err[-6000:]
     assert sorted(out.splitlines()) == ["[[3.0], [5.0], None]"] * 2
@@ -190,7 +174,19 @@ def test_no_row_comes_twice_in_an_epoch(command, tmp_path):
 
 def test_a_killed_process_brings_the_run_down_and_it_goes_on(command, call_main, tmp_path):
     two = tmp_path / "two"
-    kill_one(launch(command("ppo", two, 2)), "ppo_train.py", tmp_path / "two.partial")
+    run = subprocess.Popen(
+        [*TORCHRUN, *command("ppo", two, 2)],
+        cwd=ROOT,
+        env={**os.environ, **OFFLINE, **CPU},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+    def last_process():
+        children = psutil.Process(run.pid).children()
+        return max(p.pid for p in children if "ppo_train.py" in " ".join(p.cmdline()))
+
+    kill_one(run, tmp_path / "two.partial", last_process)
     assert not two.exists()
     script, *argv = command("ppo", two, 2)
     alone = call_main(script.removesuffix(".py"), [*argv, "--resume"])
@@ -218,7 +214,8 @@ def test_sharded_processes_killed_and_resumed_make_what_one_makes(
     script, *argv = command(phase, one, 1)
     assert call_main(script.removesuffix(".py"), [*argv, *more]).returncode == 0
     sharded = [*command(phase, two, 2), *more]
-    kill_one(launch(sharded, launch_env("fsdp2.yaml")), script, partial)
+    run = launch(sharded, launch_env("fsdp2.yaml"))
+    kill_one(run, partial, lambda: run.pid)
     state = next(partial.glob("step-*[0-9]"))
     assert (state / "optimizer.bin").exists()  # FSDP's; without it there would be an optimizer.pt
     ends = load_file(one / "adapter_model.safetensors")

@@ -6,15 +6,13 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from forked import Run, free_port
 
 from rlhf.data.votes import VoteFile, read_votes
 from rlhf.runs.errors import UserError
@@ -163,29 +161,16 @@ class Server:
     """`python -m feedback.vote` as people start it."""
 
     def __init__(self, folder: Path, *flags: str):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/"
         self.votes = folder / "votes.jsonl"
-        self.command = [
-            sys.executable,
-            "-m",
-            "feedback.vote",
-            "--report",
-            str(folder / "compare.json"),
-            "--votes",
-            str(self.votes),
-        ]
-        self.command += ["--port", str(self.port), *flags]
+        files = ["--report", folder / "compare.json", "--votes", self.votes]
+        self.command = ["-m", "feedback.vote", *files, "--port", self.port, *flags]
         self.log = folder / "server.log"
         self.start()
 
     def start(self):
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                self.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-            )
+        self.process = Run(self.command, log=self.log)
         for _ in range(600):
             time.sleep(0.2)
             assert self.process.poll() is None, self.log.read_text()
@@ -197,8 +182,7 @@ class Server:
         raise AssertionError(f"the server does not answer: {self.log.read_text()}")
 
     def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        self.process.kill()
 
 
 @pytest.fixture
