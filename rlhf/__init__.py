@@ -1,4 +1,12 @@
-"""What the scripts are made of, one topic a module."""
+"""What the scripts are made of. Imports go one way, from right to left.
+
+    runs <- data <- engine <- ppo, reports <- the scripts
+
+`runs` is what any run needs and that knows no model; `data` leads from rows to token ids;
+`engine` is the base and its roles; `ppo` is what PPO alone needs; `reports` is what is said of a
+model. `chat` and `export` are commands, `python -m rlhf.chat` and `python -m rlhf.export`.
+Importing this package sets up libraries that are imported after it.
+"""
 
 import logging
 import os
