@@ -60,6 +60,7 @@ def main(config: Config) -> None:
         trained = read_run(settings.output_dir, "reward")
         found[name] = {"pairs": trained["data"]["train_rows"], "steps": trained["steps"]}
         found[name] |= {"eval_accuracy": trained["metrics"]["eval_accuracy"]} | ask(settings)
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     Path(config.output).write_text(json.dumps(found, indent=2) + "\n")
     for name, m in found.items():
         about = f"{m['pairs']} pairs, accuracy {m['eval_accuracy']:.3f}"
