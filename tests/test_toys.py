@@ -20,7 +20,8 @@ SETTINGS = {
     "episodes_per_update": 64,
     "num_mini_batches": 2,
     "num_ppo_epochs": 4,
-    "rollout_batch_size": 32,
+    "rollout_batch_size": 64,
+    "micro_batch_tokens": 4096,
     "max_prompt_length": 64,
     "response_length": 8,
     "max_train_samples": 8,
@@ -128,30 +129,31 @@ def mean(rows, name):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
-    ("score", "start", "settings"),
+    ("score", "updates", "start", "settings"),
     [
-        (frequency, 0.2, {"temperature": 0.5, "learning_rate": 5e-3}),
+        (frequency, 40, 0.2, {"temperature": 0.5, "learning_rate": 1e-2}),
         # What KL costs keeps it varied until it is met.
         pytest.param(
             length,
+            100,
             0.0,
             {"response_length": 12, "learning_rate": 5e-3, "kl_coef": 0.005},
             marks=SLOW,
         ),
-        pytest.param(last_token, 0.4, {"learning_rate": 2e-2}, marks=SLOW),
+        pytest.param(last_token, 80, 0.4, {"learning_rate": 2e-2}, marks=SLOW),
     ],
 )
-def test_ppo_finds_the_best_answer(run, score, start, settings, seed):
-    rows = run(score, 100 if score is length else 80, seed=seed, **settings)
+def test_ppo_finds_the_best_answer(run, score, updates, start, settings, seed):
+    rows = run(score, updates, seed=seed, **settings)
     assert mean(rows[:2], "objective/scores") < start
     assert mean(rows[-5:], "objective/scores") >= 0.95
 
 
 def test_with_a_huge_kl_coefficient_the_policy_stays_put(run):
     moved, put = (
-        run(frequency, 20, kl_coef=kl_coef, learning_rate=2e-3) for kl_coef in (0.0, 10.0)
+        run(frequency, 14, kl_coef=kl_coef, learning_rate=2e-3) for kl_coef in (0.0, 10.0)
     )
-    assert mean(moved[-5:], "objective/kl") > 5
+    assert mean(moved[-5:], "objective/kl") > 1.5
     assert abs(mean(put[-5:], "objective/kl")) < 0.5
 
 
