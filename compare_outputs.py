@@ -42,6 +42,7 @@ from rlhf.engine.generation import ENDINGS
 from rlhf.engine.loading import load_base
 from rlhf.engine.roles import SharedBase
 from rlhf.engine.tokenizers import load_format
+from rlhf.ppo.reward_function import RewardFunction, facts_of, load_reward_function
 from rlhf.reports.answers import (
     Answer,
     Report,
@@ -55,7 +56,7 @@ from rlhf.reports.answers import (
 from rlhf.reports.page import conclusions, read_curves, render_page
 from rlhf.reports.probe import KINDS, OPENING_TOKENS, load_probe, refusal_odds
 from rlhf.runs.checkpoints import git_commit
-from rlhf.runs.checks import check_at_least_one, check_between
+from rlhf.runs.checks import check_at_least_one, check_between, check_weight
 from rlhf.runs.cli import run
 from rlhf.runs.device import choose_dtype, device
 from rlhf.runs.errors import UserError
@@ -72,6 +73,9 @@ class Config:
     reward_checkpoint: str = "checkpoints/reward"
     ppo_checkpoint: str = "checkpoints/ppo"  # without it, base and SFT are compared
     base_model: str | None = None  # where the base is now, if it was moved after SFT
+    # the one that PPO was trained with: file.py:function. A checkpoint's own is never run unasked
+    reward_function: str | None = None
+    reward_weight: float = 1.0  # of the reward model's score beside it
     output_dir: str = "reports"  # folder of compare.md, compare.html and compare.json
     overwrite: bool = False  # replace any of these three
 
@@ -148,6 +152,10 @@ OWN_JUDGE = (
     "The judge is the reward model that PPO trained against: PPO's win rate says that it learned "
     "to please it, not that people agree. Name a judge of other pairs with --reward-checkpoint."
 )
+FUNCTION_LEFT_OUT = (
+    "PPO was trained with a reward function, too. It has no part in these scores, as "
+    "--reward-function did not name it."
+)
 OTHER_JUDGE = "The judge is another reward model than the one that PPO trained against."
 REPORTED = ("adapter_sha256", "epochs", "updates", "metrics")  # of each phase's run.json
 
@@ -161,6 +169,7 @@ def main(config: Config) -> None:
         "reward": config.reward_checkpoint,
         "ppo": config.ppo_checkpoint,
     }
+    function = load_reward_function(config.reward_function)
     runs = read_runs(folders)
     check_reports(config)
     warned = said_before(runs)
@@ -192,6 +201,8 @@ def main(config: Config) -> None:
                 config.seed,
                 config.batch_size,
             )
+        if function:
+            add_scores(answers[name], function, config.reward_weight, prompts, prompt_format)
     with console.status("the safety probe"):
         odds = ask_probe(config, shared, prompt_format, list(titles))
     pairs = compare_pairs(answers)
@@ -209,7 +220,7 @@ def main(config: Config) -> None:
         "summary": summarize(answers),
         "pairs": pairs,
         "probe": summarize_probe(odds),
-        "notes": notes(runs),
+        "notes": notes(runs, function, config.reward_weight),
         "warnings": found + warned,
         "prompts": [
             {"turns": turns, "answers": {name: answers[name][i] for name in titles}}
@@ -240,6 +251,7 @@ def check_numbers(config: Config) -> None:
     check_at_least_one(config, "max_prompt_length", "max_new_tokens", "batch_size")
     check_between(config, 0, math.inf, "num_test_prompts", "show", "temperature")
     check_between(config, 0, 2**32 - 1, "seed")
+    check_weight(config)
 
 
 def check_reports(config: Config) -> None:
@@ -318,6 +330,24 @@ def turns_of_row(row: dict[str, Any]) -> Turns:
 # ---------------------------------------------------------------- models and answers
 
 
+def add_scores(
+    answers: list[Answer],
+    function: RewardFunction,
+    weight: float,
+    prompts: list[tuple[Turns, list[int]]],
+    prompt_format: PromptFormat,
+) -> None:
+    """Make each answer's score the reward model's, if there is one, times `weight`, plus its own.
+
+    Raises:
+        UserError: the function fails.
+    """
+    texts = [answer["text"] for answer in answers]
+    more = function([prompt_format.read_prompt(ids) for _, ids in prompts], texts).tolist()
+    for answer, score in zip(answers, more, strict=True):
+        answer["score"] = weight * (answer["score"] or 0.0) + score
+
+
 def summarize(answers: dict[str, list[Answer]]) -> dict[str, dict[str, float]]:
     """For each model: means and shares over the prompts."""
     summary = {}
@@ -393,12 +423,23 @@ def direction(low: float, high: float) -> str | None:
     return "better" if low > 0.5 else "worse" if high < 0.5 else None
 
 
-def notes(runs: dict[str, dict[str, Any]]) -> list[str]:
+def notes(
+    runs: dict[str, dict[str, Any]], function: RewardFunction | None, weight: float
+) -> list[str]:
     """What a reader of the win rates should know: who judged."""
-    if "ppo" not in runs or "reward" not in runs:
-        return []
-    same = runs["ppo"]["parents"].get("reward") == runs["reward"]["adapter_sha256"]
-    return [OWN_JUDGE if same else OTHER_JUDGE]
+    said = []
+    if "ppo" in runs and "reward" in runs:
+        same = runs["ppo"]["parents"].get("reward") == runs["reward"]["adapter_sha256"]
+        said.append(OWN_JUDGE if same else OTHER_JUDGE)
+    trained_with = runs.get("ppo", {}).get("reward_function")
+    if function:
+        model = f"{weight:g} times the reward model's plus " if "reward" in runs else ""
+        said.append(f"A score is {model}what {function.name} gives.")
+        if trained_with and facts_of(function)["reward_function"] != trained_with:
+            said.append("PPO was trained with another reward function.")
+    elif trained_with:
+        said.append(FUNCTION_LEFT_OUT)
+    return said
 
 
 # ---------------------------------------------------------------- the safety probe
@@ -522,9 +563,7 @@ def print_summary(report: Report) -> None:
         (f"Summary of {count} prompt{'s' * (count != 1)}", COLUMNS, summary_rows(report["summary"]))
     ]
     if report["pairs"]:
-        tables.append(
-            ("Win rates, by the reward model's score", PAIR_COLUMNS, pair_rows(report["pairs"]))
-        )
+        tables.append(("Win rates, by score", PAIR_COLUMNS, pair_rows(report["pairs"])))
     if report["probe"]:
         tables.append((PROBE_TITLE, PROBE_COLUMNS, probe_rows(report["probe"])))
     for title, columns, rows in tables:

@@ -31,7 +31,7 @@ the longest response.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, Literal
@@ -71,6 +71,7 @@ from rlhf.ppo.batch import (
 )
 from rlhf.ppo.evaluation import Evaluation, compare, describe
 from rlhf.ppo.log import Log, batch_metrics, mean_stats, speed_metrics
+from rlhf.ppo.reward_function import RewardFunction, facts_of, load_reward_function
 from rlhf.ppo.state import State, save
 from rlhf.reports.dry_run import dry_run_ppo, earlier_runs, show_end
 from rlhf.reports.probe import OPENING_TOKENS, Probe, load_probe, refusal_odds
@@ -93,6 +94,9 @@ class Config:
     reward_checkpoint: str = "checkpoints/reward"  # trained from that SFT checkpoint
     # a judge of held-out responses: a reward model of the pairs' other --half
     gold_checkpoint: str | None = None
+    # a score of your own, as file.py:function with TRL's signature, added to the reward model's
+    reward_function: str | None = None
+    reward_weight: float = 1.0  # of the reward model's score beside it; 0: the function alone
     base_model: str | None = None  # where the base is now, if it was moved after SFT
     dataset: str = "Dahoas/rm-static"  # only its prompts are used
     columns: str | None = None  # renames its columns: prompt=question,chosen=good
@@ -170,7 +174,7 @@ FIRST = (  # flags that --help shows first
     *("sft_checkpoint", "reward_checkpoint", "dataset", "columns", "output_dir"),
     *("overwrite", "resume", "dry_run"),
     *("response_length", "total_episodes", "episodes_per_update", "learning_rate"),
-    *("kl_coef", "kl_target", "missing_eos_penalty", "eval_steps"),
+    *("kl_coef", "kl_target", "missing_eos_penalty", "eval_steps", "reward_function"),
 )
 PRESETS = {
     "demo": Config(
@@ -206,6 +210,7 @@ Prompts = list[list[int]]  # as token ids
 def main(config: Config) -> None:
     started = time.monotonic()
     check_ppo_numbers(config)
+    function = load_reward_function(config.reward_function)
     runs = foresee(config) if config.dry_run else read_parents(config)
     inputs = (
         config.sft_checkpoint,
@@ -213,7 +218,7 @@ def main(config: Config) -> None:
         config.gold_checkpoint,
         runs["sft"]["base"]["model"],
     )
-    inputs += config.base_model, config.dataset
+    inputs += config.base_model, config.dataset, function and function.path
     check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
     if is_finished(config):
         return
@@ -249,11 +254,12 @@ def main(config: Config) -> None:
     shared.decoder.follow(optimizer)
     scaler = GradScaler(shared.device.type, enabled=shared.dtype == torch.float16)
     both = prompts, eval_prompts
+    total = partial(total_scores, config, function, prompt_format)
 
     with (
         output_folder(config.output_dir, config.resume) as folder,
         Log(config, folder, config.num_updates, chosen_style) as log,
-        State(config, folder, runs, both, shared, optimizer, scaler, log) as state,
+        State(config, folder, runs, function, both, shared, optimizer, scaler, log) as state,
     ):
         start_run(
             folder,
@@ -264,8 +270,9 @@ def main(config: Config) -> None:
             rollout_rows=rollouts.rows,
             rollouts_kept=rollouts.kept,
             rollout_weights=shared.rollout_weights,
+            **facts_of(function),
         )
-        look = partial(evaluate, config, shared, prompt_format, eval_prompts)
+        look = partial(evaluate, config, shared, prompt_format, total, eval_prompts)
         if not state.sft:
             state.sft = look(probe)  # the new policy equals SFT's
             log.evaluation(0, state.sft, eval_prompts, prompt_format)
@@ -285,6 +292,7 @@ def main(config: Config) -> None:
             minibatches = draw_minibatches(update, config)
             batch = make_batch(queries, responses, minibatches, prompt_format, shared.device)
             measured = measure(shared, batch, config.temperature, baseline)
+            measured = replace(measured, scores=total(measured.scores, batch))
             clock.lap("measure")
             # 3. Reward
             advantages, returns = advantages_and_returns(batch, measured, kl_coef, baseline, config)
@@ -312,7 +320,7 @@ def main(config: Config) -> None:
         metrics = compare(first, last) | chosen_style
         metrics["warnings"] = ppo_warnings(metrics)
         console.print(describe(metrics))
-        save(config, folder, shared, prompt_format, base, runs, metrics, started, log)
+        save(config, folder, shared, prompt_format, base, runs, function, metrics, started, log)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     show(metrics["warnings"])
     console.print(f"Next: {next_command('compare_outputs.py', config, 'ppo')}")
@@ -389,6 +397,21 @@ def measure(shared: SharedBase, batch: Batch, temperature: float, baseline: floa
     measured = Measured(lower, **dict(zip(columns, on_cpu, strict=True)))
     measured.check_finite(batch)
     return measured
+
+
+def total_scores(
+    config: Config,
+    function: RewardFunction | None,
+    prompt_format: PromptFormat,
+    scores: Tensor,
+    batch: Batch,
+) -> Tensor:
+    """The reward model's scores [b] of a batch, or with a reward function their weighted sum."""
+    if function is None:
+        return scores
+    prompts = [prompt_format.read_prompt(prompt) for prompt in batch.prompts]
+    completions = [prompt_format.decode(response.text_ids) for response in batch.responses]
+    return config.reward_weight * scores + function(prompts, completions)
 
 
 def score(shared: SharedBase, role: str, micro: MicroBatch, lower: Tensor) -> Tensor:
@@ -566,12 +589,14 @@ def evaluate(
     config: Config,
     shared: SharedBase,
     prompt_format: PromptFormat,
+    total: Callable[[Tensor, Batch], Tensor],
     prompts: list[list[int]],
     probe: Probe | None = None,
 ) -> Evaluation:
     """Sample from the policy on held-out prompts, always with the same seeds.
 
     Args:
+        total: makes the scores that PPO trains for of the reward model's.
         probe: what else to ask of the policy, with the openings of its answers.
     """
     responses = rollout(
@@ -583,6 +608,7 @@ def evaluate(
     judges = ["reward", "gold"] if config.gold_checkpoint else ["reward"]
 
     kl, entropy, *scores = measure_held_out(shared, batch, judges, config.temperature)
+    scores[0] = total(scores[0], batch)
     numbers = torch.zeros(2 + len(judges), len(prompts))
     numbers[0, batch.rows] = batch.by_response(kl).sum(1)
     numbers[1, batch.rows] = batch.by_response(entropy).sum(1) / torch.tensor(

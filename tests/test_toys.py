@@ -186,3 +186,21 @@ def test_without_a_critic_advantages_vary_more(run, monkeypatch):
         (0.95 ** torch.arange(8.0)).var(unbiased=False).item(), rel=0.02
     )
     assert learned < 0.001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_ppo_learns_what_a_reward_function_says(run, tmp_path, weight):
+    """A rule for short answers; with weight 0 what the reward model likes has no part in it."""
+    (tmp_path / "rules.py").write_text(
+        "def short(completions, **kwargs):\n    return [1 - len(t) / 20 for t in completions]\n"
+    )
+    rows = run(
+        (lambda ids: len(ids) / 8) if weight == 0 else (lambda ids: 0.0),
+        60,
+        learning_rate=1e-2,
+        reward_function=f"{tmp_path / 'rules.py'}:short",
+        reward_weight=weight,
+    )
+    assert mean(rows[:2], "objective/scores") < 0.5
+    assert mean(rows[-5:], "objective/scores") >= 0.95

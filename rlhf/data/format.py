@@ -138,6 +138,11 @@ class PromptFormat:
         text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
         return text.removeprefix(self.opening.strip()).lstrip()
 
+    def read_prompt(self, ids: list[int]) -> str:
+        """The text of a prompt as the model reads it, without BOS."""
+        begins = ids[:1] == [self.tokenizer.bos_token_id]
+        return self.tokenizer.decode(ids[begins:])
+
     def spells_special(self, turns: Iterable[tuple[str, str]]) -> bool:
         """True when an answer spells what ends it, or a text what a template would let through."""
         everywhere = self.special_texts if self.template else []

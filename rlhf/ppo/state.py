@@ -25,6 +25,7 @@ from rlhf.engine.roles import SharedBase
 from rlhf.ppo.batch import NotFinite
 from rlhf.ppo.evaluation import Evaluation, plot_frontier
 from rlhf.ppo.log import Log, whole_speed
+from rlhf.ppo.reward_function import RewardFunction, facts_of
 from rlhf.runs.checkpoints import check_same, write_run
 from rlhf.runs.curves import drawing
 from rlhf.runs.errors import Stopped, UserError
@@ -43,6 +44,7 @@ class State:
     Args:
         folder: the run's; the states are in it.
         runs: the run.json of the SFT, the reward and the gold checkpoint, by role.
+        function: the reward function, if there is one; a run is resumed only with the same file.
         prompts: the training and the held-out prompts. A run is resumed only with the same, and
             from the same checkpoints.
     """
@@ -52,6 +54,7 @@ class State:
         config: Any,
         folder: Path,
         runs: dict,
+        function: RewardFunction | None,
         prompts: tuple,
         shared: SharedBase,
         optimizer: Optimizer,
@@ -68,6 +71,8 @@ class State:
         self.inputs |= {
             f"{role} checkpoint": run["adapter_sha256"] for role, run in runs.items()
         } | world()
+        if function:
+            self.inputs["reward function's file"] = function.sha256
         self.optimizer = optimizer
         self.scaler = scaler
         self.log = log
@@ -197,6 +202,7 @@ def save(
     prompt_format: PromptFormat,
     base: dict[str, Any],
     runs: dict,
+    function: RewardFunction | None,
     metrics: dict[str, Any],
     started: float,
     log: Log,
@@ -226,4 +232,5 @@ def save(
         rollout_weights=shared.rollout_weights,
         metrics=metrics,
         speed=whole_speed(read_jsonl(folder / "metrics.jsonl")),
+        **facts_of(function),
     )

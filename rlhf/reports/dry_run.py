@@ -167,3 +167,5 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     kept = ", their keys and values kept for the next" if rollouts.kept else ""
     console.print(f"rollouts: {rollouts.rows} responses at a time, from {weights}{kept}")
     show_plan(plans(rollouts), length, config)
+    if config.reward_function:
+        console.print("What --reward-function takes is not in the plan.")

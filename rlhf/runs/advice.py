@@ -19,6 +19,7 @@ USUAL = {  # folders, data and settings that the scripts begin with, by preset
         "dtype": "auto",
         "max_prompt_length": 384,
         "role_layers": 14,
+        "reward_weight": 1.0,
     },
     "demo": {
         "sft": "runs/demo/sft",
@@ -29,6 +30,7 @@ USUAL = {  # folders, data and settings that the scripts begin with, by preset
         "dtype": "auto",
         "max_prompt_length": 128,
         "role_layers": 15,
+        "reward_weight": 1.0,
     },
 }
 FOLLOWS = {"sft": "reward", "reward": "ppo", "gold": "ppo", "ppo": "reports"}
@@ -36,7 +38,7 @@ CARRIED = {  # fields that the next script is given where they are not as usual,
     "sft": ("dtype",),  # the base is in its run.json
     "reward": ("base_model", "dtype", "role_layers"),
     "gold": ("base_model", "dtype", "role_layers"),
-    "ppo": ("base_model", "dtype", "max_prompt_length"),
+    "ppo": ("base_model", "dtype", "max_prompt_length", "reward_function", "reward_weight"),
 }
 
 

@@ -109,17 +109,15 @@ def check_same(
         )
 
 
-def start_run(
-    folder: Path, phase: str, config: Any, dtype: torch.dtype, **sizes: int | str
-) -> None:
-    """Write what `run.json` can say before the first step, such as the `sizes` a card allowed.
+def start_run(folder: Path, phase: str, config: Any, dtype: torch.dtype, **facts: Any) -> None:
+    """Write what `run.json` can say before the first step, such as the sizes a card allowed.
 
     `finished` is null until `write_run`.
     """
     if is_main():
         write_json(
             folder / "run.json",
-            {"phase": phase, **sizes, "finished": None} | how_it_runs(config, dtype),
+            {"phase": phase, **facts, "finished": None} | how_it_runs(config, dtype),
         )
 
 

@@ -95,6 +95,16 @@ def check_trainer_numbers(config: Any) -> None:
         )
 
 
+def check_weight(config: Any) -> None:
+    """Raise UserError unless the reward model's weight is possible, and has something beside it."""
+    check_between(config, 0, math.inf, "reward_weight")
+    if config.reward_weight != 1 and config.reward_function is None:
+        raise UserError(
+            "--reward-weight weighs the reward model beside a --reward-function: name one, or "
+            "leave the weight out"
+        )
+
+
 def check_ppo_numbers(config: Any) -> None:
     """The same for the PPO script."""
     if sharded():
@@ -115,6 +125,7 @@ def check_ppo_numbers(config: Any) -> None:
     check_between(
         config, 0, math.inf, "warmup_updates", "critic_warmup_updates", "num_printed_samples"
     )
+    check_weight(config)
     if config.kl_controller == "adaptive" and config.episodes_per_update >= 5 * config.kl_horizon:
         raise UserError(
             f"--kl-horizon {config.kl_horizon} is too short for an update's "

@@ -13,6 +13,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rlhf.runs.errors import UserError
+
 
 def this_process() -> PartialState:
     """accelerate's view of this process. It runs several on CPUs only if told to use CPUs."""
@@ -149,3 +151,11 @@ def agree(value: Any) -> Any:
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def agree_on_error(wrong: str | None) -> None:
+    """Raise UserError on all processes if one of them has something `wrong`: none waits for it."""
+    found = [wrong] if num_processes() == 1 else gather_object([wrong])
+    for text in found:
+        if text:
+            raise UserError(text)

@@ -1,0 +1,123 @@
+"""A score of the user's own: a Python function in a file, with the signature of TRL's rewards.
+
+    def short(prompts: list[str], completions: list[str], **kwargs) -> list[float]:
+        return [-len(text.split()) / 10 for text in completions]
+
+It is called with keywords, once for each batch of texts, and gives one finite number per text. Only
+a flag of the command line names the file. A path that stands in a checkpoint is never run.
+"""
+
+import hashlib
+import math
+import sys
+import traceback
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.runs.errors import UserError, one_line
+from rlhf.runs.processes import agree_on_error
+
+SHOWN = 60  # characters of a text that an error names
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A function of the user's, and the hash of the file it was read from."""
+
+    name: str  # file.py:function, as it was given
+    sha256: str
+    function: Callable[..., Any]
+
+    @property
+    def path(self) -> str:
+        return self.name.rpartition(":")[0]
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> Tensor:
+        """One number per text, float32 [b] on the CPU.
+
+        Raises:
+            UserError: the function fails, on any of the processes, or gives something else.
+        """
+        scores: list[float] = []
+        wrong = None
+        try:
+            # No texts are this process's share of fewer texts than processes.
+            said = self.function(prompts=prompts, completions=completions) if completions else []
+            scores = numbers(list(said), completions)
+        except UserError as error:
+            wrong = str(error)
+        except (Exception, SystemExit) as error:
+            wrong = f"{describe(error)}{line_of(error, self.path)}"
+        agree_on_error(wrong and f"--reward-function {self.name}: {wrong}")
+        return torch.tensor(scores, dtype=torch.float32)
+
+
+def load_reward_function(named: str | None) -> RewardFunction | None:
+    """The function that `--reward-function` names as file.py:function, if it names one.
+
+    Raises:
+        UserError: there is no such file or function, or the file does not run.
+    """
+    if named is None:
+        return None
+    path, _, name = named.rpartition(":")
+    flag = f"--reward-function {named}"
+    if not path or not name.isidentifier():
+        raise UserError(f"{flag}: write it as file.py:function")
+    try:
+        source = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{flag}: {path} cannot be read ({error.strerror})") from None
+    module = types.ModuleType(f"reward_function_{Path(path).stem}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # dataclasses and pickle look it up there
+    try:
+        exec(compile(source, path, "exec"), vars(module))  # the very bytes that are hashed
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{flag}: {describe(error)}{line_of(error, path)}") from None
+    function = vars(module).get(name)
+    if not callable(function):
+        raise UserError(f"{flag}: {path} has no function {name}")
+    return RewardFunction(named, hashlib.sha256(source).hexdigest(), function)
+
+
+def facts_of(function: RewardFunction | None) -> dict[str, Any]:
+    """What run.json says of it."""
+    if function is None:
+        return {}
+    return {"reward_function": {"name": function.name, "sha256": function.sha256}}
+
+
+def numbers(said: list[Any], texts: list[str]) -> list[float]:
+    """What a function said, as finite floats, one per text."""
+    if len(said) != len(texts):
+        raise UserError(f"it gave {len(said)} numbers for {len(texts)} texts; give one per text")
+    scores = []
+    for value, text in zip(said, texts, strict=True):
+        try:
+            score = float(value)
+        except (TypeError, ValueError):
+            score = math.nan
+        if not math.isfinite(score):
+            shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+            raise UserError(f"it gave {value!r}, not a finite number, for the text {shown!r}")
+        scores.append(score)
+    return scores
+
+
+def describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def line_of(error: BaseException, path: str) -> str:
+    """Where in the file at `path` it was raised."""
+    if isinstance(error, SyntaxError):
+        return ""  # its text says so
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    return f" (line {lines[-1]})" if lines else ""
