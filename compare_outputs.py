@@ -152,6 +152,7 @@ OWN_JUDGE = (
     "The judge is the reward model that PPO trained against: PPO's win rate says that it learned "
     "to please it, not that people agree. Name a judge of other pairs with --reward-checkpoint."
 )
+CHOSEN = "The gold model chose which of PPO's policies was kept, by prompts of the train split."
 FUNCTION_LEFT_OUT = (
     "PPO was trained with a reward function, too. It has no part in these scores, as "
     "--reward-function did not name it."
@@ -424,7 +425,7 @@ def direction(low: float, high: float) -> str | None:
 
 
 def notes(
-    runs: dict[str, dict[str, Any]], function: RewardFunction | None, weight: float
+    runs: dict[str, dict[str, Any]], function: RewardFunction | None = None, weight: float = 1.0
 ) -> list[str]:
     """What a reader of the win rates should know: who judged."""
     said = []
@@ -439,6 +440,8 @@ def notes(
             said.append("PPO was trained with another reward function.")
     elif trained_with:
         said.append(FUNCTION_LEFT_OUT)
+    if runs.get("ppo", {}).get("kept"):
+        said.append(CHOSEN)
     return said
 
 

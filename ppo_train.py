@@ -46,6 +46,7 @@ from torch.optim import Optimizer
 from transformers import set_seed
 
 from rlhf.data.format import PromptFormat, tokenize_prompts
+from rlhf.data.rows import Pair, cut_selection
 from rlhf.data.sources import load_splits
 from rlhf.data.style import style_of
 from rlhf.engine.adapters import read_stacked
@@ -97,6 +98,8 @@ class Config:
     # a score of your own, as file.py:function with TRL's signature, added to the reward model's
     reward_function: str | None = None
     reward_weight: float = 1.0  # of the reward model's score beside it; 0: the function alone
+    # which policy is saved: the last, or the one that the gold model scored highest at a look
+    keep: Literal["last", "best"] = "last"
     base_model: str | None = None  # where the base is now, if it was moved after SFT
     dataset: str = "Dahoas/rm-static"  # only its prompts are used
     columns: str | None = None  # renames its columns: prompt=question,chosen=good
@@ -230,14 +233,15 @@ def main(config: Config) -> None:
         show_end(config.measure)
         return
     prompt_format = load_format(config.sft_checkpoint, runs["sft"])
-    prompts, eval_prompts, chosen_style = load_prompts(config, prompt_format)
-    longest = config.max_prompt_length + config.response_length
-    probe = load_probe(prompt_format, longest, OPENING_TOKENS)
-    tokens, why, rollouts = choose_sizes(config, runs, prompts, eval_prompts)
+    prompts, eval_prompts, selection, chosen_style = load_prompts(config, prompt_format)
+    room = config.max_prompt_length + config.response_length
+    probe = load_probe(prompt_format, room, OPENING_TOKENS)
+    tokens, why, rollouts = choose_sizes(config, runs, prompts, eval_prompts + selection)
     shared, base = load_models(config, runs["sft"], prompt_format)
     shared.micro_batch.tokens = tokens
     shared.rollout_rows = rollouts.rows
-    prepare_rollouts(config, shared, rollouts, max(map(len, prompts + eval_prompts)))
+    longest = max(map(len, prompts + eval_prompts + selection))
+    prepare_rollouts(config, shared, rollouts, longest)
     rows = config.episodes_per_update // config.num_mini_batches
     console.print(describe_start(shared.device, tokens, rows, shared.dtype, why))
     kept = ", keys and values kept between them" if shared.decoding else ""
@@ -253,13 +257,14 @@ def main(config: Config) -> None:
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
     shared.decoder.follow(optimizer)
     scaler = GradScaler(shared.device.type, enabled=shared.dtype == torch.float16)
-    both = prompts, eval_prompts
+    all_prompts = prompts, eval_prompts, *([selection] if selection else [])
+    looked_at = selection or eval_prompts
     total = partial(total_scores, config, function, prompt_format)
 
     with (
         output_folder(config.output_dir, config.resume) as folder,
         Log(config, folder, config.num_updates, chosen_style) as log,
-        State(config, folder, runs, function, both, shared, optimizer, scaler, log) as state,
+        State(config, folder, runs, function, all_prompts, shared, optimizer, scaler, log) as state,
     ):
         start_run(
             folder,
@@ -272,12 +277,13 @@ def main(config: Config) -> None:
             rollout_weights=shared.rollout_weights,
             **facts_of(function),
         )
-        look = partial(evaluate, config, shared, prompt_format, total, eval_prompts)
+        look = partial(evaluate, config, shared, prompt_format, total)
         if not state.sft:
-            state.sft = look(probe)  # the new policy equals SFT's
-            log.evaluation(0, state.sft, eval_prompts, prompt_format)
-        first = last = state.sft
-        baseline = first.scores.mean().item()
+            state.held_out = look(eval_prompts, probe)  # the new policy equals SFT's
+            state.sft = look(selection) if selection else state.held_out
+            log.evaluation(0, state.sft, looked_at, prompt_format)
+        last = state.sft
+        baseline = state.sft.scores.mean().item()
         kl_coef = state.kl_coef
         episodes = config.episodes_per_update
 
@@ -313,14 +319,20 @@ def main(config: Config) -> None:
             del measured, old  # their lower states make room for what is sampled next
             is_last = update == config.num_updates
             if is_last or update % config.eval_steps == 0:
-                last = look(probe if is_last else None)
-                log.evaluation(update, last, eval_prompts, prompt_format)
+                last = look(looked_at, probe if is_last and not selection else None)
+                log.evaluation(update, last, looked_at, prompt_format)
+                if selection:
+                    state.keep_if_best(update, last)
             state.done(update, kl_coef)
 
-        metrics = compare(first, last) | chosen_style
+        if selection:
+            console.print(state.restore_best())
+            last = look(eval_prompts, probe)
+        metrics = compare(state.held_out, last) | chosen_style
         metrics["warnings"] = ppo_warnings(metrics)
         console.print(describe(metrics))
-        save(config, folder, shared, prompt_format, base, runs, function, metrics, started, log)
+        facts = facts_of(function) | state.facts_of_best()
+        save(config, folder, shared, prompt_format, base, runs, facts, metrics, started, log)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     show(metrics["warnings"])
     console.print(f"Next: {next_command('compare_outputs.py', config, 'ppo')}")
@@ -821,14 +833,20 @@ def load_models(
 
 def load_prompts(
     config: Config, prompt_format: PromptFormat
-) -> tuple[Prompts, Prompts, dict[str, float]]:
-    """The training and the held-out prompts, and the style of the answers chosen for the latter."""
+) -> tuple[Prompts, Prompts, Prompts, dict[str, float]]:
+    """Prompts to train on, held-out ones, and with `--keep best` those that choose the policy.
+
+    Last the style of the answers chosen for the held-out prompts.
+    """
     pairs, held_out = load_splits(
         config.dataset, "prompt", config.columns, config.max_train_samples, config.max_eval_samples
     )
+    selection: list[Pair] = []
+    if config.keep == "best":
+        pairs, selection = cut_selection(pairs, len(held_out))
     prompts = [
-        tokenize_prompts(rows, prompt_format, config.max_prompt_length)
-        for rows in (pairs, held_out)
+        tokenize_prompts(rows, prompt_format, config.max_prompt_length) if rows else []
+        for rows in (pairs, held_out, selection)
     ]
     answers = [pair.chosen for pair in held_out if pair.chosen]
     style = style_of(answers) if answers else {}

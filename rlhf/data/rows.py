@@ -29,6 +29,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlhf.runs.errors import UserError
+
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
@@ -451,6 +453,31 @@ def is_test(digest: bytes) -> bool:
 
 def which_half(digest: bytes) -> str:
     return "first" if digest[1] < 128 else "second"
+
+
+def cut_selection(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
+    """The pairs to train on, and `count` to choose a model by, the same ones every time.
+
+    Each of the latter has a first question of its own, and no pair with that question is left to
+    train on.
+
+    Raises:
+        UserError: that would take more than half of the first questions.
+    """
+    groups: dict[bytes, list[Pair]] = {}
+    for pair in pairs:
+        # Hashed once more, as the digest itself says which split and half the pair is in.
+        groups.setdefault(hashlib.sha256(first_turn_sha256(pair)).digest(), []).append(pair)
+    if 2 * count > len(groups):
+        raise UserError(
+            f"--keep best takes {count} dialogues out of the train split, as many as there are "
+            f"held-out prompts, and the split has {len(groups)}: lower --max-eval-samples to "
+            f"{len(groups) // 2}, or bring more data"
+        )
+    taken = sorted(groups)[:count]
+    left = {digest for digest in groups if digest not in set(taken)}
+    train = [pair for digest, group in groups.items() if digest in left for pair in group]
+    return train, [groups[digest][0] for digest in taken]
 
 
 def first_turn_sha256(pair: Pair) -> bytes:

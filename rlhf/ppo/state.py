@@ -8,6 +8,7 @@ drawn.
 import dataclasses
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from rlhf.engine.roles import SharedBase
 from rlhf.ppo.batch import NotFinite
 from rlhf.ppo.evaluation import Evaluation, plot_frontier
 from rlhf.ppo.log import Log, whole_speed
-from rlhf.ppo.reward_function import RewardFunction, facts_of
+from rlhf.ppo.reward_function import RewardFunction
 from rlhf.runs.checkpoints import check_same, write_run
 from rlhf.runs.curves import drawing
 from rlhf.runs.errors import Stopped, UserError
@@ -36,6 +37,15 @@ from rlhf.runs.stop import stop_when_asked
 from rlhf.runs.terminal import console
 
 COLUMNS = ("scores", "kl", "entropy", "gold_scores", "refusal_odds", "overrefusal_odds")
+
+
+@dataclass(frozen=True)
+class Best:
+    """The look that the gold model likes best, so far."""
+
+    update: int
+    gold_score: float  # mean
+    weights: dict[str, Tensor]  # all that is trained, on the CPU
 
 
 class State:
@@ -78,7 +88,9 @@ class State:
         self.log = log
         self.update = 0
         self.kl_coef = config.kl_coef
-        self.sft: Evaluation | None = None  # what the SFT policy says to the held-out prompts
+        self.sft: Evaluation | None = None  # what the SFT policy says to the prompts of all looks
+        self.held_out: Evaluation | None = None  # and to the held-out prompts, if they are others
+        self.best: Best | None = None  # with `--keep best`
         self.clock = SaveClock(config.save_minutes, config.save_steps)
         self.moved = False  # whether an optimizer step was made since
         optimizer.register_step_post_hook(self._note_step)
@@ -118,6 +130,29 @@ class State:
         if update < self.config.num_updates and agree(self.clock.due(update)):
             self.save()
 
+    def keep_if_best(self, update: int, look: Evaluation) -> None:
+        """Keep the weights as they are now, if the gold model likes no earlier look better."""
+        gold_score = look.gold_scores.mean().item()
+        if self.best is None or gold_score > self.best.gold_score:
+            weights = self.shared.trained_weights()
+            copies = {name: weight.cpu().clone() for name, weight in weights.items()}
+            self.best = Best(update, gold_score, copies)
+
+    def restore_best(self) -> str:
+        """Put the best weights back. Returns a line that says which they are."""
+        self.shared.load_trained(self.best.weights)
+        return (
+            f"Keeping the policy of update {self.best.update} of {self.config.num_updates}: the "
+            f"gold model's mean score, {self.best.gold_score:.2f}, was highest there, on prompts "
+            "of the train split that were set apart."
+        )
+
+    def facts_of_best(self) -> dict[str, Any]:
+        """What run.json says of it."""
+        if self.best is None:
+            return {}
+        return {"kept": {"update": self.best.update, "gold_score": self.best.gold_score}}
+
     def save(self) -> None:
         facts = {
             "hyperparameters": dataclasses.asdict(self.config),
@@ -128,16 +163,18 @@ class State:
             "micro_batch_tokens": self.shared.micro_batch.tokens,
             "rollout_rows": self.shared.rollout_rows,
             "positions": self.positions,
-            "sft": {
-                "responses": [[r.ids, r.text_ids, r.ended_by] for r in self.sft.responses],
-                "texts": self.sft.texts,
-                **{name: to_list(getattr(self.sft, name)) for name in COLUMNS},
-            },
+            "sft": to_json(self.sft),
         }
+        if self.held_out is not self.sft:
+            facts["held_out"] = to_json(self.held_out)
+        if self.best:
+            facts["best"] = {"update": self.best.update, "gold_score": self.best.gold_score}
         with new_state(self.folder, self.update, facts, self.config.save_total_limit) as folder:
             if is_main():
                 save_file(self.shared.trained_weights(), folder / "weights.safetensors")
                 save_file(optimizer_tensors(self.optimizer), folder / "optimizer.safetensors")
+                if self.best:
+                    save_file(self.best.weights, folder / "best.safetensors")
         self.saved = self.update
         self.clock.saved()
 
@@ -162,13 +199,26 @@ class State:
         self.update = facts["update"]
         self.kl_coef = facts["kl_coef"]
         self.positions = facts["positions"]
-        sft = facts["sft"]
-        # A state of an earlier version has not all of them.
-        columns = {name: torch.tensor(sft[name]) for name in COLUMNS if sft.get(name) is not None}
-        self.sft = Evaluation(
-            [Response(*response) for response in sft["responses"]], sft["texts"], **columns
-        )
+        self.sft = from_json(facts["sft"])
+        self.held_out = from_json(facts["held_out"]) if "held_out" in facts else self.sft
+        if "best" in facts:
+            self.best = Best(**facts["best"], weights=load_file(folder / "best.safetensors"))
         self.log.rewind(*self.positions, self.sft, self.update)
+
+
+def to_json(look: Evaluation) -> dict[str, Any]:
+    return {
+        "responses": [[r.ids, r.text_ids, r.ended_by] for r in look.responses],
+        "texts": look.texts,
+        **{name: to_list(getattr(look, name)) for name in COLUMNS},
+    }
+
+
+def from_json(look: dict[str, Any]) -> Evaluation:
+    # A state of an earlier version has not all of them.
+    columns = {name: torch.tensor(look[name]) for name in COLUMNS if look.get(name) is not None}
+    responses = [Response(*response) for response in look["responses"]]
+    return Evaluation(responses, look["texts"], **columns)
 
 
 def to_list(tensor: Tensor | None) -> list[float] | None:
@@ -202,12 +252,16 @@ def save(
     prompt_format: PromptFormat,
     base: dict[str, Any],
     runs: dict,
-    function: RewardFunction | None,
+    facts: dict[str, Any],
     metrics: dict[str, Any],
     started: float,
     log: Log,
 ) -> None:
-    """What a finished run leaves: policy and value model as PEFT adapters, plots, run.json last."""
+    """What a finished run leaves: policy and value model as PEFT adapters, plots, run.json last.
+
+    Args:
+        facts: that run.json has beside the usual.
+    """
     if not is_main():
         return
     log.curves.draw()
@@ -232,5 +286,5 @@ def save(
         rollout_weights=shared.rollout_weights,
         metrics=metrics,
         speed=whole_speed(read_jsonl(folder / "metrics.jsonl")),
-        **facts_of(function),
+        **facts,
     )

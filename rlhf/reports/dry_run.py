@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from rlhf.data.format import PromptFormat, tokenize_prompts
+from rlhf.data.rows import cut_selection
 from rlhf.data.sources import load_splits
 from rlhf.engine.base import base_facts, check_context, read_config, same_base
 from rlhf.engine.card import CARD_OVERHEAD, Plan, deal, tokens_that_fit
@@ -147,6 +148,9 @@ def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
     pairs, held_out = load_splits(
         config.dataset, "prompt", config.columns, config.max_train_samples, config.max_eval_samples
     )
+    if config.keep == "best":
+        pairs, selection = cut_selection(pairs, len(held_out))
+        console.print(f"prompts set apart from these, to choose a policy by: {len(selection)}")
     prompts = tokenize_prompts(pairs, prompt_format, config.max_prompt_length)
     show_data("prompts", [len(prompt) for prompt in prompts])
     console.print(f"held-out prompts: {len(held_out)}")

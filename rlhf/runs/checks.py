@@ -126,6 +126,11 @@ def check_ppo_numbers(config: Any) -> None:
         config, 0, math.inf, "warmup_updates", "critic_warmup_updates", "num_printed_samples"
     )
     check_weight(config)
+    if config.keep == "best" and config.gold_checkpoint is None:
+        raise UserError(
+            "--keep best needs a judge that PPO does not train against: name one with "
+            "--gold-checkpoint, or leave --keep out"
+        )
     if config.kl_controller == "adaptive" and config.episodes_per_update >= 5 * config.kl_horizon:
         raise UserError(
             f"--kl-horizon {config.kl_horizon} is too short for an update's "
