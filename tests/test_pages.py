@@ -154,7 +154,7 @@ def values_of(cell: str) -> list[str]:
 
 
 def same(written: str, value) -> bool:
-    return float(written) == float(value)
+    return written.strip("`") == value if isinstance(value, str) else float(written) == value
 
 
 def test_the_table_of_ppo_has_its_defaults():
