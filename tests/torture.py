@@ -60,7 +60,7 @@ def torture(work: Path, kills: int, dtype: str, seed: int) -> int:
     odd = []
     data = work / "data"
     base = work / "base"
-    steps = 40 + 6 * kills
+    steps = 20 + 7 * kills
     data.mkdir()
     write_jsonl(data / "train.jsonl", read_demo("train")[:24])
     write_jsonl(data / "test.jsonl", read_demo("test")[:8])
