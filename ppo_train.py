@@ -177,7 +177,7 @@ FIRST = (  # flags that --help shows first
     *("sft_checkpoint", "reward_checkpoint", "dataset", "columns", "output_dir"),
     *("overwrite", "resume", "dry_run"),
     *("response_length", "total_episodes", "episodes_per_update", "learning_rate"),
-    *("kl_coef", "kl_target", "missing_eos_penalty", "eval_steps", "reward_function"),
+    *("kl_coef", "kl_target", "missing_eos_penalty", "eval_steps"),
 )
 PRESETS = {
     "demo": Config(

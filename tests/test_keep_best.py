@@ -71,7 +71,7 @@ def metrics(folder):
     return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in rows]
 
 
-@pytest.mark.parametrize("best", [1, 2, 3])
+@pytest.mark.parametrize("best", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_what_is_saved_is_the_best_look(ppo, monkeypatch, tmp_path, best):
     """And the figures reported are of that policy, on held-out prompts that chose nothing."""
     asked = []

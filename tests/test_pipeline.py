@@ -204,7 +204,7 @@ def test_a_judge_scores_and_changes_nothing_else(trained, ppo, tiny_data, call_m
     form = load_format(str(trained.sft), sft)
     shared, _ = ppo_train.load_models(config, sft, form)
     prompts = ppo_train.load_prompts(config, form)[1]
-    result = ppo_train.evaluate(config, shared, form, prompts)
+    result = ppo_train.evaluate(config, shared, form, lambda scores, batch: scores, prompts)
     judge_alone, _ = open_shared(trained)
     judge_alone.add_role("reward", **read_stacked(str(gold), judge_alone))
     texts = [
@@ -686,7 +686,7 @@ def test_held_out_prompts_are_measured_a_micro_batch_at_a_time(trained, monkeypa
     prompts = [form.prompt_ids([("user", "Hi" * n)]) for n in range(1, 9)]
     config = dataclasses.replace(ppo_train.Config(), response_length=4)
     shared.micro_batch.tokens = 60
-    result = ppo_train.evaluate(config, shared, form, prompts)
+    result = ppo_train.evaluate(config, shared, form, lambda scores, batch: scores, prompts)
     assert len(at_once) > 3 and max(at_once) <= 2  # the one at hand, and the one before it
     assert len(result.scores) == 8 and not result.scores.eq(0).any()
 

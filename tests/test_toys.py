@@ -131,7 +131,7 @@ def mean(rows, name):
 @pytest.mark.parametrize(
     ("score", "updates", "start", "settings"),
     [
-        (frequency, 40, 0.2, {"temperature": 0.5, "learning_rate": 1e-2}),
+        (frequency, 25, 0.2, {"temperature": 0.5, "learning_rate": 2e-2}),
         # What KL costs keeps it varied until it is met.
         pytest.param(
             length,
