@@ -38,8 +38,8 @@ demo: $(BIN)/.installed $(MODEL)/model.safetensors
 feedback-demo: $(BIN)/.installed
 	$(BIN)/python demo/feedback.py
 
-# Two processes of a thread each; a file's tests stay together, for the models that they share.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# A process more than two cores, as some tests wait; a file's tests share models and stay together.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(BIN)/.installed
 	$(TEST)
