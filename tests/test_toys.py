@@ -176,7 +176,7 @@ def test_without_a_critic_advantages_vary_more(run, monkeypatch):
             return float(len(looked) > SETTINGS["max_eval_samples"])
 
         return mean(
-            run(score, 30, learning_rate=0.0, value_learning_rate=2e-2, **small)[-5:], "variance"
+            run(score, 24, learning_rate=0.0, value_learning_rate=2e-2, **small)[-5:], "variance"
         )
 
     learned = variance()

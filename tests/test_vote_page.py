@@ -227,7 +227,7 @@ def client_votes(server: Server, count: int, acknowledged: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("clients", "votes", "kills"), [(2, 10, 1), pytest.param(8, 125, 2, marks=pytest.mark.slow)]
+    ("clients", "votes", "kills"), [(2, 6, 1), pytest.param(8, 125, 2, marks=pytest.mark.slow)]
 )
 def test_every_acknowledged_vote_is_in_the_file_once(serve, clients, votes, kills):
     server = serve(prompts=500)
