@@ -282,7 +282,6 @@ def main(config: Config) -> None:
             state.held_out = look(eval_prompts, probe)  # the new policy equals SFT's
             state.sft = look(selection) if selection else state.held_out
             log.evaluation(0, state.sft, looked_at, prompt_format)
-        last = state.sft
         baseline = state.sft.scores.mean().item()
         kl_coef = state.kl_coef
         episodes = config.episodes_per_update

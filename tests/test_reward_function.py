@@ -40,6 +40,10 @@ def odd(completions, **kwargs):
     return [1.0, float("nan"), 2.0]
 
 
+def huge(completions, **kwargs):
+    return [1e300, 10**400, 0]
+
+
 def worded(completions, **kwargs):
     return ["1.0", None, "x"]
 
@@ -107,6 +111,7 @@ def test_one_finite_number_per_text(rules):
         "broken": r"broken: ZeroDivisionError: division by zero \(line 16\)",
         "missing": "it gave 1 numbers for 3 texts; give one per text",
         "odd": f"it gave nan, not a finite number, for the text '{'t' * 60}...'",
+        "huge": "it gave 1e\\+300, not a finite number, for the text 'one'",
         "worded": f"it gave None, not a finite number, for the text '{'t' * 60}...'",
     }.items():
         with pytest.raises(UserError, match=says):

@@ -48,8 +48,10 @@ class RewardFunction:
         wrong = None
         try:
             # No texts are this process's share of fewer texts than processes.
-            said = self.function(prompts=prompts, completions=completions) if completions else []
-            scores = numbers(list(said), completions)
+            if completions:
+                with torch.no_grad():
+                    said = self.function(prompts=prompts, completions=completions)
+                scores = numbers(list(said), completions)
         except UserError as error:
             wrong = str(error)
         except (Exception, SystemExit) as error:
@@ -101,8 +103,8 @@ def numbers(said: list[Any], texts: list[str]) -> list[float]:
     scores = []
     for value, text in zip(said, texts, strict=True):
         try:
-            score = float(value)
-        except (TypeError, ValueError):
+            score = torch.tensor(float(value)).item()  # as float32 has it, which may be infinite
+        except (TypeError, ValueError, OverflowError):
             score = math.nan
         if not math.isfinite(score):
             shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
