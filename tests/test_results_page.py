@@ -204,7 +204,7 @@ def test_steps_side_by_side_wait_for_those_they_need(monkeypatch):
     assert sorted(done) == sorted(step.name for step in todo)
 
 
-@pytest.mark.parametrize("every", [15, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [40, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_page_is_made_of_any_part_of_the_records(monkeypatch, every):
     """What is committed is what the records say; with steps missing there is a page, too."""
     report = json.loads(REPORT.read_text())

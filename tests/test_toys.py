@@ -157,6 +157,7 @@ def test_with_a_huge_kl_coefficient_the_policy_stays_put(run):
     assert abs(mean(put[-5:], "objective/kl")) < 0.5
 
 
+@pytest.mark.slow
 def test_without_a_critic_advantages_vary_more(run, monkeypatch):
     """A score of 1 for whatever is said teaches nothing.
 
