@@ -33,9 +33,10 @@ import rlhf  # noqa: F401  before the libraries that it sets up
 from rich.table import Table
 from rich.text import Text
 
+from rlhf.data.files import has_rows, open_text, parse_columns, read_rows
 from rlhf.data.format import PromptFormat, tokenize_prompt
 from rlhf.data.rows import SPEAKERS, BadRow, parse_dialogue, parse_row
-from rlhf.data.sources import has_rows, load_rows, open_text, parse_columns, read_rows, report_drops
+from rlhf.data.sources import load_rows, report_drops
 from rlhf.data.style import distinct_2, repeated_3grams, style_of
 from rlhf.engine.base import same_base
 from rlhf.engine.generation import ENDINGS

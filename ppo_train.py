@@ -46,8 +46,9 @@ from torch.optim import Optimizer
 from transformers import set_seed
 
 from rlhf.data.format import PromptFormat, tokenize_prompts
-from rlhf.data.rows import Pair, cut_selection
+from rlhf.data.rows import Pair
 from rlhf.data.sources import load_splits
+from rlhf.data.splits import cut_selection
 from rlhf.data.style import style_of
 from rlhf.engine.adapters import read_stacked
 from rlhf.engine.base import check_context, same_base

@@ -43,18 +43,20 @@ from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
 from rlhf.data.format import PromptFormat, TokenPair, tokenize_pairs
-from rlhf.data.rows import Pair, fingerprint
+from rlhf.data.rows import Pair
 from rlhf.data.sources import load_pairs, load_splits
+from rlhf.data.splits import fingerprint
 from rlhf.data.votes import VotePairs, load_votes
 from rlhf.engine.adapters import read_stacked, save_stacked
 from rlhf.engine.base import check_context, same_base
+from rlhf.engine.callbacks import Restack
 from rlhf.engine.card import Plan, choose_tokens, describe_start
 from rlhf.engine.loading import load_base
 from rlhf.engine.plan import plan_reward, read_shape
 from rlhf.engine.roles import SharedBase
 from rlhf.engine.speed import Work
 from rlhf.engine.tokenizers import load_format
-from rlhf.engine.trainer import Restack, Resumable, Row, keep_fp32, steps_of, trainer_options
+from rlhf.engine.trainer import Resumable, Row, keep_fp32, steps_of, trainer_options
 from rlhf.reports.dry_run import earlier_runs, format_of, show_data, show_end, show_plan
 from rlhf.reports.probe import describe_probe, judge_probe, load_probe
 from rlhf.reports.reward_evaluation import ScoredPairs, describe, judge, write_evaluation

@@ -32,9 +32,11 @@ from transformers import PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from rlhf.data.format import PromptFormat, TokenPair, tokenize_pairs
-from rlhf.data.rows import Pair, fingerprint
+from rlhf.data.rows import Pair
 from rlhf.data.sources import load_splits
+from rlhf.data.splits import fingerprint
 from rlhf.engine.base import base_facts, check_context, identified
+from rlhf.engine.callbacks import Restack
 from rlhf.engine.card import Plan, choose_tokens, describe_start
 from rlhf.engine.decoder import Decoder, lay_out
 from rlhf.engine.loading import linear_names, load_base
@@ -44,7 +46,7 @@ from rlhf.engine.plan import plan_sft, read_shape
 from rlhf.engine.portable import save_tokenizer
 from rlhf.engine.speed import Work
 from rlhf.engine.tokenizers import check_vocabulary, load_tokenizer
-from rlhf.engine.trainer import Restack, Resumable, Row, keep_fp32, steps_of, trainer_options
+from rlhf.engine.trainer import Resumable, Row, keep_fp32, steps_of, trainer_options
 from rlhf.reports.dry_run import show_data, show_end, show_plan
 from rlhf.runs.advice import next_command
 from rlhf.runs.checkpoints import is_finished, start_run, weights_of, write_run

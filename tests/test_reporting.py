@@ -11,7 +11,7 @@ from test_ppo_eval import evaluation
 import reward_train
 import sft_train
 from rlhf.data.style import distinct_2, repeated_3grams
-from rlhf.engine.trainer import TrainerLog, describe_evaluation
+from rlhf.engine.callbacks import TrainerLog, describe_evaluation
 from rlhf.ppo.log import PANELS, Log
 from rlhf.runs.curves import Curves, Panel, plot_curves, running_mean
 from rlhf.runs.errors import UserError

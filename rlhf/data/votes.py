@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.rows import BadRow, Pair, first_turn_sha256, parse_row
-from rlhf.data.sources import open_text
+from rlhf.data.files import open_text
+from rlhf.data.rows import BadRow, Pair, parse_row
+from rlhf.data.splits import first_turn_sha256
 from rlhf.runs.errors import UserError
 from rlhf.runs.statistics import wilson_interval
 from rlhf.runs.terminal import console, plain

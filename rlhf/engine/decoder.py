@@ -18,7 +18,8 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from rlhf.engine.layers import LeanLayer, Norm
+from rlhf.engine.layers import LeanLayer
+from rlhf.engine.linear_maps import Norm
 from rlhf.runs.errors import UserError
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rlhf.engine.decoder import Decoder, lay_out
 from rlhf.engine.graphs import Graphs
-from rlhf.engine.layers import LeanLayer, rms_norm
+from rlhf.engine.layers import LeanLayer
+from rlhf.engine.linear_maps import rms_norm
 from rlhf.engine.logprobs import matmul
 from rlhf.engine.micro_batches import cut_by_tokens
 

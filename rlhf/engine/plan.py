@@ -52,9 +52,8 @@ class Shape:
         stored = self.layers * sum(i * o for i, o in self.linears) * self.width
         if self.in_4bit:
             q, k, v, o, gate, up, down = (i * o for i, o in self.linears)
-            # Half a byte a number, and for 64 of them a scale: in float32 where maps are joined
-            # (rlhf/engine/layers.py), else one byte, and the scales' own float32 scale for 256 of
-            # them.
+            # Half a byte a number, and a scale for each 64: in float32 where maps are joined
+            # (rlhf/engine/linear_maps.py), else one byte, and a float32 scale for each 256 scales.
             joined = q + k + v + gate + up
             alone = o + down
             stored = self.layers * (
@@ -74,7 +73,7 @@ class Shape:
         return rows * tokens * self.layers * 2 * self.kv_heads * self.head_dim * self.width
 
     def stacks(self, sft_rank: int, role_rank: int, role_layers: int, roles: int) -> float:
-        """The pairs A, B that rlhf/engine/layers.py makes of adapters, in the base's dtype.
+        """The pairs A, B that rlhf/engine/linear_maps.py makes of adapters, in the base's dtype.
 
         On the upper `role_layers` layers (0: all) each of the roles has a pair of its own, of one
         rank for all of them; on those below they share SFT's.

@@ -142,8 +142,8 @@ class SharedBase:
             for parameter in self.parameters(role):
                 parameter.requires_grad_(True)
 
-    # Passes read stacked copies of the adapters (rlhf/engine/layers.py). Whatever writes to the
-    # adapters themselves comes through here, or says so by `restack`.
+    # Passes read stacked copies of the adapters (rlhf/engine/linear_maps.py). Whoever writes to the
+    # adapters themselves goes through here, or calls `restack`.
 
     def stack(self) -> None:
         if self.decoder:

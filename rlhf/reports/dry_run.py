@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from rlhf.data.format import PromptFormat, tokenize_prompts
-from rlhf.data.rows import cut_selection
 from rlhf.data.sources import load_splits
+from rlhf.data.splits import cut_selection
 from rlhf.engine.base import base_facts, check_context, read_config, same_base
 from rlhf.engine.card import CARD_OVERHEAD, Plan, deal, tokens_that_fit
 from rlhf.engine.plan import OWNERS, episodes_of_a_process, ppo_plans, read_shape
