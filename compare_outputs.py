@@ -20,7 +20,6 @@ training curves) and `reports/compare.json`.
 
 import itertools
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -57,7 +56,7 @@ from rlhf.reports.answers import (
 from rlhf.reports.page import conclusions, read_curves, render_page
 from rlhf.reports.probe import KINDS, OPENING_TOKENS, load_probe, refusal_odds
 from rlhf.runs.checkpoints import git_commit
-from rlhf.runs.checks import check_at_least_one, check_between, check_weight
+from rlhf.runs.checks import check_numbers, check_weight
 from rlhf.runs.cli import run
 from rlhf.runs.device import choose_dtype, device
 from rlhf.runs.errors import UserError
@@ -165,7 +164,7 @@ Odds = dict[str, list[float]]  # by kind of request, log-odds of beginning with 
 
 
 def main(config: Config) -> None:
-    check_numbers(config)
+    check_flags(config)
     folders = {
         "sft": config.sft_checkpoint,
         "reward": config.reward_checkpoint,
@@ -188,29 +187,15 @@ def main(config: Config) -> None:
     model = load_base(base, dtype, prompt_format.pad_token_id)
     shared = load_models(model, folders, runs, dtype)
 
-    # 2. and 3.
+    # 2. to 4.
     answers = {}
     for name in titles:
         with console.status(f"{name} answers {len(prompts)} prompts"):
-            answers[name] = answers_of(
-                shared,
-                prompt_format,
-                [ids for _, ids in prompts],
-                name,
-                "reward" in runs,
-                config.max_new_tokens,
-                config.temperature,
-                config.seed,
-                config.batch_size,
-            )
+            answers[name] = answer(config, shared, prompt_format, prompts, name, "reward" in runs)
         if function:
             add_scores(answers[name], function, config.reward_weight, prompts, prompt_format)
     with console.status("the safety probe"):
         odds = ask_probe(config, shared, prompt_format, list(titles))
-    pairs = compare_pairs(answers)
-    found = (compare_warnings(len(prompts)) if pairs else []) + compare_refusals(odds)
-    # What PPO's run has said already is not said twice.
-    found = [text for text in found if not any(text in line for line in warned)]
     report = {
         "models": titles,
         "base": base,
@@ -219,24 +204,15 @@ def main(config: Config) -> None:
             phase: {key: run[key] for key in REPORTED if key in run} for phase, run in runs.items()
         },
         "commit": git_commit(),
-        "summary": summarize(answers),
-        "pairs": pairs,
-        "probe": summarize_probe(odds),
+        **findings(answers, odds, warned),
         "notes": notes(runs, function, config.reward_weight),
-        "warnings": found + warned,
         "prompts": [
             {"turns": turns, "answers": {name: answers[name][i] for name in titles}}
             for i, (turns, _) in enumerate(prompts)
         ],
         "curves": {phase: read_curves(folders[phase], phase) for phase in runs},
     }
-
-    print(f"🔄 Comparing Model Outputs: {' vs '.join(titles)}\n")
-    for number in range(1, min(config.show, len(prompts)) + 1):
-        print(render_prompt(report, number) + "\n")
-    if len(prompts) > config.show:
-        print(f"... and {len(prompts) - config.show} more prompts, in the files below.\n")
-    print_summary(report)
+    print_report(report, config.show)
     write_reports(Path(config.output_dir), report)
     print(f"Saved {', '.join(f'{config.output_dir}/{name}' for name in FILES)}.\n")
     for line in closing(report):
@@ -246,14 +222,13 @@ def main(config: Config) -> None:
 # ---------------------------------------------------------------- what is compared
 
 
-def check_numbers(config: Config) -> None:
+def check_flags(config: Config) -> None:
+    """Raise UserError for flags that are out of range or do not go together."""
     if config.prompts is not None and config.num_test_prompts:
         raise UserError("--prompts and --num-test-prompts both say what to ask: give one of them")
     parse_columns(config.columns)
-    check_at_least_one(config, "max_prompt_length", "max_new_tokens", "batch_size")
-    check_between(config, 0, math.inf, "num_test_prompts", "show", "temperature")
-    check_between(config, 0, 2**32 - 1, "seed")
-    check_weight(config)
+    check_numbers(vars(config))
+    check_weight(config.reward_weight, config.reward_function)
 
 
 def check_reports(config: Config) -> None:
@@ -332,6 +307,20 @@ def turns_of_row(row: dict[str, Any]) -> Turns:
 # ---------------------------------------------------------------- models and answers
 
 
+def answer(
+    config: Config,
+    shared: SharedBase,
+    prompt_format: PromptFormat,
+    prompts: list[tuple[Turns, list[int]]],
+    name: str,
+    scored: bool,
+) -> list[Answer]:
+    """What the model `name` answers; `scored` tells whether the reward model scores it."""
+    sampling = config.max_new_tokens, config.temperature, config.seed, config.batch_size
+    ids = [ids for _, ids in prompts]
+    return answers_of(shared, prompt_format, ids, name, scored, *sampling)
+
+
 def add_scores(
     answers: list[Answer],
     function: RewardFunction,
@@ -348,6 +337,26 @@ def add_scores(
     more = function([prompt_format.read_prompt(ids) for _, ids in prompts], texts).tolist()
     for answer, score in zip(answers, more, strict=True):
         answer["score"] = weight * (answer["score"] or 0.0) + score
+
+
+def findings(
+    answers: dict[str, list[Answer]], odds: dict[str, Odds], warned: list[str]
+) -> dict[str, Any]:
+    """What the answers and the safety probe show, for the report.
+
+    Args:
+        warned: what earlier phases warned of; PPO may have said something of this already.
+    """
+    pairs = compare_pairs(answers)
+    count = len(next(iter(answers.values())))
+    found = (compare_warnings(count) if pairs else []) + compare_refusals(odds)
+    found = [text for text in found if not any(text in line for line in warned)]
+    return {
+        "summary": summarize(answers),
+        "pairs": pairs,
+        "probe": summarize_probe(odds),
+        "warnings": found + warned,
+    }
 
 
 def summarize(answers: dict[str, list[Answer]]) -> dict[str, dict[str, float]]:
@@ -492,6 +501,17 @@ def compare_refusals(odds: dict[str, Odds]) -> list[str]:
 
 
 # ---------------------------------------------------------------- the report
+
+
+def print_report(report: Report, show: int) -> None:
+    """The first `show` prompts with their answers, then the summary."""
+    count = len(report["prompts"])
+    print(f"🔄 Comparing Model Outputs: {' vs '.join(report['models'])}\n")
+    for number in range(1, min(show, count) + 1):
+        print(render_prompt(report, number) + "\n")
+    if count > show:
+        print(f"... and {count - show} more prompts, in the files below.\n")
+    print_summary(report)
 
 
 def render_prompt(report: Report, number: int) -> str:

@@ -31,9 +31,10 @@ the longest response.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal
 
 import rlhf  # noqa: F401  before the libraries that it sets up
@@ -52,15 +53,24 @@ from rlhf.data.splits import cut_selection
 from rlhf.data.style import style_of
 from rlhf.engine.adapters import read_stacked
 from rlhf.engine.base import check_context, same_base
-from rlhf.engine.card import Rollouts, choose_rollouts, choose_tokens, describe_start
+from rlhf.engine.card import (
+    Asked,
+    Plans,
+    Rollouts,
+    choose_rollouts,
+    choose_tokens,
+    deal,
+    describe_start,
+)
 from rlhf.engine.generation import Response, Seed, generate, prepare, step_seconds
 from rlhf.engine.loading import load_base
 from rlhf.engine.logprobs import TokenLogprobs, logprobs_of
 from rlhf.engine.micro_batches import free_memory
-from rlhf.engine.plan import episodes_of_a_process, ppo_plans, read_shape
+from rlhf.engine.plan import Lora, UpdateSizes, plan_ppo, read_shape
 from rlhf.engine.roles import REFERENCE, SharedBase
 from rlhf.engine.speed import Stopwatch
 from rlhf.engine.tokenizers import load_format
+from rlhf.ppo import checks
 from rlhf.ppo.batch import (
     Batch,
     Measured,
@@ -72,18 +82,33 @@ from rlhf.ppo.batch import (
     restarts_in_smaller_parts,
 )
 from rlhf.ppo.evaluation import Evaluation, compare, describe
-from rlhf.ppo.log import Log, batch_metrics, mean_stats, speed_metrics
+from rlhf.ppo.log import Log, batch_metrics, mean_stats, open_tracker, speed_metrics
 from rlhf.ppo.reward_function import RewardFunction, facts_of, load_reward_function
-from rlhf.ppo.state import State, save
-from rlhf.reports.dry_run import dry_run_ppo, earlier_runs, show_end
+from rlhf.ppo.state import State, inputs_of, save
+from rlhf.reports.dry_run import earlier_runs, format_of, room_of, show_data, show_end, show_plan
 from rlhf.reports.probe import OPENING_TOKENS, Probe, load_probe, refusal_odds
-from rlhf.runs.advice import next_command
-from rlhf.runs.checkpoints import is_finished, read_parents, recorded, start_run
-from rlhf.runs.checks import check_ppo_numbers
+from rlhf.runs.advice import less_memory, next_command
+from rlhf.runs.checkpoints import is_finished, read_parents, sizes_before, start_run
+from rlhf.runs.checks import (
+    check_above_zero,
+    check_between,
+    check_numbers,
+    check_training,
+    check_weight,
+)
 from rlhf.runs.cli import run
 from rlhf.runs.device import choose_dtype, device
 from rlhf.runs.folders import check_output, output_folder
-from rlhf.runs.processes import agree, gather, moments, share, sum_gradients, sum_over_processes
+from rlhf.runs.processes import (
+    agree,
+    gather,
+    moments,
+    num_processes,
+    share,
+    sum_gradients,
+    sum_over_processes,
+)
+from rlhf.runs.resume import States
 from rlhf.runs.run_warnings import ppo_warnings, said_before, show
 from rlhf.runs.stop import until_stopped
 from rlhf.runs.terminal import console
@@ -213,71 +238,42 @@ Prompts = list[list[int]]  # as token ids
 
 def main(config: Config) -> None:
     started = time.monotonic()
-    check_ppo_numbers(config)
+    flags = asdict(config)
+    check_flags(config)
     function = load_reward_function(config.reward_function)
-    runs = foresee(config) if config.dry_run else read_parents(config)
-    inputs = (
-        config.sft_checkpoint,
-        config.reward_checkpoint,
-        config.gold_checkpoint,
-        runs["sft"]["base"]["model"],
-    )
-    inputs += config.base_model, config.dataset, function and function.path
+    folders = config.sft_checkpoint, config.reward_checkpoint, config.gold_checkpoint
+    runs = foresee(config) if config.dry_run else read_parents(*folders)
+    inputs = *folders, runs["sft"]["base"]["model"], config.base_model, config.dataset
+    inputs += (function and function.path,)
     check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
-    if is_finished(config):
+    if config.resume and is_finished(config.output_dir, flags):
         return
     show(said_before(runs))
     if config.dry_run:
-        dry_run_ppo(config, runs)
-        if config.measure:
-            time_steps(main, config, config.num_updates)
-        show_end(config.measure)
+        dry_run(config, runs)
         return
     prompt_format = load_format(config.sft_checkpoint, runs["sft"])
     prompts, eval_prompts, selection, chosen_style = load_prompts(config, prompt_format)
     room = config.max_prompt_length + config.response_length
     probe = load_probe(prompt_format, room, OPENING_TOKENS)
-    tokens, why, rollouts = choose_sizes(config, runs, prompts, eval_prompts + selection)
-    shared, base = load_models(config, runs["sft"], prompt_format)
-    shared.micro_batch.tokens = tokens
-    shared.rollout_rows = rollouts.rows
-    longest = max(map(len, prompts + eval_prompts + selection))
-    prepare_rollouts(config, shared, rollouts, longest)
-    rows = config.episodes_per_update // config.num_mini_batches
-    console.print(describe_start(shared.device, tokens, rows, shared.dtype, why))
-    kept = ", keys and values kept between them" if shared.decoding else ""
-    console.print(
-        f"rollouts of {rollouts.rows} responses at a time, from {shared.rollout_weights} "
-        f"weights{kept}"
-    )
-    peaks = {"policy": config.learning_rate, "value": config.value_learning_rate}
-    groups = [
-        {"name": role, "params": shared.parameters(role), "peak_lr": peak}
-        for role, peak in peaks.items()
-    ]
-    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
-    shared.decoder.follow(optimizer)
+    held_out = eval_prompts + selection
+    shared, base, sizes = prepare_base(config, runs, prompt_format, prompts, held_out)
+    optimizer = make_optimizer(shared, config.learning_rate, config.value_learning_rate)
     scaler = GradScaler(shared.device.type, enabled=shared.dtype == torch.float16)
     all_prompts = prompts, eval_prompts, *([selection] if selection else [])
+    given = inputs_of(runs, function, all_prompts, shared.dtype)
     looked_at = selection or eval_prompts
     total = partial(total_scores, config, function, prompt_format)
 
     with (
         output_folder(config.output_dir, config.resume) as folder,
-        Log(config, folder, config.num_updates, chosen_style) as log,
-        State(config, folder, runs, function, all_prompts, shared, optimizer, scaler, log) as state,
+        open_log(config, folder, chosen_style) as log,
+        State(
+            States(folder, flags, given), config.kl_coef, shared, optimizer, scaler, log
+        ) as state,
     ):
-        start_run(
-            folder,
-            "ppo",
-            config,
-            shared.dtype,
-            micro_batch_tokens=tokens,
-            rollout_rows=rollouts.rows,
-            rollouts_kept=rollouts.kept,
-            rollout_weights=shared.rollout_weights,
-            **facts_of(function),
-        )
+        facts = facts_of(function)
+        start_run(folder, "ppo", flags, shared.dtype, **sizes, **facts)
         look = partial(evaluate, config, shared, prompt_format, total)
         if not state.sft:
             state.held_out = look(eval_prompts, probe)  # the new policy equals SFT's
@@ -331,11 +327,11 @@ def main(config: Config) -> None:
         metrics = compare(state.held_out, last) | chosen_style
         metrics["warnings"] = ppo_warnings(metrics)
         console.print(describe(metrics))
-        facts = facts_of(function) | state.facts_of_best()
-        save(config, folder, shared, prompt_format, base, runs, facts, metrics, started, log)
+        facts |= {"metrics": metrics, **state.facts_of_best()}
+        save(folder, flags, shared, prompt_format, base, runs, started, log, **facts)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     show(metrics["warnings"])
-    console.print(f"Next: {next_command('compare_outputs.py', config, 'ppo')}")
+    console.print(f"Next: {next_command('compare_outputs.py', flags, 'ppo')}")
 
 
 def draw_prompts(
@@ -747,7 +743,21 @@ def set_learning_rates(optimizer: Optimizer, update: int, config: Config) -> Non
         group["lr"] = group["peak_lr"] * warmup * (1 - (update - 1) / config.num_updates)
 
 
-# ---------------------------------------------------------------- models and prompts
+# ---------------------------------------------------------------- before the first update
+
+
+def check_flags(config: Config) -> None:
+    """Raise UserError for flags that are out of range or do not go together."""
+    checks.check_not_sharded()
+    check_training(config.log_with, config.dry_run, config.measure)
+    check_above_zero(temperature=config.temperature)
+    check_numbers(vars(config))
+    check_weight(config.reward_weight, config.reward_function)
+    checks.check_judge(config.keep, config.gold_checkpoint)
+    checks.check_kl_horizon(config.kl_controller, config.kl_horizon, config.episodes_per_update)
+    checks.check_minibatches(config.episodes_per_update, config.num_mini_batches)
+    checks.check_episodes(config.total_episodes, config.episodes_per_update)
+    checks.check_critic_warmup(config.critic_warmup_updates, config.num_updates, config.max_steps)
 
 
 def foresee(config: Config) -> dict[str, dict[str, Any]]:
@@ -755,50 +765,139 @@ def foresee(config: Config) -> dict[str, dict[str, Any]]:
     import reward_train
     import sft_train
 
-    return earlier_runs(config, sft=sft_train, reward=reward_train)
+    folders = {
+        "sft": config.sft_checkpoint,
+        "reward": config.reward_checkpoint,
+        "gold": config.gold_checkpoint,
+    }
+    scripts = {"sft": sft_train, "reward": reward_train}
+    return earlier_runs(folders, scripts, config.base_model, config.measure)
+
+
+def dry_run(config: Config, runs: dict[str, dict[str, Any]]) -> None:
+    """Prompts, updates and the memory plan."""
+    base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
+    prompt_format = format_of(config.sft_checkpoint, runs["sft"])
+    prompts, eval_prompts, selection, _ = load_prompts(config, prompt_format)
+    if selection:
+        console.print(f"prompts set apart from these, to choose a policy by: {len(selection)}")
+    show_data("prompts", [len(prompt) for prompt in prompts])
+    console.print(f"held-out prompts: {len(eval_prompts)}")
+    console.print(
+        f"updates: {config.num_updates} of {config.episodes_per_update} responses of up to "
+        f"{config.response_length} tokens, {config.num_ppo_epochs * config.num_mini_batches} "
+        "optimizer steps each"
+    )
+    check_between(0, read_shape(base, config.dtype).layers, role_layers=config.role_layers)
+    longest = max(map(len, prompts))
+    length = longest + config.response_length + 1
+    check_context(base, length, "--max-prompt-length", "--response-length")
+    plans = make_plans(config, base, runs, longest)
+    episodes = config.episodes_per_update // num_processes()
+    rollouts = deal(plans, asked_of(config), episodes, length, room_of(config.card_gb))
+    weights = "a merged 16-bit copy" if rollouts.merged else "the base with its adapters"
+    kept = ", their keys and values kept for the next" if rollouts.kept else ""
+    console.print(f"rollouts: {rollouts.rows} responses at a time, from {weights}{kept}")
+    advice = less_memory(vars(config))
+    show_plan(plans(rollouts), config.micro_batch_tokens, length, config.card_gb, advice)
+    if config.reward_function:
+        console.print("What --reward-function takes is not in the plan.")
+    if config.measure:
+        time_steps(main, config, config.num_updates)
+    show_end(config.measure)
+
+
+def make_plans(
+    config: Config, base: dict[str, Any], runs: dict[str, dict[str, Any]], longest: int
+) -> Plans:
+    """The memory plan on a card, by rollouts and micro-batch tokens.
+
+    Args:
+        longest: tokens of the longest prompt.
+    """
+    adapters = {role: Lora.of(run) for role, run in runs.items()}
+    adapters["policy"] = Lora(config.lora_rank, config.role_layers)
+    episodes = config.episodes_per_update // num_processes()
+    update = UpdateSizes(episodes, config.num_mini_batches, longest, config.response_length)
+    shape = read_shape(base, config.dtype)
+    return lambda rollouts: partial(
+        plan_ppo, shape, adapters, update, config.gradient_checkpointing, rollouts
+    )
+
+
+def asked_of(config: Config) -> Asked:
+    return Asked(config.rollout_batch_size, config.rollout_weights, config.micro_batch_tokens)
+
+
+def prepare_base(
+    config: Config,
+    runs: dict[str, dict[str, Any]],
+    prompt_format: PromptFormat,
+    prompts: Prompts,
+    eval_prompts: Prompts,
+) -> tuple[SharedBase, dict[str, Any], dict[str, Any]]:
+    """The shared base, ready to sample; its identity; and the sizes that it runs with, by name.
+
+    Sizes are chosen before anything is loaded, as they depend on what is free then.
+    """
+    before = sizes_before(config.output_dir, config.resume)
+    tokens, why, rollouts = choose_sizes(config, runs, prompts, eval_prompts, before)
+    shared, base = load_models(config, runs["sft"], prompt_format)
+    shared.micro_batch.tokens = tokens
+    shared.rollout_rows = rollouts.rows
+    longest = max(map(len, prompts + eval_prompts))
+    if rollouts.merged:
+        choose_weights(config, shared, longest, resumed=before is not None)
+    if rollouts.kept:
+        sampling = longest, config.response_length, config.temperature
+        shared.decoding = prepare(shared, "policy", rollouts.rows, *sampling)
+    rows = config.episodes_per_update // config.num_mini_batches
+    console.print(describe_start(shared.device, tokens, rows, shared.dtype, why))
+    kept = ", keys and values kept between them" if shared.decoding else ""
+    console.print(
+        f"rollouts of {rollouts.rows} responses at a time, from {shared.rollout_weights} "
+        f"weights{kept}"
+    )
+    sizes = {"micro_batch_tokens": tokens, "rollout_rows": rollouts.rows}
+    sizes |= {"rollouts_kept": rollouts.kept, "rollout_weights": shared.rollout_weights}
+    return shared, base, sizes
 
 
 def choose_sizes(
     config: Config,
     runs: dict[str, dict[str, Any]],
-    prompts: list[list[int]],
-    eval_prompts: list[list[int]],
+    prompts: Prompts,
+    eval_prompts: Prompts,
+    before: dict[str, Any] | None,
 ) -> tuple[int, str, Rollouts]:
     """Tokens of a micro-batch and why so many, and how responses are sampled.
 
-    Before anything is loaded, as what is free then counts.
+    Args:
+        before: the sizes that the run began with, if it is resumed.
     """
     base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
     longest = max(map(len, prompts))
     length = longest + config.response_length + 1
     most = max(longest, *map(len, eval_prompts)) + config.response_length + 1
     check_context(base, most, "--max-prompt-length", "--response-length")
-    plans = ppo_plans(read_shape(base, config.dtype), config, runs, longest)
-    rollouts = choose_rollouts(
-        config, plans, episodes_of_a_process(config.episodes_per_update), length, device()
-    )
-    return *choose_tokens(config, plans(rollouts), length, device()), rollouts
+    plans = make_plans(config, base, runs, longest)
+    episodes = config.episodes_per_update // num_processes()
+    rollouts = choose_rollouts(plans, asked_of(config), episodes, length, device(), before)
+    advice = less_memory(vars(config))
+    asked = config.micro_batch_tokens
+    tokens, why = choose_tokens(plans(rollouts), asked, length, device(), before, advice)
+    return tokens, why, rollouts
 
 
-def prepare_rollouts(config: Config, shared: SharedBase, rollouts: Rollouts, longest: int) -> None:
-    """What stays from one rollout to the next: a merged copy, and where texts are written.
+def choose_weights(config: Config, shared: SharedBase, longest: int, resumed: bool) -> None:
+    """Merge a copy of the base to sample from, if that is faster here.
 
     Args:
         longest: tokens of the longest prompt.
+        resumed: whether the run has chosen already.
     """
-    if rollouts.merged:
-        choose_weights(config, shared, longest)
-    if rollouts.kept:
-        shared.decoding = prepare(
-            shared, "policy", rollouts.rows, longest, config.response_length, config.temperature
-        )
-
-
-def choose_weights(config: Config, shared: SharedBase, longest: int) -> None:
-    """Merge a copy of the base to sample from, if it is the faster one here."""
     shared.merge("policy")
-    begun = config.resume and agree(recorded(config.output_dir))
-    if config.rollout_weights == "merged" or begun or shared.device.type != "cuda":
+    if config.rollout_weights == "merged" or resumed or shared.device.type != "cuda":
         return
     shape = shared.rollout_rows, longest
     ours, theirs = (
@@ -836,7 +935,7 @@ def load_prompts(
 ) -> tuple[Prompts, Prompts, Prompts, dict[str, float]]:
     """Prompts to train on, held-out ones, and with `--keep best` those that choose the policy.
 
-    Last the style of the answers chosen for the held-out prompts.
+    Last, the style of the answers that were chosen for the held-out prompts.
     """
     pairs, held_out = load_splits(
         config.dataset, "prompt", config.columns, config.max_train_samples, config.max_eval_samples
@@ -851,6 +950,31 @@ def load_prompts(
     answers = [pair.chosen for pair in held_out if pair.chosen]
     style = style_of(answers) if answers else {}
     return *prompts, {f"chosen_{name}": share for name, share in style.items()}
+
+
+def make_optimizer(
+    shared: SharedBase, learning_rate: float, value_learning_rate: float
+) -> Optimizer:
+    """AdamW with a group for each of policy and value; `set_learning_rates` scales their peaks."""
+    peaks = {"policy": learning_rate, "value": value_learning_rate}
+    groups = [
+        {"name": role, "params": shared.parameters(role), "peak_lr": peak}
+        for role, peak in peaks.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
+    shared.decoder.follow(optimizer)
+    return optimizer
+
+
+def open_log(config: Config, folder: Path, chosen_style: dict[str, float]) -> Log:
+    return Log(
+        folder,
+        config.num_updates,
+        config.num_printed_samples,
+        config.missing_eos_penalty,
+        chosen_style,
+        open_tracker(config.log_with, folder, asdict(config)),
+    )
 
 
 if __name__ == "__main__":

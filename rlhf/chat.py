@@ -9,7 +9,6 @@ An answer appears as it is sampled; Ctrl-C stops it. Type `/help` for what else 
 
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from rlhf.engine.loading import load_base
 from rlhf.engine.roles import BASE, REFERENCE, SharedBase
 from rlhf.engine.tokenizers import load_format, load_tokenizer
 from rlhf.runs.checkpoints import check_child, read_run
-from rlhf.runs.checks import check_at_least_one, check_between
+from rlhf.runs.checks import check_numbers
 from rlhf.runs.cli import run
 from rlhf.runs.device import choose_dtype, device
 from rlhf.runs.errors import UserError
@@ -66,9 +65,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    check_at_least_one(config, "max_prompt_length", "max_new_tokens")
-    check_between(config, 0, math.inf, "temperature")
-    check_between(config, 0, 2**32 - 1, "seed")
+    check_numbers(vars(config))
     shared, prompt_format, names = open_checkpoint(config)
     print(f"{', '.join(names)} can answer; it is {names[-1]} now. /help says what else there is.")
     chat = Chat(config, shared, prompt_format, names)

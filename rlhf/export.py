@@ -116,7 +116,7 @@ def main(config: Config) -> None:
             shutil.copyfile(file, folder / file.name)
         (folder / "export.json").write_text(json.dumps(report, indent=2) + "\n")
         (folder / "README.md").write_text(
-            model_card(config, made, base, source, report), encoding="utf-8"
+            model_card(config.name, made, base, source, report), encoding="utf-8"
         )
     console.print(describe(report))
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")

@@ -66,7 +66,7 @@ def ppo(trained, tmp_path_factory):
     write_run(
         folder,
         "ppo",
-        PPOConfig(),
+        dataclasses.asdict(PPOConfig()),
         torch.float32,
         started=0,
         base=sft["base"],

@@ -935,9 +935,8 @@ def test_every_hyperparameter_is_read_and_explained(script):
     source = (ROOT / f"{script}.py").read_text()
     shared_code = "".join(path.read_text() for path in (ROOT / "rlhf").rglob("*.py"))
     for field in dataclasses.fields(module.Config):
-        assert re.search(rf"(config|self)\.{field.name}\b", source + shared_code), (
-            f"{script}: nobody reads {field.name}"
-        )
+        reads = rf'(config|self)\.{field.name}\b|flags\["{field.name}"\]'
+        assert re.search(reads, source + shared_code), f"{script}: nobody reads {field.name}"
         above = {name for _, name in re.findall(ABOVE_A_FIELD, source, re.M)}
         behind = re.search(rf"^    {field.name}: .*#", source, re.M)
         assert behind or field.name in above, f"{script}: {field.name} has no comment"

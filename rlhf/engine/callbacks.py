@@ -15,14 +15,14 @@ from rlhf.runs.terminal import Progress, console
 
 
 class AllStepsMade(Exception):
-    """A run is resumed from its very last step."""
+    """The state that a run resumes from is that of its last step."""
 
 
 class AfterStep(TrainerCallback):
-    """What the processes settle after each step: whether to stop, and whether to save a state.
+    """What the processes agree on after each step: whether to stop, and whether to save a state.
 
-    A state is saved at the end of training, too, as what comes after it may fail. The test rows
-    are looked at every `eval_steps` steps, except the last, after which the script does it.
+    A state is also saved at the end of training, as what comes after it may fail. The test rows are
+    evaluated every `eval_steps` steps, except after the last, where the script does it.
     """
 
     def __init__(self, clock: SaveClock, micro_batch: MicroBatchSize, eval_steps: int | None):
@@ -43,12 +43,9 @@ class AfterStep(TrainerCallback):
         if self.eval_steps and not last:
             control.should_evaluate = state.global_step % self.eval_steps == 0
 
-    def on_save(self, args, state, control, **kwargs):
-        self.clock.saved()
-
 
 class Restack(TrainerCallback):
-    """Has the decoder see the adapters as they are when training begins, and after each step."""
+    """Shows the decoder the adapters as they are when training begins, and after each step."""
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
@@ -59,7 +56,7 @@ class Restack(TrainerCallback):
 
 
 class TrainerLog(TrainerCallback):
-    """Writes what transformers' Trainer logs to metrics.jsonl, shows progress, draws curves."""
+    """Writes what the Trainer logs to metrics.jsonl, shows progress, and draws curves."""
 
     def __init__(self, folder: Path, name: str, panels: Sequence["Panel"]):
         self.metrics = JsonLines(folder / "metrics.jsonl")
@@ -78,7 +75,7 @@ class TrainerLog(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
-            # Since the last start only, and what the Trainer cannot know of batches that are lists.
+            # One counts from the last start only, the other is wrong for batches that are lists.
             logs = {
                 name: value
                 for name, value in logs.items()
@@ -100,10 +97,10 @@ class TrainerLog(TrainerCallback):
 
 
 def describe_evaluation(step: int, numbers: dict[str, float], rows: list[dict[str, float]]) -> str:
-    """An evaluation in a line, which also says where the loss was lower before.
+    """An evaluation in one line, which also says where the loss was lower before.
 
     Args:
-        rows: the metrics of the steps before.
+        rows: the run's metrics so far.
     """
     said = [f"loss {numbers['eval_loss']:.4f}"]
     for name in ("accuracy", "margin"):

@@ -40,12 +40,16 @@ TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO
 
 
 def model_card(
-    config: Any, made: dict[str, Any], base: dict[str, Any], source: Path, report: dict[str, Any]
+    name: str | None,
+    made: dict[str, Any],
+    base: dict[str, Any],
+    source: Path,
+    report: dict[str, Any],
 ) -> str:
-    """The card, from run.json of the checkpoint and of the earlier phases still there.
+    """The card, from run.json of the checkpoint and of those earlier phases that are still there.
 
     Args:
-        config: of rlhf.export.
+        name: of the model; None: made of the base's and the phase.
         made: run.json of the checkpoint.
         source: the base's folder.
         report: of rlhf.export.Check.
@@ -53,53 +57,63 @@ def model_card(
     runs = phases(made)
     licence = licence_of(source)
     llama = is_llama(base["model"], source)
-    name = (
-        config.name
-        or f"{'Llama-' if llama else ''}{Path(base['model']).name}-{made['phase'].upper()}"
-    )
+    base_name = Path(base["model"]).name
+    name = name or f"{'Llama-' if llama else ''}{base_name}-{made['phase'].upper()}"
     if llama and not name.lower().startswith("llama"):
         name = f"Llama-{name}"  # its licence wants that
-    datasets = sorted(
-        {run["data"]["source"] for run in runs.values() if run.get("data", {}).get("source")}
-    )
-    hub = list(filter(is_hub_id, datasets))
+    parts = [
+        front_matter(made["phase"], base, runs, licence),
+        f"# {plain_name(name)}",
+        *(["Built with Llama."] if llama else []),
+        f"{plain_name(base_name)}, tuned on human preferences with human-feedback-llama.",
+        "## How it was made",
+        *(phase_part(phase, run) for phase, run in runs.items()),
+        "## What merging changed",
+        f"Seen on a few prompts, in float32 (`export.json`):\n\n{differences(report)}",
+        "## How to use it",
+        usage(made["prompt_format"]),
+        "## Limits",
+        LIMITS,
+        "## Licence",
+        terms(licence, llama),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(
+    phase: str, base: dict[str, Any], runs: dict[str, dict[str, Any]], licence: str | None
+) -> str:
+    """The block at the top that the hub reads."""
+    sources = {run.get("data", {}).get("source") for run in runs.values()} - {None, ""}
     head = {
         "base_model": base["model"] if base["revision"] else None,
         "license": licence,
-        "datasets": hub or None,
+        "datasets": list(filter(is_hub_id, sorted(sources))),
         "pipeline_tag": "text-generation",
         "library_name": "transformers",
-        "tags": ["rlhf", made["phase"]],
+        "tags": ["rlhf", phase],
     }
-    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
-    parts = [
-        f"---\n{front}\n---",
-        f"# {plain_name(name)}",
-        *(["Built with Llama."] if llama else []),
-    ]
-    parts.append(
-        f"{plain_name(Path(base['model']).name)}, tuned on human preferences with "
-        "human-feedback-llama."
-    )
-    parts += ["## How it was made", *(phase_part(phase, run) for phase, run in runs.items())]
-    steps = "\n".join(
+    lines = [f"{key}: {json.dumps(value)}" for key, value in head.items() if value]
+    return "\n".join(["---", *lines, "---"])
+
+
+def differences(report: dict[str, Any]) -> str:
+    """How far the versions of the model are apart, a line for each step between them."""
+    return "\n".join(
         f"- {step}: largest logit difference {r['largest_logit_difference']:.1e}, KL {r['kl']:.1e} "
         "nats a token"
         for step, r in report.items()
     )
-    parts += [
-        "## What merging changed",
-        f"Seen on a few prompts, in float32 (`export.json`):\n\n{steps}",
-    ]
-    parts += ["## How to use it", usage(made["prompt_format"])]
-    parts += ["## Limits", LIMITS]
-    terms = f"The base's licence ({licence or 'see its own page'}) also covers this model."
+
+
+def terms(licence: str | None, llama: bool) -> str:
+    said = f"The base's licence ({licence or 'see its own page'}) also covers this model."
     if llama:
-        terms += (
+        said += (
             " Llama is licensed under the Llama Community License, Copyright (c) Meta Platforms, "
             "Inc. All Rights Reserved; its Acceptable Use Policy applies."
         )
-    return "\n\n".join([*parts, "## Licence", terms]) + "\n"
+    return said
 
 
 LIMITS = """It was tuned to please a reward model, which stands for some people's judgements of some
