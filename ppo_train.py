@@ -7,7 +7,7 @@ One frozen base carries everything. The SFT adapter on it is the reference; `pol
 `value` are small adapters on its upper layers. Each update, as in "The N+ implementation details of
 RLHF with PPO" (2403.17031):
 
-1. Rollout: sample a response to each prompt; it ends at EOS or where it runs on into the next
+1. Rollout: sample a response to each prompt. It ends at EOS, or where it runs on into the next
    "\\n\\nHuman:".
 2. Measure: score each response, and compute each token's log-probability under policy and
    reference, and its value.
@@ -15,16 +15,16 @@ RLHF with PPO" (2403.17031):
    Advantages by GAE, whitened.
 4. Optimise: several epochs of clipped policy and value losses over a random partition into
    minibatches, stopped by KL.
-5. Adapt the KL coefficient; every few updates, look at held-out prompts, where a gold reward model
-   may judge, too. First and last, ask the safety probe whether harmful requests are refused
-   (rlhf/reports/probe.py).
+5. Adapt the KL coefficient. Every few updates, evaluate on held-out prompts, where a gold reward
+   model may judge too. At the start and the end, ask the safety probe whether harmful requests are
+   refused (rlhf/reports/probe.py).
 
     python ppo_train.py
     python ppo_train.py --preset demo
 
 Next: python compare_outputs.py
 
-Shapes: b episodes of this process, N tokens of their texts, n sampled tokens of all of them, R of
+Shapes: b episodes of this process, N tokens of their texts, n sampled tokens in all of them, R in
 the longest response.
 """
 
@@ -124,7 +124,7 @@ class Config:
     # a score of your own, as file.py:function with TRL's signature, added to the reward model's
     reward_function: str | None = None
     reward_weight: float = 1.0  # of the reward model's score beside it; 0: the function alone
-    # which policy is saved: the last, or the one that the gold model scored highest at a look
+    # which policy to save: the last, or the one that the gold model scored highest
     keep: Literal["last", "best"] = "last"
     base_model: str | None = None  # where the base is now, if it was moved after SFT
     dataset: str = "Dahoas/rm-static"  # only its prompts are used
@@ -337,9 +337,10 @@ def main(config: Config) -> None:
 def draw_prompts(
     prompts: list[list[int]], update: int, config: Config
 ) -> tuple[list[list[int]], list[Seed]]:
-    """The prompts of an update, each once in an epoch over all, and one sampling seed an episode.
+    """An update's prompts, and one sampling seed for each episode.
 
-    Both follow from the seed and the episode's number alone.
+    An epoch over all prompts has each of them once. Both depend only on the seed and the episode's
+    number.
     """
     queries = []
     seeds = []
@@ -379,7 +380,7 @@ def measure(shared: SharedBase, batch: Batch, temperature: float, baseline: floa
     """What each role says of the batch. The lower layers run once, for all roles and epochs.
 
     Raises:
-        NotFinite: some of it is not finite.
+        NotFinite: some of the numbers are not finite.
     """
     shape = sum(map(len, batch.texts)), shared.lm_head_weight().shape[1]
     lower = torch.empty(shape, dtype=shared.dtype, device=shared.device)
@@ -399,7 +400,7 @@ def measure(shared: SharedBase, batch: Batch, temperature: float, baseline: floa
         }
         for name, numbers in said.items():
             columns.setdefault(name, []).append(numbers)
-    # One transfer, for all numbers that the formulas take on the CPU.
+    # One transfer for all numbers that the formulas take on the CPU.
     flat = [torch.cat(column) for column in columns.values()]
     on_cpu = torch.cat(flat).cpu().split([len(column) for column in flat])
     measured = Measured(lower, **dict(zip(columns, on_cpu, strict=True)))
@@ -414,7 +415,7 @@ def total_scores(
     scores: Tensor,
     batch: Batch,
 ) -> Tensor:
-    """The reward model's scores [b] of a batch, or with a reward function their weighted sum."""
+    """The scores [b] that PPO trains for: the reward model's, plus the reward function's if any."""
     if function is None:
         return scores
     prompts = [prompt_format.read_prompt(prompt) for prompt in batch.prompts]
@@ -423,7 +424,7 @@ def total_scores(
 
 
 def score(shared: SharedBase, role: str, micro: MicroBatch, lower: Tensor) -> Tensor:
-    """What a reward model says at the EOS of each text of a micro-batch, float32."""
+    """The scores [texts] of reward model `role`, read at each text's EOS, float32."""
     return shared.heads[role](shared.upper(lower, micro.texts, role)[micro.texts.last]).squeeze(-1)
 
 
@@ -435,9 +436,9 @@ def token_logprobs(
     temperature: float,
     statistics: bool = False,
 ) -> TokenLogprobs:
-    """Log-probability [n] of each sampled token under `role`, and with `statistics` its entropy.
+    """Log-probability [n] of each sampled token under `role`; with `statistics` also the entropy.
 
-    Measuring and optimising both come through here, with the same micro-batches: in bf16 another
+    Measuring and optimising both go through here with the same micro-batches. In bf16, another
     padding or batch size alone would move the ratio away from 1.
     """
     hidden = shared.upper(lower, micro.texts, role)[micro.positions]
@@ -445,9 +446,9 @@ def token_logprobs(
 
 
 def token_values(shared: SharedBase, micro: MicroBatch, lower: Tensor, baseline: float) -> Tensor:
-    """[n] value before each sampled token.
+    """The value [n] before each sampled token.
 
-    The head, copied from the reward model, speaks in raw scores, so it is centred here.
+    The head is copied from the reward model and predicts raw scores, so they are centred here.
     """
     hidden = shared.upper(lower, micro.texts, "value")[micro.positions]
     return shared.heads["value"](hidden).squeeze(-1) - baseline
@@ -482,7 +483,7 @@ def optimise(
 ) -> dict[str, float]:
     """Epochs over the batch; each minibatch is one step. Returns mean statistics.
 
-    In the first updates only the value model learns.
+    In the first updates, only the value model learns.
     """
     policy = partial(policy_losses, shared, old, config.temperature, config.cliprange)
     value = partial(value_losses, shared, old, baseline, config.cliprange_value)
@@ -492,7 +493,7 @@ def optimise(
         sums: Sums = {}
         if update > config.critic_warmup_updates:
             sums |= backward(shared, batch, "policy", policy, minibatch, tokens, scaler)
-            # In smaller micro-batches rounding alone moves the ratio.
+            # In smaller micro-batches, rounding alone moves the ratio.
             if history or shared.micro_batch.halved:
                 sums["ratio_off"].zero_()
         sums |= backward(shared, batch, "value", value, minibatch, tokens, scaler)
@@ -521,11 +522,13 @@ def backward(
     tokens: float,
     scaler: GradScaler,
 ) -> Sums:
-    """Make `role`'s gradients over a minibatch; return sums of statistics of this process's tokens.
+    """Compute `role`'s gradients over a minibatch; return sums of statistics over its tokens.
+
+    The sums are over this process's tokens.
 
     Args:
-        losses: makes of a micro-batch the loss [n] of each of its tokens, and statistics of them.
-        tokens: of the minibatch, of all processes: the loss is the mean over them.
+        losses: from a micro-batch, the loss [n] of each token, and statistics of each.
+        tokens: of the minibatch, over all processes; the loss is the mean over them.
     """
     shared.drop_gradients(role)  # of an attempt that ran out of memory
     sums: Sums = {}
@@ -540,7 +543,7 @@ def backward(
 def policy_losses(
     shared: SharedBase, old: Old, temperature: float, cliprange: float, micro: MicroBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`policy_loss` of a micro-batch as the policy now is."""
+    """`policy_loss` of a micro-batch, under the policy as it is now."""
     lower = old.lower[micro.text_tokens]
     logprobs = token_logprobs(shared, "policy", micro, lower, temperature).logprobs
     return policy_loss(
@@ -551,13 +554,13 @@ def policy_losses(
 def value_losses(
     shared: SharedBase, old: Old, baseline: float, cliprange_value: float, micro: MicroBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`value_loss` of a micro-batch as the value model now is."""
+    """`value_loss` of a micro-batch, under the value model as it is now."""
     values = token_values(shared, micro, old.lower[micro.text_tokens], baseline)
     return value_loss(values, old.values[micro.tokens], old.returns[micro.tokens], cliprange_value)
 
 
 def clip(optimizer: Optimizer, scaler: GradScaler, max_grad_norm: float) -> dict[str, Tensor]:
-    """Sum gradients over all processes; clip policy's and value's, each to `max_grad_norm`.
+    """Sum gradients over all processes, and clip policy's and value's, each to `max_grad_norm`.
 
     Returns their norms.
     """
@@ -571,9 +574,9 @@ def clip(optimizer: Optimizer, scaler: GradScaler, max_grad_norm: float) -> dict
 
 
 def read(sums: Sums, tokens: float, norms: dict[str, Tensor]) -> dict[str, float]:
-    """Means over all processes' tokens, and the norms: a minibatch's one wait for the device."""
+    """Means over all processes' tokens, and the norms: a minibatch's only wait for the device."""
     means = sum_over_processes(torch.stack(list(sums.values()))) / tokens
-    # 0 without gradients: a CPU's
+    # A norm without gradients is 0, on the CPU.
     numbers = torch.cat([means, torch.stack([norm.to(means) for norm in norms.values()])])
     return dict(zip([*sums, *norms], numbers.tolist(), strict=True))
 
@@ -581,7 +584,7 @@ def read(sums: Sums, tokens: float, norms: dict[str, Tensor]) -> dict[str, float
 def step(optimizer: Optimizer, scaler: GradScaler, stats: dict[str, float]) -> None:
     """Make the clipped step. Raises NotFinite if the gradient norms in `stats` are not finite.
 
-    With fp16 the scaler skips such a step and halves its scale; a scale below 1 has no room left.
+    With fp16, the scaler skips such a step and halves its scale, as long as that is at least 1.
     """
     for group in optimizer.param_groups:
         finite = math.isfinite(stats[f"{group['name']}/grad_norm"])
@@ -604,8 +607,8 @@ def evaluate(
     """Sample from the policy on held-out prompts, always with the same seeds.
 
     Args:
-        total: makes the scores that PPO trains for of the reward model's.
-        probe: what else to ask of the policy, with the openings of its answers.
+        total: turns the reward model's scores into those that PPO trains for.
+        probe: the safety probe, with the openings of its answers, if it is to be asked.
     """
     responses = rollout(
         config, shared, prompt_format, prompts, [(0, 4, i) for i in range(len(prompts))]
@@ -635,7 +638,7 @@ def evaluate(
 def measure_held_out(
     shared: SharedBase, batch: Batch, judges: list[str], temperature: float
 ) -> list[Tensor]:
-    """KL and entropy of the policy [n], and what each judge says [b], on the CPU."""
+    """KL and entropy of the policy [n], and each judge's scores [b], on the CPU."""
     columns: list[list[Tensor]] = [[] for _ in range(2 + len(judges))]
     micro_batches = chain(*batch.micro_batches(shared.micro_batch.tokens))
     for micro in until_stopped(micro_batches):
@@ -686,7 +689,7 @@ def gae(
 
 
 def whiten(values: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scale [n] to variance 1 over all processes, and to mean 0 unless `shift_mean` is False."""
+    """Scale [n] to variance 1 over all processes, and shift to mean 0 unless told otherwise."""
     mean, variance = moments(values)
     return (values - mean) * (variance + 1e-8).rsqrt() + (0.0 if shift_mean else mean)
 
@@ -705,7 +708,7 @@ def policy_loss(
         "policy/approxkl_avg": ratio - 1 - log_ratio,  # "k3": unbiased and never negative
         "policy/clipfrac_avg": (clipped_loss > loss).float(),
         "val/ratio": ratio,
-        "ratio_off": ((ratio - 1).abs() > 1e-4).float(),  # none may be before the first step
+        "ratio_off": ((ratio - 1).abs() > 1e-4).float(),  # must be 0 before the first step
     }
 
 
@@ -735,7 +738,7 @@ def adapt_kl_coef(
 def set_learning_rates(optimizer: Optimizer, update: int, config: Config) -> None:
     """Linear warm-up over `warmup_updates`, then linear decay to 0.
 
-    The policy's starts after the critic's own updates.
+    The policy's warm-up begins after the updates in which the critic learns alone.
     """
     for group in optimizer.param_groups:
         trained = update - (config.critic_warmup_updates if group["name"] == "policy" else 0)
@@ -761,7 +764,7 @@ def check_flags(config: Config) -> None:
 
 
 def foresee(config: Config) -> dict[str, dict[str, Any]]:
-    """Each checkpoint's run.json, by role, or what a plan needs of one that is not there yet."""
+    """Each checkpoint's run.json by role, or what a plan needs of one that is not there yet."""
     import reward_train
     import sft_train
 
@@ -775,7 +778,7 @@ def foresee(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def dry_run(config: Config, runs: dict[str, dict[str, Any]]) -> None:
-    """Prompts, updates and the memory plan."""
+    """Print prompts, updates and the memory plan."""
     base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
     prompt_format = format_of(config.sft_checkpoint, runs["sft"])
     prompts, eval_prompts, selection, _ = load_prompts(config, prompt_format)
@@ -810,7 +813,7 @@ def dry_run(config: Config, runs: dict[str, dict[str, Any]]) -> None:
 def make_plans(
     config: Config, base: dict[str, Any], runs: dict[str, dict[str, Any]], longest: int
 ) -> Plans:
-    """The memory plan on a card, by rollouts and micro-batch tokens.
+    """The memory plan by rollouts and tokens of a micro-batch.
 
     Args:
         longest: tokens of the longest prompt.
@@ -912,7 +915,7 @@ def choose_weights(config: Config, shared: SharedBase, longest: int, resumed: bo
 def load_models(
     config: Config, sft: dict[str, Any], prompt_format: PromptFormat
 ) -> tuple[SharedBase, dict[str, Any]]:
-    """The shared base with its roles, of which policy and value train, and the base's identity."""
+    """The shared base with its roles, of which policy and value learn, and the base's identity."""
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
     set_seed(config.seed)

@@ -8,14 +8,13 @@ scalar head that PEFT opens as a sequence classification model, and what it gets
 2. Load the base the SFT adapter was trained on, stack a LoRA adapter on its upper layers, add a
    float32 scalar head.
 3. Train with TRL's RewardTrainer: -log sigmoid(score(chosen) - score(rejected)) (Bradley-Terry).
-   On the way, look at the test split.
+   Evaluate on the test split on the way.
 4. Score the test split: accuracy, calibration, and how much of it is length
    (rlhf/reports/reward_evaluation.py). Score the safety probe: are refusals preferred where they
    should be (rlhf/reports/probe.py)?
 
-With --extra-data people's votes (`python -m feedback.vote`) are mixed into the training pairs. The
-votes on one prompt in five are held out, the same ones every time, and scored beside the test
-split.
+With --extra-data, people's votes (`python -m feedback.vote`) are mixed into the training pairs. The
+votes on one prompt in five are held out, the same ones every time, and scored at the end too.
 
     python reward_train.py
     python reward_train.py --preset demo
@@ -287,23 +286,23 @@ def save(
 
 
 def in_short(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What of the evaluation goes into run.json."""
+    """The part of the evaluation that goes into run.json."""
     lists = [name for name, value in metrics.items() if isinstance(value, list)]
     return {name: metrics[name] for name in metrics if name == "warnings" or name not in lists}
 
 
 def closed(ids: list[int], eos_token_id: int) -> list[int]:
-    """A response closed by EOS, where the score is read; one that was cut to fit has none yet."""
+    """A response closed by EOS, where the score is read. One that was cut to fit has none yet."""
     return ids if ids[-1] == eos_token_id else [*ids, eos_token_id]
 
 
 def num_tokens(pair: TokenPair) -> int:
-    """What goes through the model, where the prompt is read once; both responses closed by EOS."""
+    """Tokens that go through the model: the prompt once, and both responses with EOS."""
     return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) + 2
 
 
 def longest_text(pairs: list[TokenPair]) -> int:
-    """Tokens of the longest prompt with one response, closed by EOS."""
+    """Tokens of the longest prompt with one response and EOS."""
     return max(
         len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) + 1
         for pair in pairs
@@ -325,7 +324,7 @@ def both_responses(pairs: list[TokenPair], eos_token_id: int) -> datasets.Datase
 def tokenize_eval(
     config: Config, prompt_format: PromptFormat, pairs: list[Pair], votes: VotePairs | None
 ) -> dict[str, list[TokenPair]]:
-    """What is scored at the end: the test pairs, and the held-out votes if there are any."""
+    """What is scored at the end: the test pairs, and held-out votes if there are any."""
     sets = {"test pairs": pairs} | (
         {"held-out votes": votes.held_out} if votes and votes.held_out else {}
     )
@@ -336,7 +335,7 @@ def tokenize_eval(
 
 
 def foresee(config: Config) -> dict[str, Any]:
-    """The run.json of the SFT checkpoint, or what a plan asks of it if it is not there yet."""
+    """The SFT checkpoint's run.json, or what a plan needs of it if it is not there yet."""
     import sft_train
 
     folders = {"sft": config.sft_checkpoint}
@@ -350,7 +349,7 @@ def dry_run(
     pairs: list[Pair],
     sft: dict[str, Any],
 ) -> None:
-    """Rows, tokens, steps and the memory plan."""
+    """Print rows, tokens, steps and the memory plan."""
     tokenized = tokenize_pairs(pairs, prompt_format, config.max_length, "train")
     lengths = list(map(num_tokens, tokenized))
     show_data("training pairs", lengths)
@@ -368,7 +367,7 @@ def dry_run(
 
 
 def make_plan(config: Config, base: dict[str, Any], sft: dict[str, Any], longest: int) -> Plan:
-    """The memory plan on a card, by micro-batch tokens, for pairs of up to `longest` tokens."""
+    """The memory plan by tokens of a micro-batch, for pairs of up to `longest` tokens."""
     shape = read_shape(base, config.dtype)
     rows = config.batch_size // num_processes()
     adapters = Lora.of(sft), Lora(config.lora_rank, config.role_layers)
@@ -411,7 +410,7 @@ class Trainer(Resumable, RewardTrainer):
     def tokens(self, row: Row) -> int:
         chosen = row["chosen_ids"]
         rejected = row["rejected_ids"]
-        if sharded():  # both are read by themselves, and padded
+        if sharded():  # each is read by itself, and padded
             return 2 * max(len(chosen), len(rejected))
         # The prompt is read once.
         return len(chosen) + len(rejected) - len(commonprefix([chosen, rejected]))
@@ -424,7 +423,7 @@ class Trainer(Resumable, RewardTrainer):
         chosen, rejected = scores.chunk(2)
         return {
             "loss": self.pair_losses(chosen, rejected).sum(),
-            "preference_loss": -F.logsigmoid(chosen - rejected).sum(),  # as test pairs have it
+            "preference_loss": -F.logsigmoid(chosen - rejected).sum(),  # as for the test pairs
             "mean_reward": scores.sum() / 2,  # of both texts of a pair
             "accuracy": (chosen > rejected).sum(),
             "margin": (chosen - rejected).sum(),
@@ -433,12 +432,12 @@ class Trainer(Resumable, RewardTrainer):
         }
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        """The Bradley-Terry loss, and the term that keeps scores near mean 0 [pairs]."""
+        """The Bradley-Terry loss, plus the term that keeps scores near mean 0 [pairs]."""
         centering = self.args.center_rewards_coefficient * (chosen + rejected).square()
         return centering - F.logsigmoid(chosen - rejected)
 
     def evaluation(self) -> dict[str, float]:
-        """The same numbers that the evaluation at the end has of the test pairs."""
+        """The same numbers as in the evaluation at the end."""
         pairs = score(self.shared, self.eval_pairs, self.processing_class.eos_token_id)
         loss = np.logaddexp(0, -pairs.margin)
         numbers = {"loss": loss, "accuracy": pairs.right, "margin": pairs.margin}
@@ -500,11 +499,13 @@ def evaluate(
     eval_sets: dict[str, list[TokenPair]],
     folder: Path,
 ) -> dict[str, Any]:
-    """Score the test pairs and held-out votes, say what the scores are worth, and write it down.
+    """Score the test pairs and held-out votes, print what the scores are worth, and write it down.
 
-    Returns the numbers of the test pairs, of the votes under names that start with `votes_`, of the
-    safety probe under those that start with `probe_`, and `warnings`. Raises UserError if the
-    scores are worth nothing.
+    Returns:
+        the numbers of the test pairs; of the votes, in names that start with `votes_`; of the
+        safety probe, in names that start with `probe_`; and `warnings`.
+    Raises:
+        UserError: the scores are not finite, or all the same.
     """
     scored = {
         what: score(shared, pairs, prompt_format.eos_token_id) for what, pairs in eval_sets.items()
@@ -543,7 +544,7 @@ def evaluate(
 def score_probe(
     config: Config, shared: SharedBase, prompt_format: PromptFormat
 ) -> dict[str, float]:
-    """What the reward model makes of the safety probe, as far as it fits into --max-length."""
+    """What the reward model makes of those pairs of the safety probe that fit --max-length."""
     probe = load_probe(prompt_format, config.max_length)
     scores = {}
     for kind, pairs in probe.items():
@@ -554,9 +555,9 @@ def score_probe(
 
 
 def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int) -> ScoredPairs:
-    """Scores of pairs, with what else the evaluation looks at. Each process reads its share.
+    """Scores of pairs, with what else the evaluation needs. Each process reads its share.
 
-    Of a base that is sharded all processes read each text together.
+    If the base is sharded, all processes read every text together.
     """
     answers = [[closed(ids, eos_token_id) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs]
     texts = [(p.prompt_ids + a, p.prompt_ids + b) for p, (a, b) in zip(pairs, answers, strict=True)]
@@ -569,7 +570,7 @@ def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int) -> Scor
 
 
 def eval_only(config: Config) -> None:
-    """Score the test split with a finished reward model, and write its evaluation again."""
+    """Score the test split with a finished reward model, and rewrite its evaluation."""
     folder = Path(config.output_dir)
     if sharded():
         raise UserError("--eval-only under FSDP: start it in one process, without accelerate")

@@ -3,11 +3,11 @@
 In: a base model, and prompts with answers, such as those of a preference data set.
 Out: `checkpoints/sft`, a LoRA adapter in PEFT's format with its tokenizer.
 
-1. Tokenise each prompt with its chosen response, closed by EOS; the loss counts the response's
-   tokens only.
+1. Tokenise each prompt with its chosen response, closed by EOS. Only the response's tokens count in
+   the loss.
 2. Load the base, frozen, in NF4 (or 16 bit), and put a LoRA adapter on all linear layers of its
    decoder.
-3. Train with TRL's SFTTrainer; evaluate on the test split before, on the way, and after.
+3. Train with TRL's SFTTrainer. Evaluate on the test split before, during and after training.
 
     python sft_train.py                      # the real thing: Llama 3.2 3B on one 12 GB card
     python sft_train.py --preset demo        # a small model on a CPU
@@ -204,7 +204,7 @@ def main(config: Config) -> None:
 
 
 def response_only(pairs: list[TokenPair]):
-    """Token ids and labels of the chosen responses; -100 hides the prompt from the loss."""
+    """Token ids, and labels in which -100 hides the prompt from the loss."""
     rows = [
         {
             "input_ids": p.prompt_ids + p.chosen_ids,
@@ -218,7 +218,7 @@ def response_only(pairs: list[TokenPair]):
 def dry_run(
     config: Config, base: dict[str, Any], prompt_format: PromptFormat, pairs: list[Pair]
 ) -> None:
-    """Rows, tokens, steps and the memory plan."""
+    """Print rows, tokens, steps and the memory plan."""
     tokenized = tokenize_pairs(pairs, prompt_format, config.max_length, "train")
     lengths = [len(p.prompt_ids) + len(p.chosen_ids) for p in tokenized]
     show_data("training rows", lengths)
@@ -235,7 +235,7 @@ def dry_run(
 
 
 def make_plan(config: Config, base: dict[str, Any], longest: int) -> Plan:
-    """The memory plan on a card, by micro-batch tokens, for texts of up to `longest` tokens."""
+    """The memory plan by tokens of a micro-batch, for texts of up to `longest` tokens."""
     shape = read_shape(base, config.dtype)
     rows = config.batch_size // num_processes()
     adapter = Lora(config.lora_rank)
@@ -296,7 +296,7 @@ class Trainer(Resumable, SFTTrainer):
         return dict(zip(self.means, sums, strict=True))
 
     def read_responses(self, rows: list[Row]) -> TokenLogprobs:
-        """Of all labelled tokens [N]: no padding is computed, and the LM head only there."""
+        """All labelled tokens [N]. There is no padding, and the LM head runs only for them."""
         texts = lay_out([row["input_ids"] for row in rows], self.args.device)
         following = np.array([label for row in rows for label in [*row["labels"][1:], -100]])
         labelled = np.flatnonzero(following != -100)
@@ -310,7 +310,7 @@ class Trainer(Resumable, SFTTrainer):
         return logprobs_of(self.decoder.norm(states), lm_head, labels, 1.0, statistics=True)
 
     def evaluation(self) -> dict[str, float]:
-        """Means over all response tokens of the test rows; each process reads its share of them."""
+        """Means over the test rows' response tokens. Each process reads its share of the rows."""
         means, _ = self.go_through(share(list(self.eval_dataset)))
         return means
 

@@ -1,4 +1,4 @@
-"""Prompts, answers and preferences: where they come from, their shapes, and their tokens.
+"""Prompts, answers and preferences: where they come from, what shapes they have, their tokens.
 
 `files` reads the rows of a file, a folder or a hub data set; `rows` turns a row of any accepted
 shape into a `Pair`; `splits` says which side of a split a pair is on; `sources` puts the three

@@ -23,7 +23,7 @@ from rlhf.runs.terminal import plain
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSED = (".gz", ".zst")
 SPLITS = {"train": ("train",), "test": ("test", "validation", "eval")}
-TRANSCRIPT = re.compile(r"(^|\n)\s*(Human|Assistant):|^\s*\[")  # or messages that became text
+TRANSCRIPT = re.compile(r"(^|\n)\s*(Human|Assistant):|^\s*\[")  # or messages spelled out as text
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 ACCEPTED = {  # by what is needed
     "pair": "accepted are the columns prompt, chosen, rejected (text or message lists), "
@@ -38,7 +38,7 @@ WANTED = {
     "answer": "SFT learns from a prompt with its answer",
     "prompt": "there has to be a prompt",
 }
-Rows = Iterable[dict[str, Any]]  # as a file has them; JSON may hold something else
+Rows = Iterable[dict[str, Any]]  # as they are in the file; in JSON they may be something else
 
 
 def read_rows(
@@ -46,8 +46,11 @@ def read_rows(
 ) -> tuple[str, Iterator[dict[str, Any]]]:
     """What a split is read from, in words, and its rows, under our names of the columns.
 
+    Args:
+        needs: what the first row must have columns for.
+        columns: the data's own names of columns, as in `prompt=question,chosen=good`.
     Raises:
-        UserError: as `load_rows` does.
+        UserError: no such source, a file that cannot be read, a missing column.
     """
     names = parse_columns(columns)
     said, files = open_source(source, split)
@@ -55,7 +58,7 @@ def read_rows(
 
 
 def open_source(source: str, split: str) -> tuple[str, Iterable[tuple[str, Rows]]]:
-    """What a split is read from, in words, and each file of it: what it is called, and its rows."""
+    """What a split is read from, in words; and the name and the rows of each of its files."""
     path = Path(source)
     if not source:
         raise UserError("--dataset '': name a hub id, a folder or a file")
@@ -76,21 +79,22 @@ def open_source(source: str, split: str) -> tuple[str, Iterable[tuple[str, Rows]
 
 
 def has_rows(path: Path) -> bool:
-    """Whether a file's name says that it holds rows, and not plain text."""
+    """Whether a file holds rows rather than plain text, by its name."""
     return kind_of(path) is not None
 
 
 def kind_of(path: Path) -> str | None:
-    """The suffix that says how a file is read, without that of its compression, or None."""
+    """The suffix that says how to read a file, without that of a compression; None: unknown."""
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
     return suffix if suffix in SUFFIXES and not (suffix == ".parquet" != path.suffix) else None
 
 
 def split_files(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
-    """The files of a split, in order, and those whose names only begin like theirs.
+    """The files of a split, in order, and others with similar names, which are not read.
 
     Raises:
-        UserError: none; more than one kind, so that rows would be read twice; a missing shard.
+        UserError: there are none, or several kinds (rows would be read twice), or a shard is
+            missing.
     """
     near = [
         file
@@ -112,7 +116,7 @@ def split_files(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
 
 
 def check_one_kind(folder: Path, split: str, files: list[Path]) -> None:
-    """Raise UserError unless it is one file, or all the shards of one data set."""
+    """Raise UserError unless the files are a single one, or all shards of one data set."""
     shards = [SHARD.search(file.name) for file in files]
     kinds = {
         (file.parent, file.name.partition(".")[2], "-" in file.name, shard and shard[2])
@@ -142,10 +146,10 @@ def read_file(path: Path) -> Rows:
 
 
 def checked_rows(rows: Rows, where: str, needs: Needs, names: dict[str, str]) -> Iterator[dict]:
-    """The rows under our names of the columns: objects, of which the first has what is needed.
+    """The rows under our names of the columns. Raises UserError as `read_rows` says.
 
     Args:
-        names: the data's own name of a column, by ours.
+        names: the data's own name of each column, by ours.
     """
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
@@ -165,10 +169,10 @@ def renamed(row: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
 
 
 def parse_columns(columns: str | None) -> dict[str, str]:
-    """`prompt=question,chosen=good`: the data's own name of a column, by ours.
+    """Parse `prompt=question,chosen=good` into the data's own name of each column, by ours.
 
     Raises:
-        UserError: it is malformed, or names a column that is not read, or one twice.
+        UserError: it is malformed, or names an unknown column, or one of them twice.
     """
     names: dict[str, str] = {}
     for part in columns.split(",") if columns else ():
@@ -190,7 +194,7 @@ def parse_columns(columns: str | None) -> dict[str, str]:
 
 
 def check_columns(row: dict[str, Any], where: str, needs: Needs, names: dict[str, str]) -> None:
-    """Raise UserError if a file, by its first row, lacks a column that was named or is needed."""
+    """Raise UserError if the first row of a file lacks a column that was named or is needed."""
     has = f"it has {plain(', '.join(map(str, row)))}"
     for ours, theirs in names.items():
         if theirs not in row:
@@ -204,7 +208,7 @@ def check_columns(row: dict[str, Any], where: str, needs: Needs, names: dict[str
 
 
 def missing_column(row: dict[str, Any], needs: Needs) -> str | None:
-    """Our name of a column that has to be there and is not."""
+    """Our name of a column that is needed and missing; None if there is none."""
     answer = next((row[name] for name in ANSWERS if name in row), "")
     talk = any(name in row for name in TALKS)
     if needs != "prompt" and not talk and not any(name in row for name in ANSWERS):
@@ -279,7 +283,7 @@ READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet
 
 
 class open_text:
-    """`open` for UTF-8 text, also of a compressed file.
+    """Like `open`, for UTF-8 text, compressed or not.
 
     Raises:
         UserError: the file cannot be opened, is damaged or cut off, or is not UTF-8.

@@ -1,4 +1,4 @@
-"""The usable pairs of a split, and what is said of the rows that are left out."""
+"""The usable pairs of a split, and a report of the rows that are left out."""
 
 import re
 from collections import Counter
@@ -23,9 +23,9 @@ from rlhf.data.splits import TEST_SHARE, first_turn_sha256, is_test, row_sha256,
 from rlhf.runs.errors import UserError
 from rlhf.runs.terminal import console, plain
 
-FEW_PROMPTS = 20  # with fewer in a test split its figures are mostly chance
-MESSAGE = ("role", "content", "from", "value")  # keys that are read
-MARKUP = re.compile(  # of other formats, and cues that stand where they are no cues
+FEW_PROMPTS = 20  # with fewer in the test split, its figures are mostly chance
+MESSAGE = ("role", "content", "from", "value")  # the keys that are read
+MARKUP = re.compile(  # of other formats, and cues in places where we do not read them as such
     r"<\|\w+\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>"
     r"|^[ \t]*(?:#+ ?)?(?:Human|User|Assistant|Instruction|Response|System):",
     re.MULTILINE,
@@ -34,17 +34,17 @@ MARKUP = re.compile(  # of other formats, and cues that stand where they are no 
 
 @dataclass
 class Reading:
-    """What was found while the rows of a split were read, for the one line that says so."""
+    """What was found while the rows of a split were read, for the line that reports it."""
 
     what: str
     files: str
     drops: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
-    # columns and message keys, in their order
+    # columns and message keys, in order
     ignored: dict[str, None] = field(default_factory=dict)
     markup: Counter[str] = field(default_factory=Counter)
-    all_rows: int = 0  # of a file that is split by its first questions
-    questions: int = 0  # how many different ones
+    all_rows: int = 0  # of a file that is split by first questions
+    questions: int = 0  # different first questions
 
     def note(self, row: dict[str, Any], pair: Pair) -> None:
         """Count a row that is used."""
@@ -52,7 +52,7 @@ class Reading:
         self.ignored |= dict.fromkeys(ignored_names(row))
         answers = [answer for answer in (pair.chosen, pair.rejected) if answer is not None]
         texts = [*(text for _, text in pair.turns), *answers]
-        if pair.rejected is not None:  # that it runs on may be why
+        if pair.rejected is not None:  # perhaps it was rejected because it runs on
             texts[-1] = LATER_LINE_STARTS_WITH_CUE.split(pair.rejected)[0]
         found = {match.strip() for text in texts for match in MARKUP.findall(text)}
         question = pair.turns[-1][1]
@@ -82,15 +82,15 @@ def load_rows(
 ) -> list[Pair]:
     """Read the usable rows of a split ("train" or "test"), at most the first `max_samples`.
 
-    One file without splits gives about one first question in twenty, chosen by a hash of its text,
-    to the test split. With `half` "first" or "second" only the rows of that half. Bad rows are
-    dropped; one line on the terminal says what was read, how many rows were dropped and why, and
-    what was ignored.
+    A single file without splits gives about one in twenty first questions to the test split, by a
+    hash of the question. Bad rows are dropped. One line on the terminal says what was read, how
+    many rows were dropped and why, and what was ignored.
 
     Args:
-        needs: what makes a row usable: its prompt, an answer to it, or two.
+        source: a hub id, a file or a folder.
+        needs: what makes a row usable: a prompt, a prompt with an answer, or one with two.
         columns: the data's own names of columns, as in `prompt=question,chosen=good`.
-
+        half: "first" or "second" reads only the rows of that half.
     Raises:
         UserError: no such source, a file that cannot be read, a missing column, no usable row.
     """
@@ -128,13 +128,13 @@ def load_pairs(
     half: str = "both",
     columns: str | None = None,
 ) -> list[Pair]:
-    """`load_rows` of those that have two answers."""
+    """`load_rows`, for rows with two answers."""
     return load_rows(source, split, "pair", columns, max_samples, half)
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """A row, what is read of it or why nothing is, and what decides on its split and half."""
+    """A row; the pair read from it, or why there is none; and the hash that decides its split."""
 
     row: dict[str, Any]
     pair: Pair | None
@@ -151,15 +151,15 @@ class Parsed:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is wrong with what the row has, whatever a phase needs of it."""
+        """Whether nothing is wrong with the row, whatever a phase needs of it."""
         return self.pair is not None and not flaw_of(self.pair)
 
 
 def one_side(rows: list[Parsed], split: str, reading: Reading) -> list[Parsed]:
-    """The rows of one file that are of a split: all that start with one question are in the same.
+    """The rows of one file that belong to a split. Rows with the same first question stay together.
 
-    Where the hash holds out none of at least twenty rows, those of one question are held out: the
-    same one for all phases, so what a phase needs has no say in it.
+    If the hash holds out none of at least twenty rows, the rows of one question are held out. It is
+    the same question in all phases, whatever a phase needs of a row.
     """
     questions = {row.digest for row in rows if row.is_whole}
     held_out = {digest for digest in questions if is_test(digest)}
@@ -180,9 +180,9 @@ def load_splits(
     max_test: int | None = None,
     half: str = "both",
 ) -> tuple[list[Pair], list[Pair]]:
-    """`load_rows` of both splits, with a warning if prompts stand in both.
+    """`load_rows` for both splits, with a warning if they share prompts.
 
-    `half` is of the training split only.
+    `half` applies to the training split only.
     """
     train = load_rows(source, "train", needs, columns, max_train, half)
     test = load_rows(source, "test", needs, columns, max_test)
@@ -191,7 +191,7 @@ def load_splits(
 
 
 def report_overlap(train: Iterable[Pair], test: Iterable[Pair]) -> None:
-    """Warn of prompts of the test split that are also trained on."""
+    """Warn if prompts of the test split are also trained on."""
     seen = {pair.turns for pair in train}
     prompts = dict.fromkeys(pair.turns for pair in test)
     both = [turns for turns in prompts if turns in seen]
@@ -229,7 +229,7 @@ def reasons_of(drops: Counter[str]) -> str:
 
 
 def shape_of(row: dict[str, Any]) -> str:
-    """Which columns a row was read from, and what they hold: "prompt, chosen, rejected (text)"."""
+    """The columns a row was read from and what they hold, such as "prompt, chosen (text)"."""
     read = [name for name in columns_of(row).values() if row[name]]
     kinds = dict.fromkeys(
         "text" if isinstance(row[name], str) else "messages" for name in read if name not in LABELS
@@ -238,7 +238,7 @@ def shape_of(row: dict[str, Any]) -> str:
 
 
 def ignored_names(row: dict[str, Any]) -> Iterator[str]:
-    """The columns of a row, and the keys of its messages, that hold something and are not read."""
+    """The columns of a row and the keys of its messages that hold something but are not read."""
     read = columns_of(row).values()
     yield from (
         plain(str(name))

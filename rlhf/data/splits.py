@@ -1,4 +1,4 @@
-"""Which side of a split a pair is on, by a hash of its first question: the same one every time."""
+"""Which split and half a pair belongs to: decided by a hash of its first question, so it stays."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ TEST_SHARE = 20  # a file without splits holds out one first question in this ma
 
 
 def in_test_split(pair: Pair) -> bool:
-    """True for about one first question in twenty, the same ones every time."""
+    """Whether a single file gives the pair to the test split: about one first question in 20."""
     return is_test(first_turn_sha256(pair))
 
 
 def half_of(pair: Pair) -> str:
-    """ "first" or "second": the half of the data that a pair is in, the same one every time."""
+    """ "first" or "second": the half of the data that a pair is in."""
     return which_half(first_turn_sha256(pair))
 
 
@@ -30,9 +30,9 @@ def which_half(digest: bytes) -> str:
 
 
 def cut_selection(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to train on, and `count` to choose a model by, the same ones every time.
+    """The pairs to train on, and `count` pairs to choose a model by, the same ones every time.
 
-    Each of the latter has a first question of its own, and no pair with that question is left to
+    Each of these `count` has its own first question, and no pair with that question is left to
     train on.
 
     Raises:
@@ -40,7 +40,7 @@ def cut_selection(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]
     """
     groups: dict[bytes, list[Pair]] = {}
     for pair in pairs:
-        # Hashed once more, as the digest itself says which split and half the pair is in.
+        # Hashed again, as the digest itself decides the pair's split and half.
         groups.setdefault(hashlib.sha256(first_turn_sha256(pair)).digest(), []).append(pair)
     if 2 * count > len(groups):
         raise UserError(
@@ -55,18 +55,18 @@ def cut_selection(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]
 
 
 def first_turn_sha256(pair: Pair) -> bytes:
-    """A hash of what the user said first, so that no dialogue is on both sides of a split."""
+    """A hash of the user's first turn, so that no dialogue is on both sides of a split."""
     first = next(text for role, text in pair.turns if role == "user")
     return hashlib.sha256(first.encode("utf-8", "replace")).digest()
 
 
 def row_sha256(row: dict[str, Any]) -> bytes:
-    """The same for a row that is no pair: it is counted on one side only."""
+    """The same for a row that is no pair, so that it is counted on one side only."""
     return hashlib.sha256(repr(row).encode("utf-8", "replace")).digest()
 
 
 def fingerprint(pairs: Iterable[Pair]) -> str:
-    """SHA-256 over the pairs in order: two runs with the same value saw the same data."""
+    """SHA-256 over the pairs in order. Two runs with the same value saw the same data."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(json.dumps([pair.turns, pair.chosen, pair.rejected]).encode())

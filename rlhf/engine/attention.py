@@ -1,4 +1,4 @@
-"""Attention of texts that lie end to end: rotated q, k and v, padded only for the product.
+"""Attention for texts that lie end to end: they are padded only for the product of q and k.
 
 Shapes: B texts, T tokens of the longest, S tokens attended to, N tokens of all texts, D features a
 head, G query heads to each of K key heads.
@@ -13,7 +13,7 @@ from rlhf.engine.linear_maps import RMSNorm
 
 
 class NormHeads(Function):
-    """`RMSNorm` of each head of q and k in [N, (GK + 2K) D]; v stays.
+    """`RMSNorm` on each head of q and k in [N, (GK + 2K) D]; v stays as it is.
 
     The frozen weights [D] get no gradient.
     """
@@ -41,9 +41,9 @@ class NormHeads(Function):
 
 
 class Rotate(Function):
-    """q, k and v, each [B, heads, T, D], out of [N, (GK + 2K) D].
+    """q, k and v, each [B, heads, T, D], from [N, (GK + 2K) D].
 
-    q and k have rotary position embeddings (2104.09864).
+    q and k get rotary position embeddings (2104.09864).
     """
 
     @staticmethod
@@ -67,9 +67,9 @@ class Rotate(Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: int) -> Tensor:
-    """x [N, heads and others, D] with each pair (x[i], x[i + D / 2]) of `heads` heads rotated.
+    """Rotate each pair (x[i], x[i + D / 2]) of the first `heads` heads of x [N, all heads, D].
 
-    `sign` -1 turns it back.
+    With `sign` -1 they are rotated back.
     """
     half = x.shape[-1] // 2
     out = torch.empty_like(x)
@@ -84,7 +84,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: int) -> Tenso
 
 
 class Join(Function):
-    """[N, GK D] of the attention's output [B, GK, T, D]."""
+    """The attention's output [B, GK, T, D] end to end: [N, GK D]."""
 
     @staticmethod
     def forward(ctx, out: Tensor, padded) -> Tensor:
@@ -100,7 +100,10 @@ class Join(Function):
 def one_query_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
 ) -> Tensor:
-    """Attention [B, GK D] of one token a text [B, GK, D] to k and v [B, K, S, D]; no gradients."""
+    """Attention [B, GK D] of one token per text, q [B, GK, D], to k and v [B, K, S, D].
+
+    Without gradients.
+    """
     attend = _attend_by_products if query.is_cuda else _attend_fused
     return attend(query, key, value, mask, scaling)
 
@@ -108,9 +111,9 @@ def one_query_attention(
 def _attend_by_products(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
 ) -> Tensor:
-    """The G heads of a key head are the rows of one product, so keys are not repeated."""
+    """The G query heads of a key head are rows of one product, so that keys are not repeated."""
     rows, kv_heads, _, d = key.shape
-    # Scaled before the product: in float16 a sum of products may be too large for a number.
+    # Scaled before the product, as the sum could overflow float16.
     scores = (query * scaling).reshape(rows, kv_heads, -1, d) @ key.transpose(-1, -2)
     return (scores.add_(mask).softmax(-1) @ value).view(rows, -1)
 
@@ -118,7 +121,7 @@ def _attend_by_products(
 def _attend_fused(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
 ) -> Tensor:
-    """Torch's own kernel: on a CPU, in bfloat16, two to four times faster for a single token."""
+    """Torch's own kernel: two to four times faster for a single token on a CPU in bfloat16."""
     out = F.scaled_dot_product_attention(
         query[:, :, None], key, value, attn_mask=mask, scale=scaling, enable_gqa=True
     )
@@ -126,15 +129,15 @@ def _attend_fused(
 
 
 class Attention(Function):
-    """softmax(q k^T * scaling + mask) v, with grouped heads. Kept: q, k and v.
+    """softmax(q k^T * scaling + mask) v, with grouped heads. Keeps q, k and v for backward.
 
-    On a CPU torch's fused kernel is up to five times slower than this in bfloat16, and the plain
-    formula keeps two matrices of [heads, T, S] a text. On a GPU the fused kernel is the right one.
+    On a CPU, torch's fused kernel is up to five times slower in bfloat16, and autograd would keep
+    two matrices of [heads, T, S] per text. On a GPU, use the fused kernel.
     """
 
     @staticmethod
     def weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """[B, K, G x T, S] in query's dtype; the softmax is in float32 inside."""
+        """[B, K, G x T, S] in query's dtype; inside, the softmax computes in float32."""
         b, heads, t, d = query.shape
         scores = query.reshape(b, key.shape[1], -1, d) @ key.transpose(-1, -2)
         scores = scores.view(b, heads, t, -1).mul_(scaling)

@@ -56,10 +56,10 @@ class LeanLayer:
 
         Args:
             x: [N, H].
-            role: whose adapters the linear maps have, one that `LinearMap.stack` was told of.
+            role: whose adapters to use; `LinearMap.stack` knows it.
             rope: cosines and sines of the tokens' positions, each [N, D].
             padded: where each token stands in [B, T], a `decoder.Padded`.
-            mask: [B or 1, 1, T, S], added to the attention's scores; None: causal, for a fused
+            mask: [B or 1, 1, T, S], added to the attention's scores. None: causal, for a fused
                 kernel.
             cache: a `decoder.Cache` that keeps k and v.
         """
@@ -84,7 +84,7 @@ class LeanLayer:
         return self.down(gate_up, role, residual=x, gated=True)
 
     def merged(self) -> "LeanLayer":
-        """A layer like this one that has a `MergedMap` in the place of each linear map."""
+        """A copy of this layer with a `MergedMap` in place of each linear map."""
         layer = copy.copy(self)
         layer.maps = tuple(map(MergedMap, self.maps))
         layer.qkv, layer.o, layer.gate_up, layer.down = layer.maps
@@ -100,17 +100,17 @@ class LeanLayer:
         values: Tensor,
         at,
     ) -> Tensor:
-        """Hidden states [B, H] of one token more of each text, without gradients.
+        """Hidden states [B, H] of one more token of each text, without gradients.
 
-        All shapes are fixed and nothing is read by the CPU, so a CUDA graph can hold it.
+        All shapes are fixed and the CPU reads nothing, so that a CUDA graph can hold it.
 
         Args:
             x: [B, H].
-            rope: cosines [B, 1, D], and sines whose first half is negated.
+            rope: cosines [B, 1, D], and sines with the first half negated.
             mask: [B, 1, 1, S], 0 where the token may look and -inf elsewhere.
-            keys, values: [B, K, W, D] of the tokens before, W >= S; the token's own are written to
-                them.
-            at: where, as an index of their dimensions 0 and 2: two tensors [B].
+            keys, values: [B, K, W, D] of the earlier tokens, W >= S. The token's own are written
+                to them.
+            at: where to write, as indices of dimensions 0 and 2: two tensors [B].
         """
         rows, places = at
         cos, sin = rope

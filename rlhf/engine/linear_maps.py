@@ -21,21 +21,21 @@ from rlhf.runs.errors import UserError
 
 @dataclass(frozen=True)
 class Piece:
-    """One adapter of one layer, and where it stands in a `Stack`."""
+    """One adapter on one layer, and where it stands in a `Stack`."""
 
     a: nn.Parameter  # [r, I]
     b: nn.Parameter  # [O of the layer, r]
     scaling: float
-    columns: slice  # its r of the stack's R
-    rows: slice  # its layer's of the stack's O
+    columns: slice  # the adapter's r of the stack's R
+    rows: slice  # the layer's part of the stack's O
 
 
 class Stack:
     """All adapters of a role on a `LinearMap` as one: A [R, I] and B [O, R], in the base's dtype.
 
-    B holds the scaled B of each adapter where it meets its layer, and 0 elsewhere. Both tensors are
-    made once and keep their addresses; `write` must follow whatever writes to the adapters, whose
-    own weights are float32.
+    B holds each adapter's scaled B where its columns meet its layer's rows, and 0 elsewhere. Both
+    tensors are made once and keep their addresses. Call `write` after every change to the adapters;
+    their own weights are float32.
     """
 
     def __init__(self, pieces: list[Piece], rank: int, out_features: int, dtype: torch.dtype):
@@ -48,7 +48,7 @@ class Stack:
 
     @torch.no_grad()
     def write(self, trained_only: bool = False) -> None:
-        """Copy the adapters' weights, or those of them that are trained, to where they stand."""
+        """Copy the adapters' weights, or only the trained ones, to their places."""
         for piece in self.pieces:
             if piece.a.requires_grad or not trained_only:
                 self.a[piece.columns] = piece.a
@@ -58,8 +58,8 @@ class Stack:
 class LinearMap:
     """Linear layers that read the same input, as one: x -> [W1 x, W2 x, ...] + B A x, by role.
 
-    PEFT runs each adapter separately, in float32. Weights that are not quantised move into one
-    tensor, of which the layers then hold views.
+    (PEFT runs each adapter separately, in float32.) Weights that are not quantised move into one
+    tensor, and the layers then hold views of it.
     """
 
     def __init__(self, *layers: nn.Module):
@@ -68,8 +68,8 @@ class LinearMap:
             layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers
         ]
         self.out_features = [base.out_features for base in self.bases]
-        self.weight: Tensor | None = None  # of all layers, if not quantised
-        self.quantised: Quantised | None = None  # or else
+        self.weight: Tensor | None = None  # of all layers, if they are not quantised
+        self.quantised: Quantised | None = None  # otherwise
         self.bias = self.join("bias")
         if all(type(base) is nn.Linear for base in self.bases):
             self.weight = self.join("weight")
@@ -78,14 +78,13 @@ class LinearMap:
         self.stacks: dict[str, Stack | None] = {}  # of each role; None: no adapter
 
     def stack(self, roles: dict[str, list[str]], dtype: torch.dtype) -> None:
-        """Build the stacks of all roles. Roles with the same adapters here share one.
+        """Build the stacks of all roles. Roles that have the same adapters here share one.
 
-        All are of the same rank R, that of the largest, so each role goes through products of the
-        same shape and a fresh policy (B = 0) equals its reference bit for bit.
+        All stacks get the largest rank R. Then every role goes through products of the same shape,
+        and a fresh policy (B = 0) equals its reference bit for bit.
 
         Args:
-            roles: the names of PEFT's adapters that each role has, in the order in which they are
-                stacked.
+            roles: the names of each role's PEFT adapters, in the order of the stack.
         """
         self.stacks.clear()
         self.dtype = dtype
@@ -99,7 +98,7 @@ class LinearMap:
             self.stacks[role] = made.get(key)
 
     def pieces(self, adapters: list[str]) -> list[Piece]:
-        """The adapters of these names on the layers, one beside the other."""
+        """The adapters of these names on the layers, side by side."""
         pieces: list[Piece] = []
         column = 0
         for name in adapters:
@@ -116,7 +115,7 @@ class LinearMap:
         return pieces
 
     def join(self, name: str) -> Tensor | None:
-        """Move the layers' weights or biases into one tensor; the model must be on its device."""
+        """Move the layers' weights or biases into one tensor. The model must be on its device."""
         parts = [getattr(base, name) for base in self.bases]
         if len(parts) == 1 or parts[0] is None:
             return parts[0]
@@ -133,7 +132,10 @@ class LinearMap:
         gated: bool = False,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """[N, O] of norm(x), or of silu(gate) * up if `gated` and x has both; adds `residual`."""
+        """The map [N, O] of norm(x), or of silu(gate) * up if `gated`, plus `residual`.
+
+        With `gated`, x holds gate and up.
+        """
         prepare = _Gate if gated else RMSNorm if norm is not None else _AsItIs
         constants = (norm.weight, norm.variance_epsilon) if norm is not None else ()
         stack = self.stacks[role]
@@ -141,7 +143,7 @@ class LinearMap:
         return _LinearMap.apply(x, residual, self, stack, prepare, constants, *weights)
 
     def apply(self, x: Tensor, role: str, residual: Tensor | None = None) -> Tensor:
-        """[N, O] of x as it is, without gradients: few operations, and no wait for any of them."""
+        """The map [N, O] of x as it is, without gradients, in few operations."""
         out = self.product(x)
         stack = self.stacks[role]
         if stack:
@@ -149,27 +151,27 @@ class LinearMap:
         return out if residual is None else out.add_(residual)
 
     def product(self, x: Tensor) -> Tensor:
-        """x W^T, and the bias if there is one"""
+        """x W^T, plus the bias if there is one."""
         if self.quantised:
             return self.quantised.product(x, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def product_transposed(self, grad: Tensor) -> Tensor:
-        """grad W"""
+        """grad W."""
         return grad @ self.whole_weight(grad.dtype)
 
     def whole_weight(self, dtype: torch.dtype) -> Tensor:
-        """[O, I], dequantised if need be."""
+        """[O, I], dequantised if necessary."""
         return self.quantised.dequantise(dtype) if self.quantised else self.weight.to(dtype)
 
 
 class Quantised:
     """The NF4 weights of linear layers that read the same input, as one [O, I].
 
-    Joined, a product is one kernel, and stays bitsandbytes' fused one for more rows. The second
-    level of quantisation, of the scales, has an offset of its own in each weight, so where there
-    are several the scales go back to float32: exactly what they are dequantised to anyway. The
-    layers then hold views.
+    Then a product is one kernel, and stays bitsandbytes' fused one for more rows. The scales are
+    quantised too, with an offset for each weight. So if there are several weights, their scales go
+    back to float32, which is exactly what they are dequantised to anyway. The layers then hold
+    views.
     """
 
     def __init__(self, bases: list[nn.Module]):
@@ -206,7 +208,7 @@ class Quantised:
 
     @staticmethod
     def scales(state) -> Tensor:
-        """The float32 scale of each block of a weight, as `dequantize_4bit` works it out."""
+        """The float32 scale of each block of a weight, computed as `dequantize_4bit` does."""
         from bitsandbytes.functional import dequantize_blockwise
 
         if not state.nested:
@@ -219,7 +221,7 @@ class Quantised:
         return matmul_4bit(x, self.data, quant_state=self.state, bias=bias)
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
-        """[O, I]"""
+        """The weight [O, I]."""
         from bitsandbytes.functional import dequantize_4bit
 
         state = copy.copy(self.state)
@@ -228,9 +230,9 @@ class Quantised:
 
 
 class MergedMap(LinearMap):
-    """A `LinearMap` with a role's adapters merged into a weight of its own, to sample from.
+    """A `LinearMap` with a role's adapters merged into its own weight, to sample from.
 
-    The weight keeps its address; `write` must follow whatever writes to the adapters.
+    The weight keeps its address. Call `write` after every change to the adapters.
     """
 
     def __init__(self, linear: LinearMap):
@@ -241,7 +243,7 @@ class MergedMap(LinearMap):
 
     @torch.no_grad()
     def write(self, role: str) -> None:
-        """base + adapters, summed in float32 and rounded once, or a small policy would be lost."""
+        """base + adapters, summed in float32 and rounded once, so that a small policy survives."""
         merged = self.linear.whole_weight(torch.float32)
         stack = self.linear.stacks[role]
         if stack and merged is self.linear.weight:  # float32 itself
@@ -249,18 +251,18 @@ class MergedMap(LinearMap):
         for piece in stack.pieces if stack else ():
             merged[piece.rows].addmm_(piece.b, piece.a, alpha=piece.scaling)
         self.weight.copy_(merged)
-        self.stacks = {role: None}  # nothing is left to add
+        self.stacks = {role: None}  # there is nothing left to add
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """`norm` of x, without a gradient: one kernel on a card; rounded once, Llama's own twice."""
+    """`norm` of x, without gradients: one kernel on a card. It rounds once, Llama's own twice."""
     return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 class _LinearMap(Function):
     """A `LinearMap` of `prepare`(x). Keeps x and the [N, R] after A; backward prepares again.
 
-    `weights` are those that `stack` is made of: it is they that get gradients.
+    Gradients go to `weights`, which `stack` is made of.
     """
 
     @staticmethod
@@ -301,7 +303,7 @@ class _LinearMap(Function):
         grad_down = grad @ b if down is not None else None  # [N, R]
         grads = [None] * len(need_weights)
         if any(need_weights):
-            # Adapters that train come last, so their rows of A are one block.
+            # Adapters that train come last, so their rows of A form one block.
             first = next(
                 piece.columns.start for i, piece in enumerate(ctx.pieces) if need_weights[2 * i]
             )
@@ -340,7 +342,7 @@ class _AsItIs:
 
 
 class RMSNorm:
-    """weight * x / rms(x), the division in float32. Kept: 1 / rms(x)."""
+    """weight * x / rms(x), divided in float32. Keeps 1 / rms(x)."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -366,7 +368,7 @@ class RMSNorm:
 
 
 class _Gate:
-    """silu(gate) * up, of x = [gate, up]."""
+    """silu(gate) * up, for x = [gate, up]."""
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, None]:
@@ -388,7 +390,7 @@ class _Gate:
 
 
 class Norm(Function):
-    """`RMSNorm` alone: (x, weight, eps) -> [N, H]; the frozen weight gets no gradient."""
+    """`RMSNorm` alone: (x, weight, eps) -> [N, H]. The frozen weight gets no gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -9,7 +9,7 @@ from rlhf.runs.checkpoints import sha256
 from rlhf.runs.run_warnings import said_before
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-SPDX = {"Apache License": "apache-2.0", "MIT License": "mit"}  # how a licence file begins
+SPDX = {"Apache License": "apache-2.0", "MIT License": "mit"}  # by what a licence file begins with
 METRICS = {
     "sft": {"eval_loss_before": "loss on test responses before", "eval_loss": "and after"},
     "reward": {
@@ -122,7 +122,7 @@ It was not tested for any use: test it for yours, and add the safeguards that yo
 
 
 def phases(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """run.json of each phase up to this one; earlier ones only if still there and the same."""
+    """run.json of each phase up to this one; of earlier ones only if they are still the same."""
     runs = {}
     for phase, digest in made.get("parents", {}).items():
         folder = Path(made["hyperparameters"].get(f"{phase}_checkpoint") or "")
@@ -133,7 +133,7 @@ def phases(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def phase_part(phase: str, run: dict[str, Any]) -> str:
-    """One phase: its data, its settings that matter most, its metrics."""
+    """One phase: its data, its metrics and its main settings."""
     data = run.get("data", {})
     metrics = run.get("metrics", {})
     settings = run["hyperparameters"]
@@ -151,12 +151,12 @@ def phase_part(phase: str, run: dict[str, Any]) -> str:
 
 
 def harmless(text: str) -> str:
-    """A warning, which someone may have edited, as text that means nothing to Markdown or HTML."""
+    """A warning, perhaps an edited one, as text that means nothing to Markdown or HTML."""
     return re.sub(r"[^\w .,:;%()'\"/+-]", "_", text)
 
 
 def source_of(data: dict[str, Any]) -> str:
-    """A data set by its hub id; a path on somebody's disk is not for the card's readers."""
+    """A data set's hub id. A local path is nobody's business, so only its last part is named."""
     source = str(data.get("source", "unknown"))
     if is_hub_id(source):
         return source
@@ -176,7 +176,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def figure(metrics: dict[str, Any], key: str) -> str:
-    """A number, with its interval and that of how many prompts, where they are known."""
+    """A metric, with its interval and the number of prompts, if they are known."""
     said = f"{metrics[key]:.3g}"
     low = metrics.get(f"{key}_low")
     high = metrics.get(f"{key}_high")
@@ -200,7 +200,7 @@ def usage(prompt_format: str) -> str:
 
 
 def licence_of(source: Path) -> str | None:
-    """The base's licence: what its card says, or what its licence file begins with."""
+    """The base's licence: from its card, or by what its licence file begins with."""
     card = source / "README.md"
     if card.is_file():
         found = re.search(
@@ -219,7 +219,7 @@ def licence_of(source: Path) -> str | None:
 
 
 def is_llama(model: str, source: Path) -> bool:
-    """Whether Meta's licence goes with the base: by its id, or by its licence."""
+    """Whether the base is under Meta's licence: by its id or its licence."""
     return model.startswith("meta-llama/") or str(licence_of(source)).startswith("llama")
 
 

@@ -33,7 +33,7 @@ USUAL = {  # defaults of the scripts, by preset
         "reward_weight": 1.0,
     },
 }
-FOLLOWS = {"sft": "reward", "reward": "ppo", "gold": "ppo", "ppo": "reports"}
+FOLLOWS = {"sft": "reward", "reward": "ppo", "gold": "ppo", "ppo": "reports"}  # what is made next
 CARRIED = {  # fields that the next script is given where they are unusual, by what was made
     "sft": ("dtype",),  # the base is in its run.json
     "reward": ("base_model", "dtype", "role_layers"),
