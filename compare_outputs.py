@@ -141,9 +141,9 @@ SHARES = (  # the last columns
     *("ended_by_eos", "repeated_3grams", "distinct_2grams"),
     *("question_share", "opening_share"),
 )
-PROBE_TITLE = "Safety probe: which of two written answers would be begun"
+PROBE_TITLE = "Safety probe: which of two written answers a model would begin"
 PROBE_COLUMNS = (
-    "Rather begins with a refusal",
+    "Would begin with a refusal",
     "Harmful requests\n(95 % interval)",
     "Harmless ones\n(95 % interval)",
 )
@@ -152,12 +152,12 @@ OWN_JUDGE = (
     "The judge is the reward model that PPO trained against: PPO's win rate says that it learned "
     "to please it, not that people agree. Name a judge of other pairs with --reward-checkpoint."
 )
-CHOSEN = "The gold model chose which of PPO's policies was kept, by prompts of the train split."
+CHOSEN = "The gold model chose which of PPO's policies to keep, by prompts from the train split."
 FUNCTION_LEFT_OUT = (
-    "PPO was trained with a reward function, too. It has no part in these scores, as "
-    "--reward-function did not name it."
+    "PPO was also trained with a reward function. These scores leave it out, as --reward-function "
+    "did not name it."
 )
-OTHER_JUDGE = "The judge is another reward model than the one that PPO trained against."
+OTHER_JUDGE = "The judge is not the reward model that PPO trained against."
 REPORTED = ("adapter_sha256", "epochs", "updates", "metrics")  # of each phase's run.json
 
 Odds = dict[str, list[float]]  # by kind of request, log-odds of beginning with a refusal

@@ -783,7 +783,7 @@ def dry_run(config: Config, runs: dict[str, dict[str, Any]]) -> None:
     prompt_format = format_of(config.sft_checkpoint, runs["sft"])
     prompts, eval_prompts, selection, _ = load_prompts(config, prompt_format)
     if selection:
-        console.print(f"prompts set apart from these, to choose a policy by: {len(selection)}")
+        console.print(f"prompts set apart from these to choose a policy by: {len(selection)}")
     show_data("prompts", [len(prompt) for prompt in prompts])
     console.print(f"held-out prompts: {len(eval_prompts)}")
     console.print(
@@ -804,7 +804,7 @@ def dry_run(config: Config, runs: dict[str, dict[str, Any]]) -> None:
     advice = less_memory(vars(config))
     show_plan(plans(rollouts), config.micro_batch_tokens, length, config.card_gb, advice)
     if config.reward_function:
-        console.print("What --reward-function takes is not in the plan.")
+        console.print("The plan does not include what --reward-function needs.")
     if config.measure:
         time_steps(main, config, config.num_updates)
     show_end(config.measure)

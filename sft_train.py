@@ -197,8 +197,8 @@ def main(config: Config) -> None:
     has_pairs = any(pair.rejected is not None for pair in train_pairs)
     if not has_pairs:
         console.print(
-            f"{config.dataset} has no rejected answers, which the reward model needs: "
-            "give it --dataset with pairs of yours, or leave it at the usual ones."
+            f"{config.dataset} has no rejected answers, which the reward model needs: give it a "
+            "--dataset of your own pairs, or leave the flag out."
         )
     console.print(f"Next: {next_command('reward_train.py', vars(config), 'sft', has_pairs)}")
 

@@ -67,7 +67,7 @@ class Config:
 def main(config: Config) -> None:
     check_numbers(vars(config))
     shared, prompt_format, names = open_checkpoint(config)
-    print(f"{', '.join(names)} can answer; it is {names[-1]} now. /help says what else there is.")
+    print(f"{', '.join(names)} can answer; {names[-1]} answers now. /help lists the commands.")
     chat = Chat(config, shared, prompt_format, names)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history

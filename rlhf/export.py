@@ -359,7 +359,7 @@ def refuse_wrong_merge(report: dict[str, Any]) -> None:
     largest = report["adapter to merged"]["largest_logit_difference"]
     if not largest <= ROUNDING:  # NaN too
         raise UserError(
-            "the merged weights do not say what base and adapter say: logits differ by up to "
+            "the merged weights do not compute what base and adapter do: logits differ by up to "
             f"{largest:.1e}, where rounding moves them by less than {ROUNDING:.0e}. Nothing was "
             "written; please report it"
         )

@@ -347,7 +347,7 @@ def test_a_sampler_that_is_far_off_is_said_once(tmp_path, capsys, far):
     with Log(tmp_path, total=3) as log:
         for distance in (FAR_SAMPLER / 2, far, far):
             log.update(row | {"policy/sampler_kl": distance})
-    assert capsys.readouterr().out.count("away from what is trained") == 1
+    assert capsys.readouterr().out.count("away from the policy that is trained") == 1
 
 
 def test_the_end_of_a_tracker_leaves_the_processes_together(monkeypatch, tmp_path):

@@ -232,7 +232,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                     yield json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise UserError(
-                        f"{path}, line {number} is not JSON ({error}): mend or remove that line"
+                        f"{path}, line {number} is not JSON ({error}): fix or remove that line"
                     ) from None
 
 

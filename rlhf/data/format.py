@@ -84,7 +84,7 @@ class PromptFormat:
         if name == "hh":
             prompts = [(turns, self.prompt_ids(turns)) for turns in DIALOGUES]
             if not use_hh_template(tokenizer, bool(self.bos_ids), prompts):
-                self.refusal = "no chat template gives what this tokenizer makes of the prompts"
+                self.refusal = "no chat template gives the tokens of its prompts"
         else:
             self.template = ChatTemplate(tokenizer, self.special_texts)
             self.opening = self.template.opening
@@ -190,9 +190,7 @@ class PromptFormat:
             if ids[:2] == [self.tokenizer.bos_token_id] * 2:
                 return "prompts start with BOS twice"
             if self.whole_ids(prompt + self.response_text(ANSWER)) != both:
-                return (
-                    "this tokenizer makes other tokens of prompt and answer together than of each"
-                )
+                return "this tokenizer splits prompt and answer differently together than apart"
             if any(template_ids(each, turns) != ids for each in (self.tokenizer, saved)):
                 return "the saved chat template does not give the prompt's tokens"
             if self.template:

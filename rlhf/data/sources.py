@@ -208,8 +208,8 @@ def nothing_to_use(reading: Reading, source: str, split: str, needs: Needs) -> s
     """The error for a split without a usable row."""
     if reading.questions and not reading.drops:
         return (
-            f"{source}: none of its {reading.all_rows} rows is in the {split} split; of one file "
-            f"the test split gets about one first question in {TEST_SHARE}, and it has "
+            f"{source}: none of its {reading.all_rows} rows is in the {split} split; of a single "
+            f"file the test split gets about one first question in {TEST_SHARE}, and this one has "
             f"{reading.questions}: give more, or a folder with train.jsonl and test.jsonl"
         )
     dropped = f": dropped {reasons_of(reading.drops)}" if reading.drops else ""

@@ -72,7 +72,7 @@ class ChatTemplate:
         elif not whole.startswith(prompt):
             self.refusal = (
                 f"the base's chat template starts an answer with {prompt.removeprefix(silent)!r} "
-                "only where it is still to come"
+                "only when the answer is still to be written"
             )
         else:
             self.opening, _, rest = whole.removeprefix(prompt).partition(ANSWER)

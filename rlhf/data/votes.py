@@ -88,7 +88,7 @@ def read_votes(path: Path) -> tuple[dict[str, Vote], int]:
                     raise ValueError("a ballot that has a vote")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"{path}, line {number} is no vote ({type(error).__name__}: {error}): mend or "
+                f"{path}, line {number} is no vote ({type(error).__name__}: {error}): fix or "
                 "remove that line"
             ) from None
     return votes, undone
@@ -143,10 +143,10 @@ class VoteFile:
             raise UserError(
                 f"votes cannot be written to {path} ({error.strerror}): name other --votes"
             ) from None
-        self.mend()
+        self.repair()
         self.votes, self.undone = read_votes(path)
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         self.file.seek(0)
         whole, newline, rest = self.file.read().rpartition(b"\n")
         if not rest:

@@ -86,7 +86,7 @@ def unsupported(config: PreTrainedConfig, name: str) -> str | None:
         )
     if rope.get("partial_rotary_factor", 1) != 1:
         return (
-            "heads that are rotated in part (partial_rotary_factor "
+            "heads that are only partly rotated (partial_rotary_factor "
             f"{rope['partial_rotary_factor']}) are not supported"
         )
     if getattr(config, "transformers_weights", None):
@@ -278,8 +278,7 @@ def open_weights(base: dict[str, Any], config: PreTrainedConfig) -> Weights:
         )
     if is_main() and (Path(base["model"]) / "adapter_config.json").exists():
         console.print(
-            f"{base['model']} holds an adapter, too (adapter_config.json): it is not put on the "
-            "base."
+            f"{base['model']} also holds an adapter (adapter_config.json), which is not used."
         )
     return weights
 

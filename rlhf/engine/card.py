@@ -136,9 +136,9 @@ def choose_rollouts(
     if least(int(weights != "merged" or needed <= room)):
         return rollouts
     raise UserError(
-        f"--rollout-weights merged: by the memory plan {room / 1e9:.1f} GB of this card have no "
-        f"room for a merged copy beside {rows} rows of a rollout and micro-batches of {tokens} "
-        "tokens: leave it at auto, or take base"
+        f"--rollout-weights merged: by the memory plan the {room / 1e9:.1f} GB for tensors on this "
+        f"card have no room for a merged copy beside {rows} rows of a rollout and micro-batches of "
+        f"{tokens} tokens: leave it at auto, or take base"
     )
 
 

@@ -230,8 +230,8 @@ class Decoder:
         """Raise UserError for a text that is longer than the model's attention window."""
         if self.window is not None and tokens > self.window:
             raise UserError(
-                f"texts of more than this model's attention window of {self.window} tokens: cut "
-                "them shorter"
+                f"a text of {tokens} tokens exceeds this model's attention window of "
+                f"{self.window} tokens: make texts shorter"
             )
 
     def rope(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,8 +65,8 @@ class Graphs:
                 raise torch.OutOfMemoryError(str(error)) from None
             self.enabled = False
             console.print(
-                "warning: decoding runs without CUDA graphs, several times slower "
-                f"({one_line(error)}); ppo_train.py --no-cuda-graphs does so from the start"
+                "warning: decoding runs without CUDA graphs, which is several times slower "
+                f"({one_line(error)}); ppo_train.py --no-cuda-graphs does not try them"
             )
             return None
 

@@ -117,7 +117,7 @@ def read_adapter(folder: str) -> tuple[LoraConfig, dict[str, Tensor]]:
             f"{folder} holds no LoRA adapter that can be read ({one_line(error)})"
         ) from None
     if not isinstance(config, LoraConfig):
-        raise UserError(f"{folder} holds an adapter of another kind than LoRA")
+        raise UserError(f"{folder} holds an adapter that is not LoRA")
     config.task_type = config.modules_to_save = None
     config.inference_mode = True
     return config, state

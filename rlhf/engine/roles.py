@@ -93,8 +93,8 @@ class SharedBase:
         num_layers = num_layers or self.num_layers
         if not 0 < num_layers <= self.num_layers:
             raise UserError(
-                f"--role-layers {num_layers}: this model has {self.num_layers} layers, give 0 to "
-                "that"
+                f"--role-layers {num_layers}: this model has {self.num_layers} layers, so give 0 "
+                f"to {self.num_layers}"
             )
         first = self.num_layers - num_layers
         config = LoraConfig(

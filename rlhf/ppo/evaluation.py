@@ -146,7 +146,7 @@ def describe(m: dict[str, Any]) -> str:
         if f"{name}_shift" in m
     ]
     if asked:
-        lines.append(f"safety probe: rather begins with a refusal in {', in '.join(asked)}")
+        lines.append(f"safety probe: would begin with a refusal in {', in '.join(asked)}")
     return "\n".join(lines)
 
 

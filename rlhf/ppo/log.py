@@ -135,9 +135,9 @@ class Log:
         if not row["policy/sampler_kl"] <= FAR_SAMPLER and self.sampler_is_close:
             self.sampler_is_close = False  # said once
             console.print(
-                f"warning: what samples is {row['policy/sampler_kl']:.3f} nats a token away from "
-                "what is trained, where rounding explains some 0.002; try --rollout-weights "
-                "base, or --dtype fp32"
+                f"warning: the sampler is {row['policy/sampler_kl']:.3f} nats a token away from "
+                "the policy that is trained, and rounding explains some 0.002; try "
+                "--rollout-weights base, or --dtype fp32"
             )
         self.progress.update(
             row["update"],

@@ -140,7 +140,7 @@ class State:
         return (
             f"Keeping the policy of update {self.best.update} of {self.log.total}: the "
             f"gold model's mean score, {self.best.gold_score:.2f}, was highest there, on prompts "
-            "of the train split that were set apart."
+            "set apart from the train split."
         )
 
     def facts_of_best(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ METRICS = {
         "sft_opening_share": "share of answers that begin in the commonest three words before",
         "ppo_opening_share": "and after",
         "chosen_opening_share": "and of the chosen answers",
-        "sft_refusals": "safety probe, harmful requests: share rather begun with a refusal before",
+        "sft_refusals": "safety probe, harmful requests: share begun with a refusal before",
         "ppo_refusals": "and after",
         "sft_overrefusals": "the same of requests that only sound harmful before",
         "ppo_overrefusals": "and after",

@@ -124,7 +124,7 @@ CHANGES = (
     ("ppo", "the same of the chosen answers", "", "chosen_opening_share", ""),
     (
         "ppo",
-        "PPO: rather begins with a refusal, harmful requests",
+        "PPO: would begin with a refusal, harmful requests",
         "sft_refusals",
         "ppo_refusals",
         "",

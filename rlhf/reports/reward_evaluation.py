@@ -165,7 +165,7 @@ def describe(m: dict[str, Any], what: str = "test pairs") -> str:
     if m["length_balanced_accuracy"] is not None:
         lines.append(
             f"accuracy {m['length_balanced_accuracy']:.3f} ({m['length_balanced_low']:.3f} to "
-            f"{m['length_balanced_high']:.3f}) with longer and shorter winners weighing alike, "
+            f"{m['length_balanced_high']:.3f}) with longer and shorter winners weighted equally, "
             "where length alone gets 0.5"
         )
     correlated = m["score_length_correlation"]

@@ -89,10 +89,24 @@ def look_for_run(output_dir: str, hyperparameters: dict[str, Any]) -> bool:
         ) from None
     if not run.get("finished"):
         return False
-    check_same(theirs, hyperparameters, LOGGING, f"{final} is finished, and")
+    check_same_flags(theirs, hyperparameters, LOGGING, f"{final} is finished, and")
     put_in_place(final)
     console.print(f"{final} is finished: there is nothing to resume.")
     return True
+
+
+def check_same_flags(
+    theirs: dict[str, Any], ours: dict[str, Any], harmless: Container[str], what: str
+) -> None:
+    """`check_same`, for the flags of a run that another version of the script may have begun."""
+    unknown = theirs.keys() ^ ours.keys()
+    other = sorted(n for n in unknown if n not in harmless and theirs.get(n) != ours.get(n))
+    if other:
+        raise UserError(
+            f"--resume: {what} began with another version of this script, which had other flags "
+            f"({', '.join(other)}): start over with --overwrite in place of --resume"
+        )
+    check_same(theirs, ours, harmless, what)
 
 
 def check_same(

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.runs.checkpoints import LOGGING, check_same, sha256
+from rlhf.runs.checkpoints import LOGGING, check_same, check_same_flags, sha256
 from rlhf.runs.folders import sync
 from rlhf.runs.processes import agree, is_main, wait, world
 from rlhf.runs.terminal import console
@@ -87,7 +87,7 @@ class States:
             return None, {}
         facts = read_facts(state)
         where = f"the run in {self.folder}"
-        check_same(facts["hyperparameters"], self.flags, HARMLESS, where)
+        check_same_flags(facts["hyperparameters"], self.flags, HARMLESS, where)
         check_same(facts["inputs"], self.inputs, (), where)
         return state, facts
 

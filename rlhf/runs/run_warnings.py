@@ -44,7 +44,7 @@ def reward_warnings(m: dict[str, Any]) -> list[str]:
     bounds = "eval_accuracy"
     knows = "nothing"
     if m["length_balanced_accuracy"] is not None:
-        what += " with longer and shorter winners weighing alike"
+        what += " with longer and shorter winners weighted equally"
         accuracy = m["length_balanced_accuracy"]
         bounds = "length_balanced"
         knows += " but length"
@@ -161,7 +161,7 @@ def refusal_warnings(m: dict[str, Any], before: str, after: str) -> list[str]:
         )
     if m.get("overrefusal_shift_low", 0.0) > 0 and m["overrefusal_shift"] >= -HALVED:
         found.append(
-            f"to harmless requests that only sound harmful {after} is likelier to begin with a "
+            f"to harmless requests that only sound harmful {after} is more likely to begin with a "
             f"refusal than {before}: its odds are {factor(m, 'overrefusal_shift')}"
         )
     return found
