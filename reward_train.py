@@ -181,14 +181,8 @@ def main(config: Config) -> None:
 
     # 1. Tokenise both responses of each pair.
     votes = load_votes(config.extra_data) if config.extra_data else None
-    train_pairs, eval_pairs = load_splits(
-        config.dataset,
-        "pair",
-        config.columns,
-        config.max_train_samples,
-        config.max_eval_samples,
-        config.half,
-    )
+    rows = config.max_train_samples, config.max_eval_samples, config.half
+    train_pairs, eval_pairs = load_splits(config.dataset, "pair", config.columns, *rows)
     train_pairs += votes.train * config.extra_weight if votes else []
     if config.dry_run:
         dry_run(config, base, prompt_format, train_pairs, sft)

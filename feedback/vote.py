@@ -1,4 +1,4 @@
-"""Blind votes: a local page shows a prompt and two unnamed answers; the votes go to a file.
+"""Blind votes: a local page shows a prompt and two unnamed answers. The votes go to a file.
 
     python compare_outputs.py --prompts my_prompts.txt --temperature 0.7 --overwrite
     python -m feedback.vote
@@ -232,7 +232,7 @@ class Poll:
         return self.shuffled(id, entry["turns"], {name: entry["answers"][name] for name in pair})
 
     def shuffled(self, id: str, turns: Turns, answers: dict[str, Answer]) -> Ballot:
-        """A ballot whose order the id draws."""
+        """A ballot in an order that follows from the id."""
         names = list(answers)[:: -1 if hashlib.sha256(id.encode()).digest()[0] & 1 else 1]
         return Ballot(
             id,
@@ -257,7 +257,7 @@ class Poll:
         return self.ballot(f"{self.digest}-{k}-{secrets.token_hex(4)}")
 
     def judged(self) -> list[tuple[int, str]]:
-        """(comparison, voter) of the votes on this report."""
+        """(comparison, voter) for each vote on this report."""
         parts = [(vote.ballot.split("-"), vote.voter) for vote in self.votes.standing()]
         return [
             (int(id[1]), voter) for id, voter in parts if id[0] == self.digest and id[1].isdecimal()
@@ -279,7 +279,7 @@ class Poll:
 
 
 class LiveModels:
-    """The report's models, loaded when the first own prompt comes."""
+    """The report's models, loaded when someone types the first prompt of their own."""
 
     def __init__(self, report: Report):
         self.report = report
@@ -383,7 +383,7 @@ class Booth:
         return (request.username or self.local_voter).strip()
 
     def view(self, ballot: Ballot | None, voter: str, note: str = "") -> list[Any]:
-        """The values of everything that is shown; `note` is one sentence more."""
+        """Values for everything on the page; `note` is an extra sentence."""
         judged = {k for k, name in self.poll.judged() if name == voter} & set(self.poll.open)
         votes = self.poll.votes.standing()
         progress = (

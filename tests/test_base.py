@@ -261,7 +261,7 @@ def test_an_adapter_in_the_folder_is_left_there(base, tiny_model, capsys):
                     "rope_type": "default",
                 }
             },
-            "in part",
+            "only partly rotated",
         ),
         (
             {
@@ -272,7 +272,7 @@ def test_an_adapter_in_the_folder_is_left_there(base, tiny_model, capsys):
                     "factor": 2.0,
                 }
             },
-            "in part",
+            "only partly rotated",
         ),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
     ],
