@@ -182,11 +182,11 @@ class Config:
     score_clip: float = 5.0  # scores are centred on the SFT policy's mean, then clipped to +- this
     missing_eos_penalty: float = 1.0  # subtracted from the score of a response without EOS
 
-    eval_steps: int = 10  # updates between looks at the held-out prompts
+    eval_steps: int = 10  # updates between evaluations on the held-out prompts
     save_minutes: float = 10.0  # minutes between states to resume from: the most a crash can cost
     save_steps: int | None = None  # save every N updates instead
     save_total_limit: int = 2  # how many states to keep
-    num_printed_samples: int = 2  # held-out responses printed at each look
+    num_printed_samples: int = 2  # held-out responses printed at each evaluation
     # a tracker to log to, beside metrics.jsonl
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None
     seed: int = 0  # of initialisation, shuffling and sampling

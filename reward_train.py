@@ -129,7 +129,7 @@ class Config:
     warmup_ratio: float = 0.05  # share of the steps; then cosine decay to 0
     center_rewards_coefficient: float = 0.01  # keeps the scores near mean 0 (2312.09244)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    # steps between looks at the test pairs; auto: up to ten; None: last only
+    # steps between evaluations of the test pairs; auto: up to ten; None: last only
     eval_steps: int | Literal["auto"] | None = "auto"
     save_minutes: float = 10.0  # minutes between states to resume from: the most a crash can cost
     save_steps: int | None = None  # save every N optimizer steps instead

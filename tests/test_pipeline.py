@@ -554,7 +554,7 @@ def test_the_reward_loss_and_its_gradients_are_those_of_pairs_apart(trained, tin
         parameter.data.normal_(std=0.1)
     pairs = tokenize_pairs(load_pairs(str(tiny_data), "test"), form, 192, "test")
     rows = reward_train.both_responses(pairs, form.eos_token_id)
-    trainer = reward_train.make_trainer(config, shared, form, rows, torch.float32, tmp_path)
+    trainer = reward_train.make_trainer(config, shared, form, rows, pairs, torch.float32, tmp_path)
     shared.peft.base_model.set_adapter(["sft", "reward"])  # of transformers' own forward
     shared.train("reward")
     shared.restack()
