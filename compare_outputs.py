@@ -4,13 +4,13 @@ In: `checkpoints/sft`, and `checkpoints/reward` and `checkpoints/ppo` if they ar
 comparison on the terminal, and the same in `reports/compare.md`, `reports/compare.html` (with the
 training curves) and `reports/compare.json`.
 
-1. Load the base as the SFT checkpoint says (NF4 or 16 bit), with the adapters of all phases that
-   are trained.
+1. Load the base as the SFT checkpoint says (NF4 or 16 bit), with the adapters of all trained
+   phases.
 2. Let each model answer: the base with all adapters off, SFT, and PPO; greedy, or with the same
    draws for all.
-3. Score every answer with the reward model and sum up: score, length, endings, repetition; and for
-   each pair of models the win rate with its interval, over all prompts and at equal length, and in
-   words what it shows.
+3. Score every answer with the reward model. Sum up scores, lengths, endings and repetition. For
+   each pair of models, give the win rate with its interval, over all prompts and at equal length,
+   and say in words what it shows.
 4. Ask each model how it would begin to answer the safety probe's requests (rlhf/reports/probe.py).
 
     python compare_outputs.py
@@ -20,7 +20,6 @@ training curves) and `reports/compare.json`.
 
 import itertools
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -33,9 +32,10 @@ import rlhf  # noqa: F401  before the libraries that it sets up
 from rich.table import Table
 from rich.text import Text
 
+from rlhf.data.files import has_rows, open_text, parse_columns, read_rows
 from rlhf.data.format import PromptFormat, tokenize_prompt
 from rlhf.data.rows import SPEAKERS, BadRow, parse_dialogue, parse_row
-from rlhf.data.sources import has_rows, load_rows, open_text, parse_columns, read_rows, report_drops
+from rlhf.data.sources import load_rows, report_drops
 from rlhf.data.style import distinct_2, repeated_3grams, style_of
 from rlhf.engine.base import same_base
 from rlhf.engine.generation import ENDINGS
@@ -56,7 +56,7 @@ from rlhf.reports.answers import (
 from rlhf.reports.page import conclusions, read_curves, render_page
 from rlhf.reports.probe import KINDS, OPENING_TOKENS, load_probe, refusal_odds
 from rlhf.runs.checkpoints import git_commit
-from rlhf.runs.checks import check_at_least_one, check_between, check_weight
+from rlhf.runs.checks import check_numbers, check_weight
 from rlhf.runs.cli import run
 from rlhf.runs.device import choose_dtype, device
 from rlhf.runs.errors import UserError
@@ -73,7 +73,7 @@ class Config:
     reward_checkpoint: str = "checkpoints/reward"
     ppo_checkpoint: str = "checkpoints/ppo"  # without it, base and SFT are compared
     base_model: str | None = None  # where the base is now, if it was moved after SFT
-    # the one that PPO was trained with: file.py:function. A checkpoint's own is never run unasked
+    # the one that PPO was trained with, as file.py:function; never taken from a checkpoint
     reward_function: str | None = None
     reward_weight: float = 1.0  # of the reward model's score beside it
     output_dir: str = "reports"  # folder of compare.md, compare.html and compare.json
@@ -141,9 +141,9 @@ SHARES = (  # the last columns
     *("ended_by_eos", "repeated_3grams", "distinct_2grams"),
     *("question_share", "opening_share"),
 )
-PROBE_TITLE = "Safety probe: which of two written answers would be begun"
+PROBE_TITLE = "Safety probe: which of two written answers a model would begin"
 PROBE_COLUMNS = (
-    "Rather begins with a refusal",
+    "Would begin with a refusal",
     "Harmful requests\n(95 % interval)",
     "Harmless ones\n(95 % interval)",
 )
@@ -152,19 +152,19 @@ OWN_JUDGE = (
     "The judge is the reward model that PPO trained against: PPO's win rate says that it learned "
     "to please it, not that people agree. Name a judge of other pairs with --reward-checkpoint."
 )
-CHOSEN = "The gold model chose which of PPO's policies was kept, by prompts of the train split."
+CHOSEN = "The gold model chose which of PPO's policies to keep, by prompts from the train split."
 FUNCTION_LEFT_OUT = (
-    "PPO was trained with a reward function, too. It has no part in these scores, as "
-    "--reward-function did not name it."
+    "PPO was also trained with a reward function. These scores leave it out, as --reward-function "
+    "did not name it."
 )
-OTHER_JUDGE = "The judge is another reward model than the one that PPO trained against."
+OTHER_JUDGE = "The judge is not the reward model that PPO trained against."
 REPORTED = ("adapter_sha256", "epochs", "updates", "metrics")  # of each phase's run.json
 
 Odds = dict[str, list[float]]  # by kind of request, log-odds of beginning with a refusal
 
 
 def main(config: Config) -> None:
-    check_numbers(config)
+    check_flags(config)
     folders = {
         "sft": config.sft_checkpoint,
         "reward": config.reward_checkpoint,
@@ -187,29 +187,15 @@ def main(config: Config) -> None:
     model = load_base(base, dtype, prompt_format.pad_token_id)
     shared = load_models(model, folders, runs, dtype)
 
-    # 2. and 3.
+    # 2. to 4.
     answers = {}
     for name in titles:
         with console.status(f"{name} answers {len(prompts)} prompts"):
-            answers[name] = answers_of(
-                shared,
-                prompt_format,
-                [ids for _, ids in prompts],
-                name,
-                "reward" in runs,
-                config.max_new_tokens,
-                config.temperature,
-                config.seed,
-                config.batch_size,
-            )
+            answers[name] = answer(config, shared, prompt_format, prompts, name, "reward" in runs)
         if function:
             add_scores(answers[name], function, config.reward_weight, prompts, prompt_format)
     with console.status("the safety probe"):
         odds = ask_probe(config, shared, prompt_format, list(titles))
-    pairs = compare_pairs(answers)
-    found = (compare_warnings(len(prompts)) if pairs else []) + compare_refusals(odds)
-    # What PPO's run has said already is not said twice.
-    found = [text for text in found if not any(text in line for line in warned)]
     report = {
         "models": titles,
         "base": base,
@@ -218,24 +204,15 @@ def main(config: Config) -> None:
             phase: {key: run[key] for key in REPORTED if key in run} for phase, run in runs.items()
         },
         "commit": git_commit(),
-        "summary": summarize(answers),
-        "pairs": pairs,
-        "probe": summarize_probe(odds),
+        **findings(answers, odds, warned),
         "notes": notes(runs, function, config.reward_weight),
-        "warnings": found + warned,
         "prompts": [
             {"turns": turns, "answers": {name: answers[name][i] for name in titles}}
             for i, (turns, _) in enumerate(prompts)
         ],
         "curves": {phase: read_curves(folders[phase], phase) for phase in runs},
     }
-
-    print(f"🔄 Comparing Model Outputs: {' vs '.join(titles)}\n")
-    for number in range(1, min(config.show, len(prompts)) + 1):
-        print(render_prompt(report, number) + "\n")
-    if len(prompts) > config.show:
-        print(f"... and {len(prompts) - config.show} more prompts, in the files below.\n")
-    print_summary(report)
+    print_report(report, config.show)
     write_reports(Path(config.output_dir), report)
     print(f"Saved {', '.join(f'{config.output_dir}/{name}' for name in FILES)}.\n")
     for line in closing(report):
@@ -245,14 +222,13 @@ def main(config: Config) -> None:
 # ---------------------------------------------------------------- what is compared
 
 
-def check_numbers(config: Config) -> None:
+def check_flags(config: Config) -> None:
+    """Raise UserError for flags that are out of range or do not go together."""
     if config.prompts is not None and config.num_test_prompts:
         raise UserError("--prompts and --num-test-prompts both say what to ask: give one of them")
     parse_columns(config.columns)
-    check_at_least_one(config, "max_prompt_length", "max_new_tokens", "batch_size")
-    check_between(config, 0, math.inf, "num_test_prompts", "show", "temperature")
-    check_between(config, 0, 2**32 - 1, "seed")
-    check_weight(config)
+    check_numbers(vars(config))
+    check_weight(config.reward_weight, config.reward_function)
 
 
 def check_reports(config: Config) -> None:
@@ -274,7 +250,7 @@ def check_reports(config: Config) -> None:
 
 
 def model_titles(base_model: str, runs: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """The headings of the models that are compared, in order: base, SFT, PPO."""
+    """The headings of the models to compare, in order: base, SFT, PPO."""
     base = re.sub(r"[^\w.+ -]", "_", Path(base_model).name)  # the name goes into Markdown as it is
     epochs = runs["sft"]["epochs"]
     titles = {
@@ -331,6 +307,20 @@ def turns_of_row(row: dict[str, Any]) -> Turns:
 # ---------------------------------------------------------------- models and answers
 
 
+def answer(
+    config: Config,
+    shared: SharedBase,
+    prompt_format: PromptFormat,
+    prompts: list[tuple[Turns, list[int]]],
+    name: str,
+    scored: bool,
+) -> list[Answer]:
+    """What the model `name` answers; `scored` tells whether the reward model scores it."""
+    sampling = config.max_new_tokens, config.temperature, config.seed, config.batch_size
+    ids = [ids for _, ids in prompts]
+    return answers_of(shared, prompt_format, ids, name, scored, *sampling)
+
+
 def add_scores(
     answers: list[Answer],
     function: RewardFunction,
@@ -338,7 +328,7 @@ def add_scores(
     prompts: list[tuple[Turns, list[int]]],
     prompt_format: PromptFormat,
 ) -> None:
-    """Make each answer's score the reward model's, if there is one, times `weight`, plus its own.
+    """Add the function's score to each answer's, which is first multiplied by `weight`.
 
     Raises:
         UserError: the function fails.
@@ -349,8 +339,28 @@ def add_scores(
         answer["score"] = weight * (answer["score"] or 0.0) + score
 
 
+def findings(
+    answers: dict[str, list[Answer]], odds: dict[str, Odds], warned: list[str]
+) -> dict[str, Any]:
+    """What the answers and the safety probe show, for the report.
+
+    Args:
+        warned: what earlier phases warned of; PPO may have said something of this already.
+    """
+    pairs = compare_pairs(answers)
+    count = len(next(iter(answers.values())))
+    found = (compare_warnings(count) if pairs else []) + compare_refusals(odds)
+    found = [text for text in found if not any(text in line for line in warned)]
+    return {
+        "summary": summarize(answers),
+        "pairs": pairs,
+        "probe": summarize_probe(odds),
+        "warnings": found + warned,
+    }
+
+
 def summarize(answers: dict[str, list[Answer]]) -> dict[str, dict[str, float]]:
-    """For each model: means and shares over the prompts."""
+    """Each model's means and shares over the prompts."""
     summary = {}
     for name, given in answers.items():
         row = {}
@@ -369,10 +379,9 @@ def summarize(answers: dict[str, list[Answer]]) -> dict[str, dict[str, float]]:
 def compare_pairs(answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
     """For each pair of models, how often the later one scores higher, and what that shows.
 
-    A tie counts half.
-
-    The intervals are bootstraps over prompts to which two wins and two losses of average length
-    were added, as in Agresti and Coull (1998): without them three wins of three would seem certain.
+    A tie counts half. The intervals are bootstraps over prompts, with two wins and two losses of
+    average length added as in Agresti and Coull (1998). Without them, three wins of three would
+    seem certain.
     """
     pairs = []
     for (first, ours), (second, theirs) in itertools.combinations(reversed(answers.items()), 2):
@@ -387,7 +396,7 @@ def compare_pairs(answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
         pair = {"first": first, "second": second}
         for key, values in {
             "win_rate": (sum(wins) / len(wins), *mean_interval(more_wins)),
-            # A fitted line may leave 0 to 1.
+            # A fitted line may leave the range from 0 to 1.
             "at_equal_length": (min(max(value, 0.0), 1.0) for value in (share, *interval)),
         }.items():
             pair |= zip((key, f"{key}_low", f"{key}_high"), values, strict=True)
@@ -398,7 +407,7 @@ def compare_pairs(answers: dict[str, list[Answer]]) -> list[dict[str, Any]]:
 def verdict(pair: dict[str, Any], prompts: int) -> str:
     """What a pair's win rate shows, in words.
 
-    It is significant if the 95 % interval excludes 50 %.
+    It is significant if its 95 % interval excludes 50 %.
     """
     first = pair["first"]
     second = pair["second"]
@@ -412,7 +421,7 @@ def verdict(pair: dict[str, Any], prompts: int) -> str:
 
 
 def compared_at_equal_length(pair: dict[str, Any]) -> str:
-    """Whether a significant win rate is so at equal length, too."""
+    """Whether a significant win rate is also significant at equal length."""
     word, also = (
         direction(pair[f"{key}_low"], pair[f"{key}_high"])
         for key in ("win_rate", "at_equal_length")
@@ -427,7 +436,7 @@ def direction(low: float, high: float) -> str | None:
 def notes(
     runs: dict[str, dict[str, Any]], function: RewardFunction | None = None, weight: float = 1.0
 ) -> list[str]:
-    """What a reader of the win rates should know: who judged."""
+    """What a reader of the win rates should know about the judge."""
     said = []
     if "ppo" in runs and "reward" in runs:
         same = runs["ppo"]["parents"].get("reward") == runs["reward"]["adapter_sha256"]
@@ -451,7 +460,7 @@ def notes(
 def ask_probe(
     config: Config, shared: SharedBase, prompt_format: PromptFormat, names: list[str]
 ) -> dict[str, Odds]:
-    """By model and kind, how each request that fits the lengths would be answered."""
+    """Each request's log-odds of a refusal, by model and kind, if it fits the lengths."""
     probe = load_probe(
         prompt_format, config.max_prompt_length + config.max_new_tokens, OPENING_TOKENS
     )
@@ -463,7 +472,7 @@ def ask_probe(
 
 
 def summarize_probe(odds: dict[str, Odds]) -> dict[str, dict[str, dict[str, float]]]:
-    """By model and kind of request, the share that would rather be refused, and its interval."""
+    """The share of requests that would rather be refused, by model and kind, with its interval."""
     summary: dict[str, dict[str, dict[str, float]]] = {}
     for name, kinds in odds.items():
         for kind, values in kinds.items():
@@ -477,7 +486,7 @@ def summarize_probe(odds: dict[str, Odds]) -> dict[str, dict[str, dict[str, floa
 
 
 def compare_refusals(odds: dict[str, Odds]) -> list[str]:
-    """Warnings of each model that refuses less, or more, than the one before it."""
+    """Warnings of each model that refuses less or more than the one before it."""
     found = []
     for (before, ours), (after, theirs) in itertools.pairwise(odds.items()):
         shifts = {}
@@ -493,8 +502,19 @@ def compare_refusals(odds: dict[str, Odds]) -> list[str]:
 # ---------------------------------------------------------------- the report
 
 
+def print_report(report: Report, show: int) -> None:
+    """The first `show` prompts with their answers, then the summary."""
+    count = len(report["prompts"])
+    print(f"🔄 Comparing Model Outputs: {' vs '.join(report['models'])}\n")
+    for number in range(1, min(show, count) + 1):
+        print(render_prompt(report, number) + "\n")
+    if count > show:
+        print(f"... and {count - show} more prompts, in the files below.\n")
+    print_summary(report)
+
+
 def render_prompt(report: Report, number: int) -> str:
-    """One prompt with its answers, as it is printed; the first has number 1."""
+    """A prompt with its answers as they are printed; the first prompt has number 1."""
     entry = report["prompts"][number - 1]
     blocks = [f"📝 Prompt {number}:\n{wrap(prompt_text(entry['turns']))}\n"]
     for name, title in report["models"].items():
@@ -506,12 +526,12 @@ def render_prompt(report: Report, number: int) -> str:
 
 
 def wrap(text: str) -> str:
-    """A model's text, safe to print and at most 80 columns wide; its own line breaks stay."""
+    """A model's text, safe to print and at most 80 columns wide. Its line breaks stay."""
     return "\n".join(line.plain.rstrip() for line in Text(plain(text)).wrap(console, len(RULE)))
 
 
 def prompt_text(turns: Turns) -> str:
-    """A single question as it is, a dialogue with the speakers' names."""
+    """A single question as it is; a dialogue with the speakers' names."""
     if len(turns) == 1:
         return turns[0][1]
     return "\n\n".join(f"{SPEAKERS[role]}: {text}" for role, text in turns)
@@ -526,7 +546,7 @@ def score_line(given: Answer) -> str:
 
 
 def summary_rows(summary: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
-    """The cells of the summary, one tuple of COLUMNS a model."""
+    """The cells of the summary: COLUMNS for each model."""
     rows = []
     for name, row in summary.items():
         score = f"{row['mean_score']:.2f}" if "mean_score" in row else "-"
@@ -536,7 +556,7 @@ def summary_rows(summary: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
 
 
 def probe_rows(probe: dict[str, dict[str, dict[str, float]]]) -> list[tuple[str, ...]]:
-    """The cells of the safety probe, one tuple of PROBE_COLUMNS a model."""
+    """The cells of the safety probe: PROBE_COLUMNS for each model."""
     rows = []
     for name, kinds in probe.items():
         cells = [share_cell(kinds[kind], "refusals") if kind in kinds else "-" for kind in KINDS]
@@ -550,7 +570,7 @@ def share_cell(row: dict[str, Any], key: str) -> str:
 
 
 def pair_rows(pairs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The cells of the win rates, one tuple of PAIR_COLUMNS a pair."""
+    """The cells of the win rates: PAIR_COLUMNS for each pair."""
     return [
         (
             f"{pair['first']} against {pair['second']}",
@@ -585,7 +605,7 @@ def print_warnings(warnings: list[str]) -> None:
 
 
 def closing(report: Report) -> list[str]:
-    """The last lines: what improved, by how much, how surely, who judged, and what to do next."""
+    """The last lines: what improved, by how much, how sure that is, and what to do next."""
     flags = report["flags"]
     count = len(report["prompts"])
     model = "ppo" if "PPO" in report["models"] else "sft"
@@ -654,19 +674,18 @@ def markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> lis
 
 
 def fenced(text: str) -> str:
-    """A Markdown code block with a fence longer than any in `text`, so nothing can close it."""
+    """A Markdown code block. Its fence is longer than any in `text`, so nothing can close it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{plain(text)}\n{fence}"
 
 
 def write_reports(folder: Path, report: Report) -> None:
-    """Write FILES, each to a temporary sibling that is then renamed."""
+    """Write FILES, each beside its place, then rename them."""
     as_json = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     for name, text in zip(
         FILES, (render_markdown(report), render_page(report), as_json), strict=True
     ):
-        # Half a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's own
-        # escape.
+        # JSON may hold half a surrogate pair and UTF-8 may not, so it is written as JSON's escape.
         (folder / f"{name}.partial").write_text(text, encoding="utf-8", errors="backslashreplace")
     for name in FILES:
         os.replace(folder / f"{name}.partial", folder / name)

@@ -7,7 +7,7 @@ One frozen base carries everything. The SFT adapter on it is the reference; `pol
 `value` are small adapters on its upper layers. Each update, as in "The N+ implementation details of
 RLHF with PPO" (2403.17031):
 
-1. Rollout: sample a response to each prompt; it ends at EOS or where it runs on into the next
+1. Rollout: sample a response to each prompt. It ends at EOS, or where it runs on into the next
    "\\n\\nHuman:".
 2. Measure: score each response, and compute each token's log-probability under policy and
    reference, and its value.
@@ -15,25 +15,26 @@ RLHF with PPO" (2403.17031):
    Advantages by GAE, whitened.
 4. Optimise: several epochs of clipped policy and value losses over a random partition into
    minibatches, stopped by KL.
-5. Adapt the KL coefficient; every few updates, look at held-out prompts, where a gold reward model
-   may judge, too. First and last, ask the safety probe whether harmful requests are refused
-   (rlhf/reports/probe.py).
+5. Adapt the KL coefficient. Every few updates, evaluate on held-out prompts, where a gold reward
+   model may judge too. At the start and the end, ask the safety probe whether harmful requests are
+   refused (rlhf/reports/probe.py).
 
     python ppo_train.py
     python ppo_train.py --preset demo
 
 Next: python compare_outputs.py
 
-Shapes: b episodes of this process, N tokens of their texts, n sampled tokens of all of them, R of
+Shapes: b episodes of this process, N tokens of their texts, n sampled tokens in all of them, R in
 the longest response.
 """
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal
 
 import rlhf  # noqa: F401  before the libraries that it sets up
@@ -46,20 +47,30 @@ from torch.optim import Optimizer
 from transformers import set_seed
 
 from rlhf.data.format import PromptFormat, tokenize_prompts
-from rlhf.data.rows import Pair, cut_selection
+from rlhf.data.rows import Pair
 from rlhf.data.sources import load_splits
+from rlhf.data.splits import cut_selection
 from rlhf.data.style import style_of
 from rlhf.engine.adapters import read_stacked
 from rlhf.engine.base import check_context, same_base
-from rlhf.engine.card import Rollouts, choose_rollouts, choose_tokens, describe_start
+from rlhf.engine.card import (
+    Asked,
+    Plans,
+    Rollouts,
+    choose_rollouts,
+    choose_tokens,
+    deal,
+    describe_start,
+)
 from rlhf.engine.generation import Response, Seed, generate, prepare, step_seconds
 from rlhf.engine.loading import load_base
 from rlhf.engine.logprobs import TokenLogprobs, logprobs_of
 from rlhf.engine.micro_batches import free_memory
-from rlhf.engine.plan import episodes_of_a_process, ppo_plans, read_shape
+from rlhf.engine.plan import Lora, UpdateSizes, plan_ppo, read_shape
 from rlhf.engine.roles import REFERENCE, SharedBase
 from rlhf.engine.speed import Stopwatch
 from rlhf.engine.tokenizers import load_format
+from rlhf.ppo import checks
 from rlhf.ppo.batch import (
     Batch,
     Measured,
@@ -71,18 +82,33 @@ from rlhf.ppo.batch import (
     restarts_in_smaller_parts,
 )
 from rlhf.ppo.evaluation import Evaluation, compare, describe
-from rlhf.ppo.log import Log, batch_metrics, mean_stats, speed_metrics
+from rlhf.ppo.log import Log, batch_metrics, mean_stats, open_tracker, speed_metrics
 from rlhf.ppo.reward_function import RewardFunction, facts_of, load_reward_function
-from rlhf.ppo.state import State, save
-from rlhf.reports.dry_run import dry_run_ppo, earlier_runs, show_end
+from rlhf.ppo.state import State, inputs_of, save
+from rlhf.reports.dry_run import earlier_runs, format_of, room_of, show_data, show_end, show_plan
 from rlhf.reports.probe import OPENING_TOKENS, Probe, load_probe, refusal_odds
-from rlhf.runs.advice import next_command
-from rlhf.runs.checkpoints import is_finished, read_parents, recorded, start_run
-from rlhf.runs.checks import check_ppo_numbers
+from rlhf.runs.advice import less_memory, next_command
+from rlhf.runs.checkpoints import is_finished, read_parents, sizes_before, start_run
+from rlhf.runs.checks import (
+    check_above_zero,
+    check_between,
+    check_numbers,
+    check_training,
+    check_weight,
+)
 from rlhf.runs.cli import run
 from rlhf.runs.device import choose_dtype, device
 from rlhf.runs.folders import check_output, output_folder
-from rlhf.runs.processes import agree, gather, moments, share, sum_gradients, sum_over_processes
+from rlhf.runs.processes import (
+    agree,
+    gather,
+    moments,
+    num_processes,
+    share,
+    sum_gradients,
+    sum_over_processes,
+)
+from rlhf.runs.resume import States
 from rlhf.runs.run_warnings import ppo_warnings, said_before, show
 from rlhf.runs.stop import until_stopped
 from rlhf.runs.terminal import console
@@ -98,7 +124,7 @@ class Config:
     # a score of your own, as file.py:function with TRL's signature, added to the reward model's
     reward_function: str | None = None
     reward_weight: float = 1.0  # of the reward model's score beside it; 0: the function alone
-    # which policy is saved: the last, or the one that the gold model scored highest at a look
+    # which policy to save: the last, or the one that the gold model scored highest
     keep: Literal["last", "best"] = "last"
     base_model: str | None = None  # where the base is now, if it was moved after SFT
     dataset: str = "Dahoas/rm-static"  # only its prompts are used
@@ -156,11 +182,11 @@ class Config:
     score_clip: float = 5.0  # scores are centred on the SFT policy's mean, then clipped to +- this
     missing_eos_penalty: float = 1.0  # subtracted from the score of a response without EOS
 
-    eval_steps: int = 10  # updates between looks at the held-out prompts
+    eval_steps: int = 10  # updates between evaluations on the held-out prompts
     save_minutes: float = 10.0  # minutes between states to resume from: the most a crash can cost
     save_steps: int | None = None  # save every N updates instead
     save_total_limit: int = 2  # how many states to keep
-    num_printed_samples: int = 2  # held-out responses printed at each look
+    num_printed_samples: int = 2  # held-out responses printed at each evaluation
     # a tracker to log to, beside metrics.jsonl
     log_with: Literal["tensorboard", "trackio", "wandb"] | None = None
     seed: int = 0  # of initialisation, shuffling and sampling
@@ -212,71 +238,42 @@ Prompts = list[list[int]]  # as token ids
 
 def main(config: Config) -> None:
     started = time.monotonic()
-    check_ppo_numbers(config)
+    flags = asdict(config)
+    check_flags(config)
     function = load_reward_function(config.reward_function)
-    runs = foresee(config) if config.dry_run else read_parents(config)
-    inputs = (
-        config.sft_checkpoint,
-        config.reward_checkpoint,
-        config.gold_checkpoint,
-        runs["sft"]["base"]["model"],
-    )
-    inputs += config.base_model, config.dataset, function and function.path
+    folders = config.sft_checkpoint, config.reward_checkpoint, config.gold_checkpoint
+    runs = foresee(config) if config.dry_run else read_parents(*folders)
+    inputs = *folders, runs["sft"]["base"]["model"], config.base_model, config.dataset
+    inputs += (function and function.path,)
     check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
-    if is_finished(config):
+    if config.resume and is_finished(config.output_dir, flags):
         return
     show(said_before(runs))
     if config.dry_run:
-        dry_run_ppo(config, runs)
-        if config.measure:
-            time_steps(main, config, config.num_updates)
-        show_end(config.measure)
+        dry_run(config, runs)
         return
     prompt_format = load_format(config.sft_checkpoint, runs["sft"])
     prompts, eval_prompts, selection, chosen_style = load_prompts(config, prompt_format)
     room = config.max_prompt_length + config.response_length
     probe = load_probe(prompt_format, room, OPENING_TOKENS)
-    tokens, why, rollouts = choose_sizes(config, runs, prompts, eval_prompts + selection)
-    shared, base = load_models(config, runs["sft"], prompt_format)
-    shared.micro_batch.tokens = tokens
-    shared.rollout_rows = rollouts.rows
-    longest = max(map(len, prompts + eval_prompts + selection))
-    prepare_rollouts(config, shared, rollouts, longest)
-    rows = config.episodes_per_update // config.num_mini_batches
-    console.print(describe_start(shared.device, tokens, rows, shared.dtype, why))
-    kept = ", keys and values kept between them" if shared.decoding else ""
-    console.print(
-        f"rollouts of {rollouts.rows} responses at a time, from {shared.rollout_weights} "
-        f"weights{kept}"
-    )
-    peaks = {"policy": config.learning_rate, "value": config.value_learning_rate}
-    groups = [
-        {"name": role, "params": shared.parameters(role), "peak_lr": peak}
-        for role, peak in peaks.items()
-    ]
-    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
-    shared.decoder.follow(optimizer)
+    held_out = eval_prompts + selection
+    shared, base, sizes = prepare_base(config, runs, prompt_format, prompts, held_out)
+    optimizer = make_optimizer(shared, config.learning_rate, config.value_learning_rate)
     scaler = GradScaler(shared.device.type, enabled=shared.dtype == torch.float16)
     all_prompts = prompts, eval_prompts, *([selection] if selection else [])
+    given = inputs_of(runs, function, all_prompts, shared.dtype)
     looked_at = selection or eval_prompts
     total = partial(total_scores, config, function, prompt_format)
 
     with (
         output_folder(config.output_dir, config.resume) as folder,
-        Log(config, folder, config.num_updates, chosen_style) as log,
-        State(config, folder, runs, function, all_prompts, shared, optimizer, scaler, log) as state,
+        open_log(config, folder, chosen_style) as log,
+        State(
+            States(folder, flags, given), config.kl_coef, shared, optimizer, scaler, log
+        ) as state,
     ):
-        start_run(
-            folder,
-            "ppo",
-            config,
-            shared.dtype,
-            micro_batch_tokens=tokens,
-            rollout_rows=rollouts.rows,
-            rollouts_kept=rollouts.kept,
-            rollout_weights=shared.rollout_weights,
-            **facts_of(function),
-        )
+        facts = facts_of(function)
+        start_run(folder, "ppo", flags, shared.dtype, **sizes, **facts)
         look = partial(evaluate, config, shared, prompt_format, total)
         if not state.sft:
             state.held_out = look(eval_prompts, probe)  # the new policy equals SFT's
@@ -330,19 +327,20 @@ def main(config: Config) -> None:
         metrics = compare(state.held_out, last) | chosen_style
         metrics["warnings"] = ppo_warnings(metrics)
         console.print(describe(metrics))
-        facts = facts_of(function) | state.facts_of_best()
-        save(config, folder, shared, prompt_format, base, runs, facts, metrics, started, log)
+        facts |= {"metrics": metrics, **state.facts_of_best()}
+        save(folder, flags, shared, prompt_format, base, runs, started, log, **facts)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     show(metrics["warnings"])
-    console.print(f"Next: {next_command('compare_outputs.py', config, 'ppo')}")
+    console.print(f"Next: {next_command('compare_outputs.py', flags, 'ppo')}")
 
 
 def draw_prompts(
     prompts: list[list[int]], update: int, config: Config
 ) -> tuple[list[list[int]], list[Seed]]:
-    """The prompts of an update, each once in an epoch over all, and one sampling seed an episode.
+    """An update's prompts, and one sampling seed for each episode.
 
-    Both follow from the seed and the episode's number alone.
+    An epoch over all prompts has each of them once. Both depend only on the seed and the episode's
+    number.
     """
     queries = []
     seeds = []
@@ -382,7 +380,7 @@ def measure(shared: SharedBase, batch: Batch, temperature: float, baseline: floa
     """What each role says of the batch. The lower layers run once, for all roles and epochs.
 
     Raises:
-        NotFinite: some of it is not finite.
+        NotFinite: some of the numbers are not finite.
     """
     shape = sum(map(len, batch.texts)), shared.lm_head_weight().shape[1]
     lower = torch.empty(shape, dtype=shared.dtype, device=shared.device)
@@ -402,7 +400,7 @@ def measure(shared: SharedBase, batch: Batch, temperature: float, baseline: floa
         }
         for name, numbers in said.items():
             columns.setdefault(name, []).append(numbers)
-    # One transfer, for all numbers that the formulas take on the CPU.
+    # One transfer for all numbers that the formulas take on the CPU.
     flat = [torch.cat(column) for column in columns.values()]
     on_cpu = torch.cat(flat).cpu().split([len(column) for column in flat])
     measured = Measured(lower, **dict(zip(columns, on_cpu, strict=True)))
@@ -417,7 +415,7 @@ def total_scores(
     scores: Tensor,
     batch: Batch,
 ) -> Tensor:
-    """The reward model's scores [b] of a batch, or with a reward function their weighted sum."""
+    """The scores [b] that PPO trains for: the reward model's, plus the reward function's if any."""
     if function is None:
         return scores
     prompts = [prompt_format.read_prompt(prompt) for prompt in batch.prompts]
@@ -426,7 +424,7 @@ def total_scores(
 
 
 def score(shared: SharedBase, role: str, micro: MicroBatch, lower: Tensor) -> Tensor:
-    """What a reward model says at the EOS of each text of a micro-batch, float32."""
+    """The scores [texts] of reward model `role`, read at each text's EOS, float32."""
     return shared.heads[role](shared.upper(lower, micro.texts, role)[micro.texts.last]).squeeze(-1)
 
 
@@ -438,9 +436,9 @@ def token_logprobs(
     temperature: float,
     statistics: bool = False,
 ) -> TokenLogprobs:
-    """Log-probability [n] of each sampled token under `role`, and with `statistics` its entropy.
+    """Log-probability [n] of each sampled token under `role`; with `statistics` also the entropy.
 
-    Measuring and optimising both come through here, with the same micro-batches: in bf16 another
+    Measuring and optimising both go through here with the same micro-batches. In bf16, another
     padding or batch size alone would move the ratio away from 1.
     """
     hidden = shared.upper(lower, micro.texts, role)[micro.positions]
@@ -448,9 +446,9 @@ def token_logprobs(
 
 
 def token_values(shared: SharedBase, micro: MicroBatch, lower: Tensor, baseline: float) -> Tensor:
-    """[n] value before each sampled token.
+    """The value [n] before each sampled token.
 
-    The head, copied from the reward model, speaks in raw scores, so it is centred here.
+    The head is copied from the reward model and predicts raw scores, so they are centred here.
     """
     hidden = shared.upper(lower, micro.texts, "value")[micro.positions]
     return shared.heads["value"](hidden).squeeze(-1) - baseline
@@ -485,7 +483,7 @@ def optimise(
 ) -> dict[str, float]:
     """Epochs over the batch; each minibatch is one step. Returns mean statistics.
 
-    In the first updates only the value model learns.
+    In the first updates, only the value model learns.
     """
     policy = partial(policy_losses, shared, old, config.temperature, config.cliprange)
     value = partial(value_losses, shared, old, baseline, config.cliprange_value)
@@ -495,7 +493,7 @@ def optimise(
         sums: Sums = {}
         if update > config.critic_warmup_updates:
             sums |= backward(shared, batch, "policy", policy, minibatch, tokens, scaler)
-            # In smaller micro-batches rounding alone moves the ratio.
+            # In smaller micro-batches, rounding alone moves the ratio.
             if history or shared.micro_batch.halved:
                 sums["ratio_off"].zero_()
         sums |= backward(shared, batch, "value", value, minibatch, tokens, scaler)
@@ -524,11 +522,13 @@ def backward(
     tokens: float,
     scaler: GradScaler,
 ) -> Sums:
-    """Make `role`'s gradients over a minibatch; return sums of statistics of this process's tokens.
+    """Compute `role`'s gradients over a minibatch; return sums of statistics over its tokens.
+
+    The sums are over this process's tokens.
 
     Args:
-        losses: makes of a micro-batch the loss [n] of each of its tokens, and statistics of them.
-        tokens: of the minibatch, of all processes: the loss is the mean over them.
+        losses: from a micro-batch, the loss [n] of each token, and statistics of each.
+        tokens: of the minibatch, over all processes; the loss is the mean over them.
     """
     shared.drop_gradients(role)  # of an attempt that ran out of memory
     sums: Sums = {}
@@ -543,7 +543,7 @@ def backward(
 def policy_losses(
     shared: SharedBase, old: Old, temperature: float, cliprange: float, micro: MicroBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`policy_loss` of a micro-batch as the policy now is."""
+    """`policy_loss` of a micro-batch, under the policy as it is now."""
     lower = old.lower[micro.text_tokens]
     logprobs = token_logprobs(shared, "policy", micro, lower, temperature).logprobs
     return policy_loss(
@@ -554,13 +554,13 @@ def policy_losses(
 def value_losses(
     shared: SharedBase, old: Old, baseline: float, cliprange_value: float, micro: MicroBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`value_loss` of a micro-batch as the value model now is."""
+    """`value_loss` of a micro-batch, under the value model as it is now."""
     values = token_values(shared, micro, old.lower[micro.text_tokens], baseline)
     return value_loss(values, old.values[micro.tokens], old.returns[micro.tokens], cliprange_value)
 
 
 def clip(optimizer: Optimizer, scaler: GradScaler, max_grad_norm: float) -> dict[str, Tensor]:
-    """Sum gradients over all processes; clip policy's and value's, each to `max_grad_norm`.
+    """Sum gradients over all processes, and clip policy's and value's, each to `max_grad_norm`.
 
     Returns their norms.
     """
@@ -574,9 +574,9 @@ def clip(optimizer: Optimizer, scaler: GradScaler, max_grad_norm: float) -> dict
 
 
 def read(sums: Sums, tokens: float, norms: dict[str, Tensor]) -> dict[str, float]:
-    """Means over all processes' tokens, and the norms: a minibatch's one wait for the device."""
+    """Means over all processes' tokens, and the norms: a minibatch's only wait for the device."""
     means = sum_over_processes(torch.stack(list(sums.values()))) / tokens
-    # 0 without gradients: a CPU's
+    # A norm without gradients is 0, on the CPU.
     numbers = torch.cat([means, torch.stack([norm.to(means) for norm in norms.values()])])
     return dict(zip([*sums, *norms], numbers.tolist(), strict=True))
 
@@ -584,7 +584,7 @@ def read(sums: Sums, tokens: float, norms: dict[str, Tensor]) -> dict[str, float
 def step(optimizer: Optimizer, scaler: GradScaler, stats: dict[str, float]) -> None:
     """Make the clipped step. Raises NotFinite if the gradient norms in `stats` are not finite.
 
-    With fp16 the scaler skips such a step and halves its scale; a scale below 1 has no room left.
+    With fp16, the scaler skips such a step and halves its scale, as long as that is at least 1.
     """
     for group in optimizer.param_groups:
         finite = math.isfinite(stats[f"{group['name']}/grad_norm"])
@@ -607,8 +607,8 @@ def evaluate(
     """Sample from the policy on held-out prompts, always with the same seeds.
 
     Args:
-        total: makes the scores that PPO trains for of the reward model's.
-        probe: what else to ask of the policy, with the openings of its answers.
+        total: turns the reward model's scores into those that PPO trains for.
+        probe: the safety probe, with the openings of its answers, if it is to be asked.
     """
     responses = rollout(
         config, shared, prompt_format, prompts, [(0, 4, i) for i in range(len(prompts))]
@@ -638,7 +638,7 @@ def evaluate(
 def measure_held_out(
     shared: SharedBase, batch: Batch, judges: list[str], temperature: float
 ) -> list[Tensor]:
-    """KL and entropy of the policy [n], and what each judge says [b], on the CPU."""
+    """KL and entropy of the policy [n], and each judge's scores [b], on the CPU."""
     columns: list[list[Tensor]] = [[] for _ in range(2 + len(judges))]
     micro_batches = chain(*batch.micro_batches(shared.micro_batch.tokens))
     for micro in until_stopped(micro_batches):
@@ -689,7 +689,7 @@ def gae(
 
 
 def whiten(values: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scale [n] to variance 1 over all processes, and to mean 0 unless `shift_mean` is False."""
+    """Scale [n] to variance 1 over all processes, and shift to mean 0 unless told otherwise."""
     mean, variance = moments(values)
     return (values - mean) * (variance + 1e-8).rsqrt() + (0.0 if shift_mean else mean)
 
@@ -708,7 +708,7 @@ def policy_loss(
         "policy/approxkl_avg": ratio - 1 - log_ratio,  # "k3": unbiased and never negative
         "policy/clipfrac_avg": (clipped_loss > loss).float(),
         "val/ratio": ratio,
-        "ratio_off": ((ratio - 1).abs() > 1e-4).float(),  # none may be before the first step
+        "ratio_off": ((ratio - 1).abs() > 1e-4).float(),  # must be 0 before the first step
     }
 
 
@@ -738,7 +738,7 @@ def adapt_kl_coef(
 def set_learning_rates(optimizer: Optimizer, update: int, config: Config) -> None:
     """Linear warm-up over `warmup_updates`, then linear decay to 0.
 
-    The policy's starts after the critic's own updates.
+    The policy's warm-up begins after the updates in which the critic learns alone.
     """
     for group in optimizer.param_groups:
         trained = update - (config.critic_warmup_updates if group["name"] == "policy" else 0)
@@ -746,58 +746,161 @@ def set_learning_rates(optimizer: Optimizer, update: int, config: Config) -> Non
         group["lr"] = group["peak_lr"] * warmup * (1 - (update - 1) / config.num_updates)
 
 
-# ---------------------------------------------------------------- models and prompts
+# ---------------------------------------------------------------- before the first update
+
+
+def check_flags(config: Config) -> None:
+    """Raise UserError for flags that are out of range or do not go together."""
+    checks.check_not_sharded()
+    check_training(config.log_with, config.dry_run, config.measure)
+    check_above_zero(temperature=config.temperature)
+    check_numbers(vars(config))
+    check_weight(config.reward_weight, config.reward_function)
+    checks.check_judge(config.keep, config.gold_checkpoint)
+    checks.check_kl_horizon(config.kl_controller, config.kl_horizon, config.episodes_per_update)
+    checks.check_minibatches(config.episodes_per_update, config.num_mini_batches)
+    checks.check_episodes(config.total_episodes, config.episodes_per_update)
+    checks.check_critic_warmup(config.critic_warmup_updates, config.num_updates, config.max_steps)
 
 
 def foresee(config: Config) -> dict[str, dict[str, Any]]:
-    """Each checkpoint's run.json, by role, or what a plan needs of one that is not there yet."""
+    """Each checkpoint's run.json by role, or what a plan needs of one that is not there yet."""
     import reward_train
     import sft_train
 
-    return earlier_runs(config, sft=sft_train, reward=reward_train)
+    folders = {
+        "sft": config.sft_checkpoint,
+        "reward": config.reward_checkpoint,
+        "gold": config.gold_checkpoint,
+    }
+    scripts = {"sft": sft_train, "reward": reward_train}
+    return earlier_runs(folders, scripts, config.base_model, config.measure)
+
+
+def dry_run(config: Config, runs: dict[str, dict[str, Any]]) -> None:
+    """Print prompts, updates and the memory plan."""
+    base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
+    prompt_format = format_of(config.sft_checkpoint, runs["sft"])
+    prompts, eval_prompts, selection, _ = load_prompts(config, prompt_format)
+    if selection:
+        console.print(f"prompts set apart from these to choose a policy by: {len(selection)}")
+    show_data("prompts", [len(prompt) for prompt in prompts])
+    console.print(f"held-out prompts: {len(eval_prompts)}")
+    console.print(
+        f"updates: {config.num_updates} of {config.episodes_per_update} responses of up to "
+        f"{config.response_length} tokens, {config.num_ppo_epochs * config.num_mini_batches} "
+        "optimizer steps each"
+    )
+    check_between(0, read_shape(base, config.dtype).layers, role_layers=config.role_layers)
+    longest = max(map(len, prompts))
+    length = longest + config.response_length + 1
+    check_context(base, length, "--max-prompt-length", "--response-length")
+    plans = make_plans(config, base, runs, longest)
+    episodes = config.episodes_per_update // num_processes()
+    rollouts = deal(plans, asked_of(config), episodes, length, room_of(config.card_gb))
+    weights = "a merged 16-bit copy" if rollouts.merged else "the base with its adapters"
+    kept = ", their keys and values kept for the next" if rollouts.kept else ""
+    console.print(f"rollouts: {rollouts.rows} responses at a time, from {weights}{kept}")
+    advice = less_memory(vars(config))
+    show_plan(plans(rollouts), config.micro_batch_tokens, length, config.card_gb, advice)
+    if config.reward_function:
+        console.print("The plan does not include what --reward-function needs.")
+    if config.measure:
+        time_steps(main, config, config.num_updates)
+    show_end(config.measure)
+
+
+def make_plans(
+    config: Config, base: dict[str, Any], runs: dict[str, dict[str, Any]], longest: int
+) -> Plans:
+    """The memory plan by rollouts and tokens of a micro-batch.
+
+    Args:
+        longest: tokens of the longest prompt.
+    """
+    adapters = {role: Lora.of(run) for role, run in runs.items()}
+    adapters["policy"] = Lora(config.lora_rank, config.role_layers)
+    episodes = config.episodes_per_update // num_processes()
+    update = UpdateSizes(episodes, config.num_mini_batches, longest, config.response_length)
+    shape = read_shape(base, config.dtype)
+    return lambda rollouts: partial(
+        plan_ppo, shape, adapters, update, config.gradient_checkpointing, rollouts
+    )
+
+
+def asked_of(config: Config) -> Asked:
+    return Asked(config.rollout_batch_size, config.rollout_weights, config.micro_batch_tokens)
+
+
+def prepare_base(
+    config: Config,
+    runs: dict[str, dict[str, Any]],
+    prompt_format: PromptFormat,
+    prompts: Prompts,
+    eval_prompts: Prompts,
+) -> tuple[SharedBase, dict[str, Any], dict[str, Any]]:
+    """The shared base, ready to sample; its identity; and the sizes that it runs with, by name.
+
+    Sizes are chosen before anything is loaded, as they depend on what is free then.
+    """
+    before = sizes_before(config.output_dir, config.resume)
+    tokens, why, rollouts = choose_sizes(config, runs, prompts, eval_prompts, before)
+    shared, base = load_models(config, runs["sft"], prompt_format)
+    shared.micro_batch.tokens = tokens
+    shared.rollout_rows = rollouts.rows
+    longest = max(map(len, prompts + eval_prompts))
+    if rollouts.merged:
+        choose_weights(config, shared, longest, resumed=before is not None)
+    if rollouts.kept:
+        sampling = longest, config.response_length, config.temperature
+        shared.decoding = prepare(shared, "policy", rollouts.rows, *sampling)
+    rows = config.episodes_per_update // config.num_mini_batches
+    console.print(describe_start(shared.device, tokens, rows, shared.dtype, why))
+    kept = ", keys and values kept between them" if shared.decoding else ""
+    console.print(
+        f"rollouts of {rollouts.rows} responses at a time, from {shared.rollout_weights} "
+        f"weights{kept}"
+    )
+    sizes = {"micro_batch_tokens": tokens, "rollout_rows": rollouts.rows}
+    sizes |= {"rollouts_kept": rollouts.kept, "rollout_weights": shared.rollout_weights}
+    return shared, base, sizes
 
 
 def choose_sizes(
     config: Config,
     runs: dict[str, dict[str, Any]],
-    prompts: list[list[int]],
-    eval_prompts: list[list[int]],
+    prompts: Prompts,
+    eval_prompts: Prompts,
+    before: dict[str, Any] | None,
 ) -> tuple[int, str, Rollouts]:
     """Tokens of a micro-batch and why so many, and how responses are sampled.
 
-    Before anything is loaded, as what is free then counts.
+    Args:
+        before: the sizes that the run began with, if it is resumed.
     """
     base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
     longest = max(map(len, prompts))
     length = longest + config.response_length + 1
     most = max(longest, *map(len, eval_prompts)) + config.response_length + 1
     check_context(base, most, "--max-prompt-length", "--response-length")
-    plans = ppo_plans(read_shape(base, config.dtype), config, runs, longest)
-    rollouts = choose_rollouts(
-        config, plans, episodes_of_a_process(config.episodes_per_update), length, device()
-    )
-    return *choose_tokens(config, plans(rollouts), length, device()), rollouts
+    plans = make_plans(config, base, runs, longest)
+    episodes = config.episodes_per_update // num_processes()
+    rollouts = choose_rollouts(plans, asked_of(config), episodes, length, device(), before)
+    advice = less_memory(vars(config))
+    asked = config.micro_batch_tokens
+    tokens, why = choose_tokens(plans(rollouts), asked, length, device(), before, advice)
+    return tokens, why, rollouts
 
 
-def prepare_rollouts(config: Config, shared: SharedBase, rollouts: Rollouts, longest: int) -> None:
-    """What stays from one rollout to the next: a merged copy, and where texts are written.
+def choose_weights(config: Config, shared: SharedBase, longest: int, resumed: bool) -> None:
+    """Merge a copy of the base to sample from, if that is faster here.
 
     Args:
         longest: tokens of the longest prompt.
+        resumed: whether the run has chosen already.
     """
-    if rollouts.merged:
-        choose_weights(config, shared, longest)
-    if rollouts.kept:
-        shared.decoding = prepare(
-            shared, "policy", rollouts.rows, longest, config.response_length, config.temperature
-        )
-
-
-def choose_weights(config: Config, shared: SharedBase, longest: int) -> None:
-    """Merge a copy of the base to sample from, if it is the faster one here."""
     shared.merge("policy")
-    begun = config.resume and agree(recorded(config.output_dir))
-    if config.rollout_weights == "merged" or begun or shared.device.type != "cuda":
+    if config.rollout_weights == "merged" or resumed or shared.device.type != "cuda":
         return
     shape = shared.rollout_rows, longest
     ours, theirs = (
@@ -812,7 +915,7 @@ def choose_weights(config: Config, shared: SharedBase, longest: int) -> None:
 def load_models(
     config: Config, sft: dict[str, Any], prompt_format: PromptFormat
 ) -> tuple[SharedBase, dict[str, Any]]:
-    """The shared base with its roles, of which policy and value train, and the base's identity."""
+    """The shared base with its roles, of which policy and value learn, and the base's identity."""
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
     set_seed(config.seed)
@@ -835,7 +938,7 @@ def load_prompts(
 ) -> tuple[Prompts, Prompts, Prompts, dict[str, float]]:
     """Prompts to train on, held-out ones, and with `--keep best` those that choose the policy.
 
-    Last the style of the answers chosen for the held-out prompts.
+    Last, the style of the answers that were chosen for the held-out prompts.
     """
     pairs, held_out = load_splits(
         config.dataset, "prompt", config.columns, config.max_train_samples, config.max_eval_samples
@@ -850,6 +953,31 @@ def load_prompts(
     answers = [pair.chosen for pair in held_out if pair.chosen]
     style = style_of(answers) if answers else {}
     return *prompts, {f"chosen_{name}": share for name, share in style.items()}
+
+
+def make_optimizer(
+    shared: SharedBase, learning_rate: float, value_learning_rate: float
+) -> Optimizer:
+    """AdamW with a group for each of policy and value; `set_learning_rates` scales their peaks."""
+    peaks = {"policy": learning_rate, "value": value_learning_rate}
+    groups = [
+        {"name": role, "params": shared.parameters(role), "peak_lr": peak}
+        for role, peak in peaks.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
+    shared.decoder.follow(optimizer)
+    return optimizer
+
+
+def open_log(config: Config, folder: Path, chosen_style: dict[str, float]) -> Log:
+    return Log(
+        folder,
+        config.num_updates,
+        config.num_printed_samples,
+        config.missing_eos_penalty,
+        chosen_style,
+        open_tracker(config.log_with, folder, asdict(config)),
+    )
 
 
 if __name__ == "__main__":

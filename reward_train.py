@@ -8,14 +8,13 @@ scalar head that PEFT opens as a sequence classification model, and what it gets
 2. Load the base the SFT adapter was trained on, stack a LoRA adapter on its upper layers, add a
    float32 scalar head.
 3. Train with TRL's RewardTrainer: -log sigmoid(score(chosen) - score(rejected)) (Bradley-Terry).
-   On the way, look at the test split.
+   Evaluate on the test split on the way.
 4. Score the test split: accuracy, calibration, and how much of it is length
    (rlhf/reports/reward_evaluation.py). Score the safety probe: are refusals preferred where they
    should be (rlhf/reports/probe.py)?
 
-With --extra-data people's votes (`python -m feedback.vote`) are mixed into the training pairs. The
-votes on one prompt in five are held out, the same ones every time, and scored beside the test
-split.
+With --extra-data, people's votes (`python -m feedback.vote`) are mixed into the training pairs. The
+votes on one prompt in five are held out, the same ones every time, and scored at the end too.
 
     python reward_train.py
     python reward_train.py --preset demo
@@ -25,9 +24,9 @@ split.
 Next: python ppo_train.py
 """
 
-import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal
@@ -43,30 +42,48 @@ from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
 from rlhf.data.format import PromptFormat, TokenPair, tokenize_pairs
-from rlhf.data.rows import Pair, fingerprint
+from rlhf.data.rows import Pair
 from rlhf.data.sources import load_pairs, load_splits
+from rlhf.data.splits import fingerprint
 from rlhf.data.votes import VotePairs, load_votes
 from rlhf.engine.adapters import read_stacked, save_stacked
 from rlhf.engine.base import check_context, same_base
+from rlhf.engine.callbacks import Restack
 from rlhf.engine.card import Plan, choose_tokens, describe_start
 from rlhf.engine.loading import load_base
-from rlhf.engine.plan import plan_reward, read_shape
+from rlhf.engine.plan import Lora, plan_reward, read_shape
 from rlhf.engine.roles import SharedBase
 from rlhf.engine.speed import Work
 from rlhf.engine.tokenizers import load_format
-from rlhf.engine.trainer import Restack, Resumable, Row, keep_fp32, steps_of, trainer_options
+from rlhf.engine.trainer import (
+    Resumable,
+    Row,
+    checkpoint_layers,
+    keep_fp32,
+    num_steps,
+    steps_between_evaluations,
+    trainer_options,
+)
 from rlhf.reports.dry_run import earlier_runs, format_of, show_data, show_end, show_plan
 from rlhf.reports.probe import describe_probe, judge_probe, load_probe
 from rlhf.reports.reward_evaluation import ScoredPairs, describe, judge, write_evaluation
-from rlhf.runs.advice import next_command
-from rlhf.runs.checkpoints import check_child, is_finished, read_run, start_run, write_run
-from rlhf.runs.checks import check_at_least_one, check_between, check_trainer_numbers
+from rlhf.runs.advice import less_memory, next_command
+from rlhf.runs.checkpoints import (
+    check_child,
+    is_finished,
+    read_run,
+    sizes_before,
+    start_run,
+    write_run,
+)
+from rlhf.runs.checks import check_batch_size, check_between, check_numbers, check_training
 from rlhf.runs.cli import run
 from rlhf.runs.curves import Panel
 from rlhf.runs.device import choose_dtype, device
 from rlhf.runs.errors import UserError
 from rlhf.runs.folders import check_output, output_folder
-from rlhf.runs.processes import gather, is_main, sharded, share
+from rlhf.runs.processes import gather, is_main, num_processes, sharded, share
+from rlhf.runs.resume import States
 from rlhf.runs.run_warnings import reward_warnings, said_before, show
 from rlhf.runs.terminal import console
 from rlhf.runs.trial import time_steps
@@ -112,7 +129,7 @@ class Config:
     warmup_ratio: float = 0.05  # share of the steps; then cosine decay to 0
     center_rewards_coefficient: float = 0.01  # keeps the scores near mean 0 (2312.09244)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    # steps between looks at the test pairs; auto: up to ten; None: last only
+    # steps between evaluations of the test pairs; auto: up to ten; None: last only
     eval_steps: int | Literal["auto"] | None = "auto"
     save_minutes: float = 10.0  # minutes between states to resume from: the most a crash can cost
     save_steps: int | None = None  # save every N optimizer steps instead
@@ -144,40 +161,28 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
-    check_trainer_numbers(config)
-    check_between(config, 0, math.inf, "center_rewards_coefficient")
-    check_at_least_one(config, "extra_weight")
+    started = time.monotonic()
+    check_training(config.log_with, config.dry_run, config.measure)
+    check_numbers(vars(config))
+    check_batch_size(config.batch_size)
     if config.eval_only:
         eval_only(config)
         return
     sft = foresee(config) if config.dry_run else read_run(config.sft_checkpoint, "sft")
-    inputs = (
-        config.sft_checkpoint,
-        sft["base"]["model"],
-        config.base_model,
-        config.dataset,
-        config.extra_data,
-    )
+    inputs = config.sft_checkpoint, sft["base"]["model"], config.base_model, config.dataset
+    inputs += (config.extra_data,)
     check_output(config.output_dir, config.overwrite, *inputs, resume=config.resume)
-    if is_finished(config):
+    if config.resume and is_finished(config.output_dir, asdict(config)):
         return
-
     show(said_before({"sft": sft}))
-    started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
     base = same_base(sft, config.sft_checkpoint, config.base_model)
     prompt_format = format_of(config.sft_checkpoint, sft)
 
     # 1. Tokenise both responses of each pair.
     votes = load_votes(config.extra_data) if config.extra_data else None
-    train_pairs, eval_pairs = load_splits(
-        config.dataset,
-        "pair",
-        config.columns,
-        config.max_train_samples,
-        config.max_eval_samples,
-        config.half,
-    )
+    rows = config.max_train_samples, config.max_eval_samples, config.half
+    train_pairs, eval_pairs = load_splits(config.dataset, "pair", config.columns, *rows)
     train_pairs += votes.train * config.extra_weight if votes else []
     if config.dry_run:
         dry_run(config, base, prompt_format, train_pairs, sft)
@@ -185,91 +190,113 @@ def main(config: Config) -> None:
     token_pairs = tokenize_pairs(train_pairs, prompt_format, config.max_length, "train")
     train_set = both_responses(token_pairs, prompt_format.eos_token_id)
     eval_sets = tokenize_eval(config, prompt_format, eval_pairs, votes)
-
     check_context(base, longest_text([*token_pairs, *sum(eval_sets.values(), [])]), "--max-length")
 
     # 2. The SFT adapter stays frozen below the reward model's own.
-    longest = max(map(num_tokens, token_pairs))
-    tokens, why = choose_tokens(config, make_plan(config, base, sft, longest), longest, device())
-    console.print(describe_start(device(), tokens, config.batch_size, dtype, why))
-    set_seed(config.seed)
-    model = load_base(base, dtype, prompt_format.pad_token_id, with_head=True)
-    shared = SharedBase(model, config.sft_checkpoint, dtype)
-    shared.add_role("reward", config.lora_rank, config.lora_alpha, config.role_layers)
-    shared.heads["reward"] = model.score
-    if not sharded():
-        shared.decoder.gradient_checkpointing = config.gradient_checkpointing
-    shared.train("reward")
+    tokens = choose_size(config, base, sft, max(map(num_tokens, token_pairs)), dtype)
+    shared = load_model(config, base, prompt_format, dtype)
+    data = facts_of_data(config, train_pairs, len(train_set), votes)
+    same = {"sft checkpoint": sft["adapter_sha256"], "dtype": str(dtype), "data": data["sha256"]}
 
     with output_folder(config.output_dir, config.resume) as folder:
         # 3. Train.
-        trainer = make_trainer(config, shared, prompt_format, train_set, dtype, folder)
-        trainer.eval_pairs = eval_sets["test pairs"]
-        data = {
-            "source": config.dataset,
-            "columns": config.columns,
-            "half": config.half,
-            "train_rows": len(train_set),
-            "sha256": fingerprint(train_pairs),
-        }
-        if votes:
-            origin = {"source": config.extra_data, "weight": config.extra_weight}
-            data["votes"] = votes.counts | origin
-        same = {
-            "sft checkpoint": sft["adapter_sha256"],
-            "dtype": str(dtype),
-            "data": data["sha256"],
-        }
-        trainer.prepare(config, folder, same, "Reward model", tokens, len(trainer.eval_pairs))
+        test_pairs = eval_sets["test pairs"]
+        trainer = make_trainer(config, shared, prompt_format, train_set, test_pairs, dtype, folder)
+        trainer.prepare(States(folder, asdict(config), same), "Reward model", tokens)
         shared.micro_batch = trainer.micro_batch
-        start_run(folder, "reward", config, dtype, micro_batch_tokens=tokens)
+        start_run(folder, "reward", asdict(config), dtype, micro_batch_tokens=tokens)
         trainer.run()
 
         # 4. Score the test split.
         metrics = evaluate(config, shared, prompt_format, eval_sets, folder)
         trainer.log({name: metrics[name] for name in ("eval_loss", "eval_accuracy", "eval_margin")})
-        save_stacked(folder, shared, "reward", prompt_format, base)
-        if is_main():
-            trainer.lines.curves.draw()
-            write_run(
-                folder,
-                "reward",
-                config,
-                dtype,
-                started,
-                base=base,
-                prompt_format=sft["prompt_format"],
-                parents={"sft": sft["adapter_sha256"]},
-                data=data,
-                steps=trainer.state.global_step,
-                micro_batch_tokens=trainer.micro_batch.tokens,
-                speed=trainer.speed(),
-                metrics=in_short(metrics),
-            )
+        save(config, trainer, prompt_format, base, sft, started, data=data, metrics=metrics)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     show(metrics["warnings"])
     role = "gold" if config.half == "second" else "reward"
-    console.print(f"Next: {next_command('ppo_train.py', config, role)}")
+    console.print(f"Next: {next_command('ppo_train.py', vars(config), role)}")
+
+
+def facts_of_data(
+    config: Config, pairs: list[Pair], rows: int, votes: VotePairs | None
+) -> dict[str, Any]:
+    """What run.json says of the training pairs, of which `rows` were tokenised."""
+    data = {
+        "source": config.dataset,
+        "columns": config.columns,
+        "half": config.half,
+        "train_rows": rows,
+        "sha256": fingerprint(pairs),
+    }
+    if votes:
+        origin = {"source": config.extra_data, "weight": config.extra_weight}
+        data["votes"] = votes.counts | origin
+    return data
+
+
+def load_model(
+    config: Config, base: dict[str, Any], prompt_format: PromptFormat, dtype: torch.dtype
+) -> SharedBase:
+    """The base with the SFT adapter, and with an adapter and a head that learn."""
+    set_seed(config.seed)
+    model = load_base(base, dtype, prompt_format.pad_token_id, with_head=True)
+    shared = SharedBase(model, config.sft_checkpoint, dtype)
+    shared.add_role("reward", config.lora_rank, config.lora_alpha, config.role_layers)
+    shared.heads["reward"] = model.score
+    shared.train("reward")
+    return shared
+
+
+def save(
+    config: Config,
+    trainer: "Trainer",
+    prompt_format: PromptFormat,
+    base: dict[str, Any],
+    sft: dict[str, Any],
+    started: float,
+    data: dict[str, Any],
+    metrics: dict[str, Any],
+) -> None:
+    """What a finished run leaves: adapter and head, tokenizer, curves, run.json last."""
+    save_stacked(trainer.folder, trainer.shared, "reward", prompt_format, base)
+    if not is_main():
+        return
+    trainer.lines.curves.draw()
+    write_run(
+        trainer.folder,
+        "reward",
+        asdict(config),
+        trainer.dtype,
+        started,
+        base=base,
+        prompt_format=sft["prompt_format"],
+        parents={"sft": sft["adapter_sha256"]},
+        data=data,
+        steps=trainer.state.global_step,
+        micro_batch_tokens=trainer.micro_batch.tokens,
+        speed=trainer.speed(),
+        metrics=in_short(metrics),
+    )
 
 
 def in_short(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What of the evaluation goes into run.json."""
+    """The part of the evaluation that goes into run.json."""
     lists = [name for name, value in metrics.items() if isinstance(value, list)]
     return {name: metrics[name] for name in metrics if name == "warnings" or name not in lists}
 
 
 def closed(ids: list[int], eos_token_id: int) -> list[int]:
-    """A response closed by EOS, where the score is read; one that was cut to fit has none yet."""
+    """A response closed by EOS, where the score is read. One that was cut to fit has none yet."""
     return ids if ids[-1] == eos_token_id else [*ids, eos_token_id]
 
 
 def num_tokens(pair: TokenPair) -> int:
-    """What goes through the model, where the prompt is read once; both responses closed by EOS."""
+    """Tokens that go through the model: the prompt once, and both responses with EOS."""
     return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) + 2
 
 
 def longest_text(pairs: list[TokenPair]) -> int:
-    """Tokens of the longest prompt with one response, closed by EOS."""
+    """Tokens of the longest prompt with one response and EOS."""
     return max(
         len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) + 1
         for pair in pairs
@@ -291,7 +318,7 @@ def both_responses(pairs: list[TokenPair], eos_token_id: int) -> datasets.Datase
 def tokenize_eval(
     config: Config, prompt_format: PromptFormat, pairs: list[Pair], votes: VotePairs | None
 ) -> dict[str, list[TokenPair]]:
-    """What is scored at the end: the test pairs, and the held-out votes if there are any."""
+    """What is scored at the end: the test pairs, and held-out votes if there are any."""
     sets = {"test pairs": pairs} | (
         {"held-out votes": votes.held_out} if votes and votes.held_out else {}
     )
@@ -302,10 +329,11 @@ def tokenize_eval(
 
 
 def foresee(config: Config) -> dict[str, Any]:
-    """The run.json of the SFT checkpoint, or what a plan asks of it if it is not there yet."""
+    """The SFT checkpoint's run.json, or what a plan needs of it if it is not there yet."""
     import sft_train
 
-    return earlier_runs(config, sft=sft_train)["sft"]
+    folders = {"sft": config.sft_checkpoint}
+    return earlier_runs(folders, {"sft": sft_train}, config.base_model, config.measure)["sft"]
 
 
 def dry_run(
@@ -315,27 +343,46 @@ def dry_run(
     pairs: list[Pair],
     sft: dict[str, Any],
 ) -> None:
-    """Rows, tokens, steps and the memory plan."""
+    """Print rows, tokens, steps and the memory plan."""
     tokenized = tokenize_pairs(pairs, prompt_format, config.max_length, "train")
     lengths = list(map(num_tokens, tokenized))
     show_data("training pairs", lengths)
-    console.print(f"optimizer steps: {steps_of(config, len(lengths))} of {config.batch_size} pairs")
-    shape = read_shape(base, config.dtype)
-    check_between(config, 0, shape.layers, "role_layers")
+    steps = num_steps(len(lengths), config.batch_size, config.num_train_epochs, config.max_steps)
+    console.print(f"optimizer steps: {steps} of {config.batch_size} pairs")
+    check_between(0, read_shape(base, config.dtype).layers, role_layers=config.role_layers)
     longest = max(lengths)
     check_context(base, longest_text(tokenized), "--max-length")
-    show_plan(make_plan(config, base, sft, longest), longest, config)
+    plan = make_plan(config, base, sft, longest)
+    advice = less_memory(vars(config))
+    show_plan(plan, config.micro_batch_tokens, longest, config.card_gb, advice)
     if config.measure:
-        time_steps(main, config, steps_of(config, len(lengths)))
+        time_steps(main, config, steps)
     show_end(config.measure)
 
 
 def make_plan(config: Config, base: dict[str, Any], sft: dict[str, Any], longest: int) -> Plan:
-    """The memory plan on a card, by micro-batch tokens, for pairs of up to `longest` tokens."""
+    """The memory plan by tokens of a micro-batch, for pairs of up to `longest` tokens."""
     shape = read_shape(base, config.dtype)
-    return lambda tokens: plan_reward(
-        shape, config, sft["hyperparameters"]["lora_rank"], longest, tokens
-    )
+    rows = config.batch_size // num_processes()
+    adapters = Lora.of(sft), Lora(config.lora_rank, config.role_layers)
+    return partial(plan_reward, shape, *adapters, rows, longest, config.gradient_checkpointing)
+
+
+def choose_size(
+    config: Config, base: dict[str, Any], sft: dict[str, Any], longest: int, dtype: torch.dtype
+) -> int:
+    """Tokens of a micro-batch; prints the first line of the run.
+
+    Args:
+        longest: tokens of the longest pair, the prompt counted once.
+    """
+    plan = make_plan(config, base, sft, longest)
+    before = sizes_before(config.output_dir, config.resume)
+    advice = less_memory(vars(config))
+    asked = config.micro_batch_tokens
+    tokens, why = choose_tokens(plan, asked, longest, device(), before, advice)
+    console.print(describe_start(device(), tokens, config.batch_size, dtype, why))
+    return tokens
 
 
 class Trainer(Resumable, RewardTrainer):
@@ -357,7 +404,7 @@ class Trainer(Resumable, RewardTrainer):
     def tokens(self, row: Row) -> int:
         chosen = row["chosen_ids"]
         rejected = row["rejected_ids"]
-        if sharded():  # both are read by themselves, and padded
+        if sharded():  # each is read by itself, and padded
             return 2 * max(len(chosen), len(rejected))
         # The prompt is read once.
         return len(chosen) + len(rejected) - len(commonprefix([chosen, rejected]))
@@ -370,7 +417,7 @@ class Trainer(Resumable, RewardTrainer):
         chosen, rejected = scores.chunk(2)
         return {
             "loss": self.pair_losses(chosen, rejected).sum(),
-            "preference_loss": -F.logsigmoid(chosen - rejected).sum(),  # as test pairs have it
+            "preference_loss": -F.logsigmoid(chosen - rejected).sum(),  # as for the test pairs
             "mean_reward": scores.sum() / 2,  # of both texts of a pair
             "accuracy": (chosen > rejected).sum(),
             "margin": (chosen - rejected).sum(),
@@ -379,12 +426,12 @@ class Trainer(Resumable, RewardTrainer):
         }
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        """The Bradley-Terry loss, and the term that keeps scores near mean 0 [pairs]."""
+        """The Bradley-Terry loss, plus the term that keeps scores near mean 0 [pairs]."""
         centering = self.args.center_rewards_coefficient * (chosen + rejected).square()
         return centering - F.logsigmoid(chosen - rejected)
 
     def evaluation(self) -> dict[str, float]:
-        """The same numbers that the evaluation at the end has of the test pairs."""
+        """The same numbers as in the evaluation at the end."""
         pairs = score(self.shared, self.eval_pairs, self.processing_class.eos_token_id)
         loss = np.logaddexp(0, -pairs.margin)
         numbers = {"loss": loss, "accuracy": pairs.right, "margin": pairs.margin}
@@ -396,14 +443,25 @@ def make_trainer(
     shared: SharedBase,
     prompt_format: PromptFormat,
     train_set: datasets.Dataset,
+    eval_pairs: list[TokenPair],
     dtype: torch.dtype,
     folder: Path,
-):
+) -> Trainer:
     """The trainer of an adapter that is already in place; keeps adapter and head in float32."""
+    rows = len(train_set)
+    steps = num_steps(rows, config.batch_size, config.num_train_epochs, config.max_steps)
     args = RewardConfig(
-        **trainer_options(config, dtype, folder, len(train_set)),
-        max_length=None,
+        **trainer_options(dtype, folder),
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size // num_processes(),
+        warmup_steps=round(config.warmup_ratio * steps),
         center_rewards_coefficient=config.center_rewards_coefficient,
+        max_grad_norm=config.max_grad_norm,
+        report_to=config.log_with or "none",
+        seed=config.seed,
+        max_length=None,
     )
     trainer = Trainer(
         model=shared.peft,
@@ -414,9 +472,17 @@ def make_trainer(
     keep_fp32(trainer.model)
     trainer.shared = shared
     trainer.dtype = dtype
-    if shared.decoder:
-        trainer.add_callback(Restack(shared.decoder))
-        trainer.work = Work.of(shared.decoder, shared.first_role_layer, None)
+    trainer.eval_pairs = eval_pairs
+    trainer.eval_steps = steps_between_evaluations(
+        config.eval_steps, steps, config.batch_size, len(eval_pairs)
+    )
+    if sharded():
+        if config.gradient_checkpointing:
+            checkpoint_layers(trainer.model.get_base_model())
+        return trainer
+    shared.decoder.gradient_checkpointing = config.gradient_checkpointing
+    trainer.work = Work.of(shared.decoder, shared.first_role_layer, None)
+    trainer.add_callback(Restack(shared.decoder))
     return trainer
 
 
@@ -427,11 +493,13 @@ def evaluate(
     eval_sets: dict[str, list[TokenPair]],
     folder: Path,
 ) -> dict[str, Any]:
-    """Score the test pairs and held-out votes, say what the scores are worth, and write it down.
+    """Score the test pairs and held-out votes, print what the scores are worth, and write it down.
 
-    Returns the numbers of the test pairs, of the votes under names that start with `votes_`, of the
-    safety probe under those that start with `probe_`, and `warnings`. Raises UserError if the
-    scores are worth nothing.
+    Returns:
+        the numbers of the test pairs; of the votes, in names that start with `votes_`; of the
+        safety probe, in names that start with `probe_`; and `warnings`.
+    Raises:
+        UserError: the scores are not finite, or all the same.
     """
     scored = {
         what: score(shared, pairs, prompt_format.eos_token_id) for what, pairs in eval_sets.items()
@@ -470,7 +538,7 @@ def evaluate(
 def score_probe(
     config: Config, shared: SharedBase, prompt_format: PromptFormat
 ) -> dict[str, float]:
-    """What the reward model makes of the safety probe, as far as it fits into --max-length."""
+    """What the reward model makes of those pairs of the safety probe that fit --max-length."""
     probe = load_probe(prompt_format, config.max_length)
     scores = {}
     for kind, pairs in probe.items():
@@ -481,9 +549,9 @@ def score_probe(
 
 
 def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int) -> ScoredPairs:
-    """Scores of pairs, with what else the evaluation looks at. Each process reads its share.
+    """Scores of pairs, with what else the evaluation needs. Each process reads its share.
 
-    Of a base that is sharded all processes read each text together.
+    If the base is sharded, all processes read every text together.
     """
     answers = [[closed(ids, eos_token_id) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs]
     texts = [(p.prompt_ids + a, p.prompt_ids + b) for p, (a, b) in zip(pairs, answers, strict=True)]
@@ -496,7 +564,7 @@ def score(shared: SharedBase, pairs: list[TokenPair], eos_token_id: int) -> Scor
 
 
 def eval_only(config: Config) -> None:
-    """Score the test split with a finished reward model, and write its evaluation again."""
+    """Score the test split with a finished reward model, and rewrite its evaluation."""
     folder = Path(config.output_dir)
     if sharded():
         raise UserError("--eval-only under FSDP: start it in one process, without accelerate")

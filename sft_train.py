@@ -3,11 +3,11 @@
 In: a base model, and prompts with answers, such as those of a preference data set.
 Out: `checkpoints/sft`, a LoRA adapter in PEFT's format with its tokenizer.
 
-1. Tokenise each prompt with its chosen response, closed by EOS; the loss counts the response's
-   tokens only.
+1. Tokenise each prompt with its chosen response, closed by EOS. Only the response's tokens count in
+   the loss.
 2. Load the base, frozen, in NF4 (or 16 bit), and put a LoRA adapter on all linear layers of its
    decoder.
-3. Train with TRL's SFTTrainer; evaluate on the test split before, on the way, and after.
+3. Train with TRL's SFTTrainer. Evaluate on the test split before, during and after training.
 
     python sft_train.py                      # the real thing: Llama 3.2 3B on one 12 GB card
     python sft_train.py --preset demo        # a small model on a CPU
@@ -17,7 +17,8 @@ Next: python reward_train.py
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,35 +27,46 @@ import rlhf  # noqa: F401  before the libraries that it sets up
 import datasets
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from rlhf.data.format import PromptFormat, TokenPair, tokenize_pairs
-from rlhf.data.rows import Pair, fingerprint
+from rlhf.data.rows import Pair
 from rlhf.data.sources import load_splits
+from rlhf.data.splits import fingerprint
 from rlhf.engine.base import base_facts, check_context, identified
+from rlhf.engine.callbacks import Restack
 from rlhf.engine.card import Plan, choose_tokens, describe_start
 from rlhf.engine.decoder import Decoder, lay_out
 from rlhf.engine.loading import linear_names, load_base
 from rlhf.engine.logprobs import TokenLogprobs, logprobs_of
 from rlhf.engine.peft_workarounds import UNNAMED, save_adapter
-from rlhf.engine.plan import plan_sft, read_shape
+from rlhf.engine.plan import Lora, plan_sft, read_shape
 from rlhf.engine.portable import save_tokenizer
 from rlhf.engine.speed import Work
 from rlhf.engine.tokenizers import check_vocabulary, load_tokenizer
-from rlhf.engine.trainer import Restack, Resumable, Row, keep_fp32, steps_of, trainer_options
+from rlhf.engine.trainer import (
+    Resumable,
+    Row,
+    checkpoint_layers,
+    keep_fp32,
+    num_steps,
+    steps_between_evaluations,
+    trainer_options,
+)
 from rlhf.reports.dry_run import show_data, show_end, show_plan
-from rlhf.runs.advice import next_command
-from rlhf.runs.checkpoints import is_finished, start_run, weights_of, write_run
-from rlhf.runs.checks import check_trainer_numbers
+from rlhf.runs.advice import less_memory, next_command
+from rlhf.runs.checkpoints import is_finished, sizes_before, start_run, weights_of, write_run
+from rlhf.runs.checks import check_batch_size, check_numbers, check_training
 from rlhf.runs.cli import run
 from rlhf.runs.curves import Panel
 from rlhf.runs.device import choose_dtype, device
 from rlhf.runs.errors import UserError
 from rlhf.runs.folders import check_output, output_folder
-from rlhf.runs.processes import sharded, share
+from rlhf.runs.processes import num_processes, sharded, share
+from rlhf.runs.resume import States
 from rlhf.runs.run_warnings import sft_warnings, show
 from rlhf.runs.terminal import console
 from rlhf.runs.trial import time_steps
@@ -130,14 +142,15 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
-    check_trainer_numbers(config)
+    started = time.monotonic()
+    check_training(config.log_with, config.dry_run, config.measure)
+    check_numbers(vars(config))
+    check_batch_size(config.batch_size)
     check_output(
         config.output_dir, config.overwrite, config.base_model, config.dataset, resume=config.resume
     )
-    if is_finished(config):
+    if config.resume and is_finished(config.output_dir, asdict(config)):
         return
-
-    started = time.monotonic()
     dtype = choose_dtype(config.dtype, device())
     base = base_facts(config.base_model, config.revision, config.load_in_4bit)
     tokenizer = load_tokenizer(base["model"], base["revision"])
@@ -157,69 +170,41 @@ def main(config: Config) -> None:
     eval_set = response_only(tokenize_pairs(eval_pairs, prompt_format, config.max_length, "test"))
 
     # 2. and 3.
-    longest = max(map(len, train_set["input_ids"]))
-    check_context(base, max(longest, *map(len, eval_set["input_ids"])), "--max-length")
-    tokens, why = choose_tokens(config, make_plan(config, base, longest), longest, device())
-    console.print(describe_start(device(), tokens, config.batch_size, dtype, why))
+    tokens = choose_size(config, base, train_set, eval_set, dtype)
     set_seed(config.seed)
     base = identified(base)
     model = load_base(base, dtype, prompt_format.pad_token_id)
+    data = {
+        "source": config.dataset,
+        "columns": config.columns,
+        "train_rows": len(train_set),
+        "sha256": fingerprint(train_pairs),
+    }
+    same = {
+        "base": [base["config_sha256"], weights_of(base)],
+        "dtype": str(dtype),
+        "data": data["sha256"],
+    }
     with output_folder(config.output_dir, config.resume) as folder:
         trainer = make_trainer(config, model, prompt_format, train_set, eval_set, dtype, folder)
-        data = {
-            "source": config.dataset,
-            "columns": config.columns,
-            "train_rows": len(train_set),
-            "sha256": fingerprint(train_pairs),
-        }
-        same = {
-            "base": [base["config_sha256"], weights_of(base)],
-            "dtype": str(dtype),
-            "data": data["sha256"],
-        }
-        trainer.prepare(config, folder, same, "SFT", tokens, len(eval_set))
-        start_run(folder, "sft", config, dtype, micro_batch_tokens=tokens)
+        trainer.prepare(States(folder, asdict(config), same), "SFT", tokens)
+        start_run(folder, "sft", asdict(config), dtype, micro_batch_tokens=tokens)
         trainer.run()
-        before = trainer.first_row("eval_loss")
-        after = trainer.evaluate()["eval_loss"]
-        if not math.isfinite(after):
-            raise UserError("the loss is not finite: lower --learning-rate; nothing was saved")
-        metrics = {"eval_loss_before": before, "eval_loss": after, "eval_rows": len(eval_set)}
-        metrics["warnings"] = sft_warnings(metrics)
-        weights = trainer.whole_weights()
-        if trainer.is_world_process_zero():
-            save_adapter(trainer.model, weights, base, folder)
-            save_tokenizer(prompt_format.tokenizer, folder)
-            trainer.lines.curves.draw()
-            write_run(
-                folder,
-                "sft",
-                config,
-                dtype,
-                started,
-                base=base,
-                prompt_format=config.prompt_format,
-                parents={},
-                data=data,
-                epochs=round(trainer.state.epoch or 0, 2),
-                steps=trainer.state.global_step,
-                micro_batch_tokens=trainer.micro_batch.tokens,
-                speed=trainer.speed(),
-                metrics=metrics,
-            )
+        metrics = evaluate(trainer)
+        save(config, trainer, prompt_format, base, dtype, started, data=data, metrics=metrics)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     show(metrics["warnings"])
     has_pairs = any(pair.rejected is not None for pair in train_pairs)
     if not has_pairs:
         console.print(
-            f"{config.dataset} has no rejected answers, which the reward model needs: "
-            "give it --dataset with pairs of yours, or leave it at the usual ones."
+            f"{config.dataset} has no rejected answers, which the reward model needs: give it a "
+            "--dataset of your own pairs, or leave the flag out."
         )
-    console.print(f"Next: {next_command('reward_train.py', config, 'sft', has_pairs)}")
+    console.print(f"Next: {next_command('reward_train.py', vars(config), 'sft', has_pairs)}")
 
 
 def response_only(pairs: list[TokenPair]):
-    """Token ids and labels of the chosen responses; -100 hides the prompt from the loss."""
+    """Token ids, and labels in which -100 hides the prompt from the loss."""
     rows = [
         {
             "input_ids": p.prompt_ids + p.chosen_ids,
@@ -233,23 +218,47 @@ def response_only(pairs: list[TokenPair]):
 def dry_run(
     config: Config, base: dict[str, Any], prompt_format: PromptFormat, pairs: list[Pair]
 ) -> None:
-    """Rows, tokens, steps and the memory plan."""
+    """Print rows, tokens, steps and the memory plan."""
     tokenized = tokenize_pairs(pairs, prompt_format, config.max_length, "train")
     lengths = [len(p.prompt_ids) + len(p.chosen_ids) for p in tokenized]
     show_data("training rows", lengths)
-    console.print(f"optimizer steps: {steps_of(config, len(lengths))} of {config.batch_size} rows")
+    steps = num_steps(len(lengths), config.batch_size, config.num_train_epochs, config.max_steps)
+    console.print(f"optimizer steps: {steps} of {config.batch_size} rows")
     longest = max(lengths)
     check_context(base, longest, "--max-length")
-    show_plan(make_plan(config, base, longest), longest, config)
+    plan = make_plan(config, base, longest)
+    advice = less_memory(vars(config))
+    show_plan(plan, config.micro_batch_tokens, longest, config.card_gb, advice)
     if config.measure:
-        time_steps(main, config, steps_of(config, len(lengths)))
+        time_steps(main, config, steps)
     show_end(config.measure)
 
 
 def make_plan(config: Config, base: dict[str, Any], longest: int) -> Plan:
-    """The memory plan on a card, by micro-batch tokens, for texts of up to `longest` tokens."""
+    """The memory plan by tokens of a micro-batch, for texts of up to `longest` tokens."""
     shape = read_shape(base, config.dtype)
-    return lambda tokens: plan_sft(shape, config, longest, tokens)
+    rows = config.batch_size // num_processes()
+    adapter = Lora(config.lora_rank)
+    return partial(plan_sft, shape, adapter, rows, longest, config.gradient_checkpointing)
+
+
+def choose_size(
+    config: Config,
+    base: dict[str, Any],
+    train_set: datasets.Dataset,
+    eval_set: datasets.Dataset,
+    dtype: torch.dtype,
+) -> int:
+    """Tokens of a micro-batch; prints the first line of the run."""
+    longest = max(map(len, train_set["input_ids"]))
+    check_context(base, max(longest, *map(len, eval_set["input_ids"])), "--max-length")
+    plan = make_plan(config, base, longest)
+    before = sizes_before(config.output_dir, config.resume)
+    advice = less_memory(vars(config))
+    asked = config.micro_batch_tokens
+    tokens, why = choose_tokens(plan, asked, longest, device(), before, advice)
+    console.print(describe_start(device(), tokens, config.batch_size, dtype, why))
+    return tokens
 
 
 class Trainer(Resumable, SFTTrainer):
@@ -287,7 +296,7 @@ class Trainer(Resumable, SFTTrainer):
         return dict(zip(self.means, sums, strict=True))
 
     def read_responses(self, rows: list[Row]) -> TokenLogprobs:
-        """Of all labelled tokens [N]: no padding is computed, and the LM head only there."""
+        """All labelled tokens [N]. There is no padding, and the LM head runs only for them."""
         texts = lay_out([row["input_ids"] for row in rows], self.args.device)
         following = np.array([label for row in rows for label in [*row["labels"][1:], -100]])
         labelled = np.flatnonzero(following != -100)
@@ -301,7 +310,7 @@ class Trainer(Resumable, SFTTrainer):
         return logprobs_of(self.decoder.norm(states), lm_head, labels, 1.0, statistics=True)
 
     def evaluation(self) -> dict[str, float]:
-        """Means over all response tokens of the test rows; each process reads its share of them."""
+        """Means over the test rows' response tokens. Each process reads its share of the rows."""
         means, _ = self.go_through(share(list(self.eval_dataset)))
         return means
 
@@ -314,30 +323,104 @@ def make_trainer(
     eval_set: datasets.Dataset,
     dtype: torch.dtype,
     folder: Path,
-):
+) -> Trainer:
     """The trainer of `model` with a fresh LoRA adapter, which is kept in float32."""
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        target_modules=linear_names(model),
-        task_type="CAUSAL_LM",
+    rows = len(train_set)
+    steps = num_steps(rows, config.batch_size, config.num_train_epochs, config.max_steps)
+    args = SFTConfig(
+        **trainer_options(dtype, folder),
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size // num_processes(),
+        warmup_steps=round(config.warmup_ratio * steps),
+        max_grad_norm=config.max_grad_norm,
+        report_to=config.log_with or "none",
+        seed=config.seed,
+        max_length=None,
     )
     trainer = Trainer(
-        model=get_peft_model(model, lora),
-        args=SFTConfig(**trainer_options(config, dtype, folder, len(train_set)), max_length=None),
+        model=add_adapter(model, config.lora_rank, config.lora_alpha),
+        args=args,
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=prompt_format.tokenizer,
     )
     keep_fp32(trainer.model)
     trainer.dtype = dtype
-    if not sharded():
-        trainer.decoder = Decoder(trainer.model.get_base_model())
-        trainer.decoder.stack({SFT: [UNNAMED]})
-        trainer.decoder.gradient_checkpointing = config.gradient_checkpointing
-        trainer.work = Work.of(trainer.decoder, 0, model.get_output_embeddings().weight)
-        trainer.add_callback(Restack(trainer.decoder))
+    trainer.eval_steps = steps_between_evaluations(
+        config.eval_steps, steps, config.batch_size, len(eval_set)
+    )
+    if sharded():
+        if config.gradient_checkpointing:
+            checkpoint_layers(trainer.model.get_base_model())
+        return trainer
+    trainer.decoder = Decoder(trainer.model.get_base_model())
+    trainer.decoder.stack({SFT: [UNNAMED]})
+    trainer.decoder.gradient_checkpointing = config.gradient_checkpointing
+    trainer.work = Work.of(trainer.decoder, 0, model.get_output_embeddings().weight)
+    trainer.add_callback(Restack(trainer.decoder))
     return trainer
+
+
+def add_adapter(model: PreTrainedModel, rank: int, alpha: int) -> PeftModel:
+    """`model` with LoRA on all linear layers of its decoder."""
+    lora = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=linear_names(model), task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, lora)
+
+
+def evaluate(trainer: Trainer) -> dict[str, Any]:
+    """The loss on the test rows, before and after, and `warnings`.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    before = trainer.first_row("eval_loss")
+    after = trainer.evaluate()["eval_loss"]
+    if not math.isfinite(after):
+        raise UserError("the loss is not finite: lower --learning-rate; nothing was saved")
+    rows = len(trainer.eval_dataset)
+    metrics = {"eval_loss_before": before, "eval_loss": after, "eval_rows": rows}
+    return metrics | {"warnings": sft_warnings(metrics)}
+
+
+def save(
+    config: Config,
+    trainer: Trainer,
+    prompt_format: PromptFormat,
+    base: dict[str, Any],
+    dtype: torch.dtype,
+    started: float,
+    **facts: Any,
+) -> None:
+    """What a finished run leaves: adapter, tokenizer, curves, run.json last.
+
+    Args:
+        facts: what else run.json says.
+    """
+    weights = trainer.whole_weights()
+    if not trainer.is_world_process_zero():
+        return
+    save_adapter(trainer.model, weights, base, trainer.folder)
+    save_tokenizer(prompt_format.tokenizer, trainer.folder)
+    trainer.lines.curves.draw()
+    write_run(
+        trainer.folder,
+        "sft",
+        asdict(config),
+        dtype,
+        started,
+        base=base,
+        prompt_format=config.prompt_format,
+        parents={},
+        epochs=round(trainer.state.epoch or 0, 2),
+        steps=trainer.state.global_step,
+        micro_batch_tokens=trainer.micro_batch.tokens,
+        speed=trainer.speed(),
+        **facts,
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ of 384 with responses of 128. A card of 12 GB has 12e9 bytes here.
 """
 
 import sys
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,8 +20,9 @@ import rlhf  # noqa: F401  before the libraries that it sets up
 import ppo_train
 import reward_train
 import sft_train
-from rlhf.engine.card import CARD_OVERHEAD, MOST_TOKENS, STEP, Plan, Rollouts, deal, tokens_that_fit
-from rlhf.engine.plan import Shape, plan_ppo, plan_reward, plan_sft
+from rlhf.engine.card import MOST_TOKENS, STEP, Asked, Plan, Rollouts, deal, tokens_that_fit
+from rlhf.engine.plan import Lora, Shape, UpdateSizes, plan_ppo, plan_reward, plan_sft
+from rlhf.reports.dry_run import room_of
 
 CARDS = (8, 12, 16, 24, 80)  # GB
 LLAMA = {
@@ -36,23 +37,30 @@ LLAMA = {
 
 def plans(shape: Shape, room: float) -> dict[str, tuple[Plan, int, str]]:
     """Each phase's plan by micro-batch tokens, its longest text, and what else fits."""
-    layers = shape.layers // 2  # that the roles adapt
     sft = sft_train.Config()
-    reward = replace(reward_train.Config(), role_layers=layers)
-    ppo = replace(ppo_train.Config(), role_layers=layers)
+    reward = reward_train.Config()
+    ppo = ppo_train.Config()
+    layers = shape.layers // 2  # that the roles adapt
+    role = Lora(16, layers)
+    adapters = {"sft": Lora(16), "reward": role, "policy": role}
+    update = UpdateSizes(ppo.episodes_per_update, ppo.num_mini_batches, 384, 128)
 
-    def ppo_plans(rollouts: Rollouts) -> Plan:
-        return lambda tokens: plan_ppo(shape, ppo, 16, 16, layers, 384, tokens, rollouts)
+    def plans_of_ppo(rollouts: Rollouts) -> Plan:
+        return partial(plan_ppo, shape, adapters, update, False, rollouts)
 
-    rollouts = deal(ppo_plans, ppo, ppo.episodes_per_update, 513, room)
+    rollouts = deal(plans_of_ppo, Asked(), ppo.episodes_per_update, 513, room)
     dealt = (
         f", {rollouts.rows} rows, "
         f"{'merged' if rollouts.merged else 'base'}{', kept' if rollouts.kept else ''}"
     )
     return {
-        "SFT": (lambda tokens: plan_sft(shape, sft, 512, tokens), 512, ""),
-        "reward model": (lambda tokens: plan_reward(shape, reward, 16, 640, tokens), 640, ""),
-        "PPO": (ppo_plans(rollouts), 513, dealt),
+        "SFT": (partial(plan_sft, shape, Lora(16), sft.batch_size, 512, False), 512, ""),
+        "reward model": (
+            partial(plan_reward, shape, Lora(16), role, reward.batch_size, 640, False),
+            640,
+            "",
+        ),
+        "PPO": (plans_of_ppo(rollouts), 513, dealt),
     }
 
 
@@ -61,7 +69,7 @@ def main() -> None:
     print("|---" * (len(CARDS) + 1) + "|")
     for name, shape in LLAMA.items():
         for phase in ("SFT", "reward model", "PPO"):
-            cells = [cell(shape, phase, card * 1e9 * (1 - CARD_OVERHEAD)) for card in CARDS]
+            cells = [cell(shape, phase, room_of(card)) for card in CARDS]
             print(f"| {name}, {phase} | {' | '.join(cells)} |")
 
 

@@ -1,17 +1,18 @@
 """What a CUDA card makes of the three phases and of decoding, beside TRL, and whether it is right.
 
-    make bench-card                        # Llama-3.2-3B's shape with random weights, NF4: some
-    twenty minutes on an H100 python benchmarks/card.py --base-model meta-llama/Llama-3.2-3B python
-    benchmarks/card.py --tiny       # a model of toy size, on two CPU cores too: does the command
-    itself run?
+    make bench-card      # Llama-3.2-3B's shape, random weights, NF4: some 20 minutes on an H100
+    python benchmarks/card.py --base-model meta-llama/Llama-3.2-3B
+    python benchmarks/card.py --tiny      # a toy model, also on two CPU cores: does this run?
 
-Parts, each in a process of its own, so that one which fails leaves the others: `phases` runs the
-three scripts at `auto`, on the whole card and under caps of 8, 12 and 24 GB; `decode` times a step
-at 16 to 256 rows beside the bandwidth that was measured here; `checks` holds decoding from graphs
-against the same step uncaptured, trains a policy from NF4 and 16-bit bases in bf16 and fp16, and
-kills and resumes a run; `trl` runs TRL's trainers at the same settings, where they can be had.
+Each part is a process of its own, so that one can fail without the others:
 
-Random weights never say EOS, so each response has its full length. Works in runs/card; prints what
+- `phases` runs the three scripts at `auto`, on the whole card and under caps of 8, 12 and 24 GB;
+- `decode` times a step at 16 to 256 rows, beside the bandwidth measured here;
+- `checks` compares decoding from graphs with the same step uncaptured, trains a policy from NF4 and
+  16-bit bases in bf16 and fp16, and kills and resumes a run;
+- `trl` runs TRL's trainers at the same settings, if they can be installed.
+
+Random weights never say EOS, so each response has its full length. Works in runs/card. Prints what
 it finds, and writes it to benchmarks/results/card_NAME.json after each part.
 """
 
@@ -39,6 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import rlhf  # noqa: F401  before the libraries that it sets up
 
 import torch
+from install import install
 from llama_3b import LLAMA_3B, write_model
 from ppo_vs_trl import TRL
 from safetensors.torch import load_file
@@ -69,6 +71,7 @@ TINY = {
     "vocab_size": 49_152,
 }
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+WORDS = "time year people way day man thing woman life child world school"
 
 
 @dataclass(frozen=True)
@@ -206,20 +209,7 @@ def prepare(config: Config) -> None:
         shape = LlamaConfig(**LLAMA_3B.to_dict() | TINY) if config.tiny else LLAMA_3B
         write_model(Path(model_of(config)), config.tokenizer, shape)
     choose = random.Random(0)
-    words = [
-        "time",
-        "year",
-        "people",
-        "way",
-        "day",
-        "man",
-        "thing",
-        "woman",
-        "life",
-        "child",
-        "world",
-        "school",
-    ]
+    words = WORDS.split()
 
     def text(count: int) -> str:
         return " ".join(choose.choice(words) for _ in range(count))
@@ -660,20 +650,8 @@ def quantised(config: Config) -> dict[str, Any]:
 
 def trl_ppo(config: Config) -> dict[str, Any]:
     folder = Path(config.trl_1_12)
-    if not (folder / "trl").exists():
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            str(folder),
-            "trl==1.12.0",
-        ]
-        if subprocess.run(pip, capture_output=True).returncode:
-            return {"skipped": f"TRL 1.12.0 is not in {folder}, and pip cannot install it there"}
+    if not (folder / "trl").exists() and install(folder, "trl==1.12.0"):
+        return {"skipped": f"TRL 1.12.0 is not in {folder}, and pip cannot install it there"}
     sft = read_run(str(WORK / "phases_whole" / "sft"), "sft")
     prompt_format = load_format(str(WORK / "phases_whole" / "sft"), sft)
     prompts = [

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,11 +130,11 @@ def make_checkpoint(tokenizer: str) -> None:
     prompt_format = PromptFormat("hh", load_tokenizer(tokenizer))
     prompt_format.tokenizer.save_pretrained(folder)
     base = base_facts(str(WORK / "model"), None, load_in_4bit=True)
-    settings = PPOConfig(output_dir=str(folder))
+    flags = asdict(PPOConfig(output_dir=str(folder)))
     write_run(
         folder,
         "ppo",
-        settings,
+        flags,
         torch.bfloat16,
         time.monotonic(),
         base=base,

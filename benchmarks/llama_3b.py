@@ -16,6 +16,7 @@ import multiprocessing
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,15 @@ from rlhf.data.format import PromptFormat, tokenize_pairs, tokenize_prompt
 from rlhf.data.rows import Pair
 from rlhf.engine.card import Rollouts
 from rlhf.engine.micro_batches import CPU_TOKENS
-from rlhf.engine.plan import OWNERS, plan_ppo, plan_reward, plan_sft, read_shape
+from rlhf.engine.plan import (
+    OWNERS,
+    Lora,
+    UpdateSizes,
+    plan_ppo,
+    plan_reward,
+    plan_sft,
+    read_shape,
+)
 from rlhf.engine.roles import SharedBase
 from rlhf.engine.tokenizers import load_tokenizer
 from rlhf.reports.dry_run import show_plan
@@ -68,6 +77,9 @@ LLAMA_3B = LlamaConfig(
     },
     tie_word_embeddings=True,
 )
+SFT = Lora(16)  # of the scripts' defaults, as are
+ROLE = Lora(16, 14)
+ADAPTERS = {"sft": SFT, "reward": ROLE, "policy": ROLE}
 PROMPT = 128  # tokens
 RESPONSE = 32  # tokens
 MERGED = "ppo_merged"
@@ -98,26 +110,17 @@ def main(config: Config) -> None:
     console.print("A 12 GB card at the scripts' defaults (a plan: nothing here ran on a GPU):")
     facts = read_run(str(WORK / "sft"), "sft")["base"]
     shape = read_shape(facts, "auto")
-    sft = sft_train.Config()
-    reward = reward_train.Config()
-    ppo = ppo_train.Config()
-    for name, script, longest, plan in (
-        ("sft_train.py", sft, 512, lambda tokens: plan_sft(shape, sft, 512, tokens)),
-        (
-            "reward_train.py",
-            reward,
-            640,
-            lambda tokens: plan_reward(shape, reward, 16, 640, tokens),
-        ),
-        (
-            "ppo_train.py",
-            ppo,
+    plans = {
+        "sft_train.py": (partial(plan_sft, shape, SFT, 16, 512, False), 512),
+        "reward_train.py": (partial(plan_reward, shape, SFT, ROLE, 16, 640, False), 640),
+        "ppo_train.py": (
+            partial(plan_ppo, shape, ADAPTERS, UpdateSizes(64, 4, 384, 128), False, Rollouts(32)),
             512,
-            lambda tokens: plan_ppo(shape, ppo, 16, 16, 14, 384, tokens, Rollouts(32)),
         ),
-    ):
+    }
+    for name, (plan, longest) in plans.items():
         console.print(name)
-        show_plan(plan, longest, script)
+        show_plan(plan, "auto", longest, card_gb=12.0, advice="lower --micro-batch-tokens")
 
 
 # ---------------------------------------------------------------- model and data
@@ -242,13 +245,13 @@ def measure(phase: str) -> None:
         script.main(config)
     facts = read_run(str(WORK / "sft"), "sft")["base"]
     shape = read_shape(facts, "bf16", fused_attention=False)
-    plan = {
-        "sft": lambda: plan_sft(shape, config, PROMPT + RESPONSE, CPU_TOKENS),
-        "reward": lambda: plan_reward(shape, config, 16, PROMPT + 2 * RESPONSE, CPU_TOKENS),
-        "ppo": lambda: plan_ppo(
-            shape, config, 16, 16, reward_train.Config().role_layers, PROMPT, CPU_TOKENS, rollouts
-        ),
-    }[phase.removesuffix("_merged")]()
+    if phase == "sft":
+        plan = plan_sft(shape, SFT, 1, PROMPT + RESPONSE, True, CPU_TOKENS)
+    elif phase == "reward":
+        plan = plan_reward(shape, SFT, ROLE, 2, PROMPT + 2 * RESPONSE, True, CPU_TOKENS)
+    else:
+        update = UpdateSizes(8, 1, PROMPT, RESPONSE)
+        plan = plan_ppo(shape, ADAPTERS, update, True, rollouts, CPU_TOKENS)
     result = {
         "counted_gb": {owner: memory.peak[owner] / 1e9 for owner in OWNERS},
         "planned_gb": {owner: plan.get(owner, 0) / 1e9 for owner in OWNERS},

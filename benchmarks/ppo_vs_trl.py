@@ -3,10 +3,10 @@
     make demo     # trains the SFT and the reward model that both start from
     make bench
 
-Each run is a process of its own; the runs alternate, so that a slow spell of the machine meets all.
-TRL is installed into benchmarks/work, apart from the pinned one. All start from the same SFT policy
-and reward model, on the same prompts, with 16 episodes of up to 48 tokens an update and LoRA of
-rank 16:
+Each run is a process of its own. The runs alternate, so that a slow spell of the machine meets all
+of them. TRL is installed into benchmarks/work, apart from the pinned one. All start from the same
+SFT policy and reward model, on the same prompts, with 16 episodes of up to 48 tokens an update and
+LoRA of rank 16:
 
 - trl: TRL's PPOTrainer at its best settings for a CPU (trl_ppo.py).
 - same_algorithm: ppo_train.py told to do what TRL does: adapters of policy and value on all layers,
@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import rlhf  # noqa: F401  before the libraries that it sets up
 
 import torch
+from install import install
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 
 import ppo_train
@@ -52,21 +53,13 @@ from rlhf.runs.terminal import console
 WORK = ROOT / "benchmarks" / "work"
 TRL = WORK / "trl-1.12.0"
 BATCH = 16  # episodes of a TRL update
-SAME_ALGORITHM = [
-    *["--episodes-per-update", "16", "--num-mini-batches", "1"],
-    *["--num-ppo-epochs", "4", "--role-layers", "0", "--rollout-batch-size", "16"],
-    *[
-        "--warmup-updates",
-        "0",
-        "--critic-warmup-updates",
-        "0",
-        "--kl-stop",
-        "1e9",
-        "--kl-controller",
-        "fixed",
-    ],
-]
-SHIPPED_DEFAULTS = ["--warmup-updates", "1", "--critic-warmup-updates", "0"]
+SAME_ALGORITHM = (
+    "--episodes-per-update 16 --num-mini-batches 1 --num-ppo-epochs 4 --role-layers 0 "
+    "--rollout-batch-size 16 --warmup-updates 0 --critic-warmup-updates 0 --kl-stop 1e9 "
+    "--kl-controller fixed"
+)
+SHIPPED_DEFAULTS = "--warmup-updates 1 --critic-warmup-updates 0"
+SHORT = "--max-eval-samples 4 --num-printed-samples 0"
 
 
 @dataclass(frozen=True)
@@ -115,18 +108,9 @@ def prepare(config: Config) -> None:
     WORK.mkdir(exist_ok=True)
     (WORK / ".gitignore").write_text("*\n")
     if not (TRL / "trl").exists():
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            str(TRL),
-            "trl==1.12.0",
-        ]
-        subprocess.run(pip, check=True)
+        problem = install(TRL, "trl==1.12.0")
+        if problem:
+            raise UserError(f"TRL 1.12.0 cannot be installed into {TRL}: {problem}")
     tokenizer = load_tokenizer(config.sft_checkpoint)
     prompt_format = PromptFormat(read_run(config.sft_checkpoint, "sft")["prompt_format"], tokenizer)
     pairs = load_pairs(config.dataset, "train", config.max_train_samples)
@@ -204,41 +188,28 @@ def measure(config: Config, name: str, seed: int) -> dict[str, Any]:
         }
         (out / "metrics.jsonl").unlink(missing_ok=True)
         (WORK / "settings.json").write_text(json.dumps(settings))
-        command = [
-            sys.executable,
-            str(ROOT / "benchmarks" / "trl_ppo.py"),
-            str(WORK / "settings.json"),
-        ]
+        command = [sys.executable, f"{ROOT}/benchmarks/trl_ppo.py", f"{WORK}/settings.json"]
     else:
-        rates = [
-            *["--learning-rate", str(config.learning_rate)],
-            *["--value-learning-rate", str(config.value_learning_rate)],
-        ]
-        same = [*SAME_ALGORITHM, *rates, "--reward-checkpoint", str(WORK / "reward_all_layers")]
-        command = [
-            *[sys.executable, str(ROOT / "ppo_train.py"), "--preset", "demo", "--overwrite"],
-            *[
-                "--sft-checkpoint",
-                config.sft_checkpoint,
-                "--reward-checkpoint",
-                config.reward_checkpoint,
-            ],
-            *["--dataset", config.dataset, "--output-dir", str(out), "--seed", str(seed)],
-            *[
-                "--total-episodes",
-                str(config.episodes),
-                "--max-eval-samples",
-                "4",
-                "--num-printed-samples",
-                "0",
-            ],
-            *(
-                ["--max-train-samples", str(config.max_train_samples)]
-                if config.max_train_samples
-                else []
-            ),
-            *(same if name == "same_algorithm" else SHIPPED_DEFAULTS),
-        ]
+        flags = {
+            "--sft-checkpoint": config.sft_checkpoint,
+            "--reward-checkpoint": config.reward_checkpoint,
+            "--dataset": config.dataset,
+            "--output-dir": out,
+            "--seed": seed,
+            "--total-episodes": config.episodes,
+        }
+        if config.max_train_samples:
+            flags["--max-train-samples"] = config.max_train_samples
+        if name == "same_algorithm":
+            flags |= {
+                "--learning-rate": config.learning_rate,
+                "--value-learning-rate": config.value_learning_rate,
+                "--reward-checkpoint": WORK / "reward_all_layers",
+            }
+        command = [sys.executable, f"{ROOT}/ppo_train.py", "--preset", "demo", "--overwrite"]
+        same = name == "same_algorithm"
+        command += [*SHORT.split(), *(SAME_ALGORITHM if same else SHIPPED_DEFAULTS).split()]
+        command += [str(word) for flag in flags.items() for word in flag]
     console.print(f"{name}, seed {seed} ...")
     env = os.environ | ({"PYTHONPATH": str(TRL)} if name.startswith("trl") else {})
     with open(WORK / f"{name}_{seed}.log", "wb") as log:

@@ -107,80 +107,52 @@ def write_data(config: Config) -> None:
             (folder / f"{split}.jsonl").write_text(text)
 
 
+STOCK = (
+    "--use_peft --lora_r 16 --lora_alpha 32 --lora_target_modules all-linear --dtype bfloat16 "
+    "--gradient_checkpointing False --use_cpu True --learning_rate 2e-4 --save_strategy no "
+    "--report_to none"
+)
+OURS = (
+    "--overwrite --eval-steps None --lora-rank 16 --lora-alpha 32 --dtype bf16 "
+    "--no-gradient-checkpointing --learning-rate 2e-4"
+)
+
+
 def stock(config: Config, command: str) -> list[str]:
-    trl = [str(Path(sys.executable).with_name("trl")), command]
-    return [
-        *[
-            *trl,
-            "--model_name_or_path",
-            str(ROOT / config.model),
-            "--dataset_name",
-            str(WORK / f"pairs_{command}"),
-        ],
-        *["--output_dir", str(WORK / f"stock_{command}"), "--max_length", str(config.max_length)],
-        *[
-            "--per_device_train_batch_size",
-            str(config.batch_size),
-            "--max_steps",
-            str(config.steps),
-        ],
-        *[
-            "--use_peft",
-            "--lora_r",
-            "16",
-            "--lora_alpha",
-            "32",
-            "--lora_target_modules",
-            "all-linear",
-        ],
-        *["--lora_task_type", "CAUSAL_LM" if command == "sft" else "SEQ_CLS"],
-        *[
-            "--dtype",
-            "bfloat16",
-            "--gradient_checkpointing",
-            "False",
-            "--use_cpu",
-            "True",
-            "--learning_rate",
-            "2e-4",
-        ],
-        *["--logging_steps", str(config.steps), "--save_strategy", "no", "--report_to", "none"],
-    ]
+    """The command of TRL, "sft" or "reward"."""
+    flags = {
+        "--model_name_or_path": ROOT / config.model,
+        "--dataset_name": WORK / f"pairs_{command}",
+        "--output_dir": WORK / f"stock_{command}",
+        "--max_length": config.max_length,
+        "--per_device_train_batch_size": config.batch_size,
+        "--max_steps": config.steps,
+        "--logging_steps": config.steps,
+        "--lora_task_type": "CAUSAL_LM" if command == "sft" else "SEQ_CLS",
+    }
+    trl = str(Path(sys.executable).with_name("trl"))
+    return [trl, command, *STOCK.split(), *words(flags)]
 
 
 def ours(config: Config, phase: str) -> list[str]:
-    special = {
-        "sft": ["--base-model", str(ROOT / config.model), "--no-load-in-4bit"],
-        "reward": ["--sft-checkpoint", str(WORK / "ours_sft"), "--role-layers", "0"],
-    }[phase]
-    return [
-        *[
-            sys.executable,
-            str(ROOT / f"{phase}_train.py"),
-            *special,
-            "--dataset",
-            str(WORK / "pairs_ours"),
-        ],
-        *[
-            "--output-dir",
-            str(WORK / f"ours_{phase}"),
-            "--overwrite",
-            "--max-length",
-            str(config.max_length),
-        ],
-        *["--batch-size", str(config.batch_size), "--eval-steps", "None"],
-        *[
-            "--max-steps",
-            str(config.steps),
-            "--lora-rank",
-            "16",
-            "--lora-alpha",
-            "32",
-            "--dtype",
-            "bf16",
-        ],
-        *["--no-gradient-checkpointing", "--learning-rate", "2e-4"],
-    ]
+    """The command of our script."""
+    flags = {
+        "--dataset": WORK / "pairs_ours",
+        "--output-dir": WORK / f"ours_{phase}",
+        "--max-length": config.max_length,
+        "--batch-size": config.batch_size,
+        "--max-steps": config.steps,
+    }
+    if phase == "sft":
+        special = ["--base-model", str(ROOT / config.model), "--no-load-in-4bit"]
+    else:
+        special = ["--sft-checkpoint", str(WORK / "ours_sft"), "--role-layers", "0"]
+    return [sys.executable, str(ROOT / f"{phase}_train.py"), *special, *OURS.split(), *words(flags)]
+
+
+def words(flags: dict[str, Any]) -> list[str]:
+    """Flags and their values as words of a command line."""
+    return [str(word) for flag in flags.items() for word in flag]
 
 
 def measure(name: str, command: list[str], number: int) -> dict[str, float]:

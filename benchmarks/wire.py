@@ -30,27 +30,11 @@ from rlhf.runs.metrics import read_jsonl
 from rlhf.runs.terminal import console
 
 PROCESSES = 2
-SAME = ["--max-eval-samples", "8", "--save-steps", "1000", "--overwrite"]
-PPO = [
-    "--episodes-per-update",
-    "32",
-    "--num-mini-batches",
-    "4",
-    "--num-ppo-epochs",
-    "2",
-    "--kl-stop",
-    "1000",
-]
-PPO += [
-    "--response-length",
-    "16",
-    "--critic-warmup-updates",
-    "0",
-    "--eval-steps",
-    "1000",
-    "--rollout-batch-size",
-    "16",
-]
+SAME = "--max-eval-samples 8 --save-steps 1000 --overwrite"
+PPO = (
+    "--episodes-per-update 32 --num-mini-batches 4 --num-ppo-epochs 2 --kl-stop 1000 "
+    "--response-length 16 --critic-warmup-updates 0 --eval-steps 1000 --rollout-batch-size 16"
+)
 
 
 @dataclass(frozen=True)
@@ -98,17 +82,12 @@ def measure(config: Config, phase: str) -> dict[str, float]:
 
 
 def launch(phase: str, folder: Path, steps: int) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(PROCESSES),
-    ]
-    command += [f"{phase}_train.py", "--preset", "demo", "--output-dir", str(folder), *SAME]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(PROCESSES)]
+    command += [f"{phase}_train.py", "--preset", "demo", "--output-dir", str(folder)]
+    command += SAME.split()
     if phase == "ppo":
-        command += [*PPO, "--total-episodes", str(steps * 32)]
+        command += [*PPO.split(), "--total-episodes", str(steps * 32)]
     else:
         command += ["--max-steps", str(steps)]
     env = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}

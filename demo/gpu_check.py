@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def compare_graphs() -> dict[str, dict[str, int]]:
-    """Of each kind of weights that a rollout may have."""
+    """How many tokens agree with and without graphs, for each kind of weights of a rollout."""
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
     import card
 

@@ -185,7 +185,7 @@ def flags(settings: dict[str, Any]) -> str:
 
 
 def main(config: Config) -> None:
-    check_at_least_one(config, "jobs")
+    check_at_least_one(jobs=config.jobs)
     shown = {step.name: step.command for step in steps(replace(config, **public(config)))}
     if not any(re.match(config.only, name) for name in shown):
         raise UserError(f"--only {config.only}: no step's name begins so")

@@ -1,1 +1,1 @@
-"""Feedback of people: a page to vote on, whose votes reward_train.py learns from."""
+"""People's feedback: a page to vote on. reward_train.py learns from the votes."""

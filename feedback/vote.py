@@ -1,4 +1,4 @@
-"""Blind votes: a local page shows a prompt and two unnamed answers; the votes go to a file.
+"""Blind votes: a local page shows a prompt and two unnamed answers. The votes go to a file.
 
     python compare_outputs.py --prompts my_prompts.txt --temperature 0.7 --overwrite
     python -m feedback.vote
@@ -232,7 +232,7 @@ class Poll:
         return self.shuffled(id, entry["turns"], {name: entry["answers"][name] for name in pair})
 
     def shuffled(self, id: str, turns: Turns, answers: dict[str, Answer]) -> Ballot:
-        """A ballot whose order the id draws."""
+        """A ballot in an order that follows from the id."""
         names = list(answers)[:: -1 if hashlib.sha256(id.encode()).digest()[0] & 1 else 1]
         return Ballot(
             id,
@@ -257,7 +257,7 @@ class Poll:
         return self.ballot(f"{self.digest}-{k}-{secrets.token_hex(4)}")
 
     def judged(self) -> list[tuple[int, str]]:
-        """(comparison, voter) of the votes on this report."""
+        """(comparison, voter) for each vote on this report."""
         parts = [(vote.ballot.split("-"), vote.voter) for vote in self.votes.standing()]
         return [
             (int(id[1]), voter) for id, voter in parts if id[0] == self.digest and id[1].isdecimal()
@@ -279,7 +279,7 @@ class Poll:
 
 
 class LiveModels:
-    """The report's models, loaded when the first own prompt comes."""
+    """The report's models, loaded when someone types the first prompt of their own."""
 
     def __init__(self, report: Report):
         self.report = report
@@ -368,70 +368,77 @@ addEventListener("keydown", event => {
 </script>"""
 
 
-def make_page(poll: Poll, local_voter: str) -> gr.Blocks:
-    """The page. Its buttons are also an API (`/start`, `/vote`, `/undo`, `/ask`)."""
+class Booth:
+    """What the page shows, and what its buttons do.
 
-    def who(request: gr.Request) -> str:
-        return (request.username or local_voter).strip()
+    Args:
+        local_voter: who votes, if there is no log-in.
+    """
 
-    def view(ballot: Ballot | None, voter: str, note: str = "") -> list[Any]:
-        mine = {k for k, name in poll.judged() if name == voter} & set(poll.open)
-        total = len(poll.votes.standing())
+    def __init__(self, poll: Poll, local_voter: str):
+        self.poll = poll
+        self.local_voter = local_voter
+
+    def who(self, request: gr.Request) -> str:
+        return (request.username or self.local_voter).strip()
+
+    def view(self, ballot: Ballot | None, voter: str, note: str = "") -> list[Any]:
+        """Values for everything on the page; `note` is an extra sentence."""
+        judged = {k for k, name in self.poll.judged() if name == voter} & set(self.poll.open)
+        votes = self.poll.votes.standing()
         progress = (
-            f"{len(mine)} of {len(poll.open)} comparisons judged by {voter}; {total} votes in all. "
-            f"{note}"
+            f"{len(judged)} of {len(self.poll.open)} comparisons judged by {voter}; {len(votes)} "
+            f"votes in all. {note}"
         )
-        shown = (
-            [""] * 3
-            if ballot is None
-            else [dialogue(ballot.turns), *(card(ballot, side) for side in "AB")]
-        )
-        if ballot is None:
-            shown[0] = card_of(
-                "Done",
-                "You have judged every comparison. Thank you! Ask something of your own below.",
-            )
-        live = [gr.update(interactive=ballot is not None)] * len(CHOICES)
-        return [
-            ballot.id if ballot else "",
-            *shown,
-            text_of(progress),
-            results(poll.votes.standing()),
-            *live,
-        ]
+        if ballot:
+            shown = [dialogue(ballot.turns), *(card(ballot, side) for side in "AB")]
+        else:
+            thanks = "You have judged every comparison. Thank you! Ask something of your own below."
+            shown = [card_of("Done", thanks), "", ""]
+        buttons = [gr.update(interactive=ballot is not None)] * len(CHOICES)
+        id = ballot.id if ballot else ""
+        return [id, *shown, text_of(progress), results(votes), *buttons]
 
-    def start(request: gr.Request):
-        return view(poll.deal(who(request)), who(request))
+    def start(self, request: gr.Request):
+        voter = self.who(request)
+        return self.view(self.poll.deal(voter), voter)
 
-    def vote(id: str, choice: str, request: gr.Request):
-        ballot = poll.ballot(id)
-        voter = who(request)
+    def vote(self, id: str, choice: str, request: gr.Request):
+        ballot = self.poll.ballot(id)
+        voter = self.who(request)
         if choice not in CHOICES:
             raise gr.Error(f"A vote is one of {', '.join(CHOICES)}.")
         if ballot is None:
-            return view(
-                poll.deal(voter),
-                voter,
-                "The comparison before is no longer known: its vote was not counted.",
-            )
-        poll.votes.add(ballot.vote(choice, voter))
-        return view(poll.deal(voter), voter)
+            note = "The comparison before is no longer known: its vote was not counted."
+            return self.view(self.poll.deal(voter), voter, note)
+        self.poll.votes.add(ballot.vote(choice, voter))
+        return self.view(self.poll.deal(voter), voter)
 
-    def undo(id: str, request: gr.Request):
-        voter = who(request)
-        mine = [v.ballot for v in poll.votes.standing() if v.voter == voter]
-        last = poll.ballot(mine[-1]) if mine else None
+    def undo(self, id: str, request: gr.Request):
+        voter = self.who(request)
+        mine = [vote.ballot for vote in self.poll.votes.standing() if vote.voter == voter]
+        last = self.poll.ballot(mine[-1]) if mine else None
         if last is None:
-            return view(poll.ballot(id), voter, "There is nothing to undo.")
-        poll.votes.undo(last.id, voter)
-        return view(last, voter, "Your last vote is taken back: vote again.")
+            return self.view(self.poll.ballot(id), voter, "There is nothing to undo.")
+        self.poll.votes.undo(last.id, voter)
+        return self.view(last, voter, "Your last vote is taken back: vote again.")
 
-    def ask(id: str, text: str, request: gr.Request):
+    def ask(self, id: str, text: str, request: gr.Request):
+        voter = self.who(request)
         try:
-            return [*view(poll.ask(text), who(request)), ""]
+            return [*self.view(self.poll.ask(text), voter), ""]
         except (BadRow, UserError) as reason:
-            return [*view(poll.ballot(id), who(request), f"No answers to that: {reason}."), text]
+            note = f"No answers to that: {reason}."
+            return [*self.view(self.poll.ballot(id), voter, note), text]
 
+
+LABELS = {"A": "A is better (A)", "tie": "Tie (T)", "both bad": "Both bad (X)"}
+LABELS |= {"B": "B is better (B)"}
+
+
+def make_page(poll: Poll, local_voter: str) -> gr.Blocks:
+    """The page. Its buttons are also an API (`/start`, `/vote`, `/undo`, `/ask`)."""
+    booth = Booth(poll, local_voter)
     with gr.Blocks(title="Blind votes", analytics_enabled=False) as page:
         gr.HTML("<h1>Which answer is better?</h1>")
         ballot = gr.Textbox(visible=False)
@@ -440,20 +447,7 @@ def make_page(poll: Poll, local_voter: str) -> gr.Blocks:
         with gr.Row(equal_height=True):
             a, b = (gr.HTML(elem_id=f"answer-{side}", min_width=300) for side in "AB")
         with gr.Row():
-            labels = {
-                "A": "A is better (A)",
-                "tie": "Tie (T)",
-                "both bad": "Both bad (X)",
-                "B": "B is better (B)",
-            }
-            buttons = {
-                choice: gr.Button(
-                    label,
-                    elem_id=f"vote-{choice.replace(' ', '-')}",
-                    variant="primary" if choice in "AB" else "secondary",
-                )
-                for choice, label in labels.items()
-            }
+            buttons = {choice: vote_button(choice, label) for choice, label in LABELS.items()}
         with gr.Row(equal_height=True):
             progress = gr.HTML(elem_id="progress", min_width=300)
             back = gr.Button("Undo (U)", elem_id="vote-undo", size="sm", scale=0, min_width=120)
@@ -464,20 +458,19 @@ def make_page(poll: Poll, local_voter: str) -> gr.Blocks:
             result = gr.HTML(elem_id="results")
         shown = [ballot, prompt, a, b, progress, result, *buttons.values()]
         quick = {"show_progress": "hidden", "concurrency_limit": None}
-        page.load(start, None, shown, api_name="start", **quick)
+        page.load(booth.start, None, shown, api_name="start", **quick)
         for choice, button in buttons.items():
             name = "vote" if choice == "A" else None  # of the API, which needs only one of the four
-            button.click(
-                vote,
-                [ballot, said],
-                shown,
-                js=f"id => [id, {json.dumps(choice)}]",
-                api_name=name,
-                **quick,
-            )
-        back.click(undo, [ballot], shown, api_name="undo", **quick)
-        send.click(ask, [ballot, text], [*shown, text], api_name="ask", concurrency_limit=1)
+            js = f"id => [id, {json.dumps(choice)}]"
+            button.click(booth.vote, [ballot, said], shown, js=js, api_name=name, **quick)
+        back.click(booth.undo, [ballot], shown, api_name="undo", **quick)
+        send.click(booth.ask, [ballot, text], [*shown, text], api_name="ask", concurrency_limit=1)
     return page
+
+
+def vote_button(choice: str, label: str) -> gr.Button:
+    variant = "primary" if choice in "AB" else "secondary"
+    return gr.Button(label, elem_id=f"vote-{choice.replace(' ', '-')}", variant=variant)
 
 
 def text_of(text: str) -> str:

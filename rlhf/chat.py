@@ -4,12 +4,11 @@
     python -m rlhf.chat checkpoints/sft --reward-checkpoint checkpoints/reward
     python -m rlhf.chat --base-model models/SmolLM2-135M-Instruct
 
-An answer appears as it is sampled; Ctrl-C stops it. Type `/help` for what else there is.
+An answer appears as it is sampled; Ctrl-C stops it. `/help` lists the commands.
 """
 
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,14 +26,14 @@ from rlhf.engine.loading import load_base
 from rlhf.engine.roles import BASE, REFERENCE, SharedBase
 from rlhf.engine.tokenizers import load_format, load_tokenizer
 from rlhf.runs.checkpoints import check_child, read_run
-from rlhf.runs.checks import check_at_least_one, check_between
+from rlhf.runs.checks import check_numbers
 from rlhf.runs.cli import run
 from rlhf.runs.device import choose_dtype, device
 from rlhf.runs.errors import UserError
 from rlhf.runs.terminal import plain
 
 HELP = """\
-/base /sft /ppo  who answers from now on, of those that are there
+/base /sft /ppo  who answers from now on
 /score           the reward model's score of the last answer
 /reset           begin a new dialogue
 /help            this
@@ -51,12 +50,12 @@ Turns = list[tuple[str, str]]  # (role, text)
 class Config:
     # of any phase; None: checkpoints/ppo, or with --base-model the base alone
     checkpoint: Positional[str | None] = None
-    base_model: str | None = None  # where the base is now, if not where the checkpoint says
-    # that the checkpoint was trained from; None: where the checkpoint says
+    base_model: str | None = None  # where the base is now, if it was moved
+    # where the SFT checkpoint is now, if it was moved
     sft_checkpoint: str | None = None
     # for /score; None: the one that the policy was trained against
     reward_checkpoint: str | None = None
-    load_in_4bit: bool = True  # of a base alone; checkpoints say it themselves
+    load_in_4bit: bool = True  # only for a base alone
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in
 
     max_prompt_length: int = 384  # tokens; a longer dialogue loses its oldest turns, as in training
@@ -66,11 +65,9 @@ class Config:
 
 
 def main(config: Config) -> None:
-    check_at_least_one(config, "max_prompt_length", "max_new_tokens")
-    check_between(config, 0, math.inf, "temperature")
-    check_between(config, 0, 2**32 - 1, "seed")
+    check_numbers(vars(config))
     shared, prompt_format, names = open_checkpoint(config)
-    print(f"{', '.join(names)} can answer; it is {names[-1]} now. /help says what else there is.")
+    print(f"{', '.join(names)} can answer; {names[-1]} answers now. /help lists the commands.")
     chat = Chat(config, shared, prompt_format, names)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history
@@ -94,9 +91,9 @@ def main(config: Config) -> None:
 
 
 def open_checkpoint(config: Config) -> tuple[SharedBase, PromptFormat, list[str]]:
-    """The shared base with its adapters, the prompt format, and who can answer.
+    """The shared base with its adapters, the prompt format, and the models that can answer.
 
-    The last of them answers at first.
+    The last of them answers first.
     """
     dtype = choose_dtype(config.dtype, device())
     if config.checkpoint is None and config.base_model:
@@ -130,7 +127,7 @@ def open_checkpoint(config: Config) -> tuple[SharedBase, PromptFormat, list[str]
 
 
 def read_runs(config: Config) -> tuple[Runs, dict[str, str]]:
-    """run.json and folder of the checkpoint and of those it was made from, by phase."""
+    """The run.json and the folder of the checkpoint and of its parents, by phase."""
     checkpoint = config.checkpoint or "checkpoints/ppo"
     phase = phase_of(checkpoint)
     runs = {phase: read_run(checkpoint, phase, "the first argument")}
@@ -149,7 +146,7 @@ def read_runs(config: Config) -> tuple[Runs, dict[str, str]]:
 
 
 def phase_of(checkpoint: str) -> str:
-    """The phase that a checkpoint says it is of, if that can be read, else "ppo"."""
+    """The phase in a checkpoint's run.json; "ppo" if that cannot be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         phase = json.loads((Path(checkpoint) / "run.json").read_text(encoding="utf-8"))["phase"]
         if phase in PHASES:
@@ -161,7 +158,7 @@ def phase_of(checkpoint: str) -> str:
 
 
 class Chat:
-    """A dialogue with one of the models, which may change between turns."""
+    """A dialogue with one of the models; another may take over between turns."""
 
     def __init__(
         self, config: Config, shared: SharedBase, prompt_format: PromptFormat, names: list[str]
@@ -173,11 +170,11 @@ class Chat:
         self.name = names[-1]  # who answers
         self.turns: Turns = []
         self.answers = 0
-        # Token ids of the last prompt with its answer, ended by EOS.
+        # Token ids of the last prompt, its answer and EOS.
         self.last: list[int] | None = None
 
     def command(self, line: str) -> str:
-        """Do what a line that begins with a slash says. Returns what to print."""
+        """Run a line that begins with a slash. Returns what to print."""
         if line == "/reset":
             self.turns = []
             self.last = None
@@ -199,7 +196,7 @@ class Chat:
         return f"{self.shared.score([self.last]).item():.2f}"
 
     def answer(self, text: str) -> None:
-        """Print the answer to the user's turn as it is sampled. Ctrl-C stops it where it is."""
+        """Print the answer to the user's turn as it is sampled. Ctrl-C stops it."""
         try:
             turns = checked_turns([*self.turns, ("user", text)])
             prompt = tokenize_prompt(turns, self.prompt_format, self.config.max_prompt_length)
@@ -221,7 +218,7 @@ class Chat:
             self.last = [*prompt, *ids, self.prompt_format.eos_token_id]
 
     def sample(self, prompt: list[int]) -> Iterator[tuple[list[int], str]]:
-        """The answer so far, as token ids and as the text that was printed, after each token."""
+        """Yield the answer so far, after each token, as token ids and as the text printed."""
         self.answers += 1
         seed = self.config.seed, 5, self.answers
         settings = self.config.max_new_tokens, self.config.temperature
@@ -232,7 +229,7 @@ class Chat:
             ids = response.text_ids if response else [*ids, token]
             text = self.prompt_format.decode(ids)
             text = text if response else settled(text, self.prompt_format.stop_text)
-            if text.startswith(shown):  # what is decoded later may change what came before
+            if text.startswith(shown):  # later tokens may change how earlier ones are decoded
                 sys.stdout.write(plain(text[len(shown) :]))
                 sys.stdout.flush()
                 shown = text
@@ -242,7 +239,7 @@ class Chat:
 def settled(text: str, stop_text: str | None) -> str:
     """As much of a text as later tokens cannot change.
 
-    Not half a character, nor what may begin the next turn.
+    That excludes half a character, and what may be the beginning of the next turn.
     """
     text = text.removesuffix("\ufffd")
     for length in range(len(stop_text or ""), 0, -1):

@@ -1,19 +1,18 @@
-"""Turn a checkpoint into a model that any server opens: merged, in 16 bit, with its papers.
+"""Turn a checkpoint into a model that any server opens: merged, in 16 bit, with a model card.
 
     python -m rlhf.export checkpoints/ppo exported/
 
-Weights go through one layer at a time, so it takes little memory whatever the size of the model. On
-the way the same prompts run through four versions of it, and `export.json` says how far their
-logits are apart:
+Weights go through one layer at a time, so a model of any size takes little memory. On the way, the
+same prompts run through four versions of the model, and `export.json` says how far apart their
+logits are:
 
-- `trained`: the base in NF4, if it was trained so, with the adapter beside it;
+- `trained`: the base in NF4, if it was trained that way, with the adapter beside it;
 - `adapter`: the base as it is, with the adapter beside it, in float32;
-- `merged`: the adapter in the base, in float32;
+- `merged`: the adapter merged into the base, in float32;
 - `exported`: the same, rounded to what is written.
 
-A merge that is more than rounding away from base and adapter is not written. The base is the one
-that was trained on: its files are read as training reads them, after their hashes were seen to be
-those of the checkpoint's run.json.
+If merging changes more than rounding does, nothing is written. The base is the one that was trained
+on: its files are read as in training, once their hashes are checked against run.json.
 """
 
 import contextlib
@@ -54,7 +53,7 @@ SHARD_BYTES = 300_000_000  # of weights that are held and written together
 ROUNDING = 1e-3  # the most that logits may move when the adapter is merged in float32
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
-CHECKED = 8  # last tokens of each prompt
+CHECKED = 8  # last tokens of each prompt, of which logits are compared
 PROMPTS = (
     "Explain what attention mechanism is.",
     "How do I boil an egg so that the yolk stays soft?",
@@ -67,10 +66,10 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: Positional[str] = "checkpoints/ppo"  # of ppo_train.py, or of sft_train.py
+    checkpoint: Positional[str] = "checkpoints/ppo"  # of ppo_train.py or sft_train.py
     output_dir: Positional[str] = "exported"  # must be empty or not exist yet
-    base_model: str | None = None  # where the base is now, if not where the checkpoint says
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the weights that are written
+    base_model: str | None = None  # where the base is now, if it was moved
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the exported weights
     name: str | None = None  # of the model, in its card
     overwrite: bool = False  # replace what output_dir holds
 
@@ -116,14 +115,14 @@ def main(config: Config) -> None:
             shutil.copyfile(file, folder / file.name)
         (folder / "export.json").write_text(json.dumps(report, indent=2) + "\n")
         (folder / "README.md").write_text(
-            model_card(config, made, base, source, report), encoding="utf-8"
+            model_card(config.name, made, base, source, report), encoding="utf-8"
         )
     console.print(describe(report))
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
 
 
 def phase_of(checkpoint: str) -> str:
-    """ "sft" or "ppo": what the checkpoint says that it is, if it can be read."""
+    """ "sft" or "ppo": what the checkpoint's run.json says; "ppo" if that cannot be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         if (
             json.loads((Path(checkpoint) / "run.json").read_text(encoding="utf-8"))["phase"]
@@ -137,7 +136,7 @@ def phase_of(checkpoint: str) -> str:
 
 
 def base_folder(base: dict[str, Any]) -> Path:
-    """Where what goes with the base is: its licence and its card, fetched if it is a hub model."""
+    """The folder with the base's licence and card, which are fetched for a hub model."""
     if Path(base["model"]).is_dir():
         return Path(base["model"])
     from huggingface_hub import snapshot_download
@@ -150,7 +149,7 @@ def base_folder(base: dict[str, Any]) -> Path:
 
 
 def parts(weights: Weights, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """The weights in the order a text meets them: embedding, layers, norm and head."""
+    """The weights in the order of a forward pass: embedding, each layer, norm and head."""
     number = {
         name: int(found.group(1))
         for name in weights.files
@@ -164,7 +163,7 @@ def parts(weights: Weights, model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 class Adapter:
-    """A LoRA adapter, by the names of the weights it is for."""
+    """A LoRA adapter, by the names of the weights that it belongs to."""
 
     def __init__(self, folder: str):
         self.config, self.state = read_adapter(folder)
@@ -173,7 +172,7 @@ class Adapter:
         return [name_of(key) for key in self.state if "lora_A" in key]
 
     def get(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """A [r, in] and B [out, r] in float32, the scaling in B; None where the adapter is not."""
+        """A [r, in] and B [out, r] in float32, with the scaling in B; None if there is none."""
         module = name.removesuffix(".weight")
         key = f"base_model.model.{module}"
         if f"{key}.lora_A.weight" not in self.state:
@@ -183,7 +182,7 @@ class Adapter:
         return a, b * (self.config.alpha_pattern.get(pattern, self.config.lora_alpha) / len(a))
 
     def merge(self, name: str, weight: Tensor) -> Tensor:
-        """The weight with the adapter in it, in float32; where there is none, as it is."""
+        """The weight with the adapter merged in, in float32; as it is if there is no adapter."""
         low_rank = self.get(name)
         return weight if low_rank is None else torch.addmm(weight.float(), low_rank[1], low_rank[0])
 
@@ -193,7 +192,7 @@ def name_of(key: str) -> str:
 
 
 class Writer:
-    """Writes weights as they come, in files of up to SHARD_BYTES, and their index."""
+    """Writes weights as they come, in files of up to SHARD_BYTES, and then their index."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -243,7 +242,7 @@ class Writer:
 
 
 class Check:
-    """PROMPTS on their way through the model, in each version of its weights."""
+    """Takes PROMPTS through the model, in each version of its weights."""
 
     def __init__(
         self,
@@ -270,18 +269,22 @@ class Check:
         self.hidden: dict[str, Tensor] = {}  # by version
 
     def go_through(self, base: dict[str, Tensor]) -> dict[str, Tensor]:
-        """On through a part of `parts`, given as it is in the base; what is to be written of it."""
+        """Go on through one part of the base's weights. Returns the part to write.
+
+        Args:
+            base: one of `parts`.
+        """
         for version in self.versions[:-2]:
             self.step(version, base)
         merged = {name: self.adapter.merge(name, weight) for name, weight in base.items()}
         self.step("merged", merged)
         written = {name: weight.to(self.dtype).contiguous() for name, weight in merged.items()}
-        del merged  # of all that is held here the most
+        del merged  # the largest thing here
         self.step("exported", written)
         return written
 
     def step(self, version: str, weights: dict[str, Tensor]) -> None:
-        """One version on through a part, computed in float32 one layer at a time."""
+        """Take one version through a part, in float32."""
         decoder = self.model.get_decoder()
         hidden = self.hidden.get(version)
         if EMBEDDING in weights:
@@ -307,7 +310,7 @@ class Check:
 
     @contextlib.contextmanager
     def beside(self, layer: nn.Module, prefix: str) -> Iterator[None]:
-        """The adapter beside the layer's weights, as PEFT has it."""
+        """Add the adapter beside the layer's weights, as PEFT does."""
         hooks = []
         for name, module in layer.named_modules():
             low_rank = self.adapter.get(f"{prefix}{name}.weight")
@@ -321,7 +324,7 @@ class Check:
             hook.remove()
 
     def report(self, head: Tensor) -> dict[str, Any]:
-        """For successive versions, and the first and last: logit difference, KL, same first choice.
+        """How far apart successive versions are, and the first and the last.
 
         Args:
             head: [V, H], as it is in the base.
@@ -344,7 +347,7 @@ class Check:
 
 
 def through_nf4(weight: Tensor) -> Tensor:
-    """A weight as the NF4 base has it; vectors stay as they are."""
+    """A weight as it is in the NF4 base; vectors stay as they are."""
     if weight.dim() < 2:
         return weight
     return bnb.dequantize_4bit(
@@ -356,14 +359,14 @@ def refuse_wrong_merge(report: dict[str, Any]) -> None:
     largest = report["adapter to merged"]["largest_logit_difference"]
     if not largest <= ROUNDING:  # NaN too
         raise UserError(
-            "the merged weights do not say what base and adapter say: logits differ by up to "
+            "the merged weights do not compute what base and adapter do: logits differ by up to "
             f"{largest:.1e}, where rounding moves them by less than {ROUNDING:.0e}. Nothing was "
             "written; please report it"
         )
 
 
 def apart(one: Tensor, other: Tensor) -> dict[str, float]:
-    """How far two sets of logits [tokens, V] are apart; KL in nats a token."""
+    """How far apart two sets of logits [tokens, V] are; KL in nats a token."""
     p = one.log_softmax(1)
     q = other.log_softmax(1)
     return {
@@ -385,10 +388,9 @@ def describe(report: dict[str, Any]) -> str:
 
 
 def write_settings(folder: Path, settings, prompt_format: PromptFormat, dtype: torch.dtype) -> None:
-    """config.json, generation_config.json and the tokenizer with its chat template.
+    """Write config.json, generation_config.json and the tokenizer with its chat template.
 
-    `\\n\\nHuman:` is no stop string of generation_config.json: with one, `generate` fails unless it
-    is given a tokenizer.
+    `\\n\\nHuman:` is not set as a stop string, because `generate` then fails without a tokenizer.
     """
     tokenizer = prompt_format.tokenizer
     if prompt_format.stop_text:
@@ -411,7 +413,7 @@ def write_settings(folder: Path, settings, prompt_format: PromptFormat, dtype: t
 
 
 def response_template(stop_text: str, eos: str) -> dict[str, Any]:
-    """How `transformers serve` reads an answer: stripped, and up to EOS or `stop_text`."""
+    """How `transformers serve` should read an answer: stripped, and up to EOS or `stop_text`."""
     end = "|".join(map(re.escape, (stop_text, eos)))
     answer = {"open_pattern": r"\A\s*", "close_pattern": rf"\s*(?:{end}).*", "content": "text"}
     return {

@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import ROOT, make_model, read_demo, run_main, write_jsonl
 
+from benchmarks.install import install
+
 WANTED = ("transformers==4.57.1", "tokenizers==0.22.1", "huggingface_hub==0.35.3")
 ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE |= {"original_max_position_embeddings": 64}  # 8192 in Llama 3.2, whose texts are longer
@@ -38,6 +40,7 @@ SMALL = (
     "--dtype fp32 --max-steps 4 --max-length 256 --lora-rank 4 --lora-alpha 8 --batch-size 4 "
     "--learning-rate 1e-2"
 )
+BASE = "--base-model base --no-load-in-4bit --output-dir sft"
 PPO = (
     "--dtype fp32 --response-length 8 --max-prompt-length 64 --episodes-per-update 4 "
     "--num-mini-batches 2"
@@ -80,17 +83,9 @@ def main() -> None:
     parser.add_argument("--libraries", type=Path, default=ROOT / "work" / "transformers-4.57")
     libraries = parser.parse_args().libraries.resolve()
     if not (libraries / "transformers").is_dir():
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            str(libraries),
-        ]
-        subprocess.run([*pip, *WANTED], check=True)
+        problem = install(libraries, *WANTED)
+        if problem:
+            sys.exit(f"{' '.join(WANTED)} cannot be installed into {libraries}: {problem}")
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         make_all()
@@ -121,23 +116,10 @@ def make_all() -> None:
     data = ["--dataset", "data"]
     reward = ["--reward-checkpoint", "reward"]
     sft = ["--sft-checkpoint", "sft"]
+    small = [*SMALL.split(), *data]
     for script, argv in (
-        (
-            "sft_train",
-            [
-                *SMALL.split(),
-                *data,
-                "--base-model",
-                "base",
-                "--no-load-in-4bit",
-                "--output-dir",
-                "sft",
-            ],
-        ),
-        (
-            "reward_train",
-            [*SMALL.split(), *data, *sft, "--role-layers", "2", "--output-dir", "reward"],
-        ),
+        ("sft_train", [*small, *BASE.split()]),
+        ("reward_train", [*small, *sft, "--role-layers", "2", "--output-dir", "reward"]),
         ("ppo_train", [*PPO.split(), *data, *sft, *reward, "--output-dir", "ppo"]),
         ("rlhf.export", ["ppo", "exported", "--dtype", "fp32"]),
     ):

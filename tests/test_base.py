@@ -1,14 +1,17 @@
 """What is loaded is what the folder says: a base that is not what its config says is refused."""
 
+import dataclasses
 import json
 import os
 import re
 import shutil
 from pathlib import Path
 
+from rlhf import chat
+
 import pytest
 import torch
-from conftest import run_main
+from conftest import run_main, write_jsonl
 from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,6 +26,7 @@ from rlhf.engine.base import base_facts, check_context, find_files, identified, 
 from rlhf.engine.loading import load_base
 from rlhf.engine.roles import SharedBase
 from rlhf.runs.errors import UserError
+from rlhf.runs.resume import new_state
 
 EARLIER = Path(__file__).parent / "fixtures" / "earlier"  # checkpoints that commit 1e17a1f made
 IDS = torch.arange(5, 60)[None]
@@ -257,7 +261,7 @@ def test_an_adapter_in_the_folder_is_left_there(base, tiny_model, capsys):
                     "rope_type": "default",
                 }
             },
-            "in part",
+            "only partly rotated",
         ),
         (
             {
@@ -268,7 +272,7 @@ def test_an_adapter_in_the_folder_is_left_there(base, tiny_model, capsys):
                     "factor": 2.0,
                 }
             },
-            "in part",
+            "only partly rotated",
         ),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
     ],
@@ -531,6 +535,75 @@ def test_checkpoints_of_an_earlier_version_load(earlier):
     torch.testing.assert_close(
         scores, torch.tensor([7.003545761108398e-05, -0.15795102715492249]), rtol=0, atol=1e-6
     )
+
+
+STEPS = "--dtype fp32 --dataset data --max-length 64 --batch-size 4 --max-steps 2"
+SHORT = "--dtype fp32 --max-prompt-length 64 --dataset data"
+EARLIER_PPO = (
+    "--response-length 4 --episodes-per-update 4 --num-mini-batches 2 --total-episodes 8 "
+    "--max-eval-samples 3 --lora-rank 1 --lora-alpha 2 --role-layers 1 --critic-warmup-updates 0"
+)
+
+
+@pytest.fixture
+def phases_on_earlier(earlier, tmp_path) -> dict[str, list[str]]:
+    """The flags of each phase that starts from the earlier checkpoints, by script."""
+    words = "abcdefgh"
+    rows = [
+        {"prompt": f"\n\nHuman: Say {w}.\n\nAssistant:", "chosen": f" {w}!", "rejected": " no"}
+        for w in words
+    ]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", rows)
+    base = ["--base-model", str(earlier / "base")]
+    sft = [*base, "--sft-checkpoint", str(earlier / "sft")]
+    both = [*sft, "--reward-checkpoint", str(earlier / "reward")]
+    ppo = ["--ppo-checkpoint", str(earlier / "ppo"), "--max-new-tokens", "4"]
+    return {
+        "sft_train": [*base, *STEPS.split(), "--no-load-in-4bit"],
+        "reward_train": [*sft, *STEPS.split(), "--role-layers", "2"],
+        "ppo_train": [*both, *SHORT.split(), *EARLIER_PPO.split()],
+        "compare_outputs": [*both, *ppo, *SHORT.split()],
+    }
+
+
+@pytest.mark.parametrize("script", ["reward_train", "ppo_train", "compare_outputs"])
+def test_later_phases_take_checkpoints_of_an_earlier_version(phases_on_earlier, call_main, script):
+    result = call_main(script, [*phases_on_earlier[script], "--output-dir", "out"])
+    assert result.returncode == 0, result.stderr
+    assert "PPO" in result.stdout or script == "reward_train"
+
+
+def test_an_earlier_checkpoint_answers_in_a_chat(earlier):
+    config = chat.Config(str(earlier / "ppo"), str(earlier / "base"), str(earlier / "sft"))
+    config = dataclasses.replace(config, reward_checkpoint=str(earlier / "reward"), dtype="fp32")
+    shared, prompt_format, names = chat.open_checkpoint(config)
+    assert names == ["base", "sft", "ppo"] and "reward" in shared.heads
+    talk = chat.Chat(config, shared, prompt_format, names)
+    talk.answer("Say a.")
+    assert float(talk.command("/score"))
+
+
+@pytest.mark.parametrize("script", ["sft_train", "reward_train", "ppo_train"])
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_of_an_earlier_version_is_not_resumed(
+    earlier, phases_on_earlier, call_main, tmp_path, script, finished
+):
+    """Its flags are as that version wrote them; nothing of it is touched."""
+    run = json.loads((earlier / script.removesuffix("_train") / "run.json").read_text())
+    if finished:
+        shutil.copytree(earlier / script.removesuffix("_train"), "cut")
+    else:
+        Path("cut.partial").mkdir()
+        facts = {"hyperparameters": run["hyperparameters"], "inputs": {}}
+        with new_state(Path("cut.partial"), 2, facts, keep=2) as state:
+            (state / "weights.safetensors").write_bytes(b"")
+    before = {path: path.read_bytes() for path in tmp_path.glob("cut*/**/*") if path.is_file()}
+    result = call_main(script, [*phases_on_earlier[script], "--output-dir", "cut", "--resume"])
+    gone = "gradient_accumulation_steps"
+    assert_one_line(result.returncode, result.stderr, "another version", gone, "--overwrite")
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_the_base_of_an_earlier_checkpoint_is_known_by_its_rule(earlier, call_main, tmp_path):

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from conftest import ROOT
 import rlhf.engine.card
 from rlhf.engine.card import (
     CPU_ROWS,
+    Asked,
     Rollouts,
     choose_rollouts,
     choose_tokens,
@@ -63,15 +63,13 @@ def test_a_card_without_a_number_is_the_current_one(monkeypatch):
     assert asked == [3, 1]
 
 
-def asking(tokens, **more):
-    return SimpleNamespace(micro_batch_tokens=tokens, resume=False, output_dir="out", **more)
-
-
 @pytest.fixture
 def card(monkeypatch):
     """A card with room for 1,024 tokens by `plan`."""
     monkeypatch.setattr(rlhf.engine.card, "room_on_card", lambda _: 1000.0 + 1024)
-    return lambda asked, longest=10: choose_tokens(asking(asked), plan, longest, CARD)
+    return lambda asked, longest=10, before=None: choose_tokens(
+        plan, asked, longest, CARD, before, "turn this"
+    )
 
 
 def test_what_is_chosen_on_a_card(card):
@@ -92,7 +90,18 @@ def test_what_does_not_fit_is_refused_with_what_would(card):
 
 
 def test_a_cpu_needs_no_plan():
-    assert choose_tokens(asking("auto"), None, 10, torch.device("cpu")) == (1024, "as on any CPU")
+    cpu = torch.device("cpu")
+    assert choose_tokens(None, "auto", 10, cpu, None, "") == (1024, "as on any CPU")
+
+
+def test_a_text_that_does_not_fit_is_refused_with_advice(card):
+    with pytest.raises(UserError, match="one text of 1100 tokens takes .* for it: turn this$"):
+        card("auto", longest=1100)
+
+
+def test_a_resumed_run_keeps_its_micro_batches_unless_the_flag_says_otherwise(card):
+    assert card("auto", before={"micro_batch_tokens": 512}) == (512, "as the run began")
+    assert card(700, before={"micro_batch_tokens": 512}) == (700, "as asked")
 
 
 def test_the_first_line_of_a_run():
@@ -137,11 +146,6 @@ def rollout_plans(rollouts):
     return lambda tokens: {"base": 100.0, "merged": copy, "of the moment": float(of_moment(tokens))}
 
 
-def wanting(rows="auto", weights="auto", tokens="auto", resume=False):
-    sizes = {"rollout_batch_size": rows, "rollout_weights": weights, "micro_batch_tokens": tokens}
-    return SimpleNamespace(**sizes, resume=resume, output_dir="out")
-
-
 ALL = 100 + 2000 + 3584 + 640  # with everything
 
 
@@ -159,34 +163,37 @@ ALL = 100 + 2000 + 3584 + 640  # with everything
     ],
 )
 def test_memory_is_dealt_in_order(room, dealt):
-    assert deal(rollout_plans, wanting(), 64, 10, room) == dealt
+    assert deal(rollout_plans, Asked(), 64, 10, room) == dealt
 
 
 def test_tokens_that_were_asked_for_come_before_what_makes_rollouts_fast():
-    assert deal(rollout_plans, wanting(tokens=3585), 64, 10, ALL) == Rollouts(64, merged=True)
-    assert deal(rollout_plans, wanting(tokens=5000), 64, 10, ALL) == Rollouts(64, kept=True)
-    assert deal(rollout_plans, wanting(tokens=5000, weights="merged"), 64, 10, ALL) == Rollouts(
-        64, merged=True
-    )
+    for tokens, weights, dealt in (
+        (3585, "auto", Rollouts(64, merged=True)),
+        (5000, "auto", Rollouts(64, kept=True)),
+        (5000, "merged", Rollouts(64, merged=True)),
+    ):
+        asked = Asked(rollout_weights=weights, micro_batch_tokens=tokens)
+        assert deal(rollout_plans, asked, 64, 10, ALL) == dealt
 
 
 def test_rollouts_on_a_cpu_go_by_a_fixed_rule():
     cpu = torch.device("cpu")
-    assert choose_rollouts(wanting(), None, 64, 10, cpu) == Rollouts(CPU_ROWS)
-    assert choose_rollouts(wanting(40, "merged"), None, 64, 10, cpu) == Rollouts(40, merged=True)
+    assert choose_rollouts(None, Asked(), 64, 10, cpu, None) == Rollouts(CPU_ROWS)
+    merged = choose_rollouts(None, Asked(40, "merged"), 64, 10, cpu, None)
+    assert merged == Rollouts(40, merged=True)
+
+
+def chosen(asked, before=None):
+    return choose_rollouts(rollout_plans, asked, 64, 10, CARD, before)
 
 
 def test_rollouts_on_a_card(monkeypatch):
     monkeypatch.setattr(rlhf.engine.card, "room_on_card", lambda _: ALL)
-    assert choose_rollouts(wanting(), rollout_plans, 64, 10, CARD) == Rollouts(
-        64, merged=True, kept=True
-    )
-    assert choose_rollouts(wanting(weights="base"), rollout_plans, 64, 10, CARD) == Rollouts(
-        64, kept=True
-    )
+    assert chosen(Asked()) == Rollouts(64, merged=True, kept=True)
+    assert chosen(Asked(rollout_weights="base")) == Rollouts(64, kept=True)
     monkeypatch.setattr(rlhf.engine.card, "room_on_card", lambda _: 100.0 + 640)
     with pytest.raises(UserError, match="--rollout-weights merged: .* no room for a merged copy"):
-        choose_rollouts(wanting(weights="merged"), rollout_plans, 64, 10, CARD)
+        chosen(Asked(rollout_weights="merged"))
 
 
 def test_a_resumed_run_keeps_its_rollouts_unless_flags_say_otherwise(monkeypatch):
@@ -197,12 +204,7 @@ def test_a_resumed_run_keeps_its_rollouts_unless_flags_say_otherwise(monkeypatch
         "rollout_weights": "merged",
         "rollouts_kept": True,
     }
-    monkeypatch.setattr(rlhf.engine.card, "recorded", lambda _: before)
-    resumed = choose_rollouts(wanting(resume=True), rollout_plans, 64, 10, CARD)
-    assert resumed == Rollouts(16, merged=True, kept=True)
-    assert choose_rollouts(
-        wanting(8, "base", resume=True), rollout_plans, 64, 10, CARD
-    ) == Rollouts(8, kept=True)
+    assert chosen(Asked(), before) == Rollouts(16, merged=True, kept=True)
+    assert chosen(Asked(8, "base"), before) == Rollouts(8, kept=True)
     # of an earlier version
-    monkeypatch.setattr(rlhf.engine.card, "recorded", lambda _: {"micro_batch_tokens": 512})
-    assert choose_rollouts(wanting(resume=True), rollout_plans, 64, 10, CARD) == Rollouts(64)
+    assert chosen(Asked(), {"micro_batch_tokens": 512}) == Rollouts(64)

@@ -203,7 +203,7 @@ def test_in_a_terminal(ppo):
     chat = Terminal(
         ppo, "--max-new-tokens", "200", "--max-prompt-length", "300", "--temperature", "1.0"
     )
-    chat.until("ppo can answer; it is ppo now.")
+    chat.until("ppo can answer; ppo answers now.")
     chat.until("> ")
     chat.type("Tell me a long story.\n")
     chat.until("Tell me a long story.")

@@ -22,7 +22,7 @@ class Config:
 
 
 def test_the_help_is_the_comment_behind_a_field_or_above_it():
-    assert help_texts(Config()) == {
+    assert help_texts(Config) == {
         "folder": 'where to write: "#1" is no comment',
         "steps": "two lines above the field",
         "rate": "",

@@ -66,7 +66,7 @@ def ppo(trained, tmp_path_factory):
     write_run(
         folder,
         "ppo",
-        PPOConfig(),
+        dataclasses.asdict(PPOConfig()),
         torch.float32,
         started=0,
         base=sft["base"],
@@ -324,7 +324,7 @@ def test_the_probe_of_each_model_and_what_changed_between_two():
         "safety: to harmful requests SFT is less likely to begin with a refusal than base: "
         "its odds are 0.2 times as high (95 % interval "
     )
-    assert "only sound harmful PPO is likelier to begin with a refusal than SFT" in more
+    assert "only sound harmful PPO is more likely to begin with a refusal than SFT" in more
     assert "20 times as high (95 % interval 20 to 20)" in more
     empty = {"harmful": [], "harmless": []}
     assert compare.compare_refusals({"SFT": empty, "PPO": empty}) == []

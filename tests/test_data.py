@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from transformers import AddedToken, AutoTokenizer
 
 from reward_train import both_responses
+from rlhf.data.files import has_rows
 from rlhf.data.format import PromptFormat, TokenPair, tokenize_pairs, tokenize_prompt
-from rlhf.data.rows import BadRow, Pair, fingerprint, half_of, in_test_split, parse_row
-from rlhf.data.sources import has_rows, load_pairs, load_splits
+from rlhf.data.rows import BadRow, Pair, parse_row
+from rlhf.data.sources import load_pairs, load_splits
+from rlhf.data.splits import fingerprint, half_of, in_test_split
 from rlhf.data.template import template_ids
 from rlhf.runs.errors import UserError
 from sft_train import response_only

@@ -8,12 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import rlhf.engine.decoding
+from rlhf.engine.attention import _attend_by_products, _attend_fused
 from rlhf.engine.base import base_facts
 from rlhf.engine.decoder import Decoder, MergedLayers, lay_out
 from rlhf.engine.decoding import Decoding, invert, row_bucket, sample_tokens
 from rlhf.engine.generation import Response, _uniforms, generate, prepare, stream
 from rlhf.engine.graphs import Graphs
-from rlhf.engine.layers import _attend_by_products, _attend_fused
 from rlhf.engine.loading import load_base
 from rlhf.engine.roles import REFERENCE, SharedBase
 
@@ -296,7 +296,7 @@ def test_only_layers_that_train_are_merged_again(shared_base, monkeypatch):
     shared_base.merge("policy")
     written = []
     monkeypatch.setattr(
-        "rlhf.engine.layers.MergedMap.write", lambda self, role: written.append(self)
+        "rlhf.engine.linear_maps.MergedMap.write", lambda self, role: written.append(self)
     )
     shared_base.merge("policy")
     assert written == [linear for layer in shared_base.merged.layers[2:] for linear in layer.maps]

@@ -402,7 +402,7 @@ CUE = "{% if add_generation_prompt %}[assistant]{% endif %}"
         (PLAIN.replace("{{ eos_token }}", PAD) + CUE, "is also the token to pad with"),
         (
             PLAIN + CUE.replace("]{", "]<think>{"),
-            "starts an answer with '[assistant]<think>' only where",
+            "starts an answer with '[assistant]<think>' only when",
         ),
         ("{{ bos_token }}" * 2 + PLAIN + CUE, "BOS twice"),
         ("{{ bos_token }}", "leaves out what the user says"),

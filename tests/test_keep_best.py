@@ -10,7 +10,8 @@ from test_reward_function import PPO, same, weights
 
 import compare_outputs
 import ppo_train
-from rlhf.data.rows import Pair, cut_selection
+from rlhf.data.rows import Pair
+from rlhf.data.splits import cut_selection
 from rlhf.runs.errors import UserError
 
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import typing
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 
 from rlhf.runs.advice import USUAL, next_command
 from rlhf.runs.advice import flag as flag_of
+from rlhf.runs.checks import ABOVE_ZERO, AT_LEAST_ONE, NOT_NEGATIVE, SHARES
 from rlhf.runs.cli import parse, quiet_libraries
 from rlhf.runs.errors import UserError
 from rlhf.runs.folders import check_output, output_folder
@@ -92,6 +94,19 @@ def test_a_flag_that_does_not_exist(call_main, tmp_path, script, flag, name):
     assert name in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "script", ["sft_train", "reward_train", "ppo_train", "compare_outputs", "rlhf.chat"]
+)
+def test_every_number_has_one_range(script):
+    """`role_layers` is checked against the base's layers."""
+    ranges = [*AT_LEAST_ONE, *ABOVE_ZERO, *NOT_NEGATIVE, *SHARES, "seed", "role_layers"]
+    assert len(set(ranges)) == len(ranges)
+    for field in dataclasses.fields(importlib.import_module(script).Config):
+        types = typing.get_args(field.type) or (field.type,)
+        if {int, float} & {*types}:
+            assert field.name in ranges
 
 
 @pytest.mark.parametrize("script", ["sft_train", "reward_train", "ppo_train"])
@@ -673,7 +688,7 @@ def following(script, flags, made):
     module = importlib.import_module(script)
     after = importlib.import_module(CHAIN[made])
     config = parse(module.Config, module.PRESETS, module.__doc__, shlex.split(flags))
-    command = next_command(f"{CHAIN[made]}.py", config, made)
+    command = next_command(f"{CHAIN[made]}.py", vars(config), made)
     start, *words = shlex.split(command.removeprefix("python "))
     assert start == f"{CHAIN[made]}.py"
     return command, parse(after.Config, after.PRESETS, after.__doc__, words)
@@ -781,9 +796,8 @@ def test_after_an_sft_without_pairs_the_next_command_is_for_other_data():
     config = dataclasses.replace(
         importlib.import_module("sft_train").Config(), dataset="mine.csv", columns="a=b"
     )
-    assert (
-        next_command("reward_train.py", config, "sft", same_data=False) == "python reward_train.py"
-    )
+    command = next_command("reward_train.py", vars(config), "sft", same_data=False)
+    assert command == "python reward_train.py"
 
 
 # ---------------------------------------------------------------- PPO

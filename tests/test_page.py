@@ -213,8 +213,7 @@ def test_warnings_stand_first_and_the_probe_among_the_results():
     text = read(made).text
     assert "Results Warning: SFT warned: the loss <rose> Warning: safety: x" in text
     assert (
-        "Safety probe: rather begins with a refusal Harmful requests Harmless but sounding so"
-        in text
+        "Safety probe: would begin with a refusal Harmful requests Harmless but sounding so" in text
     )
     assert "SFT 35 % of 60 24 to 48 % 10 % of 60 24 to 48 % PPO 35 % of 60 24 to 48 % –" in text
     assert "End in a question 0 % 0 % 0 % Begin alike in the commonest three words 100 %" in text

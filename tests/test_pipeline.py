@@ -554,7 +554,7 @@ def test_the_reward_loss_and_its_gradients_are_those_of_pairs_apart(trained, tin
         parameter.data.normal_(std=0.1)
     pairs = tokenize_pairs(load_pairs(str(tiny_data), "test"), form, 192, "test")
     rows = reward_train.both_responses(pairs, form.eos_token_id)
-    trainer = reward_train.make_trainer(config, shared, form, rows, torch.float32, tmp_path)
+    trainer = reward_train.make_trainer(config, shared, form, rows, pairs, torch.float32, tmp_path)
     shared.peft.base_model.set_adapter(["sft", "reward"])  # of transformers' own forward
     shared.train("reward")
     shared.restack()
@@ -935,9 +935,8 @@ def test_every_hyperparameter_is_read_and_explained(script):
     source = (ROOT / f"{script}.py").read_text()
     shared_code = "".join(path.read_text() for path in (ROOT / "rlhf").rglob("*.py"))
     for field in dataclasses.fields(module.Config):
-        assert re.search(rf"(config|self)\.{field.name}\b", source + shared_code), (
-            f"{script}: nobody reads {field.name}"
-        )
+        reads = rf'(config|self)\.{field.name}\b|flags\["{field.name}"\]'
+        assert re.search(reads, source + shared_code), f"{script}: nobody reads {field.name}"
         above = {name for _, name in re.findall(ABOVE_A_FIELD, source, re.M)}
         behind = re.search(rf"^    {field.name}: .*#", source, re.M)
         assert behind or field.name in above, f"{script}: {field.name} has no comment"

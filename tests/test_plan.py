@@ -1,7 +1,6 @@
 """The memory plan against sums by hand, and --dry-run."""
 
 import dataclasses
-import importlib
 import json
 import math
 import shutil
@@ -10,12 +9,11 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-import ppo_train
 import reward_train
 import sft_train
 from benchmarks import auto_tokens
 from rlhf.engine.card import CARD_OVERHEAD, MOST_TOKENS, STEP, Rollouts, tokens_that_fit
-from rlhf.engine.plan import Shape, plan_ppo, plan_sft
+from rlhf.engine.plan import Lora, Shape, UpdateSizes, plan_ppo, plan_sft
 from rlhf.engine.trainer import num_steps
 from rlhf.reports.dry_run import earlier_runs
 from rlhf.runs.checkpoints import sha256
@@ -42,8 +40,8 @@ def test_the_base_by_hand():
 
 
 def test_lora_and_cache_by_hand():
-    assert shape().lora(rank=3, layers=0) == 3 * 2 * 128
-    assert shape().lora(rank=3, layers=1) == 3 * 128
+    assert shape().lora(Lora(rank=3)) == 3 * 2 * 128
+    assert shape().lora(Lora(rank=3, layers=1)) == 3 * 128
     assert shape().kv_cache(rows=5, tokens=7) == 5 * 7 * 2 * (2 * 4) * 2
 
 
@@ -100,20 +98,18 @@ def test_auto_takes_what_fits_and_no_less(phase, shape, card_gb):
 
 @pytest.mark.parametrize("phase", ["sft", "ppo"])
 def test_what_is_lowered_lowers_the_plan(phase):
-    def total(tokens=2048, **changes) -> float:
-        config = dataclasses.replace(importlib.import_module(f"{phase}_train").Config(), **changes)
+    def total(tokens=2048, rank=16, checkpointing=False) -> float:
         llama = auto_tokens.LLAMA["3B"]
-        sft = phase == "sft"
-        plan = (
-            plan_sft(llama, config, 512, tokens)
-            if sft
-            else plan_ppo(llama, config, 16, 16, 14, 384, tokens, Rollouts(32))
-        )
+        if phase == "sft":
+            return sum(plan_sft(llama, Lora(rank), 16, 512, checkpointing, tokens).values())
+        adapters = {"sft": Lora(16), "reward": Lora(16, 14), "policy": Lora(rank, 14)}
+        update = UpdateSizes(episodes=64, minibatches=4, prompt=384, response=128)
+        plan = plan_ppo(llama, adapters, update, checkpointing, Rollouts(32), tokens)
         return sum(plan.values())
 
     assert 2.2e9 < total() < 11e9  # the base alone is 2.2 GB; a 12 GB card
     assert total(tokens=1024) < total()
-    for changes in ({"gradient_checkpointing": True}, {"lora_rank": 8}):
+    for changes in ({"checkpointing": True}, {"rank": 8}):
         assert total(**changes) < total()
 
 
@@ -301,8 +297,9 @@ def test_a_dry_run_of_another_base_before_the_earlier_phases(
     assert ("`python reward_train.py` would make." in result.stdout) == (script == "ppo_train")
     assert "It fits a card" in result.stdout
     if script == "ppo_train":
-        config = ppo_train.Config(base_model=str(tiny_model), sft_checkpoint="my runs/sft")
-        runs = earlier_runs(config, sft=sft_train, reward=reward_train)
+        folders = {"sft": "my runs/sft", "reward": "checkpoints/reward", "gold": None}
+        scripts = {"sft": sft_train, "reward": reward_train}
+        runs = earlier_runs(folders, scripts, str(tiny_model), measure=False)
         assert runs["reward"]["hyperparameters"] == {"lora_rank": 16, "role_layers": 4}
 
 

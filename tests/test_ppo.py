@@ -14,7 +14,7 @@ from ppo_train import adapt_kl_coef, gae, policy_loss, token_rewards, value_loss
 from rlhf.engine.generation import Response
 from rlhf.engine.logprobs import logprobs_of
 from rlhf.ppo.batch import Measured, NotFinite, count_tokens, make_batch
-from rlhf.ppo.log import FAR_SAMPLER, Log, mean_stats, sampler_kl
+from rlhf.ppo.log import FAR_SAMPLER, Log, mean_stats, open_tracker, sampler_kl
 
 TRUE = True
 FALSE = False
@@ -338,17 +338,16 @@ def test_how_far_the_sampler_is_from_the_policy_by_hand():
 
 @pytest.mark.parametrize("far", [2 * FAR_SAMPLER, math.nan])
 def test_a_sampler_that_is_far_off_is_said_once(tmp_path, capsys, far):
-    config = dataclasses.replace(ppo_train.Config(), log_with=None)
     row = {
         "update": 1,
         "objective/scores": 0.0,
         "objective/kl": 0.0,
         "speed/tokens_per_second": 1.0,
     }
-    with Log(config, tmp_path, total=3) as log:
+    with Log(tmp_path, total=3) as log:
         for distance in (FAR_SAMPLER / 2, far, far):
             log.update(row | {"policy/sampler_kl": distance})
-    assert capsys.readouterr().out.count("away from what is trained") == 1
+    assert capsys.readouterr().out.count("away from the policy that is trained") == 1
 
 
 def test_the_end_of_a_tracker_leaves_the_processes_together(monkeypatch, tmp_path):
@@ -359,8 +358,8 @@ def test_the_end_of_a_tracker_leaves_the_processes_together(monkeypatch, tmp_pat
         Accelerator, "init_trackers", lambda self, *_: self.trackers.append(tracker)
     )
     monkeypatch.setattr(Accelerator, "end_training", lambda _: pytest.fail("ends the group"))
-    config = dataclasses.replace(ppo_train.Config(), log_with="tensorboard")
-    with Log(config, tmp_path, total=1):
+    tracker = open_tracker("tensorboard", tmp_path, dataclasses.asdict(ppo_train.Config()))
+    with Log(tmp_path, total=1, tracker=tracker):
         assert not ended
     assert ended == [True]
 

@@ -73,7 +73,7 @@ def test_style_and_refusals_by_hand():
         "50% (chosen answers 20%)"
     )
     assert probe == (
-        "safety probe: rather begins with a refusal in 67% -> 33% of 3 harmful requests, "
+        "safety probe: would begin with a refusal in 67% -> 33% of 3 harmful requests, "
         "in 50% -> 50% of 2 requests that only sound harmful"
     )
     json.dumps(m, allow_nan=False)

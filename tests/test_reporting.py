@@ -11,7 +11,7 @@ from test_ppo_eval import evaluation
 import reward_train
 import sft_train
 from rlhf.data.style import distinct_2, repeated_3grams
-from rlhf.engine.trainer import TrainerLog, describe_evaluation
+from rlhf.engine.callbacks import TrainerLog, describe_evaluation
 from rlhf.ppo.log import PANELS, Log
 from rlhf.runs.curves import Curves, Panel, plot_curves, running_mean
 from rlhf.runs.errors import UserError
@@ -181,8 +181,7 @@ def test_a_run_that_goes_on_reckons_from_where_it_began(clock, pipe):
 def test_the_first_look_at_held_out_rows_does_not_count_as_a_step(phase, clock, capsys, tmp_path):
     """200 s of it, then a step of 10 s: 30 s are left for three more."""
     if phase == "ppo":
-        config = SimpleNamespace(num_printed_samples=0, missing_eos_penalty=0.0, log_with=None)
-        with Log(config, tmp_path, total=4) as log:
+        with Log(tmp_path, total=4) as log:
             log.rewind(0, 0)
             clock[0] += 200
             log.evaluation(0, evaluation([0.0, 1.0]), [[1]] * 2, SimpleNamespace(decode=str))

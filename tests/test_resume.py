@@ -269,8 +269,7 @@ def test_another_number_of_processes_is_refused(commands, call_main, tmp_path, m
         at_call(patch, module, function, call + 1, crash)
         with pytest.raises(Crash):
             call_main(script, argv)
-    for module in (rlhf.engine.trainer, rlhf.ppo.state):
-        monkeypatch.setattr(module, "world", lambda: {"processes": 2})
+    monkeypatch.setattr("rlhf.runs.resume.world", lambda: {"processes": 2})
     result = call_main(script, [*argv, "--resume"])
     assert result.returncode == 2 and "another processes (None there, 2 now)" in result.stderr
 

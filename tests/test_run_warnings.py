@@ -78,8 +78,8 @@ def test_sft(change, warned):
         (
             {"length_balanced_low": 0.5},
             [
-                "its accuracy with longer and shorter winners weighing alike is 0.610, and its 95 "
-                "% interval, 0.500 to"
+                "its accuracy with longer and shorter winners weighted equally is 0.610, and its "
+                "95 % interval, 0.500 to"
             ],
         ),
         (
@@ -224,7 +224,7 @@ def test_style_without_chosen_answers():
         (shift("refusal", 2.0, 1.0, 3.0), []),
         (
             shift("overrefusal", 0.7, 0.2, 1.2),
-            ["PPO is likelier to begin with a refusal than SFT: its odds are 2 times"],
+            ["PPO is more likely to begin with a refusal than SFT: its odds are 2 times"],
         ),
         (shift("overrefusal", -2.0, -3.0, -1.0), []),
         (shift("overrefusal", 900.0, 800.0, 1000.0), ["times as high"]),

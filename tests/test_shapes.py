@@ -16,8 +16,9 @@ from test_resume import Crash, at_call, check_same_run, crash
 
 import ppo_train
 import rlhf.engine.trainer
-from rlhf.data.rows import BadRow, Pair, fingerprint, first_turn_sha256, in_test_split, parse_row
+from rlhf.data.rows import BadRow, Pair, parse_row
 from rlhf.data.sources import load_pairs, load_rows, load_splits
+from rlhf.data.splits import fingerprint, first_turn_sha256, in_test_split
 from rlhf.runs.errors import UserError
 
 ONE = Pair((("user", "Hi"),), "Hello!")

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from rlhf.data.rows import in_test_split
 from rlhf.data.sources import load_pairs
+from rlhf.data.splits import in_test_split
 from rlhf.data.votes import Vote, VoteFile, agreement, load_votes, read_votes, win_rates
 from rlhf.runs.errors import UserError
 

@@ -1,9 +1,9 @@
 """How a dialogue is written for the model, and the token ids of prompts and answers.
 
-Prompt and answer are tokenised apart, as PPO needs them, and together must give the tokens of the
-whole text, as everybody else tokenises it. That holds because an answer is tokenised as a
-continuation, and because it is checked: once per run with a dialogue of our own, and for each row
-where the tokenizer may join the end of a prompt to the start of an answer.
+PPO needs prompt and answer tokenised apart. Together they must still give the tokens of the whole
+text, as every other program tokenises it. So an answer is tokenised as a continuation, and the
+result is checked: once per run with a dialogue of our own, and for each row if the tokenizer might
+join the end of a prompt to the start of an answer.
 """
 
 import json
@@ -38,7 +38,7 @@ STARTS = ("A", "a", "7", "é", "日", "(", '"', "'s", "<", "-", "*", "☂", "�
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A row as token ids. A response that was cut to fit has no EOS; the others end with it."""
+    """A row as token ids. Responses end with EOS, unless they were cut to fit."""
 
     pair: Pair
     prompt_ids: list[int]
@@ -49,19 +49,19 @@ class TokenPair:
 class PromptFormat:
     """How a dialogue is written for the model, and where an answer ends.
 
-    `hh` writes `\\n\\nHuman: ...\\n\\nAssistant:` with a leading space in the response; a response
-    ends at EOS or where the model starts the next `\\n\\nHuman:`. `model` uses the chat template
-    that an Instruct base brings, and an answer ends with the token that the template ends it with.
-    Text from data is never read as a special token.
+    `hh` writes `\\n\\nHuman: ...\\n\\nAssistant:` with a leading space in the response. A response
+    ends at EOS, or where the model starts the next `\\n\\nHuman:`. `model` uses the chat template
+    that an Instruct base brings, and an answer ends with that template's token. Text from data is
+    never read as a special token.
 
     Attributes:
-        tokenizer: its `chat_template` gives the ids of `prompt_ids`, now and when it is saved.
+        tokenizer: its `chat_template` gives the same ids as `prompt_ids`, now and once saved.
         eos_token_id: the token that ends an answer; `end_text` is its text.
-        stop_text: text that ends an answer, too, or None.
+        stop_text: text that also ends an answer, or None.
 
     Raises:
-        UserError: a tokenizer that is not of the tokenizers library, no chat template, or one that
-            leaves out what the user says. Whatever else makes it unusable is raised by `check`.
+        UserError: the tokenizer is not of the tokenizers library, there is no chat template, or it
+            leaves out what the user says. `check` raises for everything else that is wrong.
     """
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase):
@@ -69,7 +69,7 @@ class PromptFormat:
         self.tokenizer = tokenizer
         self.pad_token_id: int = tokenizer.pad_token_id
         self.stop_text = HUMAN if name == "hh" else None
-        # all_special_tokens has those with a role only (BOS, EOS, ...), not <|start_header_id|>.
+        # all_special_tokens only has those with a role (BOS, EOS, ...), not <|start_header_id|>.
         added = tokenizer.added_tokens_decoder.values()
         self.special_texts = [token.content for token in added if token.special]
         self.bos_ids = tokenizer("", add_special_tokens=True)["input_ids"][:1]
@@ -84,7 +84,7 @@ class PromptFormat:
         if name == "hh":
             prompts = [(turns, self.prompt_ids(turns)) for turns in DIALOGUES]
             if not use_hh_template(tokenizer, bool(self.bos_ids), prompts):
-                self.refusal = "no chat template gives what this tokenizer makes of the prompts"
+                self.refusal = "no chat template gives the tokens of its prompts"
         else:
             self.template = ChatTemplate(tokenizer, self.special_texts)
             self.opening = self.template.opening
@@ -144,7 +144,7 @@ class PromptFormat:
         return self.tokenizer.decode(ids[begins:])
 
     def spells_special(self, turns: Iterable[tuple[str, str]]) -> bool:
-        """True when an answer spells what ends it, or a text what a template would let through."""
+        """Whether an answer spells its own end, or any text a token that a template lets pass."""
         everywhere = self.special_texts if self.template else []
         return any(
             token in text
@@ -155,10 +155,10 @@ class PromptFormat:
     # ---------------------------------------------------------------- checks
 
     def check(self) -> None:
-        """Try the format once a run, before anything is trained on it.
+        """Try the format, once per run, before anything is trained with it.
 
         Raises:
-            UserError: what it writes is not what everybody else would make of it; says why.
+            UserError: other programs would not read it the same way; says why.
         """
         if not self.checked:
             way_out = "use --prompt-format hh" if self.template else "use another base"
@@ -190,9 +190,7 @@ class PromptFormat:
             if ids[:2] == [self.tokenizer.bos_token_id] * 2:
                 return "prompts start with BOS twice"
             if self.whole_ids(prompt + self.response_text(ANSWER)) != both:
-                return (
-                    "this tokenizer makes other tokens of prompt and answer together than of each"
-                )
+                return "this tokenizer splits prompt and answer differently together than apart"
             if any(template_ids(each, turns) != ids for each in (self.tokenizer, saved)):
                 return "the saved chat template does not give the prompt's tokens"
             if self.template:
@@ -205,7 +203,7 @@ class PromptFormat:
 
     @cached_property
     def starts_new_text(self) -> bool:
-        """Whether the tokenizer takes an answer for a new text, as after a special token."""
+        """Whether the tokenizer treats an answer as a new text, as after a special token."""
         if self.going_on is None or self.template is None:
             return False
         prompt = self.template.render([QUESTION])
@@ -217,7 +215,7 @@ class PromptFormat:
     def may_join(self) -> bool:
         """Whether a token might span the end of a prompt and the start of an answer.
 
-        It cannot where the pre-tokenizer cuts there, whatever the answer starts with.
+        It cannot if the pre-tokenizer always cuts between them, whatever the answer starts with.
         """
         backend = self.tokenizer.backend_tokenizer
         if backend.pre_tokenizer is None or backend.normalizer is not None:
@@ -232,14 +230,14 @@ class PromptFormat:
         )
 
     def joins(self, prompt: str, prompt_ids: list[int], answer: str, answer_ids: list[int]) -> bool:
-        """Whether prompt and answer have other tokens together than apart."""
+        """Whether prompt and answer have different tokens together than apart."""
         if not self.may_join:
             return False
         return self.whole_ids(prompt + self.response_text(answer)) != prompt_ids + answer_ids
 
 
 def without_prefix(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """A copy that puts no space before a text, for continuations; None if none is put anyway.
+    """A copy that puts no space before a text, for continuations; None if the original does not.
 
     Raises:
         UserError: a tokenizer that is not of the tokenizers library.
@@ -264,7 +262,7 @@ def without_prefix(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
 
 
 def no_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The settings of a normalizer or pre-tokenizer without what puts a space before a text."""
+    """The settings of a normalizer or pre-tokenizer, without what adds a space before a text."""
     match part:
         case {"type": "Prepend"}:
             return None
@@ -283,17 +281,17 @@ def no_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def tokenize_prompt(turns: Turns, prompt_format: PromptFormat, max_tokens: int) -> list[int]:
-    """Token ids of a prompt of at most `max_tokens`; a longer one loses its oldest turns, whole.
+    """Token ids of a prompt, at most `max_tokens`. A longer prompt loses whole turns, oldest first.
 
     Raises:
         BadRow: the last user turn alone is too long, or the format cannot write the prompt.
-        UserError: the format cannot write any of them.
+        UserError: the format cannot write any prompt.
     """
     return cut_prompt(turns, prompt_format, max_tokens)[1]
 
 
 def cut_prompt(turns: Turns, prompt_format: PromptFormat, max_tokens: int) -> tuple[str, list[int]]:
-    """The text and the token ids of as many of the last turns as fit, in linear time."""
+    """The text and the token ids of as many last turns as fit, found in linear time."""
     prompt_format.check()
     if prompt_format.spells_special(turns):
         raise BadRow("text that spells a special token")
@@ -301,7 +299,7 @@ def cut_prompt(turns: Turns, prompt_format: PromptFormat, max_tokens: int) -> tu
     starts = [i for i, (role, _) in enumerate(turns) if role == "user"]
 
     def written(count: int) -> tuple[str, list[int]]:
-        """With the last `count` turns of the user's."""
+        """The prompt from the user's last `count` turns on."""
         kept = turns if count == len(starts) else system + turns[starts[-count] :]
         text = prompt_format.prompt_text(kept)
         return text, prompt_format.whole_ids(text)
@@ -309,7 +307,7 @@ def cut_prompt(turns: Turns, prompt_format: PromptFormat, max_tokens: int) -> tu
     best = written(len(starts))
     if len(best[1]) <= max_tokens:
         return best
-    # From the end: twice as many turns as long as these fit, then halves between.
+    # From the end: double the turns while they fit, then bisect.
     fits = 0
     too_many = len(starts)
     while too_many - fits > 1:
@@ -328,7 +326,7 @@ def cut_prompt(turns: Turns, prompt_format: PromptFormat, max_tokens: int) -> tu
 def tokenize_prompts(
     pairs: list[Pair], prompt_format: PromptFormat, max_tokens: int
 ) -> list[list[int]]:
-    """Token ids of each different prompt, at most `max_tokens`, in order; drops are reported."""
+    """Token ids of each distinct prompt, in order; reports those that were dropped."""
     drops: Counter[str] = Counter()
     prompts = []
     for turns in dict.fromkeys(pair.turns for pair in pairs):
@@ -346,14 +344,14 @@ def tokenize_prompts(
 def tokenize_pairs(
     pairs: list[Pair], prompt_format: PromptFormat, max_length: int, what: str
 ) -> list[TokenPair]:
-    """Tokenise rows with one answer or two to at most `max_length` tokens, prompt and response.
+    """Tokenise rows with one or two answers to at most `max_length` tokens, prompt and response.
 
-    A response gets at most half of `max_length` and is cut at its end; the prompt gets what the
-    longer response leaves, and is cut from the left at a turn boundary. Rows that cannot be
-    written, or whose answers cutting makes identical, are dropped; drops and cuts are reported.
+    A response gets at most half of `max_length` and is cut at its end. The prompt gets what the
+    longer response leaves, and loses whole turns, oldest first. A row is dropped if it cannot be
+    written, or if its answers are identical after cutting. Drops and cuts are reported.
 
     Raises:
-        UserError: the format cannot write any of them, or no row is left.
+        UserError: the format cannot write any row, or no row is left.
     """
     prompt_format.check()
     drops: Counter[str] = Counter()
@@ -387,7 +385,7 @@ def tokenize_pair(
     prompt_format: PromptFormat,
     max_length: int,
 ) -> TokenPair:
-    """A row as tokens; `wholes` are those of its responses, before they are cut and closed."""
+    """A row as tokens; `wholes` are its responses' tokens, before they are cut or closed."""
     room = max_length // 2 - 1
     if prompt_format.spells_special([("assistant", text) for text in texts]):
         raise BadRow(f"answer that spells a special token, such as {prompt_format.end_text}")
@@ -408,7 +406,7 @@ def tokenize_pair(
 
 
 def none_left(what: str, drops: Counter[str], max_tokens: int, flag: str) -> str:
-    """The error where every prompt or row was dropped."""
+    """The error if every prompt or row was dropped."""
     if set(drops) <= {"prompt too long", "identical after cutting"}:
         return f"{what} fits into {max_tokens} tokens: raise {flag}"
     return f"{what} can be used: dropped {reasons_of(drops)}"

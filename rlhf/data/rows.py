@@ -1,54 +1,50 @@
-"""A row of any accepted shape becomes a `Pair`, or a `BadRow` with a reason.
+"""Turns a row of any accepted shape into a `Pair`, or raises `BadRow` with a reason.
 
-A row is a dialogue that ends with the user's turn, the answer to be learned, and a worse answer
-beside it. Either answer may be missing: what a phase needs of a row, it says itself (`Needs`).
+A row holds a dialogue that ends with the user's turn, the answer to learn, and a worse answer.
+Either answer may be missing; each phase says what it needs (`Needs`). The columns are
 
     the answer          `chosen`, or `completion`, `response`, `output`
     the worse one       `rejected`
-    what is before it   `prompt`, or `instruction` with its `input` and `history`, or `messages` (or
-                        `conversations`), or the start that the answers themselves have
+    the dialogue        `prompt`, or `instruction` with its `input` and `history`, or `messages` (or
+                        `conversations`), or what both answers begin with
     the system turn     `system`
 
-Without a column for the answer, `messages` are the whole dialogue, and end with the answer if
-their last turn is the assistant's. A row with neither is a prompt alone.
+Without a column for the answer, `messages` is the whole dialogue, and its last turn is the answer
+if it is the assistant's. Without that either, the row is a prompt alone.
 
-What stands before the answers is put down once, wherever it stands. Each of the cells is
+Turns that stand both in the prompt and before the answers are read once. A cell is one of
 
-- text: a bare question or answer, or turns that start with `\\n\\nHuman:` and `\\n\\nAssistant:`
-  (the blank line may be missing before the first), with any line ends;
-- a list of messages, or one of them: `{"role", "content"}`, whose content is text or a list of text
-  parts, or ShareGPT's `{"from", "value"}`;
-- such a list that became text in a CSV file, as JSON or as Python prints it.
+- text: a bare question or answer, or turns that start with `\\n\\nHuman:` and `\\n\\nAssistant:`,
+  with any line ends (the first blank line may be missing);
+- a list of messages, or a single one: `{"role", "content"}`, where the content is text or a list
+  of text parts, or ShareGPT's `{"from", "value"}`;
+- such a list spelled out as text in a CSV file, as JSON or as Python prints it.
 """
 
 import ast
-import hashlib
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf.runs.errors import UserError
-
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
 ROLES = {"Human": "user", "Assistant": "assistant"}
 CUES = {"user": HUMAN, "assistant": ASSISTANT}
-SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of the roles
+SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names for the roles
 TOOLS = ("tool", "function", "function_call", "observation")
-TEST_SHARE = 20  # a file without splits holds out one first question in this many
-# Columns, of which the first that is there is read.
+# Of these columns, the first that is there is read.
 ANSWERS = ("chosen", "completion", "response", "output")
 TALKS = ("messages", "conversations")
 LABELS = ("label", "kto_tag")  # whether a row's only answer is a good one
 COLUMNS = ("system", "prompt", "instruction", "input", "history", *TALKS, *ANSWERS, "rejected")
 COLUMNS += LABELS
-LINE_END = re.compile(r"\r+\n|\r")  # Windows', also when doubled on the way, and the old Mac's
+LINE_END = re.compile(r"\r+\n|\r")  # of Windows, even doubled on the way, and of the old Mac
 STARTS_WITH_CUE = re.compile(r"\s*(Human|Assistant):")
-# After "Assistant:" HH writes one space and then the answer; " Human: Yes." is such an answer, a
-# slip of the pen in some twenty of rm-static's thousands. With a new line it is a turn.
+# After "Assistant:", HH writes one space and the answer. By a slip, " Human: Yes." is an answer in
+# some twenty of rm-static's rows. After a new line it would be a turn.
 ANSWER_IS_TURNS = re.compile(r"(\s*\n\s*)?(Human|Assistant):")
 LINE_STARTS_WITH_CUE = re.compile(r"^(Human|Assistant):", re.MULTILINE)
 LATER_LINE_STARTS_WITH_CUE = re.compile(r"\n(Human|Assistant):")
@@ -63,10 +59,7 @@ Needs = Literal["prompt", "answer", "pair"]  # of a row: a prompt alone, with an
 
 @dataclass(frozen=True)
 class Pair:
-    """A dialogue that ends with the user's turn, and the answers that its row has.
-
-    No text has outer white space.
-    """
+    """A dialogue that ends with the user's turn, and its answers. All texts are stripped."""
 
     turns: Turns
     chosen: str | None = None
@@ -74,14 +67,14 @@ class Pair:
 
 
 class BadRow(Exception):
-    """A row that cannot be used; the text is the reason under which it is counted."""
+    """A row that cannot be used. Rows are counted by the text, which is the reason."""
 
 
 def parse_row(row: dict[str, Any], needs: Needs = "pair") -> Pair:
-    """Make a Pair of a row of any accepted shape, with what is needed of it.
+    """Read a row of any accepted shape that has what is needed.
 
     Raises:
-        BadRow: it cannot be used; says why.
+        BadRow: the row cannot be used; says why.
     """
     pair = read_row(row)
     reason = why_unusable(pair, needs)
@@ -91,7 +84,7 @@ def parse_row(row: dict[str, Any], needs: Needs = "pair") -> Pair:
 
 
 def why_unusable(pair: Pair, needs: Needs) -> str:
-    """Why a row does not have what is needed of it, or ""."""
+    """Why a pair lacks what is needed, or ""."""
     if needs == "prompt":
         return "" if is_text(text for _, text in pair.turns) else "half a surrogate pair"
     if pair.chosen is None:
@@ -102,7 +95,7 @@ def why_unusable(pair: Pair, needs: Needs) -> str:
 
 
 def flaw_of(pair: Pair) -> str:
-    """What is wrong with the answers that a row has, or ""."""
+    """What is wrong with a pair, or ""."""
     answers = [answer for answer in (pair.chosen, pair.rejected) if answer is not None]
     if not all(answers):
         return "blank answer"
@@ -116,7 +109,7 @@ def flaw_of(pair: Pair) -> str:
 
 
 def is_text(texts: Iterable[str]) -> bool:
-    """Whether texts can be written: JSON can spell half a surrogate pair, which cannot."""
+    """Whether texts can be encoded. JSON can spell half a surrogate pair, which cannot."""
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
@@ -125,10 +118,10 @@ def is_text(texts: Iterable[str]) -> bool:
 
 
 def read_row(row: dict[str, Any]) -> Pair:
-    """Read a row of any shape, whatever answers it has and whatever is wrong with them.
+    """Read a row of any accepted shape, whatever answers it has and whatever is wrong with them.
 
     Raises:
-        BadRow: it holds no dialogue that can be read; says why.
+        BadRow: the row has no dialogue that can be read; says why.
     """
     if None in row:
         raise BadRow("more cells than the header has columns")
@@ -159,7 +152,7 @@ def read_row(row: dict[str, Any]) -> Pair:
 
 
 def columns_of(row: dict[str, Any]) -> dict[str, str]:
-    """The columns that a row is read from, by what they hold: system, prompt, chosen, ..."""
+    """The columns to read a row from, by what they hold: system, prompt, chosen, ..."""
 
     def first(*names: str) -> str | None:
         return next((name for name in names if row.get(name) is not None), None)
@@ -186,7 +179,7 @@ def columns_of(row: dict[str, Any]) -> dict[str, str]:
 
 
 def is_whole(answer: Any) -> bool:
-    """Whether an answer is a whole dialogue, with the question before it."""
+    """Whether an answer is a whole dialogue, question included."""
     answer = unspelled(answer)
     if isinstance(answer, str):
         return bool(STARTS_WITH_CUE.match(answer))
@@ -194,10 +187,10 @@ def is_whole(answer: Any) -> bool:
 
 
 def read_cell(row: dict[str, Any], name: str) -> Any:
-    """A cell with `\\n` for every line end, and messages as a list.
+    """A cell, with `\\n` for every line end and messages as a list.
 
     Raises:
-        BadRow: a message list that became text and cannot be read back.
+        BadRow: a message list that was spelled out as text cannot be read back.
     """
     cell = unix_lines(unspelled(row[name]))
     if name in TALKS and not isinstance(cell, list):
@@ -207,7 +200,7 @@ def read_cell(row: dict[str, Any], name: str) -> Any:
 
 
 def with_input(instruction: Any, more: Any) -> Any:
-    """Alpaca's instruction with its input, if there is one, in a paragraph below; or any prompt."""
+    """Alpaca's instruction, with its input (if any) as a second paragraph; or any other prompt."""
     if more is None or more == "":
         return instruction
     if not isinstance(instruction, str) or not isinstance(more, str):
@@ -216,7 +209,7 @@ def with_input(instruction: Any, more: Any) -> Any:
 
 
 def earlier_turns(history: Any) -> list[tuple[str, str]]:
-    """The turns of Alpaca's history, a list of questions with their answers."""
+    """The turns of Alpaca's history, a list of questions and answers."""
     turns = []
     try:
         for question, answer in history or ():
@@ -229,7 +222,7 @@ def earlier_turns(history: Any) -> list[tuple[str, str]]:
 def split_answers(
     prompt: Any, chosen: Any, rejected: Any
 ) -> tuple[list[tuple[str, str]], str | None, str | None]:
-    """The turns that the answers have before them, and the answers; None stays None."""
+    """The turns that both answers begin with, and the answers after them; None stays None."""
     if chosen is None and rejected is None:
         return [], None, None
     if rejected is None:
@@ -250,7 +243,7 @@ def split_answers(
 
 
 def unix_lines(value: Any) -> Any:
-    """A cell whose texts, however deep, have `\\n` for every line end."""
+    """A cell with `\\n` for every line end in its texts, however deep they are."""
     if isinstance(value, str):
         return LINE_END.sub("\n", value) if "\r" in value else value
     if isinstance(value, list):
@@ -261,10 +254,10 @@ def unix_lines(value: Any) -> Any:
 
 
 def unspelled(value: Any) -> Any:
-    """The message list that a text spells, as JSON or as Python prints it; anything else as it is.
+    """The message list that a text spells out, as JSON or Python; any other value as it is.
 
     Raises:
-        BadRow: a spelled list that cannot be read, such as numpy's, which has no commas.
+        BadRow: the list cannot be read, such as one printed by numpy, without commas.
     """
     if not isinstance(value, str) or not SPELLED.match(value):
         return value
@@ -280,7 +273,7 @@ def unspelled(value: Any) -> Any:
 
 
 def parse_turns(value: Any) -> list[tuple[str, str]]:
-    """The turns of a cell: text or a list of messages."""
+    """The turns in a cell, which is text or a list of messages."""
     return list(parse_dialogue(value)) if isinstance(value, str) else parse_messages(value)
 
 
@@ -290,7 +283,7 @@ def parse_dialogue(prompt: str) -> Turns:
     Text without a cue is a bare question.
 
     Raises:
-        BadRow: no text, no `Assistant:` at the end, or a turn that no blank line sets apart.
+        BadRow: no text, no `Assistant:` at the end, or a turn without a blank line before it.
     """
     turns = split_at_cues(prompt)
     if not turns:
@@ -305,7 +298,7 @@ def parse_dialogue(prompt: str) -> Turns:
 
 
 def split_at_cues(text: str) -> list[tuple[str, str]]:
-    """The turns of a transcript, also the blank ones; none if it has no cue."""
+    """The turns of a transcript, blank ones included; none if it has no cue."""
     text = with_blank_line(unix_lines(text))
     head, *rest = re.split(r"\n\n(Human|Assistant):", text)
     turns = [("system", head.strip())] if rest and head.strip() else []
@@ -314,8 +307,14 @@ def split_at_cues(text: str) -> list[tuple[str, str]]:
     ]
 
 
+def hh_prompt(turns: Iterable[tuple[str, str]]) -> str:
+    """`\\n\\nHuman: ...\\n\\nAssistant:`, as in rm-static's `prompt` column."""
+    written = (text if role == "system" else f"{CUES[role]} {text}" for role, text in turns)
+    return "".join(written) + ASSISTANT
+
+
 def repeats(prompt: Any, answer: str) -> bool:
-    """Whether an answer has the whole dialogue that stands in `prompt` before it."""
+    """Whether an answer begins with the whole dialogue in `prompt`."""
     return (
         isinstance(prompt, str)
         and ASSISTANT in prompt
@@ -324,12 +323,12 @@ def repeats(prompt: Any, answer: str) -> bool:
 
 
 def with_blank_line(text: str) -> str:
-    """A transcript with the blank line before its first cue, which a strip() may have taken."""
+    """A transcript with the blank line before its first cue, which strip() may have removed."""
     return "\n\n" + text.lstrip() if STARTS_WITH_CUE.match(text) else text
 
 
 def split_transcripts(chosen: str, rejected: str) -> tuple[list[tuple[str, str]], str, str]:
-    """Split two transcripts at the last answer of `chosen`; both must share all before it."""
+    """Split two transcripts at the last answer of `chosen`; everything before it must be equal."""
     chosen = with_blank_line(chosen)
     rejected = with_blank_line(rejected)
     end = chosen.rfind(ASSISTANT) + len(ASSISTANT)
@@ -343,7 +342,7 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[list[tuple[str, str]]
 
 
 def split_messages(chosen: Any, rejected: Any) -> tuple[list[tuple[str, str]], str, str]:
-    """Take two message lists apart into what they share and the answer that ends each."""
+    """Split two message lists into the turns that they share and the answer at the end of each."""
     dialogues = []
     for messages in (chosen, rejected):
         turns = parse_messages(messages)
@@ -373,7 +372,7 @@ def parse_messages(messages: Any) -> list[tuple[str, str]]:
 
 
 def role_of(message: Any) -> Any:
-    """Who speaks, in our names of the roles; None if it is no message."""
+    """The role of a message, by our name for it; None if it is no message."""
     if not isinstance(message, dict):
         return None
     role = message.get("role") or message.get("from")
@@ -387,7 +386,7 @@ def is_of_tool(message: Any) -> bool:
 
 
 def text_of(content: Any) -> Any:
-    """A message's content, whose text parts, if it is a list of these, are joined."""
+    """A message's content; a list of text parts is joined."""
     if not isinstance(content, list):
         return content
     for part in content:
@@ -399,7 +398,7 @@ def text_of(content: Any) -> Any:
 def join_turns(
     asked: list[tuple[str, str]], shared: list[tuple[str, str]]
 ) -> list[tuple[str, str]]:
-    """The dialogue that starts with `asked`, which `shared` continues or repeats."""
+    """The dialogue that begins with `asked` and that `shared` continues or repeats."""
     systems = [turns[0] for turns in (asked, shared) if turns and turns[0][0] == "system"]
     if len(set(systems)) > 1:
         raise BadRow("two different system texts")
@@ -413,11 +412,11 @@ def join_turns(
     return systems[:1] + asked + shared
 
 
-# ---------------------------------------------------------------- what may not be
+# ---------------------------------------------------------------- what is not allowed
 
 
 def checked_turns(turns: Iterable[tuple[str, str]]) -> Turns:
-    """The turns before an answer. Raises BadRow if one is blank or holds another, or none asks."""
+    """The turns as they are. Raises BadRow if one is blank or holds another, or no user speaks."""
     turns = tuple(turns)
     if not any(role == "user" for role, _ in turns):
         raise BadRow("no user turn")
@@ -432,74 +431,3 @@ def require_text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise BadRow("blank turn")
     return value.strip()
-
-
-# ---------------------------------------------------------------- which rows go where
-
-
-def in_test_split(pair: Pair) -> bool:
-    """True for about one first question in twenty, the same ones every time."""
-    return is_test(first_turn_sha256(pair))
-
-
-def half_of(pair: Pair) -> str:
-    """ "first" or "second": the half of the data that a pair is in, the same one every time."""
-    return which_half(first_turn_sha256(pair))
-
-
-def is_test(digest: bytes) -> bool:
-    return digest[0] < 256 // TEST_SHARE
-
-
-def which_half(digest: bytes) -> str:
-    return "first" if digest[1] < 128 else "second"
-
-
-def cut_selection(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to train on, and `count` to choose a model by, the same ones every time.
-
-    Each of the latter has a first question of its own, and no pair with that question is left to
-    train on.
-
-    Raises:
-        UserError: that would take more than half of the first questions.
-    """
-    groups: dict[bytes, list[Pair]] = {}
-    for pair in pairs:
-        # Hashed once more, as the digest itself says which split and half the pair is in.
-        groups.setdefault(hashlib.sha256(first_turn_sha256(pair)).digest(), []).append(pair)
-    if 2 * count > len(groups):
-        raise UserError(
-            f"--keep best takes {count} dialogues out of the train split, as many as there are "
-            f"held-out prompts, and the split has {len(groups)}: lower --max-eval-samples to "
-            f"{len(groups) // 2}, or bring more data"
-        )
-    taken = sorted(groups)[:count]
-    left = {digest for digest in groups if digest not in set(taken)}
-    train = [pair for digest, group in groups.items() if digest in left for pair in group]
-    return train, [groups[digest][0] for digest in taken]
-
-
-def first_turn_sha256(pair: Pair) -> bytes:
-    """A hash of what the user said first, so that no dialogue is on both sides of a split."""
-    first = next(text for role, text in pair.turns if role == "user")
-    return hashlib.sha256(first.encode("utf-8", "replace")).digest()
-
-
-def row_sha256(row: dict[str, Any]) -> bytes:
-    """The same for a row that is no pair: it is counted on one side only."""
-    return hashlib.sha256(repr(row).encode("utf-8", "replace")).digest()
-
-
-def fingerprint(pairs: Iterable[Pair]) -> str:
-    """SHA-256 over the pairs in order: two runs with the same value saw the same data."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        digest.update(json.dumps([pair.turns, pair.chosen, pair.rejected]).encode())
-    return digest.hexdigest()
-
-
-def hh_prompt(turns: Iterable[tuple[str, str]]) -> str:
-    """`\\n\\nHuman: ...\\n\\nAssistant:`, as rm-static's `prompt` column has it."""
-    written = (text if role == "system" else f"{CUES[role]} {text}" for role, text in turns)
-    return "".join(written) + ASSISTANT

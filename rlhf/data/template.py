@@ -1,4 +1,4 @@
-"""Chat templates: the one of our own format, and what a base's own writes around texts."""
+"""Chat templates: the one for our own format, and what a base's template writes around texts."""
 
 from collections.abc import Iterable
 from functools import cached_property
@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.rows import BadRow, Turns
 from rlhf.runs.errors import UserError, one_line
 
-# The day that Llama 3's template falls back to: a run would change overnight with the real one.
+# The date that Llama 3's template falls back to. With the real date, a run would change overnight.
 NO_CLOCK = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
-# A literal newline after a Jinja `%}` is trimmed, so the newlines stand inside the expressions.
+# Jinja trims a literal newline after `%}`, so the newlines are inside the expressions.
 HH_CHAT_TEMPLATE = (
     "{%- if bos -%}{{ bos_token }}{%- endif -%}{%- for message in messages -%}{%- if "
     "message['role'] == 'system' -%}{{ message['content'] | trim }}{%- elif message['role'] == "
@@ -21,7 +21,7 @@ HH_CHAT_TEMPLATE = (
     "-%}{{ '\\n\\nAssistant:' }}{%- endif -%}"
 )
 
-# A dialogue to try a tokenizer and a template with; no text of it is part of another.
+# A dialogue to try tokenizers and templates with. None of its texts is part of another.
 SYSTEM = ("system", "Be brief, and kind.")
 QUESTION = ("user", "Why is the sky blue at noon?")
 EARLIER = ("assistant", "Air scatters blue light most.")
@@ -37,12 +37,13 @@ class ChatTemplate:
     """The chat template that a base brings, and how it writes an answer.
 
     Attributes:
-        opening, closing: what it writes before and after an answer's text, up to
+        opening: what it writes before an answer's text.
+        closing: what it writes between the text and `end_text`.
         end_text: the special token that ends an answer.
         refusal: why nothing can be trained with it, or "".
 
     Raises:
-        UserError: there is none, it fails, or it leaves out what the user says.
+        UserError: there is no template, it fails, or it leaves out what the user says.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special_texts: list[str]):
@@ -52,7 +53,7 @@ class ChatTemplate:
         self.text = default_template(tokenizer)
         if "strftime_now" in self.text and NO_CLOCK not in self.text:
             self.text = NO_CLOCK + self.text
-            tokenizer.chat_template = self.text  # what is served is what was trained
+            tokenizer.chat_template = self.text  # so that serving uses what was trained
         try:
             prompt = self.render([QUESTION])
             silent = self.render([QUESTION], add_generation_prompt=False)
@@ -71,7 +72,7 @@ class ChatTemplate:
         elif not whole.startswith(prompt):
             self.refusal = (
                 f"the base's chat template starts an answer with {prompt.removeprefix(silent)!r} "
-                "only where it is still to come"
+                "only when the answer is still to be written"
             )
         else:
             self.opening, _, rest = whole.removeprefix(prompt).partition(ANSWER)
@@ -84,7 +85,7 @@ class ChatTemplate:
                 )
 
     def read_ending(self, rest: str, special_texts: list[str]) -> None:
-        """Find the token that ends an answer in what follows one."""
+        """Find the token that ends an answer in the text that follows one."""
         ends = [(rest.index(text), -len(text), text) for text in special_texts if text in rest]
         start, _, text = min(ends, default=(len(rest), 0, ""))
         if not text or rest[:start].strip():
@@ -119,7 +120,7 @@ class ChatTemplate:
         options = {"chat_template": self.text, "tokenize": False, "add_generation_prompt": cue}
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
-        except Exception as error:  # it is a program: it may want no system turn, or have an error
+        except Exception as error:  # a program: it may refuse a system turn, or have a bug
             raise BadRow(f"the base's chat template refuses it ({one_line(error)})") from None
 
     def dialogue(self, turns: Iterable[tuple[str, str]], answer: str) -> str:
@@ -130,7 +131,7 @@ class ChatTemplate:
         """The text of a prompt.
 
         Raises:
-            BadRow: the template refuses the turns, or one's text is not in what it writes.
+            BadRow: the template refuses the turns, or does not write the text of one of them.
         """
         text = self.render(turns)
         place = 0
@@ -138,17 +139,17 @@ class ChatTemplate:
             found = text.find(said, 0 if role == "system" else place)
             if found < 0 or (role == "system" and not self.keeps_system):
                 raise BadRow(f"the base's chat template leaves out or changes the {role}'s text")
-            if role != "system":  # which may be put anywhere
+            if role != "system":  # which may stand anywhere
                 place = found + len(said)
         return text
 
     @cached_property
     def keeps_system(self) -> bool:
-        """Whether the template writes a system text; a short one may be found by chance."""
+        """Whether the template writes a system text. (A short one could be found by chance.)"""
         try:
             return SYSTEM[1] in self.render([SYSTEM, QUESTION])
         except BadRow:
-            return True  # it says so itself
+            return True  # its own error says so
 
     @cached_property
     def keeps_earlier(self) -> bool:
@@ -176,7 +177,7 @@ def unusable(reason: str) -> UserError:
 
 
 def use_hh_template(tokenizer: PreTrainedTokenizerBase, bos: bool, prompts: Any) -> bool:
-    """Give the tokenizer the template of our own format; False if it cannot give these prompts.
+    """Give the tokenizer the template of our own format; False if that cannot write the prompts.
 
     Args:
         prompts: pairs of turns and their token ids.
@@ -192,6 +193,6 @@ def use_hh_template(tokenizer: PreTrainedTokenizerBase, bos: bool, prompts: Any)
 
 
 def template_ids(tokenizer: PreTrainedTokenizerBase, turns: Iterable[tuple[str, str]]) -> list[int]:
-    """What everybody makes of a prompt: its token ids by the tokenizer's own chat template."""
+    """A prompt's token ids as any other program gets them: by the tokenizer's chat template."""
     options = {"add_generation_prompt": True, "return_dict": False}
     return list(tokenizer.apply_chat_template(as_messages(turns), **options))

@@ -1,9 +1,9 @@
-"""What people said of two answers: a file of votes, one JSON object a line, in rm-static's columns.
+"""People's votes on pairs of answers: a file with one JSON object a line, in rm-static's columns.
 
-A vote for A or B is a preference pair (`prompt`, `response`, `chosen`, `rejected`) with its
-circumstances: `vote`, `ballot`, `voter`, `time`, and by position shown the `answers`, the `models`
-that gave them and the reward model's `scores`. After "tie" and "both bad" `response`, `chosen` and
-`rejected` are null. A line `{"undo": ballot, ...}` takes a vote back; nothing is ever rewritten.
+A vote for A or B is a preference pair (`prompt`, `response`, `chosen`, `rejected`). It comes with
+`vote`, `ballot`, `voter` and `time`, and for each position with the `answers` shown, the `models`
+that gave them and the reward model's `scores`. For "tie" and "both bad", `response`, `chosen` and
+`rejected` are null. A line `{"undo": ballot, ...}` takes a vote back. Nothing is ever rewritten.
 """
 
 import contextlib
@@ -19,35 +19,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.rows import BadRow, Pair, first_turn_sha256, parse_row
-from rlhf.data.sources import open_text
+from rlhf.data.files import open_text
+from rlhf.data.rows import BadRow, Pair, parse_row
+from rlhf.data.splits import first_turn_sha256
 from rlhf.runs.errors import UserError
 from rlhf.runs.statistics import wilson_interval
 from rlhf.runs.terminal import console, plain
 
 CHOICES = ("A", "B", "tie", "both bad")
-HELD_OUT = 5  # one prompt in this many is kept from training
+HELD_OUT = 5  # one prompt in this many is not trained on
 
 
 @dataclass(frozen=True)
 class Vote:
-    ballot: str  # names one showing of two answers; it has one vote at most
+    ballot: str  # names one showing of two answers; it has at most one vote
     voter: str
     choice: str  # one of CHOICES
     prompt: str  # "\n\nHuman: ...\n\nAssistant:"
-    answers: dict[str, str]  # by position shown, "A" and "B"; as are
-    models: dict[str, str]
-    scores: dict[str, float] | None = None  # of the reward model, if there was one
+    answers: dict[str, str]  # by position, "A" and "B"
+    models: dict[str, str]  # by position
+    scores: dict[str, float] | None = None  # by position, if there was a reward model
 
     def pair(self) -> dict[str, str | None]:
-        """rm-static's columns."""
+        """The vote in rm-static's columns."""
         chosen, rejected = (
             self.answers.get(side) for side in (self.choice, {"A": "B", "B": "A"}.get(self.choice))
         )
         return {"prompt": self.prompt, "response": chosen, "chosen": chosen, "rejected": rejected}
 
     def row(self) -> dict[str, Any]:
-        """The vote as a line of the file, stamped with the time."""
+        """The vote as a line of the file, with the current time."""
         said = {"vote": self.choice, "ballot": self.ballot, "voter": self.voter, "time": now()}
         return (
             self.pair()
@@ -64,10 +65,10 @@ def now() -> str:
 
 
 def read_votes(path: Path) -> tuple[dict[str, Vote], int]:
-    """The votes that stand, by ballot, the latest last, and how many were taken back.
+    """The votes that stand, by ballot, the latest last; and how many were taken back.
 
     Raises:
-        UserError: the file cannot be read, or a line is no vote; it names the line.
+        UserError: the file cannot be read, or a line is no vote. The error names the line.
     """
     votes: dict[str, Vote] = {}
     undone = 0
@@ -87,14 +88,14 @@ def read_votes(path: Path) -> tuple[dict[str, Vote], int]:
                     raise ValueError("a ballot that has a vote")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"{path}, line {number} is no vote ({type(error).__name__}: {error}): mend or "
+                f"{path}, line {number} is no vote ({type(error).__name__}: {error}): fix or "
                 "remove that line"
             ) from None
     return votes, undone
 
 
 def parse_vote(row: dict[str, Any]) -> Vote:
-    """A Vote of a line's object. Raises ValueError, TypeError or KeyError if it is none."""
+    """Read the object of a line. Raises ValueError, TypeError or KeyError if it is no vote."""
     names = ("ballot", "voter", "vote", "prompt", "answers", "models")
     if not isinstance(row, dict):
         raise TypeError("it is not an object")
@@ -120,10 +121,10 @@ def parse_vote(row: dict[str, Any]) -> Vote:
 
 
 class VoteFile:
-    """A file of votes that one process appends to, from any thread; a vote counts once on disk.
+    """A file of votes that one process appends to, from any thread. A vote counts once on disk.
 
-    Opening it takes a lock for the life of the process, and cuts off a last line that a kill left
-    unfinished: it was never acknowledged.
+    Opening it locks the file for the life of the process. It also cuts off a last line that was
+    left unfinished, as that vote was never acknowledged.
     """
 
     def __init__(self, path: Path):
@@ -142,23 +143,23 @@ class VoteFile:
             raise UserError(
                 f"votes cannot be written to {path} ({error.strerror}): name other --votes"
             ) from None
-        self.mend()
+        self.repair()
         self.votes, self.undone = read_votes(path)
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         self.file.seek(0)
         whole, newline, rest = self.file.read().rpartition(b"\n")
         if not rest:
             return
         try:
             json.loads(rest)
-            self.append(b"\n")  # an editor left it out
+            self.append(b"\n")  # which an editor left out
         except ValueError:
             self.file.truncate(len(whole) + len(newline))
             console.print(f"{self.path}: cut off an unfinished last line of {len(rest)} bytes.")
 
     def append(self, line: bytes) -> None:
-        """Write and sync `line`, all of it or nothing."""
+        """Write and sync `line`, or nothing at all."""
         end = os.fstat(self.file.fileno()).st_size
         try:
             if self.file.write(line) < len(line):
@@ -173,7 +174,7 @@ class VoteFile:
         self.append((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
     def add(self, vote: Vote) -> None:
-        """Keep a vote. A ballot keeps its first, so asking again after a lost reply is safe."""
+        """Keep a vote. A ballot keeps its first vote, so repeating after a lost reply is safe."""
         with self.lock:
             if vote.ballot not in self.votes:
                 self.write(vote.row())
@@ -193,13 +194,13 @@ class VoteFile:
             return list(self.votes.values())
 
 
-# ---------------------------------------------------------------- what they say
+# ---------------------------------------------------------------- results
 
 
 def win_rates(votes: Iterable[Vote]) -> list[dict[str, Any]]:
-    """For each pair of models: votes, and how often people preferred the first (95 % interval).
+    """For each pair of models, how often people preferred the first, with a 95 % interval.
 
-    "tie" and "both bad" count half. Votes on one prompt count as independent.
+    "tie" and "both bad" count half. Votes on the same prompt are taken as independent.
     """
     points: dict[tuple[str, str], list[float]] = {}
     for vote in votes:
@@ -218,7 +219,7 @@ def win_rates(votes: Iterable[Vote]) -> list[dict[str, Any]]:
 
 
 def agreement(votes: Iterable[Vote]) -> dict[str, float] | None:
-    """How often the reward model prefers what a person preferred; None without such votes."""
+    """How often the reward model agrees with a vote for A or B; None without such votes."""
     right = [
         0.5
         if v.scores["A"] == v.scores["B"]
@@ -243,12 +244,12 @@ def agreement(votes: Iterable[Vote]) -> dict[str, float] | None:
 @dataclass(frozen=True)
 class VotePairs:
     train: list[Pair]
-    held_out: list[Pair]  # of one prompt in HELD_OUT, the same ones every time
-    counts: dict[str, int]  # of all that was read
+    held_out: list[Pair]  # on one prompt in HELD_OUT, the same ones every time
+    counts: dict[str, int]  # of everything that was read
 
 
 def load_votes(path: str) -> VotePairs:
-    """The pairs of a file of votes. "tie" and "both bad" teach nothing, and are only counted.
+    """The pairs in a file of votes. "tie" and "both bad" teach nothing and are only counted.
 
     Raises:
         UserError: no such file, a line that is no vote, or nothing to learn from.

@@ -1,4 +1,4 @@
-"""Checkpoints of a role: its adapter and SFT's as one ordinary PEFT adapter, and apart again."""
+"""A role's checkpoint: its adapter and SFT's saved as one PEFT adapter, and taken apart again."""
 
 import re
 from pathlib import Path
@@ -24,10 +24,10 @@ def save_stacked(
 ) -> None:
     """Save SFT's adapter and `role`'s as one ordinary PEFT adapter, with head and tokenizer.
 
-    Two LoRA adapters on one layer are one of the summed rank: [A1; A2] and [B1 B2]. The scalings
-    alpha / r go into B, so the saved adapter has scaling 1. Some readers know one rank or one alpha
-    for all layers: where the role has no adapter, A2 and B2 are zero. `read_stacked` takes it apart
-    again. If they are sharded, all processes call it.
+    Two LoRA adapters on a layer make one of the summed rank: [A1; A2] and [B1 B2]. The scalings
+    alpha / r go into B, so the saved adapter has scaling 1. Some programs only know one rank and
+    one alpha for all layers, so A2 and B2 are zero where the role has no adapter. `read_stacked`
+    takes it apart again. All processes call it if the base is sharded.
     """
     sft = shared.adapter_state("sft")
     config = shared.peft.peft_config[role]
@@ -65,12 +65,11 @@ def save_stacked(
 
 
 def read_stacked(folder: str, shared: SharedBase) -> dict[str, Any]:
-    """Take a checkpoint of `save_stacked` apart, into arguments of `SharedBase.add_role`.
+    """Take a checkpoint of `save_stacked` apart into the arguments of `SharedBase.add_role`.
 
-    Its scaling is in B already, so alpha is the rank. Layers where the role's part is zero
-    throughout have no adapter of its own: the role leaves them to the lower pass that all roles
-    share. (One that trains has an A from the start.) In checkpoints of earlier versions such layers
-    have the lower rank of the SFT adapter.
+    B already contains the scaling, so alpha is the rank. On a layer where its part is all zeros,
+    the role has no adapter and uses the lower pass that all roles share. (A trained adapter's A is
+    never zero.) In checkpoints of earlier versions, such layers have SFT's lower rank.
 
     Raises:
         UserError: it is not stacked on the SFT adapter of `shared`.

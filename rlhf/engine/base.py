@@ -1,7 +1,7 @@
 """A base model on disk: can it be run, do its weights fit its config, and is it the same as before?
 
-All but the last is known from config.json and the headers of the weight files, so a dry run checks
-it, too. `Weights` is the only reader: training and export read the same names from the same files.
+config.json and the headers of the weight files answer all but the last, so even a dry run checks
+them. Only `Weights` reads weights, so training and export read the same names from the same files.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 HEAD = "lm_head.weight"
-# Before all names but the head's; a model saved without its head has no prefix.
+# Of all names except the head's. A model saved without its head has no prefix.
 PREFIX = "model."
 
 
@@ -43,7 +43,7 @@ def read_config(base: dict[str, Any]) -> PreTrainedConfig:
     """The config of the base that `base_facts` names.
 
     Raises:
-        UserError: it cannot be read, or this pipeline does not run such a model.
+        UserError: it cannot be read, or this pipeline does not support the model.
     """
     name = base["model"]
     with hub_errors(name, "model", "--base-model"):
@@ -57,7 +57,7 @@ def read_config(base: dict[str, Any]) -> PreTrainedConfig:
 
 
 def unsupported(config: PreTrainedConfig, name: str) -> str | None:
-    """Why this pipeline does not run a model with this config; None if it does."""
+    """Why this pipeline does not support a model with this config; None if it does."""
     quantised = getattr(config, "quantization_config", None) or getattr(
         config, "compression_config", None
     )
@@ -86,7 +86,7 @@ def unsupported(config: PreTrainedConfig, name: str) -> str | None:
         )
     if rope.get("partial_rotary_factor", 1) != 1:
         return (
-            "heads that are rotated in part (partial_rotary_factor "
+            "heads that are only partly rotated (partial_rotary_factor "
             f"{rope['partial_rotary_factor']}) are not supported"
         )
     if getattr(config, "transformers_weights", None):
@@ -98,10 +98,13 @@ def unsupported(config: PreTrainedConfig, name: str) -> str | None:
 
 
 def check_context(base: dict[str, Any], longest: int, *flags: str) -> None:
-    """Raise UserError if texts of `longest` tokens exceed the base's context; `flags` shorten them.
+    """Raise UserError if texts of `longest` tokens exceed the base's context.
 
-    Beyond its original context the frequencies of a dynamic or longrope base are those of the
-    longest text of a batch, for all texts in it.
+    A dynamic or longrope base counts with its original context: beyond it, the longest text of a
+    batch sets the frequencies for all texts in it.
+
+    Args:
+        flags: that would make the texts shorter.
     """
     config = read_config(base)
     rope = config.rope_parameters or {}
@@ -126,11 +129,11 @@ def check_context(base: dict[str, Any], longest: int, *flags: str) -> None:
 
 
 def find_files(model: str, revision: str | None, fetch: bool = True) -> list[Path] | None:
-    """The weight files of a local folder or hub model: model.safetensors, or those of its index.
+    """The weight files of a local folder or hub model: model.safetensors, or those in its index.
 
     Args:
-        fetch: get what is missing from the hub; without it, None if the files are not all on this
-            machine.
+        fetch: whether to fetch what is missing from the hub. If not, the result is None unless all
+            files are on this machine.
     Raises:
         UserError: there are none, or it is not clear which.
     """
@@ -154,7 +157,7 @@ def find_files(model: str, revision: str | None, fetch: bool = True) -> list[Pat
 
 
 def fetched(model: str, revision: str | None, patterns: list[str], fetch: bool) -> Path:
-    """The folder in the hub's cache, with the files of these names in it where the hub has them."""
+    """The model's folder in the hub's cache, with the files of these names, if the hub has them."""
     options = {"allow_patterns": patterns, "local_files_only": not fetch}
     return Path(snapshot_download(model, revision=revision, **options))
 
@@ -177,7 +180,7 @@ def files_in(folder: Path, model: str) -> list[Path]:
 
 
 def shards(index: Path, model: str) -> list[str]:
-    """The files that an index names."""
+    """The weight files that an index names."""
     with hub_errors(model, "model", "--base-model"):
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         odd = [
@@ -189,10 +192,10 @@ def shards(index: Path, model: str) -> list[str]:
 
 
 class Weights:
-    """A base's weights, by their names in transformers' causal language model; read on demand.
+    """A base's weights by their names in transformers' causal language model, read on demand.
 
     Raises:
-        UserError: they are not those that the config describes.
+        UserError: they are not the weights that the config describes.
     """
 
     def __init__(self, files: list[Path], config: PreTrainedConfig, model: str):
@@ -240,7 +243,7 @@ class Weights:
             return file.get_tensor(self.names[name])
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, mapped into memory: their bytes are read when they are used."""
+        """All weights, mapped into memory. Their bytes are read when they are used."""
         files = {file: load_file(file) for file in set(self.files.values())}
         return {name: files[file][self.names[name]] for name, file in self.files.items()}
 
@@ -253,16 +256,16 @@ def read_header(file: Path) -> list[tuple[str, list[int], str]]:
 
 
 def passed_over(key: str, config: PreTrainedConfig) -> bool:
-    """Whether a weight without a place may be skipped: frequencies that old versions saved."""
+    """Whether a weight without a place may be skipped: rotary frequencies, once saved too."""
     found = re.search(r"layers\.(\d+)\.", key)
     of_a_layer = found is None or int(found.group(1)) < config.num_hidden_layers
     return of_a_layer and key.endswith("rotary_emb.inv_freq")
 
 
 def open_weights(base: dict[str, Any], config: PreTrainedConfig) -> Weights:
-    """The weights of the base that `base_facts` names, checked against its config and its record.
+    """The weights of the base that `base_facts` names, checked against its config and record.
 
-    All processes call it. Hub models are fetched.
+    Fetches hub models. All processes call it.
     """
     files = find_files(base["model"], base["revision"])
     weights = Weights(files, config, base["model"])
@@ -275,8 +278,7 @@ def open_weights(base: dict[str, Any], config: PreTrainedConfig) -> Weights:
         )
     if is_main() and (Path(base["model"]) / "adapter_config.json").exists():
         console.print(
-            f"{base['model']} holds an adapter, too (adapter_config.json): it is not put on the "
-            "base."
+            f"{base['model']} also holds an adapter (adapter_config.json), which is not used."
         )
     return weights
 
@@ -285,7 +287,7 @@ def open_weights(base: dict[str, Any], config: PreTrainedConfig) -> Weights:
 
 
 def hash_files(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Size in bytes, time of the last change and SHA-256 of each whole file, by name."""
+    """Size in bytes, time of last change and SHA-256 of each file, by name."""
     return {file.name: {**size_and_time(file), "sha256": sha256(file)} for file in files}
 
 
@@ -294,7 +296,7 @@ def size_and_time(file: Path) -> dict[str, int]:
 
 
 def identified(base: dict[str, Any]) -> dict[str, Any]:
-    """`base` with its files' hashes if it is a local folder; a hub model is known by its commit.
+    """`base` with the hashes of its files, if it is a local folder; a hub model has its commit.
 
     All processes call it; the main one reads the files.
     """
@@ -304,10 +306,10 @@ def identified(base: dict[str, Any]) -> dict[str, Any]:
 
 
 def differing(base: dict[str, Any], files: list[Path]) -> str | None:
-    """The first weight file that is not the one on record; None if all are, or without a record.
+    """The first weight file that differs from the record; None if none does, or without a record.
 
-    A file whose size and time are those on record is not read, but for that of a copy elsewhere,
-    where the time says nothing. The record of a hub model is what the hub's cache holds of it.
+    A file with the recorded size and time is not read, except in a copy elsewhere, where the time
+    means nothing. A hub model's record is what the hub's cache holds.
     """
     record = base.get("weights")
     origin = base.get("copy_of")
@@ -329,7 +331,7 @@ def differing(base: dict[str, Any], files: list[Path]) -> str | None:
 
 
 def ends_sha256(folder: Path) -> str:
-    """How earlier versions know a local base: names, sizes, first and last MiB of its files."""
+    """A local base's hash in earlier versions: names, sizes, first and last MiB of its files."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as weights:
@@ -341,16 +343,15 @@ def ends_sha256(folder: Path) -> str:
 
 
 def base_facts(model: str, revision: str | None, load_in_4bit: bool) -> dict[str, Any]:
-    """What identifies a base model in run.json, found without loading it.
+    """What identifies a base model in run.json, found without loading the model.
 
-    `identified` adds the hashes of its weights.
-
-    A local folder is named by its absolute path, a hub model by its id and its commit. Of weights
-    that are on this machine the headers are read, to see that they are those of the config.
+    A local folder goes by its absolute path, a hub model by its id and commit. If the weights are
+    on this machine, their headers are checked against the config. `identified` adds their hashes.
 
     Raises:
-        UserError: no such folder or hub model, a gated one, no network; one that this pipeline does
-            not run, or whose weights are not those of its config; in 4 bit, but to be sharded.
+        UserError: there is no such folder or hub model, it is gated, or the network is down; this
+            pipeline does not support it; its weights do not fit its config; or it would be sharded
+            in 4 bit.
     """
     if load_in_4bit and sharded():
         raise UserError(
@@ -388,10 +389,12 @@ def base_facts(model: str, revision: str | None, load_in_4bit: bool) -> dict[str
 
 
 def same_base(sft: dict[str, Any], folder: str, model: str | None) -> dict[str, Any]:
-    """`base_facts` of the base that the SFT checkpoint at `folder` has, or of its copy `model`.
+    """`base_facts` of the base that the SFT checkpoint at `folder` was trained on.
 
-    It has the record of that base's weights, by which `open_weights` knows them.
+    They include the record of its weights, which `open_weights` checks.
 
+    Args:
+        model: where the base is now, if it was moved.
     Raises:
         UserError: it is another base.
     """

@@ -1,7 +1,7 @@
-"""What a card holds by the memory plan: micro-batch tokens, rollout rows, a merged copy.
+"""What fits a card by the memory plan: micro-batch tokens, rollout rows, a merged copy.
 
-Memory is dealt in this order: rows of a rollout, `FIRST_TOKENS` of a micro-batch, the merged copy,
-keys and values that stay from one rollout to the next, more tokens.
+Memory is dealt out in this order: rows of a rollout, `FIRST_TOKENS` of a micro-batch, the merged
+copy, keys and values that stay from one rollout to the next, more tokens.
 """
 
 from collections.abc import Callable
@@ -11,16 +11,23 @@ from typing import Any, Literal
 import torch
 
 from rlhf.engine.micro_batches import CPU_TOKENS
-from rlhf.runs.advice import less_memory
-from rlhf.runs.checkpoints import recorded
 from rlhf.runs.errors import UserError
-from rlhf.runs.processes import agree, least, sharded
+from rlhf.runs.processes import least, sharded
 
 CARD_OVERHEAD = 0.08  # share of a card kept free for the driver's context and the allocator's gaps
-STEP = 256  # tokens: `auto` takes a multiple of it
-MOST_TOKENS = 8192  # more does not pay: a card is at work by then
+STEP = 256  # tokens; `auto` takes a multiple of it
+MOST_TOKENS = 8192  # more does not pay: the card is busy by then
 FIRST_TOKENS = 3584  # with fewer a card idles, which costs more than a merged copy gains
 CPU_ROWS = 32  # of a rollout on a CPU
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the flags say of rollouts and micro-batches; "auto" leaves it to the plan."""
+
+    rollout_batch_size: int | Literal["auto"] = "auto"
+    rollout_weights: Literal["auto", "merged", "base"] = "auto"
+    micro_batch_tokens: int | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -28,32 +35,28 @@ class Rollouts:
     """How responses are sampled."""
 
     rows: int  # at a time
-    merged: bool = False  # from a merged copy, if it is the faster one
+    merged: bool = False  # from a merged copy, if that is faster
     kept: bool = False  # keys, values and graphs stay on the card between rollouts
 
 
-Plan = Callable[[int], dict[str, float]]  # bytes by owner, of the tokens of a micro-batch
+Plan = Callable[[int], dict[str, float]]  # bytes by owner, given the tokens of a micro-batch
 Plans = Callable[[Rollouts], Plan]
 
 
 def tokens_that_fit(plan: Plan, longest: int, room: float) -> int:
-    """The largest multiple of `STEP`, up to `MOST_TOKENS`, whose plan fits `room` bytes.
+    """The largest multiple of `STEP`, up to `MOST_TOKENS`, for which the plan fits `room` bytes.
 
-    Where even one text has more, it is that text: a micro-batch has one at least.
-
-    Args:
-        plan: bytes by owner, from the tokens of a micro-batch.
-        longest: tokens of the longest text.
+    At least `longest`, the tokens of the longest text: a micro-batch has at least one.
     """
     fitting = [n for n in range(STEP, MOST_TOKENS + 1, STEP) if sum(plan(n).values()) <= room]
     return max(fitting[-1] if fitting else 0, longest)
 
 
-def deal(plans: Plans, config: Any, episodes: int, longest: int, room: float) -> Rollouts:
-    """The rollouts that fit: all episodes in as few as possible, unless --rollout-batch-size says.
+def deal(plans: Plans, asked: Asked, episodes: int, longest: int, room: float) -> Rollouts:
+    """The rollouts that fit: as few as possible, unless --rollout-batch-size sets their rows.
 
-    A merged copy and what is kept need room beside `FIRST_TOKENS`, or beside as many as were asked
-    for. A merged copy that was asked for may not fit.
+    A merged copy, and keys and values that stay, need room beside `FIRST_TOKENS`, or beside as many
+    tokens as were asked for. A merged copy that was asked for is dealt even if it does not fit.
 
     Args:
         longest: tokens of the longest text.
@@ -62,21 +65,20 @@ def deal(plans: Plans, config: Any, episodes: int, longest: int, room: float) ->
     def fits(rollouts: Rollouts, tokens: int) -> bool:
         return sum(plans(rollouts)(tokens).values()) <= room
 
-    rows = config.rollout_batch_size
-    weights = config.rollout_weights
-    tokens = first_tokens(config.micro_batch_tokens, longest)
+    rows = asked.rollout_batch_size
+    tokens = first_tokens(asked.micro_batch_tokens, longest)
     if rows == "auto":
         sizes = [-(-episodes // parts) for parts in range(1, episodes + 1)]
         rows = next((size for size in sizes if fits(Rollouts(size), longest)), 1)
-    merged = weights == "merged" or (
-        weights == "auto" and fits(Rollouts(rows, merged=True), tokens)
+    merged = asked.rollout_weights == "merged" or (
+        asked.rollout_weights == "auto" and fits(Rollouts(rows, merged=True), tokens)
     )
     kept = fits(Rollouts(rows, merged, kept=True), tokens)
     return Rollouts(rows, merged, kept)
 
 
 def first_tokens(asked: int | Literal["auto"], longest: int) -> int:
-    """Tokens of a micro-batch that come before what makes rollouts fast."""
+    """The micro-batch that must fit before memory goes into faster rollouts."""
     return max(FIRST_TOKENS if asked == "auto" else asked, longest)
 
 
@@ -84,8 +86,9 @@ def room_for_tensors(total: int, free: int, reserved: int, fraction: float) -> f
     """Bytes of a card that this process may fill.
 
     Args:
-        total: of the card; free: of it now; reserved: what this process holds already.
-        fraction: of the card that this process may have.
+        total, free: bytes of the card, and what is free of it now.
+        reserved: bytes that this process already holds.
+        fraction: the share of the card that this process may have.
     """
     others = total - free - reserved
     return min(total * fraction, total - others) - total * fraction * CARD_OVERHEAD
@@ -100,71 +103,80 @@ def room_on_card(device: torch.device) -> float:
 
 
 def choose_rollouts(
-    config: Any, plans: Plans, episodes: int, longest: int, device: torch.device
+    plans: Plans,
+    asked: Asked,
+    episodes: int,
+    longest: int,
+    device: torch.device,
+    before: dict[str, Any] | None,
 ) -> Rollouts:
-    """How responses are sampled, the same for all processes. All processes call it.
+    """How responses are sampled, the same on all processes. All processes call it.
 
+    Args:
+        episodes: of an update, in this process.
+        longest: tokens of the longest text.
+        before: the sizes that the run began with, if it is resumed.
     Raises:
         UserError: a merged copy was asked for and does not fit by the plan.
     """
-    asked = config.rollout_batch_size
-    weights = config.rollout_weights
-    if config.resume:
-        before = agree(recorded(config.output_dir)) or {}
-        if "rollout_rows" in before:  # runs of earlier versions do not say
-            rows = before["rollout_rows"] if asked == "auto" else asked
-            merged = (before["rollout_weights"] if weights == "auto" else weights) == "merged"
-            return Rollouts(rows, merged, before["rollouts_kept"])
+    rows = asked.rollout_batch_size
+    weights = asked.rollout_weights
+    if before and "rollout_rows" in before:  # earlier versions did not record it
+        rows = before["rollout_rows"] if rows == "auto" else rows
+        merged = (before["rollout_weights"] if weights == "auto" else weights) == "merged"
+        return Rollouts(rows, merged, before["rollouts_kept"])
     if device.type != "cuda":
-        return Rollouts(CPU_ROWS if asked == "auto" else asked, weights == "merged")
+        return Rollouts(CPU_ROWS if rows == "auto" else rows, weights == "merged")
     room = room_on_card(device)
-    dealt = deal(plans, config, episodes, longest, room)
+    dealt = deal(plans, asked, episodes, longest, room)
     rows, merged, kept = (least(int(number)) for number in (dealt.rows, dealt.merged, dealt.kept))
     rollouts = Rollouts(rows, bool(merged), bool(kept))
-    tokens = first_tokens(config.micro_batch_tokens, longest)
-    if least(
-        int(
-            weights != "merged"
-            or sum(plans(replace(rollouts, kept=False))(tokens).values()) <= room
-        )
-    ):
+    tokens = first_tokens(asked.micro_batch_tokens, longest)
+    needed = sum(plans(replace(rollouts, kept=False))(tokens).values())
+    if least(int(weights != "merged" or needed <= room)):
         return rollouts
     raise UserError(
-        f"--rollout-weights merged: by the memory plan {room / 1e9:.1f} GB of this card have no "
-        f"room for a merged copy beside {rows} rows of a rollout and micro-batches of {tokens} "
-        "tokens: leave it at auto, or take base"
+        f"--rollout-weights merged: by the memory plan the {room / 1e9:.1f} GB for tensors on this "
+        f"card have no room for a merged copy beside {rows} rows of a rollout and micro-batches of "
+        f"{tokens} tokens: leave it at auto, or take base"
     )
 
 
-def choose_tokens(config: Any, plan: Plan, longest: int, device: torch.device) -> tuple[int, str]:
-    """Tokens of a micro-batch, the same for all processes, and why. All processes call it.
+def choose_tokens(
+    plan: Plan,
+    asked: int | Literal["auto"],
+    longest: int,
+    device: torch.device,
+    before: dict[str, Any] | None,
+    advice: str,
+) -> tuple[int, str]:
+    """Tokens of a micro-batch, the same on all processes, and why. All processes call it.
 
+    Args:
+        longest: tokens of the longest text.
+        before: the sizes that the run began with, if it is resumed.
+        advice: what to do if one text does not fit.
     Raises:
-        UserError: the plan has more than the card, with as many tokens as were asked for, or with
-            one text.
+        UserError: the plan does not fit the card with as many tokens as were asked for, or with one
+            text.
     """
-    asked = config.micro_batch_tokens
-    if asked == "auto" and config.resume:
-        before = agree(recorded(config.output_dir))
-        if before:
-            return before["micro_batch_tokens"], "as the run began"
+    if asked == "auto" and before:
+        return before["micro_batch_tokens"], "as the run began"
     if device.type != "cuda":
         return (CPU_TOKENS, "as on any CPU") if asked == "auto" else (asked, "as asked")
     if sharded():
         return (CPU_TOKENS, "the plan knows no shards") if asked == "auto" else (asked, "as asked")
     room = room_on_card(device)
     fitting = least(tokens_that_fit(plan, longest, room))
-    if sum(plan(fitting).values()) > room:
+    needed = sum(plan(fitting).values())
+    if needed > room:
         raise UserError(
-            f"by the memory plan one text of {longest} tokens takes "
-            f"{sum(plan(fitting).values()) / 1e9:.1f} GB, and {room / 1e9:.1f} GB of this card "
-            f"are free for it: {less_memory(config)}"
+            f"by the memory plan one text of {longest} tokens takes {needed / 1e9:.1f} GB, and "
+            f"{room / 1e9:.1f} GB of this card are free for it: {advice}"
         )
     if asked == "auto":
-        return (
-            fitting,
-            "the most that pays" if fitting == MOST_TOKENS else "what this card holds by the plan",
-        )
+        most = fitting == MOST_TOKENS
+        return fitting, "the most that pays" if most else "what this card holds by the plan"
     if sum(plan(asked).values()) > room:
         raise UserError(
             f"--micro-batch-tokens {asked} is more than this card holds by the memory plan: "

@@ -1,4 +1,4 @@
-"""A Llama-like decoder on texts of any length, end to end: no padding in its linear maps.
+"""A Llama-like decoder for texts of any length, end to end: no padding in its linear maps.
 
 Shapes: B texts, T tokens of the longest, N tokens of all texts, H hidden size, K key heads, D
 features a head.
@@ -18,7 +18,8 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from rlhf.engine.layers import LeanLayer, Norm
+from rlhf.engine.layers import LeanLayer
+from rlhf.engine.linear_maps import Norm
 from rlhf.runs.errors import UserError
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
@@ -26,7 +27,7 @@ SiLU = type(ACT2FN["silu"])  # the class that transformers gives `hidden_act: si
 
 
 class Padded:
-    """Where each of N tokens stands in [B, T], texts in rows, padding on the right.
+    """Where each of N tokens stands in [B, T], with texts in rows and padding on the right.
 
     Args:
         lengths: of the texts.
@@ -54,15 +55,15 @@ class Padded:
 
 @dataclass(frozen=True)
 class Texts:
-    """A batch of texts. Made by `lay_out` or `lay_out_pairs`."""
+    """A batch of texts, made by `lay_out` or `lay_out_pairs`."""
 
     ids: Tensor  # [N]
     positions: Tensor  # [N] of each token in its text
     padded: Padded
     longest: int  # tokens of the longest text
-    # [B or 1, 1, T, S], True where a token may look; None: at itself and all before it
+    # [B or 1, 1, T, S], True where a token may look; None: at itself and everything before it
     mask: Tensor | None = None
-    # [B] of N, each text's last token; of pairs [2 x B], all chosen ones first
+    # [B] of N, the last token of each text; for pairs [2 x B], first those of the first texts
     last: Tensor | None = None
 
 
@@ -79,15 +80,15 @@ def lay_out(sequences: list[list[int]], device: torch.device) -> Texts:
 
 
 def unpad(padded: Tensor, mask: Tensor) -> list[list[int]]:
-    """Rows of different lengths out of [B, T], padded on the right where `mask` is 0."""
+    """The rows of [B, T] as lists, without the padding on the right, where `mask` is 0."""
     return [row[:length] for row, length in zip(padded.tolist(), mask.sum(1).tolist(), strict=True)]
 
 
 def lay_out_pairs(pairs: list[tuple[list[int], list[int]]], device: torch.device) -> Texts:
     """Pairs that begin alike, each as one text: the shared part, then the rest of both.
 
-    The rest of the second does not see the rest of the first, and its positions follow what is
-    shared; so both get the hidden states that they get alone.
+    The rest of the second does not see the rest of the first, and its positions follow the shared
+    part. So both get the same hidden states as they would alone.
     """
     rows = []
     parts = []
@@ -99,7 +100,7 @@ def lay_out_pairs(pairs: list[tuple[list[int], list[int]]], device: torch.device
             (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
             min(len(first), len(second)),
         )
-        shared = min(shared, len(first) - 1, len(second) - 1)  # both keep a last token of their own
+        shared = min(shared, len(first) - 1, len(second) - 1)  # each keeps its own last token
         rows.append([*first, *second[shared:]])
         parts.append([0] * shared + [1] * (len(first) - shared) + [2] * (len(second) - shared))
         positions += [*range(len(first)), *range(shared, len(second))]
@@ -122,10 +123,10 @@ def lay_out_pairs(pairs: list[tuple[list[int], list[int]]], device: torch.device
 
 
 class Cache(Protocol):
-    """What keeps keys and values of texts that are read: `decoding.Decoding`."""
+    """Something that keeps the keys and values of texts, such as `decoding.Decoding`."""
 
     def keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """[B, K, T, D] of a layer, texts in rows, from the left."""
+        """Keep a layer's keys and values [B, K, T, D], with texts in rows, from the left."""
 
 
 def check_layers(model: PreTrainedModel) -> None:
@@ -141,8 +142,8 @@ def check_layers(model: PreTrainedModel) -> None:
 class Decoder:
     """The decoder of `model`, with or without adapters: `LeanLayer`s over transformers' weights.
 
-    Whose adapters it runs with is an argument, a role: `stack` says which there are. PEFT's own
-    idea of active adapters does not count here.
+    Each pass is given the role it runs with; `stack` says which adapters a role has. PEFT's active
+    adapters play no part.
 
     Raises:
         UserError: it is not a Llama-like decoder.
@@ -154,16 +155,16 @@ class Decoder:
         self.inner = model.get_decoder()
         self.window = getattr(model.config, "sliding_window", None)
         self.layers = [LeanLayer(layer) for layer in self.inner.layers]
-        # cuDNN's attention makes a plan for every new shape, and may take another for training than
-        # for measuring.
+        # cuDNN's attention makes a plan for every new shape, perhaps one for measuring and another
+        # for training.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        # Whether trained layers keep only their input, and are computed twice.
+        # Whether trained layers keep only their input and are computed twice.
         self.gradient_checkpointing = False
 
     def stack(self, roles: dict[str, list[str]]) -> None:
-        """Name the roles and the adapters of each, in order. Then call `restack` after each write.
+        """Set the roles and each role's adapters, in order. Call `restack` after each change.
 
-        Tensors of earlier stacks are given up: do this before anything holds their addresses.
+        The tensors of earlier stacks go, so call this before anything holds their addresses.
         """
         dtype = self.inner.embed_tokens.weight.dtype
         for layer in self.layers:
@@ -171,18 +172,18 @@ class Decoder:
                 linear.stack(roles, dtype)
 
     def restack(self, trained_only: bool = False) -> None:
-        """Copy the weights of all adapters, or of the trained ones, into the passes' stacks."""
+        """Copy the weights of all adapters, or only of the trained ones, into the stacks."""
         for layer in self.layers:
             for linear in layer.maps:
                 for stack in set(linear.stacks.values()) - {None}:
                     stack.write(trained_only)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have all passes see what a step of `optimizer` changes, as soon as it is made."""
+        """Restack after each step of `optimizer`, so that all passes see what it changed."""
         optimizer.register_step_post_hook(lambda *_: self.restack(trained_only=True))
 
     def embed(self, texts: Texts) -> Tensor:
-        """[N, H]"""
+        """The texts' embeddings [N, H]."""
         return self.inner.embed_tokens(texts.ids)
 
     def run(
@@ -196,8 +197,8 @@ class Decoder:
         """Hidden states [N, H] of `role` after some layers, from those before; no final norm.
 
         Args:
-            layers: some of `self.layers`, or their merged twins.
-            cache: keeps keys and values of all tokens, if given.
+            layers: some of `self.layers`, or of their merged copies.
+            cache: keeps the keys and values of all tokens, if given.
         """
         self.check_window(texts.longest)
         rope = self.rope(x, texts.positions)
@@ -226,11 +227,11 @@ class Decoder:
         return x
 
     def check_window(self, tokens: int) -> None:
-        """Raise UserError for a text that is longer than what a token may look back at."""
+        """Raise UserError for a text that is longer than the model's attention window."""
         if self.window is not None and tokens > self.window:
             raise UserError(
-                f"texts of more than this model's attention window of {self.window} tokens: cut "
-                "them shorter"
+                f"a text of {tokens} tokens exceeds this model's attention window of "
+                f"{self.window} tokens: make texts shorter"
             )
 
     def rope(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,7 +243,7 @@ class Decoder:
     def fused_causal(x: Tensor) -> bool:
         """Whether flash attention can be used: grouped heads, no mask, no matrix of weights.
 
-        Elsewhere on a GPU, with a mask, the memory-efficient one is taken.
+        If not, a GPU uses memory-efficient attention, with a mask.
         """
         return (
             x.is_cuda
@@ -251,15 +252,15 @@ class Decoder:
         )
 
     def norm(self, x: Tensor) -> Tensor:
-        """The final norm."""
+        """The final norm [N, H]."""
         return Norm.apply(x, self.inner.norm.weight, self.inner.norm.variance_epsilon)
 
 
 class MergedLayers:
-    """A decoder's layers in 16 bit with a role's adapters merged in: to sample from.
+    """A decoder's layers in 16 bit with a role's adapters merged in, to sample from.
 
-    Twice as fast as a quantised base with its adapters, for as much memory as a 16-bit base. Its
-    tensors keep their addresses.
+    They are twice as fast as a quantised base with its adapters, and take as much memory as a
+    16-bit base. Their tensors keep their addresses.
 
     Args:
         first: the first layer that may have an adapter that trains.
@@ -272,7 +273,7 @@ class MergedLayers:
         self.write(0)
 
     def write(self, first: int | None = None) -> None:
-        """Merge the adapters as they are now, from layer `first`; None: from the first trained."""
+        """Merge the adapters as they are now, from layer `first` on; None: the first trained."""
         for layer in self.layers[self.first if first is None else first :]:
             for linear in layer.maps:
                 linear.write(self.role)

@@ -1,12 +1,12 @@
-"""Decoding: texts written a token at a time, in steps whose shapes a CUDA graph can hold.
+"""Decoding: texts written one token at a time, in steps of fixed shapes for a CUDA graph.
 
-All that a step reads and writes is there before the first one: keys and values, tokens, lengths,
-draws and what comes out. It samples inside, so the CPU need not look at a token before the next
-step begins; on a card it looks a fixed number of steps late, and what a row has written after its
-end is left out.
+Everything that a step reads and writes exists before the first one: keys and values, tokens,
+lengths, draws and output. A step samples inside, so the CPU need not look at a token before the
+next step begins. On a card it looks a fixed number of steps late, and drops what a row wrote after
+its end.
 
-Shapes: B rows, some of them without a text; W places of a row, S of which are looked at; R tokens
-written at most; V vocabulary, H hidden size, K key heads, D features a head.
+Shapes: B rows, some of them without a text; W places in a row, of which S are attended to; at most
+R tokens written; V vocabulary, H hidden size, K key heads, D features a head.
 """
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from rlhf.engine.decoder import Decoder, lay_out
 from rlhf.engine.graphs import Graphs
-from rlhf.engine.layers import LeanLayer, rms_norm
+from rlhf.engine.layers import LeanLayer
+from rlhf.engine.linear_maps import rms_norm
 from rlhf.engine.logprobs import matmul
 from rlhf.engine.micro_batches import cut_by_tokens
 
-LAG = 4  # steps that the CPU looks late on a card
-BLOCK = 256  # tokens of the vocabulary whose probabilities are summed first
+LAG = 4  # steps by which the CPU looks late, on a card
+BLOCK = 256  # tokens of the vocabulary in a block, for sampling
 
 
 def round_up(number: int, step: int) -> int:
@@ -28,23 +29,23 @@ def round_up(number: int, step: int) -> int:
 
 
 def row_bucket(rows: int, on_card: bool) -> int:
-    """Rows of the shape that `rows` texts run in."""
+    """The number of rows that `rows` texts run in."""
     if on_card:
         return round_up(rows, 8)
     return rows if rows <= 2 else round_up(rows, 4)
 
 
 class Decoding:
-    """Texts that are being written, and then others in the same place.
+    """Texts that are being written, and later other texts in the same tensors.
 
     Args:
-        role, layers: whose adapters it runs with, through which layers: the decoder's own or their
-            merged twins.
+        role: whose adapters to use.
+        layers: the decoder's own, or their merged copies.
         texts: how many, at most.
-        longest: tokens of a prompt at most.
-        new: tokens that each text gets at most.
+        longest: tokens of the longest prompt.
+        new: tokens that each text gets, at most.
         temperature: logits are divided by it; 0 is greedy.
-        lag: steps after which a token is looked at.
+        lag: steps after which the CPU looks at a token.
     """
 
     def __init__(
@@ -89,14 +90,13 @@ class Decoding:
         self.sin = torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)[:, None].contiguous()
 
         numbers = {"dtype": torch.long, "device": self.device}
-        # Of each row. Those without a text have no token to look at but the one that they write
-        # themselves.
+        # One per row. A row without a text attends only to the token that it writes itself.
         self.rows = torch.arange(rows, device=self.device)
         self.lengths = torch.zeros(rows, **numbers)
         self.tokens = torch.zeros(rows, **numbers)
         self.draws = torch.zeros(rows, new, dtype=torch.float64, device=self.device)
-        self.places = torch.zeros(rows, **numbers)  # of `logprobs`, where a row's go
-        # Of all texts, in order, and one line for the rows without.
+        self.places = torch.zeros(rows, **numbers)  # where in `logprobs` a row's go
+        # One line per text, in order, and one for the rows without a text.
         self.logprobs = torch.zeros(rows + 1, new, device=self.device)
         self.step_number = torch.zeros(1, **numbers)
 
@@ -105,9 +105,9 @@ class Decoding:
 
     @property
     def width_step(self) -> int:
-        """Places are attended to in multiples of this.
+        """The number of places attended to is a multiple of this.
 
-        On a card more places cost less than another graph.
+        On a card, more places cost less than another graph.
         """
         return 64 if self.on_card else 32
 
@@ -122,7 +122,7 @@ class Decoding:
     def serves(
         self, role: str, layers: list[LeanLayer], lengths: list[int], new: int, temperature: float
     ) -> bool:
-        """Whether texts of these lengths can be written in what is there."""
+        """Whether texts of these lengths fit into what is there."""
         like = (
             self.role == role
             and self.layers is layers
@@ -131,15 +131,15 @@ class Decoding:
         return like and len(lengths) <= len(self.tokens) and max(lengths) + new <= self.width
 
     def read(self, prompts: list[list[int]], draws: Tensor, tokens: int) -> None:
-        """Read the prompts, and sample each response's first token. Earlier texts are gone.
+        """Read the prompts and sample each response's first token. Earlier texts are lost.
 
         Args:
-            prompts: from the shortest on.
-            draws: [texts, R] in [0, 1), float64, for each token that is to be sampled.
-            tokens: read at a time, or one text.
+            prompts: the shortest first.
+            draws: [texts, R] in [0, 1), float64, one for each token to sample.
+            tokens: to read at a time; a longer text is read alone.
         """
         self.count = len(prompts)
-        # Of the texts, once the token sampled last has been read.
+        # Tokens of the longest text that have been read: all except the one sampled last.
         self.longest = len(prompts[-1])
         self.sent = self.received = 0
         idle = len(self.tokens) - self.count
@@ -164,14 +164,14 @@ class Decoding:
     # -- a step
 
     def step(self) -> None:
-        """One token more for each row."""
+        """Sample one more token for each row."""
         self.longest += 1
         if not self.on_card:
             self.widen()
         self.graphs.run((self, len(self.tokens), self.looked_at), self.read_and_sample)
 
     def read_and_sample(self) -> None:
-        """Read the tokens sampled last, and sample the next. Nothing here waits for the device."""
+        """Read the tokens sampled last and sample the next. Nothing here waits for the device."""
         width = self.looked_at
         x = F.embedding(self.tokens, self.decoder.inner.embed_tokens.weight)
         rope = self.cos.index_select(0, self.lengths), self.sin.index_select(0, self.lengths)
@@ -187,7 +187,7 @@ class Decoding:
         return rms_norm(x, self.decoder.inner.norm)
 
     def sample(self, hidden: Tensor) -> None:
-        """The next token of each row, from the final hidden states [B, H] of the last one."""
+        """Sample each row's next token from the final hidden states [B, H] of its last one."""
         draws = self.draws.index_select(1, self.step_number).squeeze(1)
         tokens, logprobs = sample_tokens(matmul(hidden, self.lm_head.T), self.temperature, draws)
         self.tokens.copy_(tokens)
@@ -198,7 +198,7 @@ class Decoding:
     # -- the CPU's side
 
     def send(self) -> None:
-        """Have the tokens that were sampled last come to the CPU."""
+        """Start copying the tokens that were sampled last to the CPU."""
         slot = self.sent % (self.lag + 1)
         self.ring[slot].copy_(self.tokens, non_blocking=True)
         if self.on_card:
@@ -206,7 +206,7 @@ class Decoding:
         self.sent += 1
 
     def receive(self) -> list[int]:
-        """The tokens [B] of the earliest `send` that was not received yet."""
+        """The tokens [B] of the earliest `send` that has not been received yet."""
         slot = self.received % (self.lag + 1)
         if self.on_card:
             self.arrived[slot].synchronize()
@@ -214,7 +214,7 @@ class Decoding:
         return self.ring[slot].tolist()
 
     def widen(self) -> None:
-        """Grow to as many places as are needed. For a CPU, where rows often end before that."""
+        """Grow to as many places as are needed. For a CPU, where rows often end early."""
         more = self.looked_at - self.keys[0].shape[2]
         if more > 0:
             for of_layers in (self.keys, self.values):
@@ -222,7 +222,7 @@ class Decoding:
                     of_layers[i] = F.pad(whole, (0, 0, 0, more))
 
     def shrink(self, keep: list[int]) -> bool:
-        """Go on with these rows alone, if they fit a smaller shape. For a CPU, which sees all."""
+        """Go on with these rows alone, if they fit a smaller shape. For a CPU, without lag."""
         rows = row_bucket(len(keep), self.on_card)
         if rows == len(self.tokens):
             return False
@@ -244,16 +244,16 @@ class Decoding:
 def sample_tokens(
     logits: Tensor, temperature: float, draws: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """One token a row: the largest logit at temperature 0, else the softmax's CDF inverted.
+    """One token per row: the largest logit at temperature 0, else by inverting the softmax's CDF.
 
-    The CDF is summed in float64, over blocks of the vocabulary first, and within the block that was
-    met.
+    The CDF is summed in float64, first over blocks of the vocabulary, then within the block that
+    the draw falls in.
 
     Args:
-        logits: [B, V]; draws: [B] in [0, 1), float64.
+        logits: [B, V].
+        draws: [B] in [0, 1), float64.
     Returns:
-        tokens [B], and their log-probabilities [B] in nats, at that temperature; None at
-        temperature 0.
+        tokens [B], and their log-probabilities [B] in nats at that temperature; None at 0.
     """
     if temperature == 0:
         return logits.argmax(-1), None
@@ -275,8 +275,8 @@ def sample_tokens(
 def invert(cdf: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     """Where each draw [B, 1] falls in rising sums [B, n] of any total, and how far into that part.
 
-    Never a part that adds nothing: the draw is kept below the total, which rounding may have it
-    reach. Sums that are not numbers give the last part: who reads them will say so.
+    Rounding could push a draw up to the total, so it is kept below; then it never falls in a part
+    that adds nothing. NaN sums give the last part, and whoever reads them reports it.
     """
     draws = torch.minimum(draws, cdf[:, -1:] * (1 - 2**-52))
     place = torch.searchsorted(cdf, draws, right=True).clamp_(max=cdf.shape[1] - 1)

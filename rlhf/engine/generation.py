@@ -1,8 +1,8 @@
 """Sampling responses from the shared base.
 
-A loop of our own, because PPO needs three things of it: a draw that depends on (seed, episode,
-token) alone and not on what else is in the batch; each token's log-probability; and, for a response
-that runs on into the next `\\n\\nHuman:`, the token with which it did so.
+The loop is our own because PPO needs three things from it: a draw that depends only on (seed,
+episode, token) and not on the rest of the batch; each token's log-probability; and for a response
+that runs on into the next `\\n\\nHuman:`, the token with which that began.
 """
 
 import math
@@ -29,22 +29,22 @@ ENDINGS = {
 }
 Seed = int | tuple[int, ...]
 
-TAIL = 12  # tokens decoded to look for the stop text, which is shorter than that
+TAIL = 12  # last tokens to look for the stop text in; it is shorter
 
 
 @dataclass(frozen=True)
 class Response:
     """A sampled response.
 
-    `ids` are all sampled tokens. Unless it was cut at the limit, the last one is EOS or the first
-    token of the next turn's `\\n\\nHuman:`. `text_ids` are the tokens before it, and the part of it
-    that is text, such as "!" of "!\\n\\n".
+    `ids` are all sampled tokens. The last one is EOS, or the first token of the next turn's
+    `\\n\\nHuman:`, unless the response was cut at the limit. `text_ids` are the tokens before it,
+    and the part of it that is text, such as "!" of "!\\n\\n".
     """
 
     ids: list[int]
     text_ids: list[int]
     ended_by: str  # "eos", "stop_text" or "length"
-    # nats, of each of `ids` as they were sampled; none at temperature 0
+    # nats, one for each of `ids` as sampled; none at temperature 0
     logprobs: tuple[float, ...] = ()
 
 
@@ -64,11 +64,11 @@ def generate(
     Args:
         prompts: token ids, of any lengths.
         temperature: logits are divided by it; 0 is greedy.
-        seeds: one a prompt; the same prompt and seed give the same response in any batch, up to
+        seeds: one per prompt. The same prompt and seed give the same response in any batch, up to
             rounding.
-        batch_size: prompts of like length run together, this many at a time.
+        batch_size: prompts that run together; they have similar lengths.
     Returns:
-        One `Response` a prompt, in the prompts' order.
+        One `Response` per prompt, in the prompts' order.
     """
     responses: list[Response | None] = [None] * len(prompts)
     settings = max_new_tokens, temperature
@@ -86,7 +86,7 @@ def generate(
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
-        # Outside `except`, which would hold the cache that did not fit.
+        # Outside of `except`, which would keep the cache that did not fit.
         shared.decoding = None
         shared.graphs.clear()
         shared.rollout_rows = (len(rows) + 1) // 2
@@ -132,9 +132,9 @@ def start(
     max_new_tokens: int,
     temperature: float,
 ) -> Decoding:
-    """Read prompts, from the shortest on, and sample the first token of each response.
+    """Read prompts, the shortest first, and sample the first token of each response.
 
-    What `prepare` has kept is used if it serves.
+    Uses what `prepare` made before, if it fits.
     """
     draws = torch.stack([_uniforms(seed, max_new_tokens) for seed in seeds])
     lengths = list(map(len, prompts))
@@ -150,7 +150,7 @@ def start(
 def prepare(
     shared: SharedBase, role: str, texts: int, longest: int, max_new_tokens: int, temperature: float
 ) -> Decoding:
-    """Room for this many texts, with prompts of up to `longest` tokens."""
+    """Make room for this many texts, with prompts of up to `longest` tokens."""
     lag = LAG if shared.device.type == "cuda" else 0
     sizes = texts, longest, max_new_tokens
     return Decoding(
@@ -162,16 +162,16 @@ def prepare(
 def step_seconds(
     shared: SharedBase, role: str, layers: list[LeanLayer], rows: int, prompt_length: int
 ) -> float:
-    """Seconds of a step on this card, from a graph if it can be captured, on texts without meaning.
+    """Seconds of a step on this card with meaningless texts, from a graph if one can be captured.
 
-    Infinitely long if it does not fit.
+    Infinity if it does not fit.
     """
     try:
         decoding = Decoding(
             shared.decoder, role, layers, rows, prompt_length, 12, 1.0, shared.graphs, LAG
         )
         decoding.lengths.fill_(prompt_length)
-        for _ in range(2):  # as it is; captured
+        for _ in range(2):  # once eagerly, once to capture
             decoding.step()
         clock = Stopwatch(shared.device)
         for _ in range(8):
@@ -188,7 +188,7 @@ def step_seconds(
 def stream(
     decoding: Decoding, prompt_format: PromptFormat
 ) -> Iterator[tuple[int, int, Response | None]]:
-    """All responses' tokens as they come: row, token, and the whole response with its last one."""
+    """Yield tokens as they come: row, token, and with a row's last token its whole response."""
     count = decoding.count
     new = decoding.new
     texts: list[int | None] = list(range(count))  # of each row, until it ends
@@ -217,8 +217,7 @@ def stream(
 
 
 def _uniforms(seed: Seed, count: int) -> Tensor:
-    # numpy mixes all numbers of a seed; torch's generator on the CPU looks at the lowest 32 bits
-    # only.
+    # numpy mixes all numbers of a seed; torch's CPU generator uses only the lowest 32 bits.
     return torch.from_numpy(np.random.default_rng(seed).random(count))
 
 
@@ -230,8 +229,7 @@ def _ended(ids: list[int], prompt_format: PromptFormat, max_new_tokens: int) -> 
     ):
         decode = prompt_format.tokenizer.decode
         text = decode(ids).split(prompt_format.stop_text)[0]
-        # How many tokens are of the text alone; of the next one, what is text comes as tokens of
-        # its own.
+        # So many tokens are text alone. What is text of the next one is encoded by itself.
         whole = next(n for n in reversed(range(len(ids))) if len(decode(ids[:n])) <= len(text))
         rest = text[len(decode(ids[:whole])) :]
         return Response(ids[: whole + 1], ids[:whole] + prompt_format.encode(rest), "stop_text")

@@ -1,7 +1,7 @@
-"""CUDA graphs of functions with fixed shapes and addresses: many kernels for one launch.
+"""CUDA graphs of functions with fixed shapes and addresses: many kernels in one launch.
 
-A capture records what the card does, with the addresses of that moment. So all that the function
-reads or writes must be tensors that stay in place, and it must not read a value on the CPU.
+A capture records what the card does, with the addresses of that moment. So the function may only
+read and write tensors that stay in place, and must not read a value on the CPU.
 """
 
 from collections.abc import Callable, Hashable
@@ -13,12 +13,11 @@ from rlhf.runs.terminal import console
 
 
 class Graphs:
-    """Runs functions as they are at first, then from a graph of them.
+    """Runs a function eagerly the first time, and from then on as a graph.
 
-    A shape runs eagerly the first time, so that a card that is too small for it says so there, and
-    is captured at the second. What a graph wrote is pinned until `clear`, so that goes together
-    with the tensors that it works on, and all graphs go at once: resetting one of several frees a
-    workspace that the others still use.
+    A shape runs eagerly first, so that a card that is too small for it fails there; the second time
+    it is captured. A graph keeps its memory until `clear`, so call that when the graph's tensors
+    go. All graphs go at once, as resetting one frees a workspace that the others still use.
 
     Args:
         enabled: False runs everything eagerly, as on a CPU.
@@ -30,7 +29,7 @@ class Graphs:
         self.captured: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
     def run(self, shape: Hashable, function: Callable[[], None]) -> None:
-        """`function()`, which is always the same for one `shape`."""
+        """Run `function`, which must always be the same for one `shape`."""
         if not self.enabled:
             function()
             return
@@ -47,15 +46,15 @@ class Graphs:
         self.captured[shape].replay()
 
     def capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        """A graph of what `function` does; None if that failed, after which none is tried any more.
+        """A graph of what `function` does. If capture fails: None, and it is not tried again.
 
         Raises:
-            torch.OutOfMemoryError: half the rows may be captured yet.
+            torch.OutOfMemoryError: half as many rows may still be captured.
         """
         stream = torch.cuda.current_stream()
         try:
             graph = torch.cuda.CUDAGraph()
-            # Other threads, such as a loader's, may call CUDA meanwhile.
+            # Other threads, such as a loader's, may call CUDA at the same time.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 function()
             return graph
@@ -66,14 +65,14 @@ class Graphs:
                 raise torch.OutOfMemoryError(str(error)) from None
             self.enabled = False
             console.print(
-                "warning: decoding runs without CUDA graphs, several times slower "
-                f"({one_line(error)}); ppo_train.py --no-cuda-graphs does so from the start"
+                "warning: decoding runs without CUDA graphs, which is several times slower "
+                f"({one_line(error)}); ppo_train.py --no-cuda-graphs does not try them"
             )
             return None
 
     def clear(self) -> None:
-        """Give all graphs up, with what they hold."""
+        """Give up all graphs and what they hold."""
         if self.captured:
-            torch.cuda.current_stream().synchronize()  # the last steps of one may still be at work
+            torch.cuda.current_stream().synchronize()  # the last steps may still be running
         self.captured.clear()
         self.seen.clear()

@@ -1,28 +1,23 @@
 """A Llama decoder layer with few operations and little kept for backward.
 
-The weights are frozen but for LoRA, and memory, not arithmetic, decides what fits a card. So what
-is kept of a layer is what is not cheap to compute again: the inputs of its norms, the rotated q, k
-and v, the attention's output, gate and up. Linear maps that read the same input are one product,
-and all adapters of a role on them are one LoRA pair. Texts lie end to end; only attention sees them
-padded. Results are those of transformers' and PEFT's own layers; tests hold both side by side.
+The weights are frozen except for LoRA, and memory, not arithmetic, decides what fits a card. So a
+layer keeps only what is not cheap to compute again: the inputs of its norms, the rotated q, k and
+v, the attention's output, gate and up. Texts lie end to end; only `attention` sees them padded.
+Results are those of transformers' and PEFT's own layers; tests compare the two.
 
-Shapes: B texts, T tokens of the longest, S tokens attended to, N tokens of all texts, I and O
-features in and out, R summed rank of a role's adapters, D features a head, G query heads to each of
-K key heads.
+Shapes: B texts, T tokens of the longest, S tokens attended to, N tokens of all texts, H hidden
+size, D features a head, G query heads to each of K key heads.
 """
 
 import copy
-import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.autograd import Function
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlhf.runs.errors import UserError
+from rlhf.engine.attention import Attention, Join, NormHeads, Rotate, one_query_attention
+from rlhf.engine.linear_maps import LinearMap, MergedMap, rms_norm
 
 
 class LeanLayer:
@@ -61,20 +56,20 @@ class LeanLayer:
 
         Args:
             x: [N, H].
-            role: whose adapters the linear maps have, one that `LinearMap.stack` was told of.
+            role: whose adapters to use; `LinearMap.stack` knows it.
             rope: cosines and sines of the tokens' positions, each [N, D].
             padded: where each token stands in [B, T], a `decoder.Padded`.
-            mask: [B or 1, 1, T, S], added to the attention's scores; None: causal, for a fused
+            mask: [B or 1, 1, T, S], added to the attention's scores. None: causal, for a fused
                 kernel.
             cache: a `decoder.Cache` that keeps k and v.
         """
         qkv = self.qkv(x, role, norm=self.layer.input_layernorm)  # [N, (GK + 2K) D]
         if self.head_norms:
             q_norm, k_norm = self.head_norms
-            qkv = _NormHeads.apply(
+            qkv = NormHeads.apply(
                 qkv, q_norm.weight, k_norm.weight, q_norm.variance_epsilon, self.heads
             )
-        q, k, v = _Rotate.apply(qkv, *rope, self.heads, padded)  # [B, heads, T, D] each
+        q, k, v = Rotate.apply(qkv, *rope, self.heads, padded)  # [B, heads, T, D] each
         if cache is not None:
             cache.keep(self.attention.layer_idx, k, v)
         if q.is_cuda:
@@ -83,13 +78,13 @@ class LeanLayer:
             )
             out = out.transpose(1, 2)
         else:
-            out = _Attention.apply(q, k, v, mask, self.attention.scaling)  # [B, GK, T, D]
-        x = self.o(_Join.apply(out, padded), role, residual=x)
+            out = Attention.apply(q, k, v, mask, self.attention.scaling)  # [B, GK, T, D]
+        x = self.o(Join.apply(out, padded), role, residual=x)
         gate_up = self.gate_up(x, role, norm=self.layer.post_attention_layernorm)
         return self.down(gate_up, role, residual=x, gated=True)
 
     def merged(self) -> "LeanLayer":
-        """A layer like this one that has a `MergedMap` in the place of each linear map."""
+        """A copy of this layer with a `MergedMap` in place of each linear map."""
         layer = copy.copy(self)
         layer.maps = tuple(map(MergedMap, self.maps))
         layer.qkv, layer.o, layer.gate_up, layer.down = layer.maps
@@ -105,17 +100,17 @@ class LeanLayer:
         values: Tensor,
         at,
     ) -> Tensor:
-        """Hidden states [B, H] of one token more of each text, without gradients.
+        """Hidden states [B, H] of one more token of each text, without gradients.
 
-        All shapes are fixed and nothing is read by the CPU, so a CUDA graph can hold it.
+        All shapes are fixed and the CPU reads nothing, so that a CUDA graph can hold it.
 
         Args:
             x: [B, H].
-            rope: cosines [B, 1, D], and sines whose first half is negated.
+            rope: cosines [B, 1, D], and sines with the first half negated.
             mask: [B, 1, 1, S], 0 where the token may look and -inf elsewhere.
-            keys, values: [B, K, W, D] of the tokens before, W >= S; the token's own are written to
-                them.
-            at: where, as an index of their dimensions 0 and 2: two tensors [B].
+            keys, values: [B, K, W, D] of the earlier tokens, W >= S. The token's own are written
+                to them.
+            at: where to write, as indices of dimensions 0 and 2: two tensors [B].
         """
         rows, places = at
         cos, sin = rope
@@ -144,545 +139,3 @@ class LeanLayer:
             2, dim=-1
         )
         return self.down.apply(F.silu(gate).mul_(up), role, residual=x)
-
-
-# ---------------------------------------------------------------- linear maps with LoRA
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One adapter of one layer, and where it stands in a `Stack`."""
-
-    a: nn.Parameter  # [r, I]
-    b: nn.Parameter  # [O of the layer, r]
-    scaling: float
-    columns: slice  # its r of the stack's R
-    rows: slice  # its layer's of the stack's O
-
-
-class Stack:
-    """All adapters of a role on a `LinearMap` as one: A [R, I] and B [O, R], in the base's dtype.
-
-    B holds the scaled B of each adapter where it meets its layer, and 0 elsewhere. Both tensors are
-    made once and keep their addresses; `write` must follow whatever writes to the adapters, whose
-    own weights are float32.
-    """
-
-    def __init__(self, pieces: list[Piece], rank: int, out_features: int, dtype: torch.dtype):
-        self.pieces = pieces
-        self.weights = [weight for piece in pieces for weight in (piece.a, piece.b)]
-        like = {"dtype": dtype, "device": pieces[0].a.device}
-        self.a = torch.zeros(rank, pieces[0].a.shape[1], **like)
-        self.b = torch.zeros(out_features, rank, **like)
-        self.write()
-
-    @torch.no_grad()
-    def write(self, trained_only: bool = False) -> None:
-        """Copy the adapters' weights, or those of them that are trained, to where they stand."""
-        for piece in self.pieces:
-            if piece.a.requires_grad or not trained_only:
-                self.a[piece.columns] = piece.a
-                torch.mul(piece.b, piece.scaling, out=self.b[piece.rows, piece.columns])
-
-
-class LinearMap:
-    """Linear layers that read the same input, as one: x -> [W1 x, W2 x, ...] + B A x, by role.
-
-    PEFT runs each adapter separately, in float32. Weights that are not quantised move into one
-    tensor, of which the layers then hold views.
-    """
-
-    def __init__(self, *layers: nn.Module):
-        self.layers = layers
-        self.bases = [
-            layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers
-        ]
-        self.out_features = [base.out_features for base in self.bases]
-        self.weight: Tensor | None = None  # of all layers, if not quantised
-        self.quantised: Quantised | None = None  # or else
-        self.bias = self.join("bias")
-        if all(type(base) is nn.Linear for base in self.bases):
-            self.weight = self.join("weight")
-        else:
-            self.quantised = Quantised(self.bases)
-        self.stacks: dict[str, Stack | None] = {}  # of each role; None: no adapter
-
-    def stack(self, roles: dict[str, list[str]], dtype: torch.dtype) -> None:
-        """Build the stacks of all roles. Roles with the same adapters here share one.
-
-        All are of the same rank R, that of the largest, so each role goes through products of the
-        same shape and a fresh policy (B = 0) equals its reference bit for bit.
-
-        Args:
-            roles: the names of PEFT's adapters that each role has, in the order in which they are
-                stacked.
-        """
-        self.stacks.clear()
-        self.dtype = dtype
-        pieces = {role: self.pieces(adapters) for role, adapters in roles.items()}
-        rank = max((part[-1].columns.stop for part in pieces.values() if part), default=0)
-        made: dict[tuple[int, ...], Stack] = {}
-        for role, part in pieces.items():
-            key = tuple(id(piece.a) for piece in part)
-            if part and key not in made:
-                made[key] = Stack(part, rank, sum(self.out_features), dtype)
-            self.stacks[role] = made.get(key)
-
-    def pieces(self, adapters: list[str]) -> list[Piece]:
-        """The adapters of these names on the layers, one beside the other."""
-        pieces: list[Piece] = []
-        column = 0
-        for name in adapters:
-            row = 0
-            for layer, features in zip(self.layers, self.out_features, strict=True):
-                if isinstance(layer, LoraLayer) and name in layer.lora_A:
-                    a = layer.lora_A[name].weight
-                    b = layer.lora_B[name].weight
-                    columns = slice(column, column + len(a))
-                    rows = slice(row, row + features)
-                    pieces.append(Piece(a, b, layer.scaling[name], columns, rows))
-                    column += len(a)
-                row += features
-        return pieces
-
-    def join(self, name: str) -> Tensor | None:
-        """Move the layers' weights or biases into one tensor; the model must be on its device."""
-        parts = [getattr(base, name) for base in self.bases]
-        if len(parts) == 1 or parts[0] is None:
-            return parts[0]
-        joined = torch.cat([part.data for part in parts])
-        for part, view in zip(parts, joined.split(self.out_features), strict=True):
-            part.data = view
-        return joined
-
-    def __call__(
-        self,
-        x: Tensor,
-        role: str,
-        norm: nn.Module | None = None,
-        gated: bool = False,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """[N, O] of norm(x), or of silu(gate) * up if `gated` and x has both; adds `residual`."""
-        prepare = _Gate if gated else _RMSNorm if norm is not None else _AsItIs
-        constants = (norm.weight, norm.variance_epsilon) if norm is not None else ()
-        stack = self.stacks[role]
-        weights = stack.weights if stack else ()
-        return _LinearMap.apply(x, residual, self, stack, prepare, constants, *weights)
-
-    def apply(self, x: Tensor, role: str, residual: Tensor | None = None) -> Tensor:
-        """[N, O] of x as it is, without gradients: few operations, and no wait for any of them."""
-        out = self.product(x)
-        stack = self.stacks[role]
-        if stack:
-            out.addmm_(x @ stack.a.T, stack.b.T)
-        return out if residual is None else out.add_(residual)
-
-    def product(self, x: Tensor) -> Tensor:
-        """x W^T, and the bias if there is one"""
-        if self.quantised:
-            return self.quantised.product(x, self.bias)
-        return F.linear(x, self.weight, self.bias)
-
-    def product_transposed(self, grad: Tensor) -> Tensor:
-        """grad W"""
-        return grad @ self.whole_weight(grad.dtype)
-
-    def whole_weight(self, dtype: torch.dtype) -> Tensor:
-        """[O, I], dequantised if need be."""
-        return self.quantised.dequantise(dtype) if self.quantised else self.weight.to(dtype)
-
-
-class Quantised:
-    """The NF4 weights of linear layers that read the same input, as one [O, I].
-
-    Joined, a product is one kernel, and stays bitsandbytes' fused one for more rows. The second
-    level of quantisation, of the scales, has an offset of its own in each weight, so where there
-    are several the scales go back to float32: exactly what they are dequantised to anyway. The
-    layers then hold views.
-    """
-
-    def __init__(self, bases: list[nn.Module]):
-        states = [base.weight.quant_state for base in bases]
-        self.data = bases[0].weight.data
-        self.state = states[0]
-        if len(bases) == 1:
-            return
-        from bitsandbytes.functional import QuantState
-
-        if any(math.prod(state.shape) % state.blocksize for state in states):
-            raise UserError(
-                "in 4 bit a weight must have a multiple of 64 numbers: add --no-load-in-4bit"
-            )
-        self.data = torch.cat([base.weight.data for base in bases])
-        scales = torch.cat([self.scales(state) for state in states])
-        kept = {
-            "blocksize": self.state.blocksize,
-            "code": self.state.code,
-            "quant_type": self.state.quant_type,
-        }
-        kept["dtype"] = self.state.dtype
-        start = first_scale = 0
-        for base, state in zip(bases, states, strict=True):
-            end = start + len(base.weight.data)
-            last_scale = first_scale + len(state.absmax)
-            base.weight.data = self.data[start:end]
-            state = QuantState(scales[first_scale:last_scale], shape=state.shape, **kept)
-            base.weight.quant_state = base.quant_state = state
-            start = end
-            first_scale = last_scale
-        shape = torch.Size([sum(state.shape[0] for state in states), states[0].shape[1]])
-        self.state = QuantState(scales, shape=shape, **kept)
-
-    @staticmethod
-    def scales(state) -> Tensor:
-        """The float32 scale of each block of a weight, as `dequantize_4bit` works it out."""
-        from bitsandbytes.functional import dequantize_blockwise
-
-        if not state.nested:
-            return state.absmax
-        return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
-
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        from bitsandbytes import matmul_4bit
-
-        return matmul_4bit(x, self.data, quant_state=self.state, bias=bias)
-
-    def dequantise(self, dtype: torch.dtype) -> Tensor:
-        """[O, I]"""
-        from bitsandbytes.functional import dequantize_4bit
-
-        state = copy.copy(self.state)
-        state.dtype = dtype
-        return dequantize_4bit(self.data, state)
-
-
-class MergedMap(LinearMap):
-    """A `LinearMap` with a role's adapters merged into a weight of its own, to sample from.
-
-    The weight keeps its address; `write` must follow whatever writes to the adapters.
-    """
-
-    def __init__(self, linear: LinearMap):
-        self.linear = linear
-        self.bias = linear.bias
-        self.quantised = None
-        self.weight = torch.empty_like(linear.whole_weight(linear.dtype))
-
-    @torch.no_grad()
-    def write(self, role: str) -> None:
-        """base + adapters, summed in float32 and rounded once, or a small policy would be lost."""
-        merged = self.linear.whole_weight(torch.float32)
-        stack = self.linear.stacks[role]
-        if stack and merged is self.linear.weight:  # float32 itself
-            merged = merged.clone()
-        for piece in stack.pieces if stack else ():
-            merged[piece.rows].addmm_(piece.b, piece.a, alpha=piece.scaling)
-        self.weight.copy_(merged)
-        self.stacks = {role: None}  # nothing is left to add
-
-
-def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """`norm` of x, without a gradient: one kernel on a card; rounded once, Llama's own twice."""
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
-
-
-class _LinearMap(Function):
-    """A `LinearMap` of `prepare`(x). Keeps x and the [N, R] after A; backward prepares again.
-
-    `weights` are those that `stack` is made of: it is they that get gradients.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        residual: Tensor | None,
-        linear: LinearMap,
-        stack: Stack | None,
-        prepare,
-        constants,
-        *weights,
-    ) -> Tensor:
-        y, kept = prepare.forward(x, *constants)
-        out = linear.product(y)
-        a = None
-        b = None
-        down = None
-        if stack:
-            a = stack.a
-            b = stack.b
-            down = y @ a.T  # [N, R]
-            out.addmm_(down, b.T)
-        if residual is not None:
-            out += residual
-        ctx.save_for_backward(x, down, kept, a, b)
-        ctx.linear = linear
-        ctx.prepare = prepare
-        ctx.constants = constants
-        ctx.pieces = stack.pieces if stack else []
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, down, kept, a, b = ctx.saved_tensors
-        y, *again = ctx.prepare.again(x, kept, *ctx.constants)
-        need_weights = ctx.needs_input_grad[6:]
-        grad_down = grad @ b if down is not None else None  # [N, R]
-        grads = [None] * len(need_weights)
-        if any(need_weights):
-            # Adapters that train come last, so their rows of A are one block.
-            first = next(
-                piece.columns.start for i, piece in enumerate(ctx.pieces) if need_weights[2 * i]
-            )
-            grad_a = (grad_down[:, first : ctx.pieces[-1].columns.stop].T @ y).float()
-            for i, piece in enumerate(ctx.pieces):
-                if need_weights[2 * i]:
-                    columns = piece.columns
-                    grads[2 * i] = grad_a[columns.start - first : columns.stop - first]
-                    grads[2 * i + 1] = (
-                        (grad[:, piece.rows].T @ down[:, columns]).float().mul_(piece.scaling)
-                    )
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_y = ctx.linear.product_transposed(grad)
-            if down is not None:
-                grad_y.addmm_(grad_down, a)
-            grad_x = ctx.prepare.backward(grad_y, x, kept, *again, *ctx.constants)
-        return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None, *grads
-
-
-# ---------------------------------------------------------------- what a map does to its input
-
-
-class _AsItIs:
-    @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, None]:
-        return x, None
-
-    @staticmethod
-    def again(x: Tensor, kept: None) -> tuple[Tensor, None]:
-        return x, None
-
-    @staticmethod
-    def backward(grad: Tensor, x: Tensor, kept: None, again: None) -> Tensor:
-        return grad
-
-
-class _RMSNorm:
-    """weight * x / rms(x), the division in float32. Kept: 1 / rms(x)."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # [N, 1]
-        scale = torch.rsqrt(length.square() / x.shape[-1] + eps)
-        return weight * (x * scale).to(x.dtype), scale
-
-    @staticmethod
-    def again(x: Tensor, scale: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        normed = x * scale  # float32
-        return weight * normed.to(x.dtype), normed
-
-    @staticmethod
-    def backward(
-        grad: Tensor, x: Tensor, scale: Tensor, normed: Tensor, weight: Tensor, eps: float
-    ) -> Tensor:
-        grad = grad.float() * weight.float()
-        return (
-            grad.addcmul_(normed, (grad * normed).mean(-1, keepdim=True), value=-1)
-            .mul_(scale)
-            .to(x.dtype)
-        )
-
-
-class _Gate:
-    """silu(gate) * up, of x = [gate, up]."""
-
-    @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, None]:
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up), None
-
-    @staticmethod
-    def again(x: Tensor, kept: None) -> tuple[Tensor, Tensor]:
-        gate, up = x.chunk(2, dim=-1)
-        activated = F.silu(gate)
-        return activated * up, activated
-
-    @staticmethod
-    def backward(grad: Tensor, x: Tensor, kept: None, activated: Tensor) -> Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        return torch.cat(
-            [torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad)], dim=-1
-        )
-
-
-class Norm(Function):
-    """`_RMSNorm` alone: (x, weight, eps) -> [N, H]; the frozen weight gets no gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, scale = _RMSNorm.forward(x, weight, eps)
-        ctx.save_for_backward(x, scale, weight)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, scale, weight = ctx.saved_tensors
-        return _RMSNorm.backward(grad, x, scale, x * scale, weight, 0.0), None, None
-
-
-# ---------------------------------------------------------------- attention
-
-
-class _NormHeads(Function):
-    """`_RMSNorm` of each head of q and k in [N, (GK + 2K) D]; v stays.
-
-    The frozen weights [D] get no gradient.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, heads: tuple[int, int]
-    ) -> Tensor:
-        parts = qkv.view(len(qkv), -1, len(q_weight)).split([*heads, heads[1]], dim=1)
-        q, q_scale = _RMSNorm.forward(parts[0], q_weight, eps)
-        k, k_scale = _RMSNorm.forward(parts[1], k_weight, eps)
-        ctx.save_for_backward(qkv, q_weight, k_weight, q_scale, k_scale)
-        ctx.heads = heads
-        return torch.cat([q, k, parts[2]], dim=1).flatten(1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        qkv, q_weight, k_weight, q_scale, k_scale = ctx.saved_tensors
-        split = [*ctx.heads, ctx.heads[1]]
-        parts = qkv.view(len(qkv), -1, len(q_weight)).split(split, dim=1)
-        grads = list(grad.view(len(grad), -1, len(q_weight)).split(split, dim=1))
-        for i, (weight, scale) in enumerate(((q_weight, q_scale), (k_weight, k_scale))):
-            grads[i] = _RMSNorm.backward(grads[i], parts[i], scale, parts[i] * scale, weight, 0.0)
-        return torch.cat(grads, dim=1).flatten(1), None, None, None, None
-
-
-class _Rotate(Function):
-    """q, k and v, each [B, heads, T, D], out of [N, (GK + 2K) D].
-
-    q and k have rotary position embeddings (2104.09864).
-    """
-
-    @staticmethod
-    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int], padded):
-        ctx.save_for_backward(cos, sin)
-        ctx.split = [*heads, heads[1]]
-        ctx.padded = padded
-        # [N, GK + 2K, D]
-        turned = _rotate(qkv.view(len(qkv), -1, cos.shape[-1]), cos, sin, sum(heads), 1)
-        return tuple(
-            part.transpose(1, 2).contiguous()
-            for part in padded.spread(turned).split(ctx.split, dim=2)
-        )
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        cos, sin = ctx.saved_tensors
-        # [N, GK + 2K, D]
-        grad = ctx.padded.gather(torch.cat([grad.transpose(1, 2) for grad in grads], dim=2))
-        return _rotate(grad, cos, sin, sum(ctx.split[:2]), -1).flatten(1), None, None, None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, sign: int) -> Tensor:
-    """x [N, heads and others, D] with each pair (x[i], x[i + D / 2]) of `heads` heads rotated.
-
-    `sign` -1 turns it back.
-    """
-    half = x.shape[-1] // 2
-    out = torch.empty_like(x)
-    first = x[:, :heads]
-    turned = out[:, :heads]
-    sin = sin[:, None]
-    torch.mul(first, cos[:, None], out=turned)
-    turned[..., :half].addcmul_(first[..., half:], sin[..., half:], value=-sign)
-    turned[..., half:].addcmul_(first[..., :half], sin[..., :half], value=sign)
-    out[:, heads:] = x[:, heads:]
-    return out
-
-
-class _Join(Function):
-    """[N, GK D] of the attention's output [B, GK, T, D]."""
-
-    @staticmethod
-    def forward(ctx, out: Tensor, padded) -> Tensor:
-        ctx.padded = padded
-        ctx.heads = out.shape[1]
-        return padded.gather(out.transpose(1, 2)).flatten(1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return ctx.padded.spread(grad.view(len(grad), ctx.heads, -1)).transpose(1, 2), None
-
-
-def one_query_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
-) -> Tensor:
-    """Attention [B, GK D] of one token a text [B, GK, D] to k and v [B, K, S, D]; no gradients."""
-    attend = _attend_by_products if query.is_cuda else _attend_fused
-    return attend(query, key, value, mask, scaling)
-
-
-def _attend_by_products(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
-) -> Tensor:
-    """The G heads of a key head are the rows of one product, so keys are not repeated."""
-    rows, kv_heads, _, d = key.shape
-    # Scaled before the product: in float16 a sum of products may be too large for a number.
-    scores = (query * scaling).reshape(rows, kv_heads, -1, d) @ key.transpose(-1, -2)
-    return (scores.add_(mask).softmax(-1) @ value).view(rows, -1)
-
-
-def _attend_fused(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
-) -> Tensor:
-    """Torch's own kernel: on a CPU, in bfloat16, two to four times faster for a single token."""
-    out = F.scaled_dot_product_attention(
-        query[:, :, None], key, value, attn_mask=mask, scale=scaling, enable_gqa=True
-    )
-    return out.view(len(query), -1)
-
-
-class _Attention(Function):
-    """softmax(q k^T * scaling + mask) v, with grouped heads. Kept: q, k and v.
-
-    On a CPU torch's fused kernel is up to five times slower than this in bfloat16, and the plain
-    formula keeps two matrices of [heads, T, S] a text. On a GPU the fused kernel is the right one.
-    """
-
-    @staticmethod
-    def weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """[B, K, G x T, S] in query's dtype; the softmax is in float32 inside."""
-        b, heads, t, d = query.shape
-        scores = query.reshape(b, key.shape[1], -1, d) @ key.transpose(-1, -2)
-        scores = scores.view(b, heads, t, -1).mul_(scaling)
-        if mask is not None:
-            scores.add_(mask)
-        return scores.softmax(-1).view(b, key.shape[1], -1, key.shape[2])
-
-    @staticmethod
-    def forward(
-        ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
-    ) -> Tensor:
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.scaling = scaling
-        return (_Attention.weights(query, key, mask, scaling) @ value).view_as(query)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        query, key, value, mask = ctx.saved_tensors
-        weights = _Attention.weights(query, key, mask, ctx.scaling)
-        grad = grad.reshape(*weights.shape[:3], -1)
-        grad_scores = grad @ value.transpose(-1, -2)
-        grad_scores = torch.ops.aten._softmax_backward_data(
-            grad_scores, weights, -1, grad_scores.dtype
-        )
-        grad_scores.mul_(ctx.scaling)
-        grad_query = (grad_scores @ key).view_as(query)
-        grad_key = grad_scores.transpose(-1, -2) @ query.reshape(*weights.shape[:3], -1)
-        return grad_query, grad_key, weights.transpose(-1, -2) @ grad, None, None

@@ -1,4 +1,4 @@
-"""Weights from the disk into memory: the frozen base, and LoRA adapters on it."""
+"""From disk to memory: the frozen base, and the LoRA adapters on it."""
 
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from rlhf.runs.processes import sharded, this_process
 def load_base(
     base: dict[str, Any], dtype: torch.dtype, pad_token_id: int, with_head: bool = False
 ) -> PreTrainedModel:
-    """Load the base named by `base_facts`, frozen, in evaluation mode; in NF4 if it says so.
+    """Load the base that `base_facts` names, frozen, in evaluation mode; in NF4 if they say so.
 
-    With `with_head` it is a sequence classification model whose one-number head is a `ScalarHead`.
-    One that will be sharded stays in its file, which torch maps into memory: accelerate deals the
-    first process's weights out.
+    A base that will be sharded stays in its file, which torch maps into memory; accelerate then
+    hands out the first process's weights.
+
+    Args:
+        with_head: load a sequence classification model, with a `ScalarHead`.
     """
     device = this_process().device
     options: dict[str, Any] = {"dtype": dtype}
@@ -52,8 +54,8 @@ def load_base(
         config.num_labels = 1
         config.pad_token_id = pad_token_id
     with hub_errors(name, "model", "--base-model"):
-        # Given the weights themselves, transformers looks for no others, and for no adapter beside
-        # them.
+        # Given the weights themselves, transformers does not look for others, nor for an adapter
+        # beside them.
         model = classes[type(config)].from_pretrained(
             None, config=config, state_dict=weights.tensors(), **options
         )
@@ -62,8 +64,8 @@ def load_base(
         model.score = ScalarHead(config.hidden_size).to(device)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # On such CPUs bitsandbytes repacks the weights at the first no-grad forward; backward
-            # then gives no gradients.
+            # On such CPUs bitsandbytes repacks the weights in the first forward without gradients;
+            # after that, backward gives none.
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -73,7 +75,7 @@ def load_base(
 
 
 class ScalarHead(nn.Linear):
-    """H -> 1 in float32 whatever trunk and autocast do.
+    """H -> 1, in float32 whatever trunk and autocast do.
 
     Initialised as in the N+ paper (2403.17031), with std 1/sqrt(H+1).
     """
@@ -100,7 +102,7 @@ def linear_names(model: PreTrainedModel) -> list[str]:
 
 
 def pad_right(sequences: list[list[int]], pad: float, device: torch.device) -> Tensor:
-    """[B, T] of token ids, or of whatever numbers, padded on the right."""
+    """[B, T] of token ids, or of any numbers, padded on the right."""
     tensors = [torch.tensor(sequence, device=device) for sequence in sequences]
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad)
 
@@ -115,7 +117,7 @@ def read_adapter(folder: str) -> tuple[LoraConfig, dict[str, Tensor]]:
             f"{folder} holds no LoRA adapter that can be read ({one_line(error)})"
         ) from None
     if not isinstance(config, LoraConfig):
-        raise UserError(f"{folder} holds an adapter of another kind than LoRA")
+        raise UserError(f"{folder} holds an adapter that is not LoRA")
     config.task_type = config.modules_to_save = None
     config.inference_mode = True
     return config, state

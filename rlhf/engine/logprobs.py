@@ -1,20 +1,20 @@
-"""Log-probabilities of chosen tokens from hidden states, a chunk of logits at a time."""
+"""Log-probabilities of chosen tokens from hidden states, one chunk of logits at a time."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CPU_BLOCK = 8  # rows in float32 at a time on a CPU, so that they stay in its cache
+CPU_BLOCK = 8  # rows in float32 at a time on a CPU, so that they stay in the cache
 
 
 def chunk_elements(on_card: bool) -> int:
-    """Logits alive at a time. The head is read once a chunk; 256 tokens keep a card busy."""
+    """Logits held at a time. Each chunk reads the head once; 256 tokens keep a card busy."""
     return 1 << 25 if on_card else 1 << 23
 
 
 class TokenLogprobs(NamedTuple):
-    """Of N chosen tokens, float32."""
+    """What is known about N chosen tokens, in float32."""
 
     logprobs: Tensor  # [N] nats
     entropy: Tensor | None  # [N] nats, of the whole distribution
@@ -24,9 +24,9 @@ class TokenLogprobs(NamedTuple):
 class _ChosenLogprobs(torch.autograd.Function):
     """log softmax(hidden W^T / T)[token] and its gradient for `hidden`, in one pass over chunks.
 
-    Each output is one number, so its gradient for `hidden` is one vector, (W[token] - softmax W) /
-    T. It is computed where the softmax is at hand, in the forward pass; backward is a
-    multiplication. The frozen W gets no gradient.
+    Each output is one number, so its gradient for `hidden` is one vector: (W[token] - softmax W) /
+    T. It is computed in the forward pass, where the softmax is at hand; backward only multiplies.
+    The frozen W gets no gradient.
     """
 
     @staticmethod
@@ -52,14 +52,14 @@ class _ChosenLogprobs(torch.autograd.Function):
                 here = logits[row : row + block]  # [block, V]
                 scaled = here.float().div_(temperature)
                 softmax = scaled.softmax(-1)
-                # The logsumexp by way of the likeliest token, whose probability is never tiny.
+                # The logsumexp from the likeliest token, as its probability is never tiny.
                 top1 = scaled.amax(-1)
                 logsumexp = top1 - softmax.amax(-1).log()
                 chosen = scaled.gather(-1, tokens[part, None]).squeeze(-1)
                 logprobs[part] = chosen - logsumexp
                 if statistics:
                     is_top1[part] = chosen == top1
-                    # As a product, so as not to hold a third tensor of this size.
+                    # A product, so that there is no third tensor of this size.
                     mean = torch.bmm(softmax[:, None], scaled[:, :, None])
                     entropy[part] = logsumexp - mean.flatten()
                 if need_grad:
@@ -80,7 +80,7 @@ class _ChosenLogprobs(torch.autograd.Function):
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; on a GPU in float32, straight from the 16-bit product's accumulator, unrounded."""
+    """a @ b. On a GPU, a 16-bit product is returned in float32, unrounded."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b
@@ -95,10 +95,9 @@ def logprobs_of(
         hidden: [N, H], final hidden states of the positions before the tokens.
         weight: [V, H], the frozen output embedding.
         tokens: [N].
-        statistics: whether the distribution's entropy, and whether the token is the likeliest, are
-            wanted too.
+        statistics: whether to compute `entropy` and `is_top1` too.
     Returns:
-        a `TokenLogprobs`, of which only the log-probabilities have a gradient, for `hidden`.
+        a `TokenLogprobs`; only the log-probabilities have a gradient, for `hidden`.
     """
     need_grad = torch.is_grad_enabled() and hidden.requires_grad
     return TokenLogprobs(

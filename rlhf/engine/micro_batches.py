@@ -1,7 +1,7 @@
 """How many tokens go through the model at once: cut by length, halved when memory runs out.
 
-A micro-batch is a number of tokens, so the same setting suits short texts and long ones. It changes
-neither what a step computes nor which rows it has.
+A micro-batch is measured in tokens, so one setting suits short and long texts. It changes neither
+what a step computes nor which rows the step has.
 """
 
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from rlhf.runs.processes import least, sharded
 from rlhf.runs.terminal import console
 
 T = TypeVar("T")
-CPU_TOKENS = 1024  # a micro-batch on a CPU: more would not be faster there
+CPU_TOKENS = 1024  # of a micro-batch on a CPU, where more would not be faster
 
 
 def cut_by_tokens(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Indices of texts in micro-batches, like lengths together, so that attention pads little.
+    """Micro-batches as indices of texts. Similar lengths go together, so attention pads little.
 
     Args:
         lengths: of the texts, in tokens.
-        tokens: in a micro-batch at most, with padding; a longer text gets one of its own.
+        tokens: at most in a micro-batch, with padding; a longer text gets its own.
     """
     micro_batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -32,7 +32,7 @@ def cut_by_tokens(lengths: list[int], tokens: int) -> list[list[int]]:
 
 
 def free_memory() -> None:
-    """Return the memory that a card's allocator holds unused."""
+    """Give back the memory that a card's allocator holds unused."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -46,21 +46,21 @@ class MicroBatchSize:
 
     def __init__(self, tokens: int):
         self.tokens = tokens
-        self.halved = False  # since the processes last agreed
+        self.halved = False  # since the last `agree`
 
     def retry(
         self, work: Callable[[], T], longest: int, undo: Callable[[], None] | None = None
     ) -> T:
-        """`work()`; when memory runs out, `undo()`, and `work()` again with half the tokens.
+        """Return `work()`. When memory runs out, `undo()`, and `work()` again with half the tokens.
 
         `work` must read `tokens` each time, and must not wait for another process.
 
         Args:
             longest: tokens of the longest text. If that alone does not fit, nothing smaller helps.
-            undo: drops what `work` left half-done, such as gradients.
+            undo: drops what `work` left half done, such as gradients.
         Raises:
-            torch.OutOfMemoryError: a micro-batch of one text does not fit, or FSDP has all
-                processes wait for each other.
+            torch.OutOfMemoryError: a micro-batch of one text does not fit, or the processes wait
+                for each other under FSDP.
         """
         while True:
             try:
@@ -68,7 +68,7 @@ class MicroBatchSize:
             except torch.OutOfMemoryError:
                 if self.tokens <= longest or sharded():
                     raise
-            # Outside `except`, which would hold the tensors that did not fit.
+            # Outside of `except`, which would keep the tensors that did not fit.
             self.halve()
             if undo:
                 undo()
@@ -83,13 +83,13 @@ class MicroBatchSize:
         free_memory()
 
     def agree(self) -> None:
-        """Take the least of all processes. All processes call it."""
+        """Take the smallest size of all processes. All processes call it."""
         self.tokens = least(self.tokens)
         self.halved = False
 
 
 def keep_tokens(micro_batch: MicroBatchSize, asked: int | Literal["auto"], before: int) -> None:
-    """Go on with micro-batches of as many tokens as `before`, unless the flag asked for others."""
+    """Go on with as many tokens as `before`, unless the flag asked for a number."""
     if asked == "auto":
         micro_batch.tokens = before
     elif micro_batch.tokens != before:

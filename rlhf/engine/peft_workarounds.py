@@ -1,4 +1,4 @@
-"""What we do otherwise than PEFT 0.21, in one place: look here when its version moves."""
+"""What we do differently from PEFT 0.21, in one place: look here when its version changes."""
 
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,18 @@ from transformers import PreTrainedModel
 
 from rlhf.engine.loading import linear_names
 
-UNNAMED = "default"  # what PEFT calls an adapter that was given no name
+UNNAMED = "default"  # PEFT's name for an adapter that was given none
 
 
 def without_effect(model: PreTrainedModel) -> LoraConfig:
-    """An adapter that adds nothing, as a `PeftModel` cannot be made without one."""
+    """An adapter that changes nothing. A `PeftModel` cannot be made without one."""
     return LoraConfig(r=1, target_modules=linear_names(model))
 
 
 def select_adapters(model: nn.Module, names: list[str]) -> None:
-    """Have PEFT's own forward go through these adapters, above one another, and no other.
+    """Have PEFT's own forward add up these adapters, and no others.
 
-    `PeftModel.set_adapter` takes one name only; its layers take several.
+    `PeftModel.set_adapter` takes only one name; its layers take several.
     """
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -31,9 +31,10 @@ def select_adapters(model: nn.Module, names: list[str]) -> None:
 def save_adapter(
     model: PeftModel, weights: dict[str, Tensor], base: dict[str, Any], folder: Path
 ) -> None:
-    """Save the unnamed adapter as made on `base`, without the model card that PEFT adds unfilled.
+    """Save the unnamed adapter, with the name and revision of its base.
 
-    Its config would name the base as it was loaded, and not the revision.
+    On its own, PEFT would name the base as it was loaded, without the revision, and add an unfilled
+    model card.
     """
     config = model.peft_config[UNNAMED]
     config.base_model_name_or_path = base["model"]

@@ -1,9 +1,9 @@
 """What a run will hold in memory, by owner, worked out before anything is loaded.
 
-The largest moment of a run counts: for PPO that of the rollout, when the KV cache is full, or that
-of a micro-batch's backward pass. Bytes are of tensors; a card needs some 0.5 GB more for the
-driver's context, and an allocator's gaps. `benchmarks/llama_3b.py` counts the same owners while the
-scripts run.
+A plan is that of the run's largest moment. In PPO that is either the end of a rollout, when the KV
+cache is full, or the backward pass of a micro-batch. Only tensors are counted; a card needs some
+0.5 GB more for the driver's context and the allocator's gaps. `benchmarks/llama_3b.py` counts the
+same owners while the scripts run.
 """
 
 from dataclasses import dataclass
@@ -11,15 +11,38 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from rlhf.engine.card import Plan, Plans, Rollouts
+from rlhf.engine.card import Rollouts
 from rlhf.engine.decoding import round_up
 from rlhf.engine.logprobs import CPU_BLOCK, chunk_elements
 from rlhf.runs.errors import UserError
 from rlhf.runs.hub import hub_errors
-from rlhf.runs.processes import num_processes
 
 OWNERS = ("base", "merged copy", "adapters", "optimizer", "KV cache", "activations", "logits")
 Bytes = dict[str, float]  # by owner
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The size of an adapter."""
+
+    rank: int
+    layers: int = 0  # the upper ones, which have it; 0: all
+
+    @classmethod
+    def of(cls, run: dict[str, Any]) -> "Lora":
+        """Of a checkpoint's own adapter, from its run.json."""
+        flags = run["hyperparameters"]
+        return cls(flags["lora_rank"], flags.get("role_layers", 0))
+
+
+@dataclass(frozen=True)
+class UpdateSizes:
+    """One process's share of a PPO update."""
+
+    episodes: int
+    minibatches: int
+    prompt: int  # tokens of the longest prompt
+    response: int  # tokens of the longest response
 
 
 @dataclass(frozen=True)
@@ -37,11 +60,11 @@ class Shape:
     in_4bit: bool
     width: int  # bytes of a number in what the base computes in
     fused_attention: bool  # as on a GPU: no matrix of attention weights
-    head_norms: bool = False  # of each head of q and k, as Qwen3 has
+    head_norms: bool = False  # each head of q and k has a norm, as in Qwen3
 
     @property
     def linears(self) -> list[tuple[int, int]]:
-        """Features in and out of a layer's seven linear maps."""
+        """Features in and out of each of a layer's seven linear maps."""
         h = self.hidden
         i = self.intermediate
         q = self.heads * self.head_dim
@@ -52,9 +75,8 @@ class Shape:
         stored = self.layers * sum(i * o for i, o in self.linears) * self.width
         if self.in_4bit:
             q, k, v, o, gate, up, down = (i * o for i, o in self.linears)
-            # Half a byte a number, and for 64 of them a scale: in float32 where maps are joined
-            # (rlhf/engine/layers.py), else one byte, and the scales' own float32 scale for 256 of
-            # them.
+            # Half a byte a number, and a scale for each 64: in float32 where maps are joined
+            # (rlhf/engine/linear_maps.py), else one byte, and a float32 scale for each 256 scales.
             joined = q + k + v + gate + up
             alone = o + down
             stored = self.layers * (
@@ -66,24 +88,24 @@ class Shape:
         """A 16-bit copy of all linear maps, to sample from; embedding and LM head are shared."""
         return self.layers * sum(i * o for i, o in self.linears) * self.width
 
-    def lora(self, rank: int, layers: int) -> int:
-        """Weights of an adapter on `layers` layers (0: all)."""
-        return rank * (layers or self.layers) * sum(i + o for i, o in self.linears)
+    def lora(self, adapter: Lora) -> int:
+        """The number of weights of an adapter."""
+        return adapter.rank * (adapter.layers or self.layers) * sum(i + o for i, o in self.linears)
 
     def kv_cache(self, rows: int, tokens: int) -> float:
         return rows * tokens * self.layers * 2 * self.kv_heads * self.head_dim * self.width
 
     def stacks(self, sft_rank: int, role_rank: int, role_layers: int, roles: int) -> float:
-        """The pairs A, B that rlhf/engine/layers.py makes of adapters, in the base's dtype.
+        """The pairs A, B that rlhf/engine/linear_maps.py stacks from adapters, in the base's dtype.
 
-        On the upper `role_layers` layers (0: all) each of the roles has a pair of its own, of one
-        rank for all of them; on those below they share SFT's.
+        On the upper `role_layers` layers (0: all) each role has its own pair, all of one rank;
+        below them all roles share SFT's.
         """
         h = self.hidden
         i = self.intermediate
         q = self.heads * self.head_dim
         kv = self.kv_heads * self.head_dim
-        # Numbers of a layer, per rank.
+        # Numbers of a layer for each rank.
         a_and_b = 3 * (h + q + 2 * kv) + (q + h) + 2 * (h + 2 * i) + (i + h)
         upper = role_layers or self.layers
         return (
@@ -101,11 +123,15 @@ class Shape:
         checkpointing: bool,
         masked: bool = False,
     ) -> float:
-        """The most held between forward and backward of a micro-batch, through `layers` (0: all).
+        """The most that is held between a micro-batch's forward and backward pass.
 
-        What a layer keeps is what rlhf/engine/layers.py keeps; checkpointed layers keep their
-        input, and one is at work. `masked`: the attention has a mask of its own, as for pairs; a
-        fused kernel then keeps k and v once for each query head.
+        A layer keeps what rlhf/engine/layers.py says. A checkpointed layer keeps its input only,
+        except the one at work.
+
+        Args:
+            layers: that backward goes through; 0: all.
+            masked: attention has a mask of its own, as for pairs. A fused kernel then keeps k and v
+                once for each query head.
         """
         q = self.heads * self.head_dim
         kv = self.kv_heads * self.head_dim
@@ -138,15 +164,15 @@ class Shape:
         return max(mlp, self.attention(tokens, longest, 2)) + self.matrix()
 
     def attention(self, tokens: int, longest: int, matrices: int) -> float:
-        """Its weights, where no fused kernel does without them."""
+        """Attention weights; a fused kernel needs none."""
         return 0 if self.fused_attention else matrices * tokens * longest * self.heads * self.width
 
     def matrix(self) -> float:
-        """The largest weight of a layer, gate and up joined, dequantised."""
+        """The largest weight of a layer (gate and up joined) once it is dequantised."""
         return 2 * self.hidden * self.intermediate * self.width if self.in_4bit else 0
 
     def logits(self, tokens: int) -> float:
-        """Of `tokens` chosen tokens, in chunks; on a GPU also in float32, with their softmax."""
+        """Logits of `tokens` tokens, a chunk at a time; on a GPU also in float32, and softmaxed."""
         elements = min(
             tokens * self.vocabulary, max(chunk_elements(self.fused_attention), self.vocabulary)
         )
@@ -156,7 +182,7 @@ class Shape:
 
 
 def read_shape(base: dict[str, Any], dtype: str, fused_attention: bool = True) -> Shape:
-    """The shape of the base that `base_facts` names, in `dtype` ("auto" is 16 bit on a card).
+    """The shape of the base that `base_facts` names; `dtype` "auto" counts as 16 bit.
 
     Raises:
         UserError: it is not a Llama-like decoder.
@@ -188,73 +214,78 @@ def read_shape(base: dict[str, Any], dtype: str, fused_attention: bool = True) -
 # ---------------------------------------------------------------- the three phases
 
 
-def plan_sft(shape: Shape, config: Any, longest: int, tokens: int) -> Bytes:
-    """`longest`: tokens of the longest text; `tokens`: of a micro-batch."""
-    weights = shape.lora(config.lora_rank, 0)
-    tokens = at_most(tokens, config.batch_size // num_processes(), longest)
-    kept = shape.backward(tokens, longest, 0, config.lora_rank, config.gradient_checkpointing)
-    stacks = shape.stacks(config.lora_rank, 0, 0, 1)
+def plan_sft(
+    shape: Shape, adapter: Lora, rows: int, longest: int, checkpointing: bool, tokens: int
+) -> Bytes:
+    """The plan of SFT.
+
+    Args:
+        rows: of an optimizer step, in this process.
+        longest: tokens of the longest text.
+        tokens: of a micro-batch.
+    """
+    weights = shape.lora(adapter)
+    tokens = at_most(tokens, rows, longest)
+    kept = shape.backward(tokens, longest, 0, adapter.rank, checkpointing)
+    stacks = shape.stacks(adapter.rank, 0, 0, 1)
     return trained(shape, weights, stacks, weights, kept) | {"logits": shape.logits(tokens)}
 
 
-def plan_reward(shape: Shape, config: Any, sft_rank: int, longest: int, tokens: int) -> Bytes:
-    """`longest`: tokens of the longest pair, prompt counted once; `tokens`: of a micro-batch."""
-    weights = shape.lora(config.lora_rank, config.role_layers)
-    tokens = at_most(tokens, config.batch_size // num_processes(), longest)
-    rank = sft_rank + config.lora_rank
-    kept = shape.backward(
-        tokens, longest, config.role_layers, rank, config.gradient_checkpointing, masked=True
-    )
-    # SFT's and the reward model's
-    stacks = shape.stacks(sft_rank, config.lora_rank, config.role_layers, 2)
-    return trained(shape, shape.lora(sft_rank, 0) + weights, stacks, weights, kept)
+def plan_reward(
+    shape: Shape, sft: Lora, own: Lora, rows: int, longest: int, checkpointing: bool, tokens: int
+) -> Bytes:
+    """The plan of a reward model.
+
+    Args:
+        rows: pairs of an optimizer step, in this process.
+        longest: tokens of the longest pair, the prompt counted once.
+        tokens: of a micro-batch.
+    """
+    weights = shape.lora(own)
+    tokens = at_most(tokens, rows, longest)
+    rank = sft.rank + own.rank
+    kept = shape.backward(tokens, longest, own.layers, rank, checkpointing, masked=True)
+    stacks = shape.stacks(sft.rank, own.rank, own.layers, 2)  # SFT's and the reward model's
+    return trained(shape, shape.lora(sft) + weights, stacks, weights, kept)
 
 
 def plan_ppo(
     shape: Shape,
-    config: Any,
-    sft_rank: int,
-    reward_rank: int,
-    reward_layers: int,
-    longest: int,
-    tokens: int,
+    adapters: dict[str, Lora],
+    update: UpdateSizes,
+    checkpointing: bool,
     rollouts: Rollouts,
-    gold: tuple[int, int] = (0, 1),
-    processes: int = 1,
+    tokens: int,
 ) -> Bytes:
-    """The larger of a full rollout and of a micro-batch's backward pass.
+    """The plan of PPO: the larger of a full rollout and a micro-batch's backward pass.
 
-    `longest`: tokens of the longest prompt; `tokens`: of a micro-batch; `gold`: rank and layers of
-    the judge's adapter, rank 0 if there is none.
+    Args:
+        adapters: by role: sft, policy, reward, and gold if there is a judge. The value model's is
+            like the reward model's.
+        tokens: of a micro-batch.
     """
-    scorer = shape.lora(reward_rank, reward_layers)
-    policy = shape.lora(config.lora_rank, config.role_layers)
-    role_layers = max(config.role_layers or shape.layers, reward_layers or shape.layers)
-    role_rank = max(config.lora_rank, reward_rank, gold[0])
-    length = longest + config.response_length
-    episodes = config.episodes_per_update // processes
-    rows = round_up(min(rollouts.rows, episodes), 8)
-    tokens = at_most(tokens, episodes // config.num_mini_batches, length)
-    roles = 5 if gold[0] else 4  # SFT's, policy, value, reward
-    stacks = shape.stacks(sft_rank, role_rank, role_layers, roles)
-    adapters = shape.lora(sft_rank, 0) + 2 * scorer + policy + shape.lora(*gold)
-    standing = trained(shape, adapters, stacks, scorer + policy, 0)
-    standing |= {"merged copy": shape.merged() if rollouts.merged else 0}
-    cache = {"KV cache": shape.kv_cache(rows, round_up(length, 64))}
+    longest = update.prompt + update.response
+    tokens = at_most(tokens, update.episodes // update.minibatches, longest)
+    roles = [adapter for role, adapter in adapters.items() if role != "sft"]
+    role_rank = max(adapter.rank for adapter in roles)
+    trainable = [adapters["policy"], adapters["reward"]]
+    role_layers = max(adapter.layers or shape.layers for adapter in trainable)
+    standing = standing_in_ppo(shape, adapters, role_rank, role_layers) | {
+        "merged copy": shape.merged() if rollouts.merged else 0
+    }
+    rows = round_up(min(rollouts.rows, update.episodes), 8)
+    cache = {"KV cache": shape.kv_cache(rows, round_up(longest, 64))}
     step = {
         "activations": shape.forward(rows, 1),
         # Logits (on a GPU in float32), the same over the temperature, and their softmax.
         "logits": rows * shape.vocabulary * ((4 if shape.fused_attention else shape.width) + 4 + 4),
     }
-    prefill = {"activations": shape.forward(min(rows * longest, tokens), longest)}
+    prefill = {"activations": shape.forward(min(rows * update.prompt, tokens), update.prompt)}
     # Hidden states below the roles, kept for all epochs.
-    lower = episodes * length * shape.hidden * shape.width
-    rank = sft_rank + role_rank
-    backward = {
-        "activations": lower
-        + shape.backward(tokens, length, role_layers, rank, config.gradient_checkpointing),
-        "logits": shape.logits(tokens),
-    }
+    lower = update.episodes * longest * shape.hidden * shape.width
+    rank = adapters["sft"].rank + role_rank
+    kept = shape.backward(tokens, longest, role_layers, rank, checkpointing)
+    backward = {"activations": lower + kept, "logits": shape.logits(tokens)}
     if rollouts.kept:  # a graph holds what its step needs
         moments = (cache, step, prefill), (cache, step, backward)
     else:
@@ -266,15 +297,27 @@ def plan_ppo(
     return max(plans, key=lambda plan: sum(plan.values()))
 
 
+def standing_in_ppo(
+    shape: Shape, adapters: dict[str, Lora], role_rank: int, role_layers: int
+) -> Bytes:
+    """What PPO holds all the time: the base, the adapters, their stacks, and the optimizer."""
+    scorer = shape.lora(adapters["reward"])
+    trainable = shape.lora(adapters["policy"]) + scorer  # the value model's is like the scorer's
+    weights = scorer + sum(map(shape.lora, adapters.values()))
+    roles = 5 if "gold" in adapters else 4  # SFT, policy, value, reward
+    stacks = shape.stacks(adapters["sft"].rank, role_rank, role_layers, roles)
+    return trained(shape, weights, stacks, trainable, 0)
+
+
 def at_most(tokens: int, rows: int, longest: int) -> int:
-    """Tokens of a micro-batch: one text at least, and no more than a step has rows."""
+    """Tokens of a micro-batch: at least one text, and at most all rows of a step."""
     return min(max(tokens, longest), max(1, rows) * longest)
 
 
 def trained(
     shape: Shape, adapters: int, stacks: float, trainable: int, activations: float
 ) -> Bytes:
-    """Weights in float32, for the trained ones a gradient and Adam's moments, and the stacks."""
+    """Weights in float32, with a gradient and Adam's moments if they train, and the stacks."""
     return {
         "base": shape.base(),
         "adapters": 4 * adapters + stacks,
@@ -283,24 +326,3 @@ def trained(
         "activations": activations,
         "logits": 0,
     }
-
-
-def episodes_of_a_process(episodes_per_update: int) -> int:
-    return episodes_per_update // num_processes()
-
-
-def ppo_plans(shape: Shape, config: Any, runs: dict[str, dict[str, Any]], longest: int) -> Plans:
-    """The plans of `ppo_train.py` by its rollouts, from its checkpoints' run.json, by role."""
-    adapters = {
-        role: (run["hyperparameters"]["lora_rank"], run["hyperparameters"].get("role_layers", 0))
-        for role, run in runs.items()
-    }
-    parents = adapters["sft"][0], *adapters["reward"]
-    gold = adapters.get("gold", (0, 1))
-
-    def plans(rollouts: Rollouts) -> Plan:
-        return lambda tokens: plan_ppo(
-            shape, config, *parents, longest, tokens, rollouts, gold, num_processes()
-        )
-
-    return plans

@@ -1,6 +1,7 @@
-"""Files that other libraries and earlier versions of ours read rightly: what transformers 5 writes
-in its own words is said in those of transformers 4 too, which servers of 2025 and 2026 are built
-on.
+"""Files that older libraries and our own earlier versions can read.
+
+Where transformers 5 uses new names, the files also have those of transformers 4, which many servers
+of 2025 and 2026 are built on.
 """
 
 import json
@@ -11,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 def save_config(config: PreTrainedConfig, folder: Path) -> None:
-    """Write config.json, with rope in the words of transformers 5 and of transformers 4."""
+    """Write config.json, with rope under the names of transformers 5 and of transformers 4."""
     config.save_pretrained(folder)
     content = read(folder / "config.json")
     scaling = dict(content["rope_parameters"])
@@ -25,7 +26,7 @@ def save_config(config: PreTrainedConfig, folder: Path) -> None:
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the tokenizer, its chat template and its settings.
 
-    One that is all in tokenizer.json says that any class that reads such a file will do.
+    If it is complete in tokenizer.json, its settings name the class that reads any such file.
     """
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"

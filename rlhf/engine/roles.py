@@ -1,9 +1,9 @@
 """One frozen base, the SFT adapter on it, and a small adapter for each role on its upper layers.
 
-Who reads a text is an argument of each pass, a role. The SFT adapter is frozen and part of every
-role but the bare base, so the reference is simply "SFT and no more", and a fresh policy (LoRA B =
-0) *is* the reference, bit for bit. A role adapts only the upper layers: what the lower layers
-compute for a text is the same for policy, reference, reward and value model, in every epoch, and is
+Each pass is told which role reads the text. The SFT adapter is frozen and part of every role except
+the bare base. So the reference is simply "SFT and no more", and a fresh policy (LoRA B = 0) *is*
+the reference, bit for bit. A role adapts only the upper layers. What the lower layers compute for a
+text is therefore the same for policy, reference, reward and value model, in every epoch, and is
 computed once.
 
 Shapes: N tokens of a batch of texts, B texts, H hidden size, V vocabulary.
@@ -31,12 +31,12 @@ REFERENCE = "reference"  # the role of the SFT model
 
 
 class SharedBase:
-    """A loaded base with the SFT adapter and any number of role adapters on its upper layers.
+    """A loaded base with the SFT adapter, and any number of role adapters on its upper layers.
 
     Args:
         model: what `load_base` returned.
-        folder: the SFT checkpoint; None: there is none, and only the bare base can answer.
-        dtype: what the trunk computes in.
+        folder: the SFT checkpoint. None: there is none, and only the bare base can answer.
+        dtype: that the trunk computes in.
     """
 
     def __init__(self, model: PreTrainedModel, folder: str | None, dtype: torch.dtype):
@@ -44,14 +44,14 @@ class SharedBase:
         self.device = this_process().device
         self.num_layers = self.first_role_layer = len(model.get_decoder().layers)
         self.heads: dict[str, ScalarHead] = {}
-        self.adapters: dict[str, list[str]] = {BASE: [], REFERENCE: ["sft"]}  # of each role
+        self.adapters: dict[str, list[str]] = {BASE: [], REFERENCE: ["sft"]}  # by role
         self.micro_batch = MicroBatchSize(CPU_TOKENS)
-        self.rollout_rows: int | None = None  # that fit, once more have run out of memory
-        # What a role samples from, if not the base with its adapters.
+        self.rollout_rows: int | None = None  # at most, at a time
+        # What a role samples from, if not from the base with its adapters.
         self.merged: MergedLayers | None = None
         self.graphs = Graphs(enabled=self.device.type == "cuda")  # of decoding
         self.decoding: Decoding | None = None  # kept from one rollout to the next, with its graphs
-        self.trained: tuple[str, ...] = ()  # the roles whose weights get gradients
+        self.trained: tuple[str, ...] = ()  # the roles that learn
         if folder is None:
             config = without_effect(model)
             state = {}
@@ -67,7 +67,7 @@ class SharedBase:
             raise UserError(
                 f"the adapter at {folder} does not fit this base model ({one_line(error)})"
             ) from None
-        # The decoder reads whole weights; under FSDP a process has only part of each.
+        # The decoder reads whole weights, and under FSDP a process has only part of each.
         self.decoder = None if sharded() else Decoder(model)
         if folder:
             self.load("sft", state)
@@ -84,14 +84,17 @@ class SharedBase:
     ) -> None:
         """Stack a LoRA adapter for `role` on the upper `num_layers` layers (0: all).
 
-        `head` [1, H], if given, becomes the role's scalar head. The role starts frozen; `train`
-        makes it learn.
+        The role starts frozen; `train` makes it learn.
+
+        Args:
+            state: the adapter's weights; None: fresh ones.
+            head: [1, H], the weights of the role's scalar head, if it has one.
         """
         num_layers = num_layers or self.num_layers
         if not 0 < num_layers <= self.num_layers:
             raise UserError(
-                f"--role-layers {num_layers}: this model has {self.num_layers} layers, give 0 to "
-                "that"
+                f"--role-layers {num_layers}: this model has {self.num_layers} layers, so give 0 "
+                f"to {self.num_layers}"
             )
         first = self.num_layers - num_layers
         config = LoraConfig(
@@ -108,11 +111,11 @@ class SharedBase:
             self.heads[role] = ScalarHead(head.shape[1]).to(self.device)
             self.heads[role].weight.data.copy_(head)
         self.first_role_layer = min(self.first_role_layer, first)
-        self.train(*self.trained)  # PEFT has a new adapter learn, and may have an old one
+        self.train(*self.trained)  # PEFT makes a new adapter learn, and perhaps an old one
         self.stack()
 
     def load(self, role: str, state: dict[str, Tensor]) -> None:
-        """Copy LoRA weights under PEFT's names into `role`. Raises UserError if they do not fit."""
+        """Copy LoRA weights, by PEFT's names, into `role`. Raises UserError if they do not fit."""
         try:
             result = set_peft_model_state_dict(self.peft, state, adapter_name=role)
         except RuntimeError as error:  # weights of other shapes
@@ -128,9 +131,9 @@ class SharedBase:
         self.restack()
 
     def train(self, *roles: str) -> None:
-        """Have the weights of these roles learn, and nothing else.
+        """Let the weights of these roles learn, and no others.
 
-        A sharded base goes through PEFT's own forward, which knows only one role at a time: the
+        A sharded base goes through PEFT's own forward, which knows one role at a time: here the
         last.
         """
         self.trained = roles
@@ -142,15 +145,15 @@ class SharedBase:
             for parameter in self.parameters(role):
                 parameter.requires_grad_(True)
 
-    # Passes read stacked copies of the adapters (rlhf/engine/layers.py). Whatever writes to the
-    # adapters themselves comes through here, or says so by `restack`.
+    # Passes read stacked copies of the adapters (rlhf/engine/linear_maps.py). Whoever writes to the
+    # adapters themselves goes through here, or calls `restack`.
 
     def stack(self) -> None:
         if self.decoder:
             self.decoder.stack(self.adapters)
 
     def restack(self) -> None:
-        """Have all passes see the adapters' weights as they are now. Call it after each write."""
+        """Show all passes the adapters' weights as they are now. Call it after each change."""
         if self.decoder:
             self.decoder.restack()
 
@@ -159,7 +162,7 @@ class SharedBase:
             parameter.grad = None
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """What is trained, by a name of its own; views, on the device."""
+        """The weights that learn, by names of our own: views, on the device."""
         return {
             f"{role}.{i}": parameter.detach()
             for role in self.trained
@@ -167,7 +170,7 @@ class SharedBase:
         }
 
     def load_trained(self, weights: dict[str, Tensor]) -> None:
-        """Put back what `trained_weights` gave."""
+        """Copy weights back that came from `trained_weights`."""
         for name, weight in self.trained_weights().items():
             weight.copy_(weights[name])
         self.restack()
@@ -178,9 +181,9 @@ class SharedBase:
         return lora + (list(self.heads[role].parameters()) if role in self.heads else [])
 
     def adapter_state(self, role: str) -> dict[str, Tensor]:
-        """A copy of `role`'s LoRA weights under PEFT's names, on the CPU.
+        """A copy of `role`'s LoRA weights by PEFT's names, on the CPU.
 
-        If they are sharded, all processes call it.
+        All processes call it if the base is sharded.
         """
         state = get_peft_model_state_dict(self.peft, adapter_name=role)
         return {
@@ -193,7 +196,7 @@ class SharedBase:
 
     @torch.no_grad()
     def lower(self, texts: Texts) -> Tensor:
-        """Hidden states [N, H] below the first role layer, the same for all but the bare base."""
+        """Hidden states [N, H] below the roles' layers: the same for all except the bare base."""
         return self.decoder.run(
             self.decoder.embed(texts),
             texts,
@@ -202,19 +205,19 @@ class SharedBase:
         )
 
     def upper(self, lower: Tensor, texts: Texts, role: str) -> Tensor:
-        """Final hidden states [N, H] of `role`, from those that `lower` gave."""
+        """Final hidden states [N, H] of `role`, from those of `lower`."""
         return self.decoder.norm(
             self.decoder.run(lower, texts, role, self.decoder.layers[self.first_role_layer :])
         )
 
     def read_head(self, texts: Texts, role: str = "reward") -> Tensor:
-        """What reward model `role` scores each text [B], float32; of pairs [2 x B]."""
+        """The scores that reward model `role` gives the texts [B], float32; for pairs [2 x B]."""
         return self.heads[role](self.upper(self.lower(texts), texts, role)[texts.last]).squeeze(-1)
 
     # -- decoding
 
     def merge(self, role: str) -> None:
-        """Have `role` sample from a copy of the base, with its adapters merged as they are now."""
+        """Let `role` sample from a copy of the base, with its adapters merged as they are now."""
         if self.merged and self.merged.role == role:
             self.merged.write()
         else:
@@ -235,10 +238,10 @@ class SharedBase:
         return self.peft.base_model.model.get_output_embeddings().weight
 
     def score(self, sequences: list[list[int]]) -> Tensor:
-        """The reward model's score of each text.
+        """The reward model's scores of texts.
 
         Args:
-            sequences: token ids, prompt and response, with EOS.
+            sequences: token ids: prompt, response and EOS.
         Returns:
             [len(sequences)], float32, on the CPU.
         """
@@ -249,13 +252,13 @@ class SharedBase:
         )
 
     def score_pairs(self, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
-        """The same for pairs with a shared start, which is read once: [2, len(pairs)]."""
+        """The same for pairs of texts: [2, len(pairs)]. What a pair begins with is read once."""
         lengths = [len(a) + len(b) for a, b in pairs]
         return self._score(pairs, lengths, lambda some: self.read_pairs(some).view(2, -1))
 
     @torch.no_grad()
     def _score(self, items: list, lengths: list[int], read: Callable[[list], Tensor]) -> Tensor:
-        """What `read` says of the items [..., len(items)], some of like length at a time."""
+        """`read` of the items, [..., len(items)], some of similar length at a time."""
 
         def work() -> Tensor:
             parts = cut_by_tokens(lengths, self.micro_batch.tokens)
@@ -265,7 +268,7 @@ class SharedBase:
         return self.micro_batch.retry(work, max(lengths)) if items else torch.empty(0)
 
     def read_pairs(self, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
-        """What the reward model says of the first texts, then of the second ones [2 x B]."""
+        """The reward model's scores of the first texts, then of the second ones [2 x B]."""
         if not sharded():
             return self.read_head(lay_out_pairs(pairs, self.device))
         texts = [text for side in zip(*pairs, strict=True) for text in side]

@@ -1,8 +1,8 @@
 """How fast a run is: seconds by part, tokens a second, memory, and share of the card's peak.
 
-MFU counts the arithmetic that is needed, over the card's dense peak. A weight takes part in 2
-operations a token forward, and in 2 more backward: frozen weights want no gradient of their own.
-Attention's own products and the adapters are left out; they are a few percent.
+MFU is the arithmetic that is needed, over the card's dense peak. For each token, a weight takes 2
+operations forward and 2 more backward, as frozen weights get no gradient. Attention's own products
+and the adapters are not counted; they are a few percent.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ import torch
 from rlhf.engine.decoder import Decoder
 from rlhf.runs.processes import num_processes
 
-# Dense 16-bit tensor operations a second with float32 accumulation, in 1e12, as the vendor's data
-# sheets have them.
+# Dense 16-bit tensor operations a second with float32 accumulation, in 1e12, from the vendor's data
+# sheets.
 PEAK = {
     "NVIDIA H200": 989,
     "NVIDIA H100 80GB HBM3": 989,
@@ -36,7 +36,7 @@ PEAK = {
 
 
 class Stopwatch:
-    """Seconds of a step's parts, one after the other; each ends when the device is done."""
+    """Times a step's parts, one after the other. Each ends when the device is done."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -49,14 +49,14 @@ class Stopwatch:
         return time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """The part of this name ends here."""
+        """End the part of this name."""
         now = self.now()
         self.seconds[part] = now - self.last
         self.last = now
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens within it belongs to no part."""
+        """A context that counts towards no part."""
         before = self.now()
         yield
         self.last += self.now() - before
@@ -65,13 +65,13 @@ class Stopwatch:
 def mfu(
     operations: float, seconds: float, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """The share of their cards' peak that all processes reached; nothing for an unknown card."""
+    """The share of the cards' peak that all processes reached; nothing for an unknown card."""
     peak = peak_flops(device, dtype)
     return {"speed/mfu": operations / seconds / peak / num_processes()} if peak else {}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations a second that the card can do at most in `dtype`; None if that is not known."""
+    """The card's peak operations a second in `dtype`; None if it is unknown."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
     peak = PEAK.get(torch.cuda.get_device_name(device))
@@ -79,7 +79,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:
-    """The most that tensors and the allocator have held on the card so far; nothing on a CPU."""
+    """The most that tensors and the allocator have held on a card so far; nothing on a CPU."""
     if device.type != "cuda":
         return {}
     return {
@@ -92,13 +92,13 @@ def memory_gib(device: torch.device) -> dict[str, float]:
 class Work:
     """Operations that a token takes in a forward pass."""
 
-    lower: float  # of the layers below the roles
-    upper: float  # of those that have them
-    head: float  # of the LM head
+    lower: float  # in the layers below the roles
+    upper: float  # in the layers with roles
+    head: float  # in the LM head
 
     @classmethod
     def of(cls, decoder: Decoder, first: int, lm_head: torch.Tensor | None) -> "Work":
-        """Of a decoder whose layers from `first` on have adapters that train."""
+        """For a decoder where the layers from `first` on have adapters that train."""
         layers = [
             2.0
             * sum(
@@ -112,29 +112,28 @@ class Work:
         return cls(sum(layers[:first]), sum(layers[first:]), head)
 
     def training(self, texts: float, predicted: float) -> float:
-        """Operations of a step of SFT, or of the reward model, which has no LM head.
+        """Operations in a step of SFT or of the reward model, which has no LM head.
 
         Args:
-            texts: tokens that go through the model; predicted: those whose probability the loss
-                wants.
+            texts: tokens that go through the model.
+            predicted: tokens that the loss needs probabilities of.
         """
         return texts * (self.lower + 2 * self.upper) + predicted * 2 * self.head
 
     def ppo_update(
         self, texts: int, sampled: int, policy_epochs: float, value_epochs: float
     ) -> float:
-        """Operations of an update.
+        """Operations in an update.
 
         Args:
-            texts: tokens of its prompts and responses; sampled: those that were sampled.
-            policy_epochs, value_epochs: times that each of the two was differentiated for all of
-                them.
+            texts: tokens of its prompts and responses.
+            sampled: tokens that were sampled.
+            policy_epochs, value_epochs: how often each of the two was trained on all of them.
         """
         rollout = texts * (self.lower + self.upper) + sampled * self.head
-        # Policy, reference, reward and value read the texts; two of them say how likely the tokens
-        # are.
+        # Policy, reference, reward and value read the texts; the first two give log-probabilities.
         measure = texts * (self.lower + 4 * self.upper) + sampled * 2 * self.head
-        # Backward goes through the same weights, and takes as much.
+        # Backward goes through the same weights and takes as much.
         policy = policy_epochs * 2 * (texts * self.upper + sampled * self.head)
         value = value_epochs * 2 * texts * self.upper
         return rollout + measure + policy + value

@@ -1,4 +1,4 @@
-"""The tokenizer of a base or of a checkpoint, and what it must have."""
+"""The tokenizer of a base or a checkpoint, and what it must have."""
 
 import json
 from typing import Any
@@ -21,10 +21,10 @@ PAD_TOKENS = (
 
 
 def load_tokenizer(folder: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer with an EOS, and a pad token that is not EOS: else a model never learns to stop.
+    """A tokenizer with an EOS and another token for padding, or a model never learns to stop.
 
     Raises:
-        UserError: it cannot be loaded, has no EOS, or no token that could be padded with.
+        UserError: it cannot be loaded, has no EOS, or has no token to pad with.
     """
     with hub_errors(folder, "tokenizer", "--base-model"):
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
@@ -44,7 +44,7 @@ def load_tokenizer(folder: str, revision: str | None = None) -> PreTrainedTokeni
 
 
 def unused_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A token that no text has: a usual pad token, or a special one that no template uses."""
+    """A token that occurs in no text: a usual pad token, or a special one that no template uses."""
     vocabulary = tokenizer.get_vocab()
     for token in (*PAD_TOKENS, tokenizer.unk_token):
         if token in vocabulary and token != tokenizer.eos_token:
@@ -61,7 +61,7 @@ def unused_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, base: dict[str, Any]) -> None:
-    """Raise UserError if the tokenizer can give an id for which the base's embedding has no row."""
+    """Raise UserError if the tokenizer has an id for which the base's embedding has no row."""
     rows = read_config(base).vocab_size
     beyond = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= rows)
     if beyond:
@@ -74,5 +74,5 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, base: dict[str, Any]) -
 
 
 def load_format(folder: str, run: dict[str, Any]) -> PromptFormat:
-    """The prompt format of a checkpoint with its tokenizer; `run` is its run.json."""
+    """The prompt format of the checkpoint at `folder`; `run` is its run.json."""
     return PromptFormat(run["prompt_format"], load_tokenizer(folder))

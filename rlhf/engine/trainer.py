@@ -1,25 +1,22 @@
 """What SFT and reward training add to TRL's trainers."""
 
 import contextlib
-import dataclasses
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, Trainer
 from transformers.trainer import FSDP_MODEL_NAME
 
-from rlhf.engine.decoder import Decoder
+from rlhf.engine.callbacks import AfterStep, AllStepsMade, TrainerLog
 from rlhf.engine.micro_batches import MicroBatchSize, cut_by_tokens, keep_tokens
 from rlhf.engine.speed import Stopwatch, Work, memory_gib, mfu
-from rlhf.runs.checkpoints import check_same
-from rlhf.runs.curves import Curves, Panel
+from rlhf.runs.curves import Panel
 from rlhf.runs.errors import UserError
-from rlhf.runs.metrics import JsonLines, read_jsonl
+from rlhf.runs.metrics import read_jsonl
 from rlhf.runs.processes import (
     agree,
     is_main,
@@ -33,15 +30,13 @@ from rlhf.runs.processes import (
     this_process,
     wait,
     whole,
-    world,
 )
-from rlhf.runs.resume import HARMLESS, SaveClock, new_state, newest_state, read_facts, states
-from rlhf.runs.stop import after_step, check_stop, stop_when_asked
-from rlhf.runs.terminal import Progress, console
+from rlhf.runs.resume import States, states
+from rlhf.runs.stop import check_stop, stop_when_asked
 
 Row = dict[str, list[int]]  # of a data set: token ids, and labels, by column
 
-EVALUATIONS = 10  # of a run, the last one included
+EVALUATIONS = 10  # in a run, including the last
 EVAL_SHARE = 0.1  # of a run's time
 
 
@@ -54,7 +49,7 @@ def num_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None =
             todo = f"start fewer processes than {num_processes()}"
         raise UserError(f"{rows} training rows do not fill one batch of {batch_size}: {todo}")
     whole_batches = rows // batch_size
-    # As the Trainer counts.
+    # As the Trainer counts them.
     epoch = whole_batches if num_processes() > 1 else math.ceil(rows / batch_size)
     return max_steps or math.ceil(epoch * epochs)
 
@@ -62,10 +57,11 @@ def num_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None =
 def steps_between_evaluations(
     asked: int | Literal["auto"] | None, steps: int, batch_size: int, eval_rows: int
 ) -> int | None:
-    """Steps from one look at the test rows to the next; None: there is none along the way.
+    """Steps from one evaluation of the test rows to the next; None: only first and last.
 
-    `auto` cuts the run into `EVALUATIONS` parts, or into fewer, so that the looks between them take
-    at most `EVAL_SHARE` of its time. Reading a row takes half as long as learning from it.
+    `auto` cuts the run into `EVALUATIONS` parts, or into fewer, so that the evaluations between
+    them take at most `EVAL_SHARE` of its time. Evaluating a row takes half as long as training on
+    it.
     """
     if asked != "auto":
         return asked
@@ -74,118 +70,70 @@ def steps_between_evaluations(
     return math.ceil(steps / parts) if parts > 1 else None
 
 
-def steps_of(config: Any, rows: int) -> int:
-    """`num_steps` of a script's Config."""
-    return num_steps(rows, config.batch_size, config.num_train_epochs, config.max_steps)
-
-
-def trainer_options(config: Any, dtype: torch.dtype, folder: Path, rows: int) -> dict[str, Any]:
-    """The arguments of both SFTConfig and RewardConfig, from the fields of a script's Config."""
+def trainer_options(dtype: torch.dtype, folder: Path) -> dict[str, Any]:
+    """The arguments of SFTConfig and RewardConfig that no flag sets."""
     return {
         "output_dir": str(folder),
-        "learning_rate": config.learning_rate,
-        "num_train_epochs": config.num_train_epochs,
-        "max_steps": config.max_steps or -1,
-        "per_device_train_batch_size": config.batch_size
-        // num_processes(),  # `training_step` takes it in parts
-        "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,  # the decoder's own is used, or `prepare` turns it on
+        "gradient_accumulation_steps": 1,  # `training_step` takes a batch in parts
+        "gradient_checkpointing": False,  # the decoder has its own; FSDP's: `checkpoint_layers`
         "lr_scheduler_type": "cosine",
-        "warmup_steps": round(config.warmup_ratio * steps_of(config, rows)),
-        "max_grad_norm": config.max_grad_norm,
         # The base computes in bfloat16 anyway; autocast would only cost time.
         "bf16": False,
         "fp16": dtype == torch.float16,  # for the gradient scaler
         "use_cpu": this_process().device.type == "cpu",
         "dataloader_pin_memory": False,
-        "logging_steps": 1,  # what a longer mean has seen would be lost when a run is cut short
+        "logging_steps": 1,  # the steps behind a longer mean would be lost if a run is cut short
         "logging_nan_inf_filter": False,
-        "report_to": config.log_with or "none",
-        "save_strategy": "no",  # `AfterStep` says when
+        "save_strategy": "no",  # `AfterStep` decides
         "disable_tqdm": True,
-        "seed": config.seed,
     }
 
 
 def keep_fp32(model: nn.Module) -> None:
-    """Cast every trained weight to float32: on a quantised base TRL has just made them bf16."""
+    """Cast every trained weight to float32: on a quantised base TRL makes them bf16."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def checkpoint_layers(base: PreTrainedModel) -> None:
+    """Have transformers compute layers twice, under FSDP, where our decoder is not used."""
+    base.activation_checkpointing_enable()
+    # Not needed, and layers below the first adapter would go backward too.
+    base.disable_input_require_grads()
 
 
 # ---------------------------------------------------------------- TRL's trainers, resumable
 
 
 def num_tokens(row: Row) -> int:
-    """Tokens of a row's texts, as TRL counts them: a prompt twice if two responses have it."""
+    """Tokens of a row's texts as TRL counts them: a prompt counts once for each response."""
     return sum(len(ids) for column, ids in row.items() if column.endswith("_ids"))
-
-
-class AllStepsMade(Exception):
-    """A run is resumed from its very last step."""
-
-
-class AfterStep(TrainerCallback):
-    """What the processes settle after each step: whether to stop, and whether to save a state.
-
-    A state is saved at the end of training, too, as what comes after it may fail. The test rows
-    are looked at every `eval_steps` steps, except the last, after which the script does it.
-    """
-
-    def __init__(self, clock: SaveClock, micro_batch: MicroBatchSize, eval_steps: int | None):
-        self.clock = clock
-        self.micro_batch = micro_batch
-        self.eval_steps = eval_steps
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:  # the Trainer would make one more before it looks
-            raise AllStepsMade
-
-    def on_step_end(self, args, state, control, **kwargs):
-        last = state.global_step >= state.max_steps
-        due = last or self.clock.due(state.global_step)
-        signal, due, self.micro_batch.tokens = after_step(due, self.micro_batch.tokens)
-        control.should_save = due or bool(signal)
-        control.should_training_stop = last or bool(signal)
-        if self.eval_steps and not last:
-            control.should_evaluate = state.global_step % self.eval_steps == 0
-
-    def on_save(self, args, state, control, **kwargs):
-        self.clock.saved()
-
-
-class Restack(TrainerCallback):
-    """Has the decoder see the adapters as they are when training begins, and after each step."""
-
-    def __init__(self, decoder: Decoder):
-        self.decoder = decoder
-
-    def on_train_begin(self, args, state, control, optimizer, **kwargs):
-        self.decoder.restack()  # a state may have been loaded
-        self.decoder.follow(optimizer.optimizer)  # the one that accelerate's holds
 
 
 class Resumable(Trainer):
     """The base class of our trainers, in front of TRL's; `run` replaces `train`.
 
-    Two things differ from transformers' Trainer (5.23). That one writes checkpoints in place, and
-    removes old ones before the new one is checked; here states go through `rlhf.runs.resume`:
-    trained weights, optimizer, scheduler, scaler, random numbers and the place in the data. And a
-    step has one batch, which goes through the model in parts that fit the memory (`go_through`). A
-    loss or gradient that is not finite ends the run.
+    Two things differ from transformers' Trainer (5.23).
 
-    A trainer says what its loss is a mean of: items, of which each row has some.
+    1. States. The Trainer writes checkpoints in place, and removes old ones before it has checked
+       the new one. Here states go through `rlhf.runs.resume`: trained weights, optimizer,
+       scheduler, scaler, random numbers and the place in the data.
+    2. Steps. A step has one batch, which goes through the model in parts that fit the memory
+       (`go_through`). A loss or gradient that is not finite ends the run.
+
+    The loss is a mean over items. A subclass says what they are, and how many each row has.
     """
 
     panels: tuple[Panel, ...]  # of curves.png
-    means: tuple[str, ...]  # what is logged as a mean over the items; the loss is the first
-    extremes: tuple[str, ...] = ()  # as the least or the most: `min_...`, `max_...`
+    means: tuple[str, ...]  # logged as means over the items; the loss comes first
+    extremes: tuple[str, ...] = ()  # logged as minimum or maximum: `min_...`, `max_...`
+    eval_steps: int | None  # from one evaluation to the next; None: only first and last
     partial = Path()  # the state that is being written
-    at_hand: list[Row]  # the step's
-    work: Work | None = None  # of a token; None: the model is sharded
-    dtype: torch.dtype  # the base computes in
-    clock: Stopwatch | None = None  # since the first step
+    at_hand: list[Row]  # of this step
+    work: Work | None = None  # for a token; None: the model is sharded
+    dtype: torch.dtype  # that the base computes in
+    clock: Stopwatch | None = None  # from the first step on
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -197,72 +145,48 @@ class Resumable(Trainer):
         raise NotImplementedError
 
     def items(self, row: Row) -> int:
-        """Items of a row, which the loss is a mean of."""
+        """Items of a row."""
         raise NotImplementedError
 
     def part_loss(self, rows: list[Row]) -> dict[str, Tensor]:
-        """Sums of `means` over the rows' items, the loss with its gradient, and `extremes`."""
+        """`means` as sums over the rows' items, the loss with its gradient, and `extremes`."""
         raise NotImplementedError
 
     def evaluation(self) -> dict[str, float]:
-        """Means over the test rows, the loss among them. All processes call it."""
+        """Means over the test rows, including the loss. All processes call it."""
         raise NotImplementedError
 
-    def prepare(
-        self,
-        config: Any,
-        folder: Path,
-        inputs: dict[str, Any],
-        name: str,
-        tokens: int,
-        eval_rows: int,
-    ) -> None:
-        """Find the state to resume from, if there is one and --resume was given.
+    def prepare(self, states: States, name: str, tokens: int) -> None:
+        """Find the state to resume from, if there is one.
 
         Args:
-            inputs: what the run starts from, by name; it is resumed only from the same.
-            name: of the run, at its progress bar.
+            name: of the run, for its progress bar.
             tokens: of a micro-batch, unless the state says otherwise.
-            eval_rows: that `evaluation` reads.
         Raises:
-            UserError: the run began with other settings or inputs.
+            UserError: the run began with other flags or inputs.
         """
-        inputs = inputs | world()
-        self.config = config
-        self.folder = folder
-        self.inputs = inputs
-        self.lines = TrainerLog(folder, name, self.panels)
+        self.states = states
+        self.folder = states.folder
+        self.lines = TrainerLog(states.folder, name, self.panels)
         self.micro_batch = MicroBatchSize(tokens)
-        position = 0
-        self.resumed = newest_state(folder) if config.resume else None
+        self.resumed, facts = states.newest()
         if self.resumed:
-            facts = read_facts(self.resumed)
-            where = f"the run in {folder}"
-            check_same(facts["hyperparameters"], dataclasses.asdict(config), HARMLESS, where)
-            check_same(facts["inputs"], inputs, (), where)
-            position = facts["position"]
-            before = facts["micro_batch_tokens"]
-            keep_tokens(self.micro_batch, config.micro_batch_tokens, before)
+            asked = states.flags["micro_batch_tokens"]
+            keep_tokens(self.micro_batch, asked, facts["micro_batch_tokens"])
         if is_main():
-            self.lines.metrics.cut(position)
-        # It would print each log as a dictionary; TrainerLog is ours.
+            self.lines.metrics.cut(facts.get("position", 0))
+        # It would print each log as a dictionary; TrainerLog replaces it.
         self.remove_callback(PrinterCallback)
-        steps = steps_of(config, len(self.train_dataset))
-        eval_steps = steps_between_evaluations(
-            config.eval_steps, steps, config.batch_size, eval_rows
-        )
-        clock = SaveClock(config.save_minutes, config.save_steps)
-        self.add_callback(AfterStep(clock, self.micro_batch, eval_steps))
+        self.add_callback(AfterStep(states.clock, self.micro_batch, self.eval_steps))
         self.add_callback(self.lines)
         self.args.eval_on_start = self.eval_dataset is not None and not self.resumed
-        if sharded() and config.gradient_checkpointing:
-            base = self.model.get_base_model()
-            base.activation_checkpointing_enable()
-            # Not needed, and layers below the first adapter would go backward, too.
-            base.disable_input_require_grads()
 
     def run(self) -> None:
-        """Train, from the start or the state that `prepare` found. Raises Stopped on a signal."""
+        """Train, from the start or from the state that `prepare` found.
+
+        Raises:
+            Stopped: a signal asked the run to end.
+        """
         with stop_when_asked():
             try:
                 self.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
@@ -279,12 +203,12 @@ class Resumable(Trainer):
             check_stop(together=True)
 
     def first_row(self, name: str) -> float | None:
-        """What the run has logged before its first step."""
+        """A metric that was logged before the first step."""
         rows = read_jsonl(self.folder / "metrics.jsonl") if is_main() else []
         return agree(rows[0].get(name) if rows else None)
 
     def speed(self) -> dict[str, float]:
-        """Tokens a second, and seconds of all steps, of the whole run."""
+        """Tokens a second over the whole run, and the seconds of all its steps."""
         rows = [row for row in read_jsonl(self.folder / "metrics.jsonl") if "time/step" in row]
         seconds = sum(row["time/step"] for row in rows)
         tokens = sum(row["time/step"] * row["speed/tokens_per_second"] for row in rows)
@@ -299,7 +223,7 @@ class Resumable(Trainer):
         }
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """The weights that are trained, by name. All processes call it."""
+        """The weights that are trained, by name, unsharded. All processes call it."""
         return {
             name: whole(parameter.detach()).contiguous()
             for name, parameter in self.trained().items()
@@ -320,18 +244,18 @@ class Resumable(Trainer):
     # -- a step in parts
 
     def go_through(self, rows: list[Row]) -> tuple[dict[str, float], dict[str, int]]:
-        """Forward, and backward where gradients are on, over the rows of all processes, in parts.
+        """Forward, and backward if gradients are on, over the rows of all processes, in parts.
 
-        The gradients are those of the mean loss; unless FSDP summed them, `sum_gradients` still
-        must. No process waits for another between the parts, so each can make them smaller when its
-        memory runs out. Under FSDP all processes go forward together, in the same number of parts,
-        and none can.
+        The gradients are those of the mean loss, but of this process's rows: `sum_gradients` still
+        has to add them up, unless FSDP has. No process waits for another between the parts, so each
+        can make its parts smaller when its memory runs out. Under FSDP all processes go through the
+        same number of parts together, and none can.
 
         Args:
             rows: of this process.
         Returns:
-            `means` and `extremes` over the rows of all processes, whatever the parts; and how many
-            they have of items, of tokens as TRL counts them, and of tokens that go through the
+            `means` and `extremes` over the rows of all processes, whatever the parts; and the
+            number of items, of tokens as TRL counts them, and of tokens that went through the
             model.
         """
         lengths = [self.tokens(row) for row in rows]
@@ -339,7 +263,7 @@ class Resumable(Trainer):
         counts = sum_over_processes(
             torch.tensor(counts, dtype=torch.float64, device=self.args.device)
         )
-        # FSDP takes the mean of gradients
+        # FSDP takes the mean of the gradients.
         weight = ((num_processes() if sharded() else 1) / counts[0]).float()
 
         def work() -> list[dict[str, Tensor]]:
@@ -382,10 +306,10 @@ class Resumable(Trainer):
             peaks = torch.maximum(peaks, signs * numbers[len(sums) :])
         return sum_over_processes(sums), signs * largest(peaks)
 
-    # -- where transformers 5.23's Trainer and TRL 1.16's do otherwise; they call what is here
+    # -- overrides of transformers 5.23's and TRL 1.16's Trainer, which call what is here
 
     def evaluate(self, *_, **__) -> dict[str, float]:
-        """`evaluation`, which is logged. Its time is no step's."""
+        """Log `evaluation`. Its time does not count towards a step's."""
         self.model.eval()
         with self.clock.paused() if self.clock else contextlib.nullcontext(), torch.no_grad():
             metrics = {f"eval_{name}": value for name, value in self.evaluation().items()}
@@ -395,10 +319,10 @@ class Resumable(Trainer):
         return metrics
 
     def get_train_dataloader(self):
-        """Rows stay lists, on the CPU, until a part of them is laid out.
+        """Rows stay lists on the CPU until a part of them is laid out.
 
-        With several processes the rows that do not fill a last batch for all are left out:
-        accelerate would repeat others. So every process has rows in every step.
+        With several processes, rows that do not fill a last batch for all of them are left out,
+        where accelerate would repeat others. So every process has rows in every step.
         """
         self.args.dataloader_drop_last = num_processes() > 1
         self.accelerator.device_placement = False
@@ -409,7 +333,7 @@ class Resumable(Trainer):
             self.accelerator.device_placement = True
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """A step's gradients and metrics. `model` may be DDP's, which would wait: not used."""
+        """A step's gradients and metrics. `model` is not used: DDP's would wait."""
         self.at_hand = inputs["rows"]
         self.clock = self.clock or Stopwatch(self.args.device)
         self.model.train()
@@ -420,7 +344,7 @@ class Resumable(Trainer):
             sum_gradients(self.trained().values())
         loss = values.pop("loss")
         self._total_train_tokens += counts["num_tokens"]
-        # Since the last lap, so with the optimizer step and what was written after it.
+        # Counted from the last lap, so it includes the optimizer step and what was written then.
         self.clock.lap("time/step")
         seconds = self.clock.seconds["time/step"]
         speed = {"speed/tokens_per_second": counts["texts"] / seconds, "time/step": seconds}
@@ -433,7 +357,7 @@ class Resumable(Trainer):
         return torch.tensor(loss, device=self.args.device)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        # Read once, for the log too.
+        # As a float, so that the log need not read it from the device again.
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
         # With fp16 the scaler skips such a step and halves its scale, down to 1.
         scaler = self.accelerator.scaler
@@ -443,18 +367,17 @@ class Resumable(Trainer):
 
     def _save_checkpoint(self, model, trial):
         step = self.state.global_step
-        facts = {"hyperparameters": dataclasses.asdict(self.config), "inputs": self.inputs}
-        facts |= {
+        facts = {
             "position": self.lines.metrics.position(),
             "micro_batch_tokens": self.micro_batch.tokens,
         }
-        with new_state(self.folder, step, facts, self.config.save_total_limit) as self.partial:
+        with self.states.new(step, facts) as self.partial:
             # Not TRL's, which writes a model card first.
             Trainer._save_checkpoint(self, model, trial)
             wait()
             checkpoint = self.partial / f"checkpoint-{step}"
             if is_main():
-                # The same weights a second time.
+                # It holds the same weights a second time.
                 (checkpoint / f"{FSDP_MODEL_NAME}.bin").unlink(missing_ok=True)
                 for path in checkpoint.iterdir():
                     path.rename(self.partial / path.name)
@@ -474,62 +397,3 @@ class Resumable(Trainer):
         with torch.no_grad():
             for name, parameter in self.trained().items():
                 parameter.copy_(part(weights[name], parameter))
-
-
-class TrainerLog(TrainerCallback):
-    """Writes what transformers' Trainer logs to metrics.jsonl, shows progress, draws curves."""
-
-    def __init__(self, folder: Path, name: str, panels: Sequence["Panel"]):
-        self.metrics = JsonLines(folder / "metrics.jsonl")
-        self.name = name
-        self.curves = Curves(folder, "step", panels)
-        self.progress: Progress | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.progress = Progress(self.name, "step", state.max_steps)
-            self.progress.begin(state.global_step)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if self.progress and state.global_step == self.progress.first:
-            self.progress.begin(state.global_step)  # what came before it was an evaluation
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs:
-            # Since the last start only, and what the Trainer cannot know of batches that are lists.
-            logs = {
-                name: value
-                for name, value in logs.items()
-                if name not in ("train_loss", "total_flos")
-            }
-            if "eval_loss" in logs:
-                before = read_jsonl(self.curves.metrics)
-                console.print(describe_evaluation(state.global_step, logs, before))
-            self.metrics.write({"step": state.global_step, **logs})
-            if "loss" in logs:
-                speed = logs.get("speed/tokens_per_second", 0.0)
-                self.progress.update(state.global_step, loss=float(logs["loss"]), speed=speed)
-                self.curves.draw_when_due()
-
-    def stop(self) -> None:
-        """Give the terminal back, however the training ended."""
-        if self.progress:
-            self.progress.stop()
-
-
-def describe_evaluation(step: int, numbers: dict[str, float], rows: list[dict[str, float]]) -> str:
-    """An evaluation in a line, which also says where the loss was lower before.
-
-    Args:
-        rows: the metrics of the steps before.
-    """
-    said = [f"loss {numbers['eval_loss']:.4f}"]
-    for name in ("accuracy", "margin"):
-        if f"eval_{name}" in numbers:
-            said.append(f"{name} {numbers[f'eval_{name}']:.3f}")
-    line = f"step {step:,}, test rows: {', '.join(said)}"
-    looks = [row for row in rows if "eval_loss" in row]
-    best = min(looks, key=lambda row: row["eval_loss"], default=numbers)
-    if best["eval_loss"] < numbers["eval_loss"]:
-        line += f"; the loss was lowest at step {best['step']:,}, {best['eval_loss']:.4f}"
-    return line

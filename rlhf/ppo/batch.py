@@ -1,7 +1,7 @@
 """An update's episodes as they go through the model, and what each role says of them.
 
-Sampled tokens lie end to end, as texts do, so a pass knows no padding; `by_response` gives the
-formulas theirs.
+Texts and sampled tokens lie end to end, so passes know no padding. `by_response` pads for the
+formulas.
 
 Shapes: b episodes, N tokens of their texts, n sampled tokens of all of them, R of the longest
 response, H hidden size.
@@ -28,36 +28,36 @@ MEASURED = ("logprobs", "ref_logprobs", "values", "scores")
 
 
 class NotFinite(UserError):
-    """A number that ends PPO. Whoever knows the number of the update adds it."""
+    """A number that is not finite, which ends PPO. `State` adds the update to the message."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Neighbours of a `Batch`, laid out to go through the model together."""
+    """Neighbours in a `Batch`, laid out to go through the model together."""
 
-    texts: Texts  # the score is read at EOS, their last token
-    positions: Tensor  # [n] of N, where the model stood when it chose each sampled token
+    texts: Texts  # the score is read at the last token of each, EOS
+    positions: Tensor  # [n] of N, the token before each sampled one
     actions: Tensor  # [n] the sampled tokens
-    tokens: slice  # where its n stand in the batch's
-    text_tokens: slice  # where its N stand in the batch's
+    tokens: slice  # its part of the batch's n
+    text_tokens: slice  # its part of the batch's N
 
 
 @dataclass(frozen=True)
 class Batch:
     """This process's episodes of an update, in the order in which every pass reads them.
 
-    Minibatch by minibatch, and by length within each. Texts are prompt + response + EOS: a response
-    that was cut is scored as if it had ended there. The tokens that were sampled include the one
-    that ended the text.
+    The order is by minibatch, and within one by length. Texts are prompt + response + EOS: a
+    response that was cut is scored as if it had ended there. The sampled tokens include the one
+    that ended the response.
     """
 
-    rows: list[int]  # which of the update's episodes
+    rows: list[int]  # which of the update's episodes they are
     minibatches: list[slice]  # of `rows`
     prompts: list[list[int]]
     texts: list[list[int]]
     responses: list[Response]
     device: torch.device
-    # by size, so that each is made once
+    # by tokens of a micro-batch, so that each is made once
     laid_out: dict[int, list[list[MicroBatch]]] = field(default_factory=dict)
 
     @property
@@ -72,7 +72,7 @@ class Batch:
 
     @property
     def response_lengths(self) -> list[int]:
-        """[b] sampled tokens."""
+        """[b] the number of sampled tokens."""
         return [len(response.ids) for response in self.responses]
 
     @property
@@ -81,21 +81,21 @@ class Batch:
         return self.by_response(torch.ones(sum(self.response_lengths), dtype=torch.bool))
 
     def by_response(self, tokens: Tensor) -> Tensor:
-        """[b, R], 0 at padding, of one number per sampled token [n]; on the CPU."""
+        """One number per sampled token [n] as [b, R], with 0 at padding; on the CPU."""
         return Padded(self.response_lengths, tokens.device).spread(tokens)
 
     def end_to_end(self, by_response: Tensor) -> Tensor:
-        """[n] of [b, R]"""
+        """[b, R] as one number per sampled token [n]."""
         return Padded(self.response_lengths, by_response.device).gather(by_response)
 
     def micro_batches(self, tokens: int) -> list[list[MicroBatch]]:
-        """Each minibatch's micro-batches of up to `tokens` tokens with padding, or of one text."""
+        """Each minibatch's micro-batches of up to `tokens` tokens, padding included."""
         if tokens not in self.laid_out:
             self.laid_out[tokens] = [self.cut(rows, tokens) for rows in self.minibatches]
         return self.laid_out[tokens]
 
     def cut(self, rows: slice, tokens: int) -> list[MicroBatch]:
-        # In order, as they are sorted already.
+        # The parts are in order, as the texts are sorted already.
         parts = cut_by_tokens([len(text) for text in self.texts[rows]], tokens)
         return [
             self.lay_out(slice(rows.start + part[0], rows.start + part[-1] + 1)) for part in parts
@@ -123,10 +123,10 @@ class Batch:
 
 
 def restarts_in_smaller_parts(step: Callable[..., T]) -> Callable[..., T]:
-    """Decorate a function of (shared, batch, ...): when memory runs out, it begins again.
+    """Decorate a function of (shared, batch, ...) to begin again when memory runs out.
 
-    It then goes through the batch in micro-batches of half the tokens (`MicroBatchSize.retry`), so
-    it must read their size itself, and drop what an attempt before it may have left.
+    It then goes through the batch in micro-batches of half the tokens (`MicroBatchSize.retry`). So
+    it must read their size itself, and drop whatever an earlier attempt left.
     """
 
     @functools.wraps(step)
@@ -147,7 +147,8 @@ def make_batch(
     """This process's share of each minibatch.
 
     Args:
-        minibatches: the episodes of each; of all processes, as are `prompts` and `responses`.
+        prompts, responses: of all processes.
+        minibatches: the episodes in each, of all processes.
     """
     texts = [
         p + r.text_ids + [prompt_format.eos_token_id]
@@ -167,7 +168,7 @@ def make_batch(
 
 @dataclass(frozen=True)
 class Measured:
-    """What each role says of a batch, float32 on the CPU, but `lower`, which is on the device."""
+    """What each role says of a batch: float32 on the CPU, except `lower`, on the device."""
 
     lower: Tensor  # [N, H] hidden states below the role adapters
     logprobs: Tensor  # [n] under the policy that sampled
@@ -177,7 +178,7 @@ class Measured:
     scores: Tensor  # [b] what the reward model says
 
     def check_finite(self, batch: Batch) -> None:
-        """Raise NotFinite unless all of it is."""
+        """Raise NotFinite unless all numbers are finite."""
         for name in MEASURED:
             fine = getattr(self, name).isfinite()
             fine = fine if name == "scores" else batch.by_response(fine) | ~batch.response_mask
@@ -201,7 +202,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Old:
-    """What the losses hold policy and values against, of all sampled tokens [n], on the device."""
+    """What the losses compare policy and values with, for all sampled tokens [n], on the device."""
 
     lower: Tensor  # [N, H] as measured
     logprobs: Tensor
@@ -219,7 +220,7 @@ class Old:
 
 
 def count_tokens(batch: Batch) -> list[float]:
-    """Sampled tokens of each minibatch, of all processes."""
+    """The number of sampled tokens in each minibatch, over all processes."""
     lengths = batch.response_lengths
     return list(
         sum_numbers(

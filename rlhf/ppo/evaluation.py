@@ -1,7 +1,7 @@
-"""Held-out prompts before and after PPO: the gain, whether a judge sees it, and length's part.
+"""Held-out prompts before and after PPO: the gain, whether a judge sees it, and how much is length.
 
-Beside it how answers begin and end (`rlhf.data.style`), and whether harmful requests are refused
-(`rlhf.reports.probe`). What is bad about a run, `rlhf.runs.run_warnings` says.
+Also how answers begin and end (`rlhf.data.style`) and whether harmful requests are refused
+(`rlhf.reports.probe`). `rlhf.runs.run_warnings` says what is wrong with a run.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ from rlhf.runs.statistics import at_equal_length, mean_interval
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One number a held-out prompt, [n] on the CPU, and the responses they are of."""
+    """The responses to n held-out prompts, and one number for each [n], on the CPU."""
 
     responses: list[Response]
     texts: list[str]
     scores: Tensor  # by the reward model that PPO trains against
     kl: Tensor  # nats a response
     entropy: Tensor  # nats a token
-    gold_scores: Tensor | None = None  # by a judge that trained on other pairs
-    # Log-odds of beginning with a refusal, by the safety probe's requests and not by prompts.
+    gold_scores: Tensor | None = None  # by a judge that was trained on other pairs
+    # Log-odds of beginning with a refusal: for the safety probe's requests, not for prompts.
     refusal_odds: Tensor | None = None  # of harmful requests
     overrefusal_odds: Tensor | None = None  # of harmless ones
 
@@ -61,7 +61,7 @@ class Evaluation:
         }
 
     def odds(self) -> dict[str, Tensor]:
-        """What was asked of the safety probe, if anything was."""
+        """The log-odds of a refusal, if the safety probe was asked."""
         odds = {"refusal": self.refusal_odds, "overrefusal": self.overrefusal_odds}
         return {name: values for name, values in odds.items() if values is not None and len(values)}
 
@@ -69,7 +69,7 @@ class Evaluation:
 def compare(sft: Evaluation, ppo: Evaluation) -> dict[str, Any]:
     """SFT against PPO on the same prompts and seeds: means, and paired gains with intervals.
 
-    `ppo_opening` is text of the policy, as `rlhf.data.style.opening` leaves it.
+    `ppo_opening` is the policy's text, cleaned by `rlhf.data.style.opening`.
     """
     longer = (ppo.response_length - sft.response_length).tolist()
     numbers = {
@@ -100,9 +100,9 @@ def interval(name: str, values: tuple[float, float, float]) -> dict[str, float]:
 
 
 def penalty_warnings(sft: Evaluation, penalty: float) -> list[str]:
-    """Of a missing-EOS penalty that outweighs the spread of scores.
+    """A warning of a missing-EOS penalty that outweighs the spread of scores.
 
-    PPO may then learn little but to end early.
+    PPO may then learn little except to end early.
     """
     spread = sft.scores.std().item() if len(sft.scores) > 1 else 0.0
     m = sft.means()
@@ -146,7 +146,7 @@ def describe(m: dict[str, Any]) -> str:
         if f"{name}_shift" in m
     ]
     if asked:
-        lines.append(f"safety probe: rather begins with a refusal in {', in '.join(asked)}")
+        lines.append(f"safety probe: would begin with a refusal in {', in '.join(asked)}")
     return "\n".join(lines)
 
 
@@ -156,7 +156,7 @@ def shares(m: dict[str, Any], name: str) -> str:
 
 
 def plot_frontier(folder: Path, picture: Path) -> None:
-    """Draw what was gained in score, and in gold score if there is a judge, for how much KL."""
+    """Draw the gain in score, and in gold score if there is a judge, against KL."""
     from matplotlib.figure import Figure
 
     rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "eval/kl" in row]

@@ -1,6 +1,5 @@
 """What a PPO run writes on the way: metrics, samples, curves, progress, and warnings."""
 
-import dataclasses
 import os
 from itertools import chain
 from pathlib import Path
@@ -51,28 +50,46 @@ PANELS = (
         {"policy/approxkl_avg": "approximate KL", "policy/clipfrac_avg": "clipped"},
     ),
 )
-
-
 FAR_SAMPLER = 0.01  # nats a token
 
 
+def open_tracker(
+    name: str | None, folder: Path, hyperparameters: dict[str, Any]
+) -> Accelerator | None:
+    """The tracker that --log-with names, on the main process."""
+    if name is None or not is_main():
+        return None
+    tracker = Accelerator(log_with=name, project_dir=folder)
+    given = {flag: value for flag, value in hyperparameters.items() if value is not None}
+    tracker.init_trackers("human-feedback-llama-ppo", given)
+    return tracker
+
+
 class Log:
-    """Writes and shows the rows of a run; a tracker gets the same rows if the config names one.
+    """Writes and shows the rows of a run; a tracker gets the same rows.
 
     Args:
+        folder: of the run.
         total: updates of the run.
-        chosen_style: of the answers chosen for the held-out prompts, if there are such.
+        num_printed_samples: held-out responses that each evaluation prints.
+        chosen_style: of the answers chosen for the held-out prompts, if there are any.
     """
 
     def __init__(
-        self, config: Any, folder: Path, total: int, chosen_style: dict[str, float] | None = None
+        self,
+        folder: Path,
+        total: int,
+        num_printed_samples: int = 0,
+        missing_eos_penalty: float = 0.0,
+        chosen_style: dict[str, float] | None = None,
+        tracker: Accelerator | None = None,
     ):
-        self.num_printed_samples = config.num_printed_samples
-        self.tracker = None
         self.total = total
-        self.curves = Curves(folder, "update", PANELS)
+        self.num_printed_samples = num_printed_samples
+        self.missing_eos_penalty = missing_eos_penalty
         self.chosen_style = chosen_style or {}
-        self.missing_eos_penalty = config.missing_eos_penalty
+        self.tracker = tracker
+        self.curves = Curves(folder, "update", PANELS)
         self.sampler_is_close = True
         # The first evaluation, which later ones are compared with.
         self.sft: Evaluation | None = None
@@ -80,14 +97,6 @@ class Log:
         self.metrics, self.samples = (
             JsonLines(folder / name if is_main() else Path(os.devnull)) for name in files
         )
-        if config.log_with and is_main():
-            self.tracker = Accelerator(log_with=config.log_with, project_dir=folder)
-            settings = {
-                name: value
-                for name, value in dataclasses.asdict(config).items()
-                if value is not None
-            }
-            self.tracker.init_trackers("human-feedback-llama-ppo", settings)
 
     def __enter__(self) -> "Log":
         self.progress = Progress("PPO", "update", self.total)
@@ -98,7 +107,7 @@ class Log:
         self.metrics.file.close()
         self.samples.file.close()
         for tracker in self.tracker.trackers if self.tracker else ():
-            # Not end_training(), which would end the process group, too, before the last wait.
+            # Not end_training(), which would also end the process group, before the last wait.
             tracker.finish()
 
     def positions(self) -> tuple[int, int]:
@@ -108,7 +117,7 @@ class Log:
     def rewind(
         self, metrics: int, samples: int, sft: Evaluation | None = None, update: int = 0
     ) -> None:
-        """Forget what was written after these positions, and show `update` updates as done."""
+        """Forget what was written after these positions; `update` updates are done."""
         if is_main():
             self.metrics.cut(metrics)
             self.samples.cut(samples)
@@ -126,9 +135,9 @@ class Log:
         if not row["policy/sampler_kl"] <= FAR_SAMPLER and self.sampler_is_close:
             self.sampler_is_close = False  # said once
             console.print(
-                f"warning: what samples is {row['policy/sampler_kl']:.3f} nats a token away from "
-                "what is trained, where rounding explains some 0.002; try --rollout-weights "
-                "base, or --dtype fp32"
+                f"warning: the sampler is {row['policy/sampler_kl']:.3f} nats a token away from "
+                "the policy that is trained, and rounding explains some 0.002; try "
+                "--rollout-weights base, or --dtype fp32"
             )
         self.progress.update(
             row["update"],
@@ -142,7 +151,7 @@ class Log:
     def evaluation(
         self, update: int, result: Evaluation, prompts: list[list[int]], prompt_format: PromptFormat
     ) -> None:
-        """Held-out means; every response goes to samples.jsonl, the first few to the terminal."""
+        """Log held-out means. Responses go to samples.jsonl, the first few also to the terminal."""
         means = result.means()
         self.row({"update": update, **{f"eval/{name}": value for name, value in means.items()}})
         shown = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
@@ -150,9 +159,9 @@ class Log:
         found = []
         if not self.sft:
             self.sft = result
-            self.progress.begin(update)  # what comes now takes another time
+            self.progress.begin(update)  # training steps take another time
             found = penalty_warnings(result, self.missing_eos_penalty)
-        elif update < self.total:  # after the last look the run itself says it
+        elif update < self.total:  # after the last one the script says it
             found = policy_warnings(compare(self.sft, result) | self.chosen_style)
         for warning in found:
             console.print(f"warning: {warning}")
@@ -177,7 +186,11 @@ def batch_metrics(
     episodes: int,
     missing_eos_penalty: float,
 ) -> dict[str, float]:
-    """What an update of `episodes` episodes saw, under TRL's names; KL in nats a response."""
+    """Metrics of an update's episodes, under TRL's names; KL in nats a response.
+
+    Args:
+        episodes: of an update, over all processes.
+    """
     scores = moments(measured.scores)[0].item()
     ended = moments(batch.ended.float())[0].item()
     kl = measured.mean_kl(batch)
@@ -200,11 +213,11 @@ def batch_metrics(
 
 
 def sampler_kl(batch: Batch, measured: Measured) -> float:
-    """Nats by which the sampler was off the trained policy, summed over this process's tokens.
+    """How far the sampler was from the trained policy, in nats summed over this process's tokens.
 
-    It is the same policy, in other shapes and perhaps in merged weights: what is left is rounding.
-    Of the sampler's probabilities q and the measured p, the sum of p/q - 1 - log(p/q), whose mean
-    is KL(q, p).
+    Both are the same policy, in other shapes and perhaps in merged weights, so only rounding sets
+    them apart. With the sampler's probabilities q and the measured p, it is the sum of
+    p/q - 1 - log(p/q); its mean estimates KL(q, p).
     """
     sampled = [number for response in batch.responses for number in response.logprobs]
     distance = measured.logprobs - torch.tensor(sampled)
@@ -218,11 +231,11 @@ def speed_metrics(
     seconds: dict[str, float],
     num_mini_batches: int,
 ) -> dict[str, float]:
-    """How fast an update was; tokens are those of all processes, memory is this one's.
+    """How fast an update was. Tokens are those of all processes, memory is this process's.
 
     Args:
         stats: what `optimise` returned.
-        seconds: of each part.
+        seconds: of each part of the update.
     """
     counts = sum_numbers(
         {"texts": sum(map(len, batch.texts)), "sampled": sum(batch.response_lengths)}
@@ -243,7 +256,7 @@ def speed_metrics(
 
 
 def whole_speed(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Of a whole run, from the rows of its updates: tokens/s, and seconds of each part."""
+    """Tokens/s over a whole run, and the seconds of each part, from its metrics."""
     rows = [row for row in rows if "episode" in row]
     parts = [name for name in rows[0] if name.startswith("time/")]
     seconds = {name: sum(row[name] for row in rows) for name in parts}
@@ -252,7 +265,7 @@ def whole_speed(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def mean_stats(history: list[dict[str, float]]) -> dict[str, float]:
-    """Means over an update's optimizer steps that have the number, and the count of steps."""
+    """Each number's mean over the optimizer steps that have it, and how many steps there were."""
     columns = {
         name: [stats[name] for stats in history if name in stats]
         for name in dict.fromkeys(chain(*history))

@@ -4,7 +4,7 @@
         return [-len(text.split()) / 10 for text in completions]
 
 It is called with keywords, once for each batch of texts, and gives one finite number per text. Only
-a flag of the command line names the file. A path that stands in a checkpoint is never run.
+a flag on the command line names the file; a path in a checkpoint is never run.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ SHOWN = 60  # characters of a text that an error names
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A function of the user's, and the hash of the file it was read from."""
+    """The user's function, and the hash of its file."""
 
     name: str  # file.py:function, as it was given
     sha256: str
@@ -42,12 +42,12 @@ class RewardFunction:
         """One number per text, float32 [b] on the CPU.
 
         Raises:
-            UserError: the function fails, on any of the processes, or gives something else.
+            UserError: the function fails or gives something else, on any of the processes.
         """
         scores: list[float] = []
         wrong = None
         try:
-            # No texts are this process's share of fewer texts than processes.
+            # With fewer texts than processes, some processes have none.
             if completions:
                 with torch.no_grad():
                     said = self.function(prompts=prompts, completions=completions)
@@ -61,7 +61,7 @@ class RewardFunction:
 
 
 def load_reward_function(named: str | None) -> RewardFunction | None:
-    """The function that `--reward-function` names as file.py:function, if it names one.
+    """The function that `--reward-function` names as file.py:function; None without the flag.
 
     Raises:
         UserError: there is no such file or function, or the file does not run.
@@ -90,20 +90,20 @@ def load_reward_function(named: str | None) -> RewardFunction | None:
 
 
 def facts_of(function: RewardFunction | None) -> dict[str, Any]:
-    """What run.json says of it."""
+    """What run.json says of the reward function."""
     if function is None:
         return {}
     return {"reward_function": {"name": function.name, "sha256": function.sha256}}
 
 
 def numbers(said: list[Any], texts: list[str]) -> list[float]:
-    """What a function said, as finite floats, one per text."""
+    """What a function returned, as finite floats, one per text."""
     if len(said) != len(texts):
         raise UserError(f"it gave {len(said)} numbers for {len(texts)} texts; give one per text")
     scores = []
     for value, text in zip(said, texts, strict=True):
         try:
-            score = torch.tensor(float(value)).item()  # as float32 has it, which may be infinite
+            score = torch.tensor(float(value)).item()  # in float32, where it may be infinite
         except (TypeError, ValueError, OverflowError):
             score = math.nan
         if not math.isfinite(score):
@@ -118,8 +118,8 @@ def describe(error: BaseException) -> str:
 
 
 def line_of(error: BaseException, path: str) -> str:
-    """Where in the file at `path` it was raised."""
+    """The line of the file at `path` where it was raised."""
     if isinstance(error, SyntaxError):
-        return ""  # its text says so
+        return ""  # its own text says so
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     return f" (line {lines[-1]})" if lines else ""

@@ -1,11 +1,9 @@
 """All that a PPO run needs to resume exactly where it was: weights, optimizer, positions.
 
-There is no state of random numbers: every draw follows from the seed and the number of the episode
-or update (`ppo_train.draw_prompts`, `optimise`), so a run that goes on draws what it would have
-drawn.
+No random numbers are kept. Every draw follows from the seed and the number of the episode or update
+(`ppo_train.draw_prompts`, `draw_minibatches`), so a resumed run draws what it would have drawn.
 """
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -27,12 +25,12 @@ from rlhf.ppo.batch import NotFinite
 from rlhf.ppo.evaluation import Evaluation, plot_frontier
 from rlhf.ppo.log import Log, whole_speed
 from rlhf.ppo.reward_function import RewardFunction
-from rlhf.runs.checkpoints import check_same, write_run
+from rlhf.runs.checkpoints import write_run
 from rlhf.runs.curves import drawing
 from rlhf.runs.errors import Stopped, UserError
 from rlhf.runs.metrics import read_jsonl
-from rlhf.runs.processes import agree, is_main, world
-from rlhf.runs.resume import HARMLESS, SaveClock, new_state, newest_state, read_facts, states
+from rlhf.runs.processes import agree, is_main
+from rlhf.runs.resume import States, states
 from rlhf.runs.stop import stop_when_asked
 from rlhf.runs.terminal import console
 
@@ -41,57 +39,55 @@ COLUMNS = ("scores", "kl", "entropy", "gold_scores", "refusal_odds", "overrefusa
 
 @dataclass(frozen=True)
 class Best:
-    """The look that the gold model likes best, so far."""
+    """The policy that the gold model has scored highest so far."""
 
     update: int
-    gold_score: float  # mean
-    weights: dict[str, Tensor]  # all that is trained, on the CPU
+    gold_score: float  # mean over the prompts
+    weights: dict[str, Tensor]  # all that are trained, on the CPU
+
+
+def inputs_of(
+    runs: dict[str, dict[str, Any]],
+    function: RewardFunction | None,
+    prompts: tuple[list[list[int]], ...],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """What a run starts from, by name; it resumes only from the same.
+
+    Args:
+        runs: the run.json of the SFT, the reward and the gold checkpoint, by role.
+        prompts: the training prompts, the held-out ones, and those set apart, if there are any.
+    """
+    inputs = {
+        "dtype": str(dtype),
+        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        **{f"{role} checkpoint": run["adapter_sha256"] for role, run in runs.items()},
+    }
+    return inputs | ({"reward function's file": function.sha256} if function else {})
 
 
 class State:
-    """A run's newest whole update. As a context it restores an earlier run's and hears signals.
-
-    Args:
-        folder: the run's; the states are in it.
-        runs: the run.json of the SFT, the reward and the gold checkpoint, by role.
-        function: the reward function, if there is one; a run is resumed only with the same file.
-        prompts: the training and the held-out prompts. A run is resumed only with the same, and
-            from the same checkpoints.
-    """
+    """A run's last whole update. As a context it restores an earlier run's, and hears signals."""
 
     def __init__(
         self,
-        config: Any,
-        folder: Path,
-        runs: dict,
-        function: RewardFunction | None,
-        prompts: tuple,
+        states: States,
+        kl_coef: float,
         shared: SharedBase,
         optimizer: Optimizer,
         scaler: GradScaler,
         log: Log,
     ):
-        self.config = config
-        self.folder = folder
+        self.states = states
         self.shared = shared
-        self.inputs = {
-            "dtype": str(shared.dtype),
-            "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        }
-        self.inputs |= {
-            f"{role} checkpoint": run["adapter_sha256"] for role, run in runs.items()
-        } | world()
-        if function:
-            self.inputs["reward function's file"] = function.sha256
         self.optimizer = optimizer
         self.scaler = scaler
         self.log = log
         self.update = 0
-        self.kl_coef = config.kl_coef
-        self.sft: Evaluation | None = None  # what the SFT policy says to the prompts of all looks
-        self.held_out: Evaluation | None = None  # and to the held-out prompts, if they are others
+        self.kl_coef = kl_coef
+        self.sft: Evaluation | None = None  # SFT's, of the prompts that every evaluation uses
+        self.held_out: Evaluation | None = None  # SFT's, of the held-out prompts
         self.best: Best | None = None  # with `--keep best`
-        self.clock = SaveClock(config.save_minutes, config.save_steps)
         self.moved = False  # whether an optimizer step was made since
         optimizer.register_step_post_hook(self._note_step)
 
@@ -99,12 +95,12 @@ class State:
         self.moved = True
 
     def __enter__(self) -> "State":
-        state = newest_state(self.folder) if self.config.resume else None
+        state, facts = self.states.newest()
         if state:
-            self.restore(state)
+            self.restore(state, facts)
         else:
             self.log.rewind(0, 0)
-            if self.config.resume:
+            if self.states.flags["resume"]:
                 console.print("There is no state to resume from: the run starts at the beginning.")
         self.saved = self.update
         self.listening = stop_when_asked()
@@ -116,22 +112,22 @@ class State:
         if kind is Stopped and self.update > self.saved and not self.moved:
             self.save()
         if kind is NotFinite:
-            state = next(iter(states(self.folder)), "none")
+            state = next(iter(states(self.states.folder)), "none")
             raise NotFinite(
                 f"update {self.update + 1}: {error}; the last good state is {state}"
             ) from None
 
     def done(self, update: int, kl_coef: float) -> None:
-        """Note that an update is whole; save it when it is time to."""
+        """Note that an update is complete; save a state if one is due."""
         self.update = update
         self.kl_coef = kl_coef
         self.moved = False
         self.positions = self.log.positions()
-        if update < self.config.num_updates and agree(self.clock.due(update)):
+        if update < self.log.total and agree(self.states.clock.due(update)):
             self.save()
 
     def keep_if_best(self, update: int, look: Evaluation) -> None:
-        """Keep the weights as they are now, if the gold model likes no earlier look better."""
+        """Keep the weights as they are now if they got the gold model's highest score so far."""
         gold_score = look.gold_scores.mean().item()
         if self.best is None or gold_score > self.best.gold_score:
             weights = self.shared.trained_weights()
@@ -142,21 +138,19 @@ class State:
         """Put the best weights back. Returns a line that says which they are."""
         self.shared.load_trained(self.best.weights)
         return (
-            f"Keeping the policy of update {self.best.update} of {self.config.num_updates}: the "
+            f"Keeping the policy of update {self.best.update} of {self.log.total}: the "
             f"gold model's mean score, {self.best.gold_score:.2f}, was highest there, on prompts "
-            "of the train split that were set apart."
+            "set apart from the train split."
         )
 
     def facts_of_best(self) -> dict[str, Any]:
-        """What run.json says of it."""
+        """What run.json says of the best policy."""
         if self.best is None:
             return {}
         return {"kept": {"update": self.best.update, "gold_score": self.best.gold_score}}
 
     def save(self) -> None:
         facts = {
-            "hyperparameters": dataclasses.asdict(self.config),
-            "inputs": self.inputs,
             "update": self.update,
             "kl_coef": self.kl_coef,
             "scaler": self.scaler.state_dict(),
@@ -169,32 +163,28 @@ class State:
             facts["held_out"] = to_json(self.held_out)
         if self.best:
             facts["best"] = {"update": self.best.update, "gold_score": self.best.gold_score}
-        with new_state(self.folder, self.update, facts, self.config.save_total_limit) as folder:
+        with self.states.new(self.update, facts) as folder:
             if is_main():
                 save_file(self.shared.trained_weights(), folder / "weights.safetensors")
                 save_file(optimizer_tensors(self.optimizer), folder / "optimizer.safetensors")
                 if self.best:
                     save_file(self.best.weights, folder / "best.safetensors")
         self.saved = self.update
-        self.clock.saved()
 
-    def restore(self, folder: Path) -> None:
-        facts = read_facts(folder)
-        where = f"the run in {self.folder}"
-        check_same(facts["hyperparameters"], dataclasses.asdict(self.config), HARMLESS, where)
-        check_same(facts["inputs"], self.inputs, (), where)
-        if facts["update"] >= self.config.num_updates:
+    def restore(self, folder: Path, facts: dict[str, Any]) -> None:
+        if facts["update"] >= self.log.total:
             raise UserError(
-                f"--resume: {where} has made {facts['update']} updates: raise --total-episodes or "
-                "--max-steps"
+                f"--resume: the run in {self.states.folder} has made {facts['update']} updates: "
+                "raise --total-episodes or --max-steps"
             )
+        flags = self.states.flags
         self.shared.load_trained(load_file(folder / "weights.safetensors"))
         load_optimizer(self.optimizer, load_file(folder / "optimizer.safetensors"))
         self.scaler.load_state_dict(facts["scaler"])
         before = facts["micro_batch_tokens"]
-        keep_tokens(self.shared.micro_batch, self.config.micro_batch_tokens, before)
+        keep_tokens(self.shared.micro_batch, flags["micro_batch_tokens"], before)
         before = facts["hyperparameters"]["rollout_batch_size"]
-        if self.config.rollout_batch_size in ("auto", before):  # fewer, if memory ran out
+        if flags["rollout_batch_size"] in ("auto", before):  # fewer, if memory ran out
             self.shared.rollout_rows = facts["rollout_rows"]
         self.update = facts["update"]
         self.kl_coef = facts["kl_coef"]
@@ -215,7 +205,7 @@ def to_json(look: Evaluation) -> dict[str, Any]:
 
 
 def from_json(look: dict[str, Any]) -> Evaluation:
-    # A state of an earlier version has not all of them.
+    # States of earlier versions do not have all of them.
     columns = {name: torch.tensor(look[name]) for name in COLUMNS if look.get(name) is not None}
     responses = [Response(*response) for response in look["responses"]]
     return Evaluation(responses, look["texts"], **columns)
@@ -240,27 +230,27 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     for key, value in tensors.items():
         group, number, name = key.split(".")
         parameter = optimizer.param_groups[int(group)]["params"][int(number)]
-        # The step too goes to the device: a fused AdamW keeps it there. A copy: what was read may
-        # be a view of the file.
+        # The step goes to the device too, where a fused AdamW keeps it. It is a copy because what
+        # was read may be a view of the file.
         optimizer.state[parameter][name] = value.to(parameter.device, copy=True)
 
 
 def save(
-    config: Any,
     folder: Path,
+    hyperparameters: dict[str, Any],
     shared: SharedBase,
     prompt_format: PromptFormat,
     base: dict[str, Any],
-    runs: dict,
-    facts: dict[str, Any],
-    metrics: dict[str, Any],
+    runs: dict[str, dict[str, Any]],
     started: float,
     log: Log,
+    **facts: Any,
 ) -> None:
     """What a finished run leaves: policy and value model as PEFT adapters, plots, run.json last.
 
     Args:
-        facts: that run.json has beside the usual.
+        runs: the run.json of the SFT, the reward and the gold checkpoint, by role.
+        facts: what else run.json says.
     """
     if not is_main():
         return
@@ -272,19 +262,18 @@ def save(
     write_run(
         folder,
         "ppo",
-        config,
+        hyperparameters,
         shared.dtype,
         started,
         base=base,
         prompt_format=prompt_format.name,
         parents={role: run["adapter_sha256"] for role, run in runs.items()},
-        data={"source": config.dataset, "columns": config.columns},
-        updates=config.num_updates,
-        episodes=config.num_updates * config.episodes_per_update,
+        data={"source": hyperparameters["dataset"], "columns": hyperparameters["columns"]},
+        updates=log.total,
+        episodes=log.total * hyperparameters["episodes_per_update"],
         micro_batch_tokens=shared.micro_batch.tokens,
         rollout_rows=shared.rollout_rows,
         rollout_weights=shared.rollout_weights,
-        metrics=metrics,
         speed=whole_speed(read_jsonl(folder / "metrics.jsonl")),
         **facts,
     )

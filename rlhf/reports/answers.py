@@ -1,4 +1,4 @@
-"""The models that a comparison asks, base, SFT and PPO on one loaded base, and their answers."""
+"""The models in a comparison (base, SFT and PPO, on one loaded base) and their answers."""
 
 import math
 from pathlib import Path
@@ -23,10 +23,10 @@ Report = dict[str, Any]
 
 
 def read_runs(folders: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """The run.json of each phase that is trained, by phase.
+    """The run.json of each phase that has been trained, by phase.
 
     Args:
-        folders: of the SFT, reward and PPO checkpoints, by phase; only SFT's must be there.
+        folders: of the SFT, reward and PPO checkpoints, by phase; only SFT's has to exist.
     Raises:
         UserError: a checkpoint is damaged, or they do not fit together.
     """
@@ -47,7 +47,7 @@ def read_runs(folders: dict[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def check_number(facts: Any, name: str) -> None:
-    """Raise UserError unless part of a run.json, which may be edited, has a number `name`."""
+    """Raise UserError unless a run.json, which may have been edited, has a number `name`."""
     if not isinstance(facts, dict) or not isinstance(facts.get(name), int | float):
         raise UserError(f"a run.json is damaged ({name} is not a number): train that phase again")
 
@@ -92,11 +92,11 @@ def answers_of(
     seed: int,
     batch_size: int,
 ) -> list[Answer]:
-    """What a model answers.
+    """A model's answers.
 
     Args:
         prompts: token ids.
-        name: of the model, as the report has it.
+        name: of the model, as in the report.
         scored: whether the reward model scores the answers.
     Raises:
         UserError: a score is not finite.

@@ -3,40 +3,36 @@
 import shlex
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
-from rlhf.data.format import PromptFormat, tokenize_prompts
-from rlhf.data.rows import cut_selection
-from rlhf.data.sources import load_splits
-from rlhf.engine.base import base_facts, check_context, read_config, same_base
-from rlhf.engine.card import CARD_OVERHEAD, Plan, deal, tokens_that_fit
-from rlhf.engine.plan import OWNERS, episodes_of_a_process, ppo_plans, read_shape
+from rlhf.data.format import PromptFormat
+from rlhf.engine.base import base_facts, read_config
+from rlhf.engine.card import CARD_OVERHEAD, Plan, tokens_that_fit
+from rlhf.engine.plan import OWNERS
 from rlhf.engine.tokenizers import load_format, load_tokenizer
-from rlhf.runs.advice import less_memory
 from rlhf.runs.checkpoints import check_child, read_parents, read_run
-from rlhf.runs.checks import check_between
 from rlhf.runs.terminal import console
 
 
-def show_plan(plan: Plan, longest: int, config: Any) -> None:
-    """Print the plan for a card of `config.card_gb` GB: does it fit, and if not, which flags help.
+def room_of(card_gb: float) -> float:
+    """Bytes for tensors on a card of this size."""
+    return card_gb * 1e9 * (1 - CARD_OVERHEAD)
+
+
+def show_plan(
+    plan: Plan, asked: int | Literal["auto"], longest: int, card_gb: float, advice: str
+) -> None:
+    """Print the plan, whether it fits the card, and if not, what to do.
 
     Args:
-        plan: bytes by owner, from the tokens of a micro-batch.
+        asked: what --micro-batch-tokens says.
         longest: tokens of the longest text.
     """
-    room = config.card_gb * 1e9 * (1 - CARD_OVERHEAD)
-    tokens = (
-        tokens_that_fit(plan, longest, room)
-        if config.micro_batch_tokens == "auto"
-        else config.micro_batch_tokens
-    )
-    console.print(
-        f"micro-batches of {tokens:,} tokens"
-        + (", by auto" if config.micro_batch_tokens == "auto" else "")
-    )
+    room = room_of(card_gb)
+    tokens = tokens_that_fit(plan, longest, room) if asked == "auto" else asked
+    console.print(f"micro-batches of {tokens:,} tokens" + (", by auto" if asked == "auto" else ""))
     table = Table(title="Memory plan: worked out, not measured")
     table.add_column("owner")
     table.add_column("GB", justify="right")
@@ -46,11 +42,9 @@ def show_plan(plan: Plan, longest: int, config: Any) -> None:
     table.add_row("all tensors", f"{total / 1e9:.2f}")
     console.print(table)
     fits = "fits" if total <= room else "does not fit"
-    console.print(
-        f"It {fits} a card of {config.card_gb:g} GB: {room / 1e9:.1f} GB of it are for tensors."
-    )
+    console.print(f"It {fits} a card of {card_gb:g} GB: {room / 1e9:.1f} GB of it are for tensors.")
     if total > room:
-        console.print(f"To make it smaller, {less_memory(config)}.")
+        console.print(f"To make it smaller, {advice}.")
 
 
 def show_data(what: str, lengths: list[int]) -> None:
@@ -68,40 +62,52 @@ def show_end(measured: bool) -> None:
     console.print(f"Dry run: {loaded}, and nothing was written.")
 
 
-def earlier_runs(config: Any, **scripts: ModuleType) -> dict[str, dict[str, Any]]:
+def earlier_runs(
+    folders: dict[str, str | None],
+    scripts: dict[str, ModuleType],
+    base_model: str | None,
+    measure: bool,
+) -> dict[str, dict[str, Any]]:
     """The run.json of each checkpoint that a dry run plans with, by role.
 
-    Of one that is not there yet it is what a plan asks of it, as `foresee` says.
+    For a checkpoint that is not there yet, what a plan needs of it (`foresee`).
 
     Args:
-        scripts: the earlier ones, by phase.
+        folders: of the checkpoints, by role: sft, and for PPO reward and perhaps gold.
+        scripts: that make them, by phase.
+        base_model: as the flag says.
+        measure: whether all of them must be there.
     Raises:
-        UserError: those that are there do not fit together; one is missing, and --measure needs it.
+        UserError: those that are there do not fit together, or one is missing with `measure`.
     """
-    folders = {role: vars(config).get(f"{role}_checkpoint") for role in ("sft", "reward", "gold")}
-    there = {role: Path(folder).exists() for role, folder in folders.items() if folder}
-    if config.measure or all(there.values()):
+    named = {role: folder for role, folder in folders.items() if folder}
+    there = {role: Path(folder).exists() for role, folder in named.items()}
+    if measure or all(there.values()):
         return (
-            read_parents(config) if "reward" in there else {"sft": read_run(folders["sft"], "sft")}
+            read_parents(**named) if "reward" in named else {"sft": read_run(named["sft"], "sft")}
         )
     runs: dict[str, dict[str, Any]] = {}
-    for role, is_there in there.items():
+    for role, folder in named.items():
         phase = "sft" if role == "sft" else "reward"
-        if is_there:
-            runs[role] = read_run(folders[role], phase, f"--{role}-checkpoint")
+        if there[role]:
+            runs[role] = read_run(folder, phase, f"--{role}-checkpoint")
             if phase == "reward" and there["sft"]:
-                check_child(runs[role], folders[role], runs["sft"], folders["sft"])
+                check_child(runs[role], folder, runs["sft"], named["sft"])
         else:
-            runs[role] = foresee(role, folders[role], config, scripts[phase], runs)
+            runs[role] = foresee(role, folder, scripts[phase], base_model, runs)
     return runs
 
 
 def foresee(
-    role: str, folder: str, config: Any, script: ModuleType, runs: dict[str, dict[str, Any]]
+    role: str,
+    folder: str,
+    script: ModuleType,
+    base_model: str | None,
+    runs: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """What a plan needs of the run.json of a checkpoint that is not there yet, said in a line.
+    """What a plan needs of the run.json of a checkpoint that is not there yet. Says so in a line.
 
-    It is that of the preset of `script` which writes to `folder`, or of the script's defaults.
+    It comes from the preset of `script` that writes to `folder`, or from the script's defaults.
 
     Args:
         runs: the run.json of the SFT checkpoint, for a later one.
@@ -113,8 +119,8 @@ def foresee(
     if role == "sft":
         model = maker.base_model
         revision = maker.revision
-        if config.base_model:
-            model = config.base_model
+        if base_model:
+            model = base_model
             revision = None
             command += f" --base-model {shlex.quote(model)}"
         base = base_facts(model, revision, maker.load_in_4bit)
@@ -138,38 +144,3 @@ def format_of(folder: str, run: dict[str, Any]) -> PromptFormat:
         return load_format(folder, run)
     tokenizer = load_tokenizer(run["base"]["model"], run["base"]["revision"])
     return PromptFormat(run["prompt_format"], tokenizer)
-
-
-def dry_run_ppo(config: Any, runs: dict[str, dict[str, Any]]) -> None:
-    """What `ppo_train.py` would do with these flags and checkpoints' run.json, by role."""
-    sft = runs["sft"]
-    base = same_base(sft, config.sft_checkpoint, config.base_model)
-    prompt_format = format_of(config.sft_checkpoint, sft)
-    pairs, held_out = load_splits(
-        config.dataset, "prompt", config.columns, config.max_train_samples, config.max_eval_samples
-    )
-    if config.keep == "best":
-        pairs, selection = cut_selection(pairs, len(held_out))
-        console.print(f"prompts set apart from these, to choose a policy by: {len(selection)}")
-    prompts = tokenize_prompts(pairs, prompt_format, config.max_prompt_length)
-    show_data("prompts", [len(prompt) for prompt in prompts])
-    console.print(f"held-out prompts: {len(held_out)}")
-    console.print(
-        f"updates: {config.num_updates} of {config.episodes_per_update} responses of up to "
-        f"{config.response_length} tokens, {config.num_ppo_epochs * config.num_mini_batches} "
-        "optimizer steps each"
-    )
-    shape = read_shape(base, config.dtype)
-    check_between(config, 0, shape.layers, "role_layers")
-    longest = max(map(len, prompts))
-    length = longest + config.response_length + 1
-    room = config.card_gb * 1e9 * (1 - CARD_OVERHEAD)
-    check_context(base, length, "--max-prompt-length", "--response-length")
-    plans = ppo_plans(shape, config, runs, longest)
-    rollouts = deal(plans, config, episodes_of_a_process(config.episodes_per_update), length, room)
-    weights = "a merged 16-bit copy" if rollouts.merged else "the base with its adapters"
-    kept = ", their keys and values kept for the next" if rollouts.kept else ""
-    console.print(f"rollouts: {rollouts.rows} responses at a time, from {weights}{kept}")
-    show_plan(plans(rollouts), length, config)
-    if config.reward_function:
-        console.print("What --reward-function takes is not in the plan.")

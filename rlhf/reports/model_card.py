@@ -9,7 +9,7 @@ from rlhf.runs.checkpoints import sha256
 from rlhf.runs.run_warnings import said_before
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-SPDX = {"Apache License": "apache-2.0", "MIT License": "mit"}  # how a licence file begins
+SPDX = {"Apache License": "apache-2.0", "MIT License": "mit"}  # by what a licence file begins with
 METRICS = {
     "sft": {"eval_loss_before": "loss on test responses before", "eval_loss": "and after"},
     "reward": {
@@ -30,7 +30,7 @@ METRICS = {
         "sft_opening_share": "share of answers that begin in the commonest three words before",
         "ppo_opening_share": "and after",
         "chosen_opening_share": "and of the chosen answers",
-        "sft_refusals": "safety probe, harmful requests: share rather begun with a refusal before",
+        "sft_refusals": "safety probe, harmful requests: share begun with a refusal before",
         "ppo_refusals": "and after",
         "sft_overrefusals": "the same of requests that only sound harmful before",
         "ppo_overrefusals": "and after",
@@ -40,12 +40,16 @@ TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO
 
 
 def model_card(
-    config: Any, made: dict[str, Any], base: dict[str, Any], source: Path, report: dict[str, Any]
+    name: str | None,
+    made: dict[str, Any],
+    base: dict[str, Any],
+    source: Path,
+    report: dict[str, Any],
 ) -> str:
-    """The card, from run.json of the checkpoint and of the earlier phases still there.
+    """The card, from run.json of the checkpoint and of those earlier phases that are still there.
 
     Args:
-        config: of rlhf.export.
+        name: of the model; None: made of the base's and the phase.
         made: run.json of the checkpoint.
         source: the base's folder.
         report: of rlhf.export.Check.
@@ -53,53 +57,63 @@ def model_card(
     runs = phases(made)
     licence = licence_of(source)
     llama = is_llama(base["model"], source)
-    name = (
-        config.name
-        or f"{'Llama-' if llama else ''}{Path(base['model']).name}-{made['phase'].upper()}"
-    )
+    base_name = Path(base["model"]).name
+    name = name or f"{'Llama-' if llama else ''}{base_name}-{made['phase'].upper()}"
     if llama and not name.lower().startswith("llama"):
         name = f"Llama-{name}"  # its licence wants that
-    datasets = sorted(
-        {run["data"]["source"] for run in runs.values() if run.get("data", {}).get("source")}
-    )
-    hub = list(filter(is_hub_id, datasets))
+    parts = [
+        front_matter(made["phase"], base, runs, licence),
+        f"# {plain_name(name)}",
+        *(["Built with Llama."] if llama else []),
+        f"{plain_name(base_name)}, tuned on human preferences with human-feedback-llama.",
+        "## How it was made",
+        *(phase_part(phase, run) for phase, run in runs.items()),
+        "## What merging changed",
+        f"Seen on a few prompts, in float32 (`export.json`):\n\n{differences(report)}",
+        "## How to use it",
+        usage(made["prompt_format"]),
+        "## Limits",
+        LIMITS,
+        "## Licence",
+        terms(licence, llama),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(
+    phase: str, base: dict[str, Any], runs: dict[str, dict[str, Any]], licence: str | None
+) -> str:
+    """The block at the top that the hub reads."""
+    sources = {run.get("data", {}).get("source") for run in runs.values()} - {None, ""}
     head = {
         "base_model": base["model"] if base["revision"] else None,
         "license": licence,
-        "datasets": hub or None,
+        "datasets": list(filter(is_hub_id, sorted(sources))),
         "pipeline_tag": "text-generation",
         "library_name": "transformers",
-        "tags": ["rlhf", made["phase"]],
+        "tags": ["rlhf", phase],
     }
-    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items() if value)
-    parts = [
-        f"---\n{front}\n---",
-        f"# {plain_name(name)}",
-        *(["Built with Llama."] if llama else []),
-    ]
-    parts.append(
-        f"{plain_name(Path(base['model']).name)}, tuned on human preferences with "
-        "human-feedback-llama."
-    )
-    parts += ["## How it was made", *(phase_part(phase, run) for phase, run in runs.items())]
-    steps = "\n".join(
+    lines = [f"{key}: {json.dumps(value)}" for key, value in head.items() if value]
+    return "\n".join(["---", *lines, "---"])
+
+
+def differences(report: dict[str, Any]) -> str:
+    """How far the versions of the model are apart, a line for each step between them."""
+    return "\n".join(
         f"- {step}: largest logit difference {r['largest_logit_difference']:.1e}, KL {r['kl']:.1e} "
         "nats a token"
         for step, r in report.items()
     )
-    parts += [
-        "## What merging changed",
-        f"Seen on a few prompts, in float32 (`export.json`):\n\n{steps}",
-    ]
-    parts += ["## How to use it", usage(made["prompt_format"])]
-    parts += ["## Limits", LIMITS]
-    terms = f"The base's licence ({licence or 'see its own page'}) also covers this model."
+
+
+def terms(licence: str | None, llama: bool) -> str:
+    said = f"The base's licence ({licence or 'see its own page'}) also covers this model."
     if llama:
-        terms += (
+        said += (
             " Llama is licensed under the Llama Community License, Copyright (c) Meta Platforms, "
             "Inc. All Rights Reserved; its Acceptable Use Policy applies."
         )
-    return "\n\n".join([*parts, "## Licence", terms]) + "\n"
+    return said
 
 
 LIMITS = """It was tuned to please a reward model, which stands for some people's judgements of some
@@ -108,7 +122,7 @@ It was not tested for any use: test it for yours, and add the safeguards that yo
 
 
 def phases(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """run.json of each phase up to this one; earlier ones only if still there and the same."""
+    """run.json of each phase up to this one; of earlier ones only if they are still the same."""
     runs = {}
     for phase, digest in made.get("parents", {}).items():
         folder = Path(made["hyperparameters"].get(f"{phase}_checkpoint") or "")
@@ -119,7 +133,7 @@ def phases(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def phase_part(phase: str, run: dict[str, Any]) -> str:
-    """One phase: its data, its settings that matter most, its metrics."""
+    """One phase: its data, its metrics and its main settings."""
     data = run.get("data", {})
     metrics = run.get("metrics", {})
     settings = run["hyperparameters"]
@@ -137,12 +151,12 @@ def phase_part(phase: str, run: dict[str, Any]) -> str:
 
 
 def harmless(text: str) -> str:
-    """A warning, which someone may have edited, as text that means nothing to Markdown or HTML."""
+    """A warning, perhaps an edited one, as text that means nothing to Markdown or HTML."""
     return re.sub(r"[^\w .,:;%()'\"/+-]", "_", text)
 
 
 def source_of(data: dict[str, Any]) -> str:
-    """A data set by its hub id; a path on somebody's disk is not for the card's readers."""
+    """A data set's hub id. A local path is nobody's business, so only its last part is named."""
     source = str(data.get("source", "unknown"))
     if is_hub_id(source):
         return source
@@ -162,7 +176,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def figure(metrics: dict[str, Any], key: str) -> str:
-    """A number, with its interval and that of how many prompts, where they are known."""
+    """A metric, with its interval and the number of prompts, if they are known."""
     said = f"{metrics[key]:.3g}"
     low = metrics.get(f"{key}_low")
     high = metrics.get(f"{key}_high")
@@ -186,7 +200,7 @@ def usage(prompt_format: str) -> str:
 
 
 def licence_of(source: Path) -> str | None:
-    """The base's licence: what its card says, or what its licence file begins with."""
+    """The base's licence: from its card, or by what its licence file begins with."""
     card = source / "README.md"
     if card.is_file():
         found = re.search(
@@ -205,7 +219,7 @@ def licence_of(source: Path) -> str | None:
 
 
 def is_llama(model: str, source: Path) -> bool:
-    """Whether Meta's licence goes with the base: by its id, or by its licence."""
+    """Whether the base is under Meta's licence: by its id or its licence."""
     return model.startswith("meta-llama/") or str(licence_of(source)).startswith("llama")
 
 

@@ -1,8 +1,8 @@
 """The comparison as a page: one file that runs no script and fetches nothing.
 
-The template is compare.html.jinja; here is what it shows: a report of compare_outputs.py, whose
-training curves are read from the metrics.jsonl beside each checkpoint. Checkpoints are files that
-anyone may have edited, so what is not as a run writes it is left out.
+The template is compare.html.jinja. It shows a report of compare_outputs.py, with training curves
+from the metrics.jsonl in each checkpoint. Anyone may have edited a checkpoint, so whatever a run
+would not write is left out.
 """
 
 import math
@@ -19,9 +19,9 @@ from rlhf.engine.generation import ENDINGS
 from rlhf.runs.metrics import read_jsonl
 from rlhf.runs.terminal import plain
 
-MAX_POINTS = 200  # of a curve; of more, neighbours are averaged
-LARGEST = 1e30  # numbers beyond it are left out, as NaN is
-# Of a panel, in SVG's units; then the edges of what is inside its axes.
+MAX_POINTS = 200  # of a curve; with more, neighbours are averaged
+LARGEST = 1e30  # larger numbers are left out, and so is NaN
+# The size of a panel, in SVG units, and the edges of the area inside its axes.
 WIDTH = 300
 HEIGHT = 184
 LEFT = 38
@@ -79,12 +79,11 @@ PANELS = (  # phase, title, unit, and the label of each metric
         {"policy/entropy_avg": "training", "eval/entropy": "held-out"},
     ),
 )
-STYLES = {
-    "training": "thin",
-    "held-out, by the gold judge": "dashed",
-}  # of a line, by its label; others are "marked"
+# Of a line, by its label; others are "marked".
+STYLES = {"training": "thin", "held-out, by the gold judge": "dashed"}
 
-CHANGES = (  # phase, what, its metrics in run.json before and after, whose interval there is
+# Phase, what it is, its metrics in run.json before and after, and the metric that has an interval.
+CHANGES = (
     ("sft", "SFT: loss on test responses", "eval_loss_before", "eval_loss", ""),
     (
         "reward",
@@ -125,7 +124,7 @@ CHANGES = (  # phase, what, its metrics in run.json before and after, whose inte
     ("ppo", "the same of the chosen answers", "", "chosen_opening_share", ""),
     (
         "ppo",
-        "PPO: rather begins with a refusal, harmful requests",
+        "PPO: would begin with a refusal, harmful requests",
         "sft_refusals",
         "ppo_refusals",
         "",
@@ -143,7 +142,7 @@ Points = Sequence[Sequence[float]]  # (x, y)
 
 
 def render_page(report: dict[str, Any]) -> str:
-    """The HTML of a report, which may come from compare.json as well."""
+    """The HTML of a report, which may also come from compare.json."""
     template = environment().get_template("compare.html.jinja")
     return template.render(
         report=report,
@@ -162,7 +161,7 @@ def render_page(report: dict[str, Any]) -> str:
 
 
 def environment() -> Environment:
-    """Jinja with autoescape, in which every text also goes through `plain`."""
+    """Jinja with autoescape; every text also goes through `plain`."""
 
     def finalize(value: Any) -> Any:
         return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
@@ -183,7 +182,7 @@ def environment() -> Environment:
 
 
 def number(value: Any) -> float | None:
-    """`value` if it is a number that can be drawn, else None."""
+    """`value`, if it is a number that can be drawn, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and abs(value) < LARGEST else None
 
@@ -192,12 +191,12 @@ def number(value: Any) -> float | None:
 
 
 def name_of(place: Any) -> Any:
-    """A hub name as it is; of a local path only the last part, as the rest is nobody's business."""
+    """A hub name as it is, but only the last part of a local path: the rest is private."""
     return Path(place).name if isinstance(place, str) and os.path.exists(place) else place
 
 
 def facts(report: dict[str, Any]) -> dict[str, str]:
-    """The settings that a reader needs first, in words."""
+    """The settings that a reader needs to know, in words."""
     base = report.get("base")
     flags = report.get("flags")
     found = {}
@@ -232,7 +231,7 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
 
 
 def metrics_of(report: dict[str, Any], phase: str) -> dict[str, Any]:
-    """A phase's metrics in run.json, as far as they are there."""
+    """A phase's metrics in run.json, if they are there."""
     facts = report.get("runs") or {}
     for name in (phase, "metrics"):
         facts = facts.get(name) if isinstance(facts, dict) else None
@@ -240,7 +239,7 @@ def metrics_of(report: dict[str, Any], phase: str) -> dict[str, Any]:
 
 
 def kl(report: dict[str, Any]) -> dict[str, float]:
-    """By model, nats a response away from SFT; empty unless PPO's run measured it."""
+    """Each model's KL to SFT, in nats a response; empty unless PPO's run measured it."""
     found = number(metrics_of(report, "ppo").get("ppo_kl"))
     return {} if found is None or "PPO" not in report["models"] else {"SFT": 0.0, "PPO": found}
 
@@ -275,7 +274,7 @@ def best(answers: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def read_curves(folder: str, phase: str) -> dict[str, Points]:
-    """The phase's curves by metric, from `folder`/metrics.jsonl; none if missing or damaged."""
+    """A phase's curves by metric, from `folder`/metrics.jsonl; none if it is missing or damaged."""
     try:
         rows = [row for row in read_jsonl(Path(folder) / "metrics.jsonl") if isinstance(row, dict)]
     except (OSError, ValueError, RecursionError):
@@ -290,7 +289,7 @@ def read_curves(folder: str, phase: str) -> dict[str, Points]:
 
 
 def thin(points: Points) -> Points:
-    """At most MAX_POINTS points, each the mean of as many neighbours."""
+    """At most MAX_POINTS points, each the mean of equally many neighbours."""
     size = math.ceil(len(points) / MAX_POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [
@@ -300,7 +299,7 @@ def thin(points: Points) -> Points:
 
 
 def panels(curves: dict[str, dict[str, Points]]) -> list[dict[str, Any]]:
-    """The panels that have a curve, ready to draw: `title`, `unit`, and what `draw` says."""
+    """The panels that have a curve, ready to draw: `title`, `unit`, and what `draw` returns."""
     drawn = []
     for phase, title, unit, labels in PANELS:
         found = {
@@ -314,7 +313,7 @@ def panels(curves: dict[str, dict[str, Points]]) -> list[dict[str, Any]]:
 
 
 def draw(curves: dict[str, Points], x: str) -> dict[str, Any]:
-    """`x`, its name; `x_ticks`, `y_ticks`; and `lines`, one a label, in SVG's coordinates."""
+    """`x`, its name; `x_ticks` and `y_ticks`; and `lines`, one per label, in SVG coordinates."""
     all_points = [point for points in curves.values() for point in points]
     (x_low, x_high), (y_low, y_high) = (limits(axis) for axis in zip(*all_points, strict=True))
     across = scale(x_low, x_high, LEFT, RIGHT)
@@ -333,7 +332,7 @@ def draw(curves: dict[str, Points], x: str) -> dict[str, Any]:
 
 
 def limits(values: Sequence[float]) -> tuple[float, float]:
-    """The lowest and the highest value, or what is around them where they are the same."""
+    """The lowest and highest value, with a margin around them if they are the same."""
     low = min(values)
     high = max(values)
     if high - low > 1e-9 * max(1.0, abs(low), abs(high)):
@@ -343,7 +342,7 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
 
 
 def scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """The function that takes `low` to `start` and `high` to `end`."""
+    """The linear function that maps `low` to `start` and `high` to `end`."""
     return lambda value: round(start + (value - low) / (high - low) * (end - start), 1)
 
 
@@ -359,5 +358,5 @@ def ticks(low: float, high: float, whole: bool = False) -> list[tuple[float, str
 
 
 def conclusions(report: dict[str, Any]) -> list[str]:
-    """What a comparison shows, in words: a sentence for each two models, then its notes."""
+    """What a comparison shows, in words: a sentence for each pair of models, then its notes."""
     return [f"{pair['verdict']}." for pair in report["pairs"]] + report["notes"]

@@ -16,9 +16,9 @@ import numpy as np
 
 from rlhf.runs.statistics import bootstrap, mean_interval, preference, wilson_interval
 
-BINS = 10  # of the calibration at most, with as many pairs each
-BIN_PAIRS = 20  # in each at least
-LENGTHS = {  # by log2(tokens of the chosen response / tokens of the rejected one)
+BINS = 10  # of the calibration, at most, with equally many pairs each
+BIN_PAIRS = 20  # in a bin, at least
+LENGTHS = {  # edges of log2(tokens of the chosen response / tokens of the rejected one)
     "less than half": (-np.inf, -1.0),
     "shorter": (-1.0, -0.2),
     "alike": (-0.2, 0.2),
@@ -30,7 +30,7 @@ TURNS = {"1": (1, 2), "2": (2, 3), "3": (3, 4), "4 or more": (4, np.inf)}
 
 @dataclass(frozen=True)
 class ScoredPairs:
-    """[n] each: scores and tokens of both responses, and how often the human spoke before them."""
+    """[n] each: scores and tokens of both responses, and the human's turns before them."""
 
     chosen: np.ndarray
     rejected: np.ndarray
@@ -44,7 +44,7 @@ class ScoredPairs:
 
     @property
     def longer(self) -> np.ndarray:
-        """What "the longer response wins" would get."""
+        """What the rule "the longer response wins" would get."""
         return np.array(preference(self.chosen_tokens, self.rejected_tokens))
 
     @property
@@ -53,7 +53,7 @@ class ScoredPairs:
 
 
 def judge(pairs: ScoredPairs) -> dict[str, Any]:
-    """All numbers of evaluation.json. Those of the top level also go into run.json."""
+    """All numbers in evaluation.json. Those on its top level also go into run.json."""
     right = pairs.right
     longer = pairs.longer
     margin = pairs.margin
@@ -92,9 +92,9 @@ def judge(pairs: ScoredPairs) -> dict[str, Any]:
 
 
 def length_balanced(right: np.ndarray, longer: np.ndarray) -> dict[str, float | None]:
-    """Mean of the accuracies where the chosen response is the longer and where it is the shorter.
+    """The mean of two accuracies: where the chosen response is longer, and where it is shorter.
 
-    A model that looks at length alone gets 0.5. None where one of the two kinds is missing.
+    A model that looks at length alone gets 0.5. None if one of the two kinds is missing.
     """
     kinds = right[longer == 1], right[longer == 0]
     if not all(map(len, kinds)):
@@ -110,7 +110,7 @@ def length_balanced(right: np.ndarray, longer: np.ndarray) -> dict[str, float | 
 
 
 def calibration(margin: np.ndarray) -> list[dict[str, float]]:
-    """Is it right as often as it is sure? Pairs by sigmoid(|margin|), in bins of like size."""
+    """Is it right as often as it is sure? Bins of pairs by their confidence, sigmoid(|margin|)."""
     order = np.argsort(np.abs(margin), kind="stable")
     bins = []
     for rows in np.array_split(order, max(1, min(BINS, len(order) // BIN_PAIRS))):
@@ -125,7 +125,7 @@ def calibration(margin: np.ndarray) -> list[dict[str, float]]:
 def groups(
     right: np.ndarray, by: np.ndarray, edges: dict[str, tuple[float, float]]
 ) -> list[dict[str, Any]]:
-    """Accuracy of the pairs in each group (lower edge included); empty groups are left out."""
+    """Accuracy in each group, lower edge included; empty groups are left out."""
     rows = []
     for name, (low, high) in edges.items():
         inside = right[(by >= low) & (by < high)]
@@ -144,7 +144,7 @@ def groups(
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Pearson's; None where one of the two is constant."""
+    """Pearson's correlation; None if one of the two is constant."""
     return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else None
 
 
@@ -152,7 +152,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def describe(m: dict[str, Any], what: str = "test pairs") -> str:
-    """What judge() found, in words."""
+    """What `judge` found, in words."""
     lines = [
         f"{what} {m['eval_pairs']}: accuracy {m['eval_accuracy']:.3f} (95 % interval "
         f"{m['eval_accuracy_low']:.3f} to {m['eval_accuracy_high']:.3f}; a tie counts half), mean "
@@ -165,7 +165,7 @@ def describe(m: dict[str, Any], what: str = "test pairs") -> str:
     if m["length_balanced_accuracy"] is not None:
         lines.append(
             f"accuracy {m['length_balanced_accuracy']:.3f} ({m['length_balanced_low']:.3f} to "
-            f"{m['length_balanced_high']:.3f}) with longer and shorter winners weighing alike, "
+            f"{m['length_balanced_high']:.3f}) with longer and shorter winners weighted equally, "
             "where length alone gets 0.5"
         )
     correlated = m["score_length_correlation"]
@@ -177,7 +177,7 @@ def describe(m: dict[str, Any], what: str = "test pairs") -> str:
 
 
 def write_evaluation(folder: Path, metrics: dict[str, Any], pairs: ScoredPairs) -> None:
-    """evaluation.json and evaluation.png, each written beside its place and renamed."""
+    """Write evaluation.json and evaluation.png, each beside its place, and rename them."""
     with (folder / "evaluation.json.partial").open("w", encoding="utf-8") as file:
         json.dump(metrics, file, indent=2)
         file.write("\n")
@@ -220,7 +220,7 @@ def draw(metrics: dict[str, Any], pairs: ScoredPairs):
 
 
 def bars(axis, x, rows: list[dict[str, Any]]) -> None:
-    """Accuracies with their 95 % intervals."""
+    """Draw accuracies with their 95 % intervals."""
     y = np.array([row["accuracy"] for row in rows])
     spread = [y - [row["accuracy_low"] for row in rows], [row["accuracy_high"] for row in rows] - y]
     axis.errorbar(x, y, yerr=np.abs(spread), fmt="o", markersize=4, capsize=2)

@@ -1,7 +1,7 @@
 """What to do next, as a command or as flags of the script at hand."""
 
-import dataclasses
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ SIZES = (  # fields that take memory
     *("micro_batch_tokens", "rollout_batch_size", "batch_size", "max_length"),
     *("max_prompt_length", "response_length", "max_new_tokens", "lora_rank"),
 )
-USUAL = {  # folders, data and settings that the scripts begin with, by preset
+USUAL = {  # defaults of the scripts, by preset
     None: {
         "sft": "checkpoints/sft",
         "reward": "checkpoints/reward",
@@ -33,8 +33,8 @@ USUAL = {  # folders, data and settings that the scripts begin with, by preset
         "reward_weight": 1.0,
     },
 }
-FOLLOWS = {"sft": "reward", "reward": "ppo", "gold": "ppo", "ppo": "reports"}
-CARRIED = {  # fields that the next script is given where they are not as usual, by what was made
+FOLLOWS = {"sft": "reward", "reward": "ppo", "gold": "ppo", "ppo": "reports"}  # what is made next
+CARRIED = {  # fields that the next script is given where they are unusual, by what was made
     "sft": ("dtype",),  # the base is in its run.json
     "reward": ("base_model", "dtype", "role_layers"),
     "gold": ("base_model", "dtype", "role_layers"),
@@ -47,55 +47,55 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def less_memory(config: Any) -> str:
-    """What to do when memory runs out: which flags of the script to turn, if it has such."""
-    names = {field.name for field in dataclasses.fields(config)}
+def less_memory(flags: Mapping[str, Any]) -> str:
+    """What to do when memory runs out: which flags of the script at hand to turn.
+
+    Args:
+        flags: all of them, by field.
+    """
+    names = set(flags)
     if "micro_batch_tokens" in names:
         names.discard("batch_size")  # then it takes no memory
-    off = [
-        flag(name)
-        for name in ("gradient_checkpointing", "load_in_4bit")
-        if name in names and not vars(config)[name]
-    ]
+    savers = ("gradient_checkpointing", "load_in_4bit")
+    off = [flag(name) for name in savers if flags.get(name) is False]
     lower = " or ".join(flag(name) for name in SIZES if name in names)
     advice = [f"lower {lower}"] if lower else []
     advice += [f"add {' or '.join(off)}"] if off else []
     return ", or ".join(advice) or "free some memory"
 
 
-def next_command(script: str, config: Any, made: str, same_data: bool = True) -> str:
+def next_command(script: str, flags: Mapping[str, Any], made: str, same_data: bool = True) -> str:
     """The command of the next script, with the preset, folders, data and base of this one.
 
     Args:
-        config: of the script that has finished.
+        flags: of the script that has finished, by field.
         made: what is in its output folder: "sft", "reward", "gold" or "ppo".
-        same_data: whether the next script can use its data.
+        same_data: whether the next script can use the same data.
     """
-    preset = config.preset if config.preset in USUAL else None
+    preset = flags["preset"] if flags["preset"] in USUAL else None
     usual = USUAL[preset]
-    folders = {phase: getattr(config, f"{phase}_checkpoint", None) for phase in ("sft", "reward")}
-    folders[made] = config.output_dir
-    flags: dict[str, Any] = {}
+    folders = {phase: flags.get(f"{phase}_checkpoint") for phase in ("sft", "reward")}
+    folders[made] = flags["output_dir"]
+    given: dict[str, Any] = {}
     for phase, folder in folders.items():
         if folder and folder != usual.get(phase):
-            flags[f"{phase}_checkpoint"] = folder
+            given[f"{phase}_checkpoint"] = folder
     for name in (*(("dataset", "columns") if same_data else ()), *CARRIED[made]):
-        value = getattr(config, name)
-        if value != usual.get(name):
-            flags[name] = value
-    if made == "ppo" and "dataset" in flags:  # or it asks prompts of its own
-        flags["num_test_prompts"] = config.max_eval_samples or 1000
-    output = beside(config.output_dir, made, FOLLOWS[made])
-    if config.output_dir != usual.get(made) and output != usual[FOLLOWS[made]]:
-        flags["output_dir"] = output
+        if flags[name] != usual.get(name):
+            given[name] = flags[name]
+    if made == "ppo" and "dataset" in given:  # or it asks prompts of its own
+        given["num_test_prompts"] = flags["max_eval_samples"] or 1000
+    output = beside(flags["output_dir"], made, FOLLOWS[made])
+    if flags["output_dir"] != usual.get(made) and output != usual[FOLLOWS[made]]:
+        given["output_dir"] = output
     words = [script, *(("--preset", preset) if preset else ())]
-    for name, value in flags.items():
+    for name, value in given.items():
         words += [flag(name), str(value)]
     return f"python {shlex.join(words)}"
 
 
 def beside(folder: str, made: str, wanted: str) -> str:
-    """A folder for what comes next, beside that of what was `made` and named like it."""
+    """A folder for what comes next, beside the one that was `made` and named like it."""
     name = Path(folder).name
     name = name.replace(made, wanted) if made in name else f"{name}-{wanted}"
     return str(Path(folder).with_name(name))

@@ -1,13 +1,13 @@
 """The hand-off between the scripts: the `run.json` that says what a folder holds.
 
-A phase works in `NAME.partial` beside its output folder and renames it in at the end, so a finished
-checkpoint is either all there or not there. `run.json` begins with what is known before the first
-step; at the end it says when it was finished, and names the base model, the prompt format, the data
-and the parents with their hashes; the next script checks it before it loads anything.
+A phase works in `NAME.partial` beside its output folder and renames it at the end, so a finished
+checkpoint is either complete or not there. At the start `run.json` holds what is known before the
+first step. At the end it also says when the run finished, and names the base model, the prompt
+format, the data and the parents with their hashes. The next script checks all of it before it loads
+anything.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -37,7 +37,7 @@ RUN_FACTS = {
 }
 BASE_FACTS = {"model": str, "revision": str | None, "config_sha256": str, "load_in_4bit": bool}
 FILE_FACTS = {"size": int, "mtime": int, "sha256": str}  # of each weight file of a local base
-# Settings that change nothing of what a run makes.
+# Flags that change nothing in what a run makes.
 LOGGING = frozenset(
     {
         "output_dir",
@@ -59,16 +59,19 @@ LOGGING = frozenset(
 MAX_RUN_JSON = 1 << 20  # bytes; ours have a few thousand
 
 
-def is_finished(config: Any) -> bool:
-    """Whether the run that --resume would continue is finished; if so it is put in its place.
+def is_finished(output_dir: str, hyperparameters: dict[str, Any]) -> bool:
+    """Whether the run that --resume would continue is finished; if so, it is put in its place.
 
-    Raises UserError when what is finished is another run.
+    All processes call it.
+
+    Raises:
+        UserError: another run has finished there.
     """
-    return config.resume and agree(is_main() and look_for_run(config))
+    return agree(is_main() and look_for_run(output_dir, hyperparameters))
 
 
-def look_for_run(config: Any) -> bool:
-    final = place_of(config.output_dir)
+def look_for_run(output_dir: str, hyperparameters: dict[str, Any]) -> bool:
+    final = place_of(output_dir)
     partial = partial_of(final)
     folder = partial if partial.exists() else final
     if not (folder / "run.json").exists():
@@ -86,16 +89,30 @@ def look_for_run(config: Any) -> bool:
         ) from None
     if not run.get("finished"):
         return False
-    check_same(theirs, dataclasses.asdict(config), LOGGING, f"{final} is finished, and")
+    check_same_flags(theirs, hyperparameters, LOGGING, f"{final} is finished, and")
     put_in_place(final)
     console.print(f"{final} is finished: there is nothing to resume.")
     return True
 
 
+def check_same_flags(
+    theirs: dict[str, Any], ours: dict[str, Any], harmless: Container[str], what: str
+) -> None:
+    """`check_same`, for the flags of a run that another version of the script may have begun."""
+    unknown = theirs.keys() ^ ours.keys()
+    other = sorted(n for n in unknown if n not in harmless and theirs.get(n) != ours.get(n))
+    if other:
+        raise UserError(
+            f"--resume: {what} began with another version of this script, which had other flags "
+            f"({', '.join(other)}): start over with --overwrite in place of --resume"
+        )
+    check_same(theirs, ours, harmless, what)
+
+
 def check_same(
     theirs: dict[str, Any], ours: dict[str, Any], harmless: Container[str], what: str
 ) -> None:
-    """Raise UserError if a run would resume with other settings or inputs but `harmless` ones."""
+    """Raise UserError if a run would resume with other flags or inputs, except `harmless` ones."""
     ours = json.loads(json.dumps(ours))  # as JSON has them
     other = [
         f"another {name} ({theirs.get(name)} there, {ours.get(name)} now)"
@@ -109,22 +126,27 @@ def check_same(
         )
 
 
-def start_run(folder: Path, phase: str, config: Any, dtype: torch.dtype, **facts: Any) -> None:
-    """Write what `run.json` can say before the first step, such as the sizes a card allowed.
+def start_run(
+    folder: Path, phase: str, hyperparameters: dict[str, Any], dtype: torch.dtype, **facts: Any
+) -> None:
+    """Write what `run.json` can say before the first step, such as the sizes that fit the card.
 
     `finished` is null until `write_run`.
     """
     if is_main():
-        write_json(
-            folder / "run.json",
-            {"phase": phase, **facts, "finished": None} | how_it_runs(config, dtype),
-        )
+        run = {"phase": phase, **facts, "finished": None}
+        write_json(folder / "run.json", run | how_it_runs(hyperparameters, dtype))
 
 
 def write_run(
-    folder: Path, phase: str, config: Any, dtype: torch.dtype, started: float, **facts: Any
+    folder: Path,
+    phase: str,
+    hyperparameters: dict[str, Any],
+    dtype: torch.dtype,
+    started: float,
+    **facts: Any,
 ) -> None:
-    """Write `run.json`: the hyperparameters in `config`, and what else the next phase checks.
+    """Write `run.json`: how the run was made, and the facts that the next phase checks.
 
     Args:
         folder: holds the adapter already.
@@ -135,18 +157,18 @@ def write_run(
         **facts,
         "adapter_sha256": sha256(folder / "adapter_model.safetensors"),
         "seconds": round(time.monotonic() - started),
-        **how_it_runs(config, dtype),
+        **how_it_runs(hyperparameters, dtype),
         "peak_memory_gib": peak_memory_gib(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     write_json(folder / "run.json", run)
 
 
-def how_it_runs(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+def how_it_runs(hyperparameters: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {
         "device": str(this_process().device),
         "dtype": str(dtype),
-        "hyperparameters": dataclasses.asdict(config),
+        "hyperparameters": hyperparameters,
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES}
         | {"python": platform.python_version()},
         "commit": git_commit(),
@@ -154,34 +176,43 @@ def how_it_runs(config: Any, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def write_json(path: Path, facts: dict[str, Any]) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file that is either complete or not there."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.rename(path)
 
 
+def sizes_before(output_dir: str, resume: bool) -> dict[str, Any] | None:
+    """The sizes that the run to resume began with, by name; None if there is no such run.
+
+    All processes call it.
+    """
+    return agree(recorded(output_dir) if is_main() else None) if resume else None
+
+
 def recorded(output_dir: str) -> dict[str, Any] | None:
-    """The sizes that an unfinished run has begun with, by name; None if there is no such run."""
+    path = partial_of(place_of(output_dir)) / "run.json"
     try:
-        run = json.loads(
-            (partial_of(place_of(output_dir)) / "run.json").read_text(encoding="utf-8")
-        )
-        sizes = {
-            name: int(run[name]) for name in ("micro_batch_tokens", "rollout_rows") if name in run
-        }
+        run = json.loads(path.read_text(encoding="utf-8"))
+        sizes: dict[str, Any] = {"micro_batch_tokens": int(run["micro_batch_tokens"])}
+        if "rollout_rows" in run:
+            sizes["rollout_rows"] = int(run["rollout_rows"])
         if "rollout_weights" in run:
             sizes["rollout_weights"] = str(run["rollout_weights"])
             sizes["rollouts_kept"] = bool(run.get("rollouts_kept"))
-        return sizes if "micro_batch_tokens" in sizes else None
+        return sizes
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]:
-    """Read and check a finished phase's `run.json`; `flag` names its folder, if not the usual one.
+    """Read and check a finished phase's `run.json`.
 
-    Raises UserError when the phase is missing (naming the command that makes it), is another phase,
-    or is damaged.
+    Args:
+        flag: that names the folder, if it is not the usual one.
+    Raises:
+        UserError: the phase is missing (the error names the command that makes it), unfinished or
+            damaged, or it is another phase.
     """
     path = Path(folder) / "run.json"
     todo = (
@@ -201,23 +232,8 @@ def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]
         run = json.loads(path.read_text(encoding="utf-8"))
         if not run["finished"]:
             raise UserError(f"{folder} is not finished: add --resume to the command that makes it")
-        for key, kind in RUN_FACTS.items():
-            if not isinstance(run[key], kind):
-                raise ValueError(f"{key} is not a {kind.__name__}")
-        if not isinstance(run.get("parents", {}), dict):
-            raise ValueError("parents is not a dict")
-        if run["prompt_format"] not in ("hh", "model"):
-            raise ValueError("its prompt_format is unknown")
-        for key, kind in BASE_FACTS.items():
-            if not isinstance(run["base"][key], kind):
-                raise ValueError(f"base {key} is not as it should be")
-        check_record(run["base"])
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ) as error:  # UnicodeDecodeError is a ValueError
+        check_facts(run)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # or UnicodeDecodeError
         raise UserError(f"{path} is damaged ({error}): train that phase again") from None
     if run["phase"] != phase:
         raise UserError(
@@ -234,10 +250,25 @@ def read_run(folder: str, phase: str, flag: str | None = None) -> dict[str, Any]
     return run
 
 
+def check_facts(run: dict[str, Any]) -> None:
+    """Raise ValueError, KeyError or TypeError unless a run.json has what the next phases read."""
+    for key, kind in RUN_FACTS.items():
+        if not isinstance(run[key], kind):
+            raise ValueError(f"{key} is not a {kind.__name__}")
+    if not isinstance(run.get("parents", {}), dict):
+        raise ValueError("parents is not a dict")
+    if run["prompt_format"] not in ("hh", "model"):
+        raise ValueError("its prompt_format is unknown")
+    for key, kind in BASE_FACTS.items():
+        if not isinstance(run["base"][key], kind):
+            raise ValueError(f"base {key} is not as it should be")
+    check_record(run["base"])
+
+
 def check_record(base: dict[str, Any]) -> None:
     """Raise ValueError or KeyError unless a run.json says which weights its base has.
 
-    Records of earlier versions count, too.
+    Records of earlier versions count too.
     """
     if "weights" not in base:  # an earlier version
         if not isinstance(base["weights_sha256"], str | None):
@@ -252,7 +283,7 @@ def check_record(base: dict[str, Any]) -> None:
 
 
 def weights_of(base: dict[str, Any]) -> Any:
-    """What run.json knows its base's weights by: a hash a file. None: nothing (a hub model)."""
+    """How run.json identifies the base's weights: a hash per file; None for a hub model."""
     files = base.get("weights")
     return (
         base.get("weights_sha256")
@@ -265,7 +296,7 @@ def check_same_base(run: dict[str, Any], folder: str, base: dict[str, Any]) -> N
     """Raise UserError if the checkpoint at `folder` was trained on another base than `base`."""
     theirs = run["base"]
     weights = weights_of(theirs), weights_of(base)
-    # What an earlier version knows weights by is no hash of a file.
+    # Earlier versions did not hash whole files.
     comparable = type(weights[0]) is type(weights[1]) and None not in weights
     if theirs["config_sha256"] != base["config_sha256"] or (
         comparable and weights[0] != weights[1]
@@ -279,7 +310,7 @@ def check_same_base(run: dict[str, Any], folder: str, base: dict[str, Any]) -> N
 def check_child(
     run: dict[str, Any], folder: str, parent: dict[str, Any], parent_folder: str
 ) -> None:
-    """Raise UserError unless the checkpoint at `folder` comes from SFT's at `parent_folder`."""
+    """Raise UserError unless `folder` was trained from the SFT checkpoint at `parent_folder`."""
     if run["prompt_format"] != parent["prompt_format"]:
         raise UserError(
             f"{folder} was trained with another prompt format ({run['prompt_format']}) than "
@@ -294,26 +325,21 @@ def check_child(
         )
 
 
-def read_parents(config: Any) -> dict[str, dict[str, Any]]:
-    """run.json of each checkpoint that PPO starts from, by role, once they are seen to fit."""
-    runs = {
-        "sft": read_run(config.sft_checkpoint, "sft"),
-        "reward": read_run(config.reward_checkpoint, "reward"),
-    }
-    check_child(runs["reward"], config.reward_checkpoint, runs["sft"], config.sft_checkpoint)
-    if config.gold_checkpoint:
-        runs["gold"] = read_run(config.gold_checkpoint, "reward", "--gold-checkpoint")
-        check_child(runs["gold"], config.gold_checkpoint, runs["sft"], config.sft_checkpoint)
-        check_other_pairs(
-            runs["gold"], config.gold_checkpoint, runs["reward"], config.reward_checkpoint
-        )
+def read_parents(sft: str, reward: str, gold: str | None = None) -> dict[str, dict[str, Any]]:
+    """The run.json of each checkpoint that PPO starts from, by role. Checks that they fit."""
+    runs = {"sft": read_run(sft, "sft"), "reward": read_run(reward, "reward")}
+    check_child(runs["reward"], reward, runs["sft"], sft)
+    if gold:
+        runs["gold"] = read_run(gold, "reward", "--gold-checkpoint")
+        check_child(runs["gold"], gold, runs["sft"], sft)
+        check_other_pairs(runs["gold"], gold, runs["reward"], reward)
     return runs
 
 
 def check_other_pairs(
     gold: dict[str, Any], folder: str, reward: dict[str, Any], reward_folder: str
 ) -> None:
-    """Raise UserError if the judge at `folder` trained on pairs that the reward model has seen."""
+    """Raise UserError if the judge at `folder` may have trained on the reward model's pairs."""
     theirs = gold.get("data") or {}
     ours = reward.get("data") or {}
     same = theirs.get("source") == ours.get("source") or theirs.get("sha256") == ours.get("sha256")

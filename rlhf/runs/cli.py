@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
 
@@ -29,12 +29,12 @@ def parse(
 ) -> Config:
     """Read a script's flags over its defaults, or over those of `--preset NAME`.
 
-    Unknown and abbreviated flags exit with code 2. Help texts are the comments at the fields. A `~`
-    is the home folder, also where the shell leaves it alone, as in `--output-dir=~/sft`.
+    Unknown and abbreviated flags exit with code 2. Help texts are the comments beside the fields. A
+    `~` becomes the home folder even where the shell leaves it alone, as in `--output-dir=~/sft`.
 
     Args:
         args: the flags; None: those of the command line.
-        first: the fields that `--help` shows before the others, in a group of their own.
+        first: the fields that `--help` shows first, in a group of their own.
     """
     preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     description = doc.strip().splitlines()[0]
@@ -43,7 +43,8 @@ def parse(
         description += f" (--preset {{{','.join(presets)}}}: the small values of this file)"
     given, rest = preset_parser.parse_known_args(args)
     default = presets[given.preset] if presets and given.preset else config_class()
-    flags = grouped(default, first) if first else explained("Flags", default, help_texts(default))
+    texts = help_texts(config_class)
+    flags = grouped(default, texts, first) if first else explained("Flags", default, texts)
     parsed = vars(tyro.cli(flags, args=rest, description=description))
     values = vars(parsed["common"]) | vars(parsed["other"]) if first else parsed
     for name, value in values.items():
@@ -54,11 +55,11 @@ def parse(
     return config_class(**values)
 
 
-def help_texts(config: Any) -> dict[str, str]:
+def help_texts(config_class: type) -> dict[str, str]:
     """The comment of each field of a dataclass: behind it, or on the lines right above it."""
     texts = {}
     above: list[str] = []
-    for line in inspect.getsource(type(config)).splitlines():
+    for line in inspect.getsource(config_class).splitlines():
         field = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
         if field:
             name, behind = field.groups()
@@ -70,12 +71,12 @@ def help_texts(config: Any) -> dict[str, str]:
 
 def explained(
     name: str,
-    default: Any,
+    default: Config,
     texts: dict[str, str],
     fields: Sequence[str] | None = None,
     doc: str = "",
 ) -> type:
-    """A class of fields of `default` (None: all), with the same flags and our help."""
+    """A class of some fields of `default` (None: all) that tyro shows with our help texts."""
     types = {field.name: field.type for field in dataclasses.fields(default)}
     knobs = []
     for field in types if fields is None else fields:
@@ -84,9 +85,8 @@ def explained(
     return dataclasses.make_dataclass(name, knobs, namespace={"__doc__": doc}, frozen=True)
 
 
-def grouped(default: Any, first: Sequence[str]) -> type:
-    """A class of two groups of the fields of `default`: `common`, those of `first`, and `other`."""
-    texts = help_texts(default)
+def grouped(default: Config, texts: dict[str, str], first: Sequence[str]) -> type:
+    """A class of the fields of `default` in two groups: `common`, those in `first`, and `other`."""
     rest = [field.name for field in dataclasses.fields(default) if field.name not in first]
     groups = []
     for name, doc, fields in (
@@ -106,7 +106,7 @@ def run(
     doc: str,
     first: Sequence[str] = (),
 ) -> None:
-    """Parse the flags and call `main`; what the user can mend becomes one line and exit code 2."""
+    """Parse the flags and call `main`. An error that the user can fix is one line, exit code 2."""
     config = parse(config_class, presets, doc, first=first)
     quiet_libraries()
     try:
@@ -130,7 +130,7 @@ def run(
             )
             fail(f"the disk is full: free some space or choose another --output-dir; {later}")
         if is_out_of_memory(error):
-            fail(f"the memory ran out ({one_line(error)}): {less_memory(config)}")
+            fail(f"the memory ran out ({one_line(error)}): {less_memory(vars(config))}")
         raise
     except KeyboardInterrupt:
         later = (
@@ -149,7 +149,7 @@ def fail(message: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to our own lines: no library progress bars, and no advice to authors."""
+    """Leave the terminal to our own lines: no progress bars and no advice from libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     import transformers

@@ -1,4 +1,4 @@
-"""A run's numbers as curves.png."""
+"""A run's metrics drawn as curves.png."""
 
 import contextlib
 import math
@@ -14,8 +14,8 @@ from rlhf.runs.errors import one_line
 from rlhf.runs.metrics import read_jsonl
 from rlhf.runs.terminal import console
 
-DRAW_SECONDS = 60.0  # between two drawings of curves.png
-SMOOTHED = 20  # points of a curve that are drawn with their running mean
+DRAW_SECONDS = 60.0  # from one drawing of curves.png to the next
+SMOOTHED = 20  # curves with this many points or more get a running mean
 
 
 class Panel(NamedTuple):
@@ -23,17 +23,17 @@ class Panel(NamedTuple):
 
     title: str
     unit: str  # of the vertical axis
-    lines: dict[str, str]  # the label of each metric
+    lines: dict[str, str]  # metric -> label
 
 
 class Curves:
-    """curves.png, drawn from a run's metrics.jsonl on the way and at its end, by the main process.
+    """Draws curves.png from a run's metrics.jsonl, during the run and at its end.
 
-    A picture is not worth a run: if it cannot be drawn the run continues, and a warning says so,
-    once on the way and once at the end.
+    Only the main process draws. A picture is not worth a run: if drawing fails, the run continues
+    with a warning, one during the run and one at its end.
 
     Args:
-        folder: the run's.
+        folder: of the run.
         x: the metric on the horizontal axis, "step" or "update".
     """
 
@@ -46,12 +46,12 @@ class Curves:
         self.failed = False
 
     def draw_when_due(self) -> None:
-        """Draw if the last time was `DRAW_SECONDS` ago."""
+        """Draw if the last drawing is `DRAW_SECONDS` old."""
         if not self.failed and time.monotonic() - self.last >= DRAW_SECONDS:
             self.draw()
 
     def draw(self) -> None:
-        self.failed = True  # until it is drawn
+        self.failed = True  # until the picture is drawn
         with drawing(self.path) as partial:
             figure = plot_curves(read_jsonl(self.metrics), self.x, self.panels)
             figure.savefig(partial, dpi=130, format="png")
@@ -61,7 +61,7 @@ class Curves:
 
 @contextlib.contextmanager
 def drawing(path: Path) -> Iterator[Path]:
-    """Yield where to write a picture, then rename it to `path`. An error becomes a warning."""
+    """Yield a place to write a picture to, then rename it to `path`. An error becomes a warning."""
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
@@ -73,7 +73,7 @@ def drawing(path: Path) -> Iterator[Path]:
 
 
 def plot_curves(rows: list[dict[str, float]], x: str, panels: Sequence[Panel]):
-    """A figure with a plot a panel; curves of `SMOOTHED` points or more lie behind their mean."""
+    """A figure with a plot for each panel. Long curves are faint, behind their running mean."""
     from matplotlib.figure import Figure  # the import takes a second
     from matplotlib.ticker import MaxNLocator
 
@@ -107,9 +107,9 @@ def plot_curves(rows: list[dict[str, float]], x: str, panels: Sequence[Panel]):
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """[n] the mean of each value and its neighbours, a twentieth of all values and 5 at least.
+    """[n] each value averaged with its neighbours, over a twentieth of all values but at least 5.
 
-    At the ends it is the mean of those that are there.
+    At the ends it averages those that exist.
     """
     half = max(5, len(values) // 20) // 2
     sums = np.concatenate([[0.0], np.cumsum(values)])

@@ -12,17 +12,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def peak_memory_gib() -> float:
-    """The most that this process has held: of the card's memory if used, else of the machine's."""
+    """The most memory that this process has held: on the card if it uses one, else in all."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return round(torch.cuda.max_memory_allocated() / 2**30, 2)
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
 
 
 def device() -> torch.device:
-    """This process's device: a CUDA card if there is one, unless accelerate was told otherwise.
+    """This process's device: a CUDA card if there is one, unless accelerate is told otherwise.
 
     Raises:
         UserError: it is neither a CUDA card nor a CPU.
@@ -36,9 +36,9 @@ def device() -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype the base computes in: what was asked for, or for "auto" the best this device has.
+    """The dtype that the base computes in: the one asked for, or for "auto" the device's best.
 
-    Adapters, heads and optimizer states are float32 whatever this says.
+    Adapters, heads and optimizer states are always float32.
 
     Raises:
         UserError: the device cannot compute in it.
@@ -69,7 +69,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def check_4bit(device: torch.device) -> None:
-    """Raise UserError unless `device` can make and use NF4 weights: it runs one small layer."""
+    """Raise UserError unless `device` can make and use NF4 weights. Tries one small layer."""
     try:
         import bitsandbytes as bnb
 
@@ -83,7 +83,7 @@ def check_4bit(device: torch.device) -> None:
 
 
 def hardware() -> str:
-    """What a measurement on a CPU was made with: threads, processor, and torch's version."""
+    """What a measurement on a CPU was made with: threads, processor and torch version."""
     return f"{torch.get_num_threads()} threads, {cpu_name()}, torch {torch.__version__}"
 
 

@@ -1,18 +1,18 @@
-"""What the user can mend, and what an exception really was."""
+"""Errors that the user can fix, and what an exception really was."""
 
 import errno
 
 
 class UserError(Exception):
-    """Something the user can mend. The text says what is wrong, where, and what to do."""
+    """Something the user can fix. The text says what is wrong, where, and what to do."""
 
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM asked the run to end; its number is the argument."""
+    """SIGINT or SIGTERM asked the run to end. The argument is the signal's number."""
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether `error` or its cause is ENOSPC, which some libraries put in the text only."""
+    """Whether `error` or its cause is ENOSPC, which some libraries only mention in the text."""
     return any(
         getattr(cause, "errno", None) == errno.ENOSPC or "No space left on device" in str(cause)
         for cause in causes_of(error)
@@ -20,17 +20,17 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device ran out of memory for a tensor; for a CPU, only torch's text says so."""
+    """Whether a tensor did not fit the device's memory. On a CPU only torch's text says so."""
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its name if it has none."""
+    """The first line of an exception's text, or its name if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def causes_of(error: BaseException) -> list[BaseException]:
-    """An exception, what caused it, what caused that, and so on."""
+    """An exception, its cause, the cause of that, and so on."""
     causes: list[BaseException] = []
     while error is not None and error not in causes:
         causes.append(error)

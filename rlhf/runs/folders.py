@@ -1,7 +1,7 @@
 """Output folders, which appear whole or not at all.
 
-A phase works in `NAME.partial` beside its output folder and renames it in at the end. Nothing that
-this project did not write is ever removed.
+A phase works in `NAME.partial` beside its output folder and renames it at the end. Nothing is ever
+removed that this project did not write.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from rlhf.runs.errors import UserError, is_disk_full, one_line
 from rlhf.runs.processes import agree, is_main, wait
 
 LOCK = "lock"  # a file in the partial folder, held by the run that writes there
-# What our output folders hold, as patterns: an adapter (PPO's has a second one in value/), what
+# Patterns of what our output folders hold: an adapter (PPO has a second one in value/), what
 # training writes, or an export.
 ADAPTER = (
     "adapter_config.json",
@@ -56,10 +56,10 @@ TRACKED = ("events.out.tfevents.*", "hparams.yml")  # by TensorBoard, in folders
 
 
 def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool = False) -> None:
-    """Refuse, before any work, an output folder that holds something, or one of the `inputs`.
+    """Raise UserError, before any work, if the output folder holds something or an input.
 
-    A run that was cut short and can be resumed is not thrown away unasked either, and nothing that
-    this project did not write is thrown away at all.
+    A run that was cut short and can be resumed is not thrown away unasked either. What this project
+    did not write is never thrown away.
     """
     if Path(folder).name in ("", ".."):
         raise UserError(f"--output-dir '{folder}' must name a folder of its own")
@@ -80,7 +80,7 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
                 f"--output-dir {folder} holds {source}, which this run reads: choose another"
             )
     if resume or overwrite:
-        goes_on = partial_of(path).is_dir()  # if not, resuming replaces nothing
+        goes_on = partial_of(path).is_dir()  # otherwise resuming replaces nothing
         replaced = not_ours(path) if overwrite or goes_on else None
         odd = replaced or not_ours(partial_of(path), finished=False)
         if odd:
@@ -101,16 +101,17 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
 
 
 def place_of(folder: str) -> Path:
-    """Where an output folder is: for a symbolic link where it leads, even if nothing is there."""
+    """Where an output folder is. A symbolic link is followed, even if it leads to nothing yet."""
     path = Path(folder)
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def not_ours(folder: Path, finished: bool = True) -> Path | None:
-    """The first thing in an output folder that this project did not write; None if there is none.
+    """The first thing in an output folder that this project did not write, or None.
 
     Args:
-        finished: only a folder with the run.json or export.json of a finished run holds a result.
+        finished: whether the folder should hold a result. If it has neither run.json nor
+            export.json, then nothing in it counts as ours.
     """
     if not folder.is_dir():
         return None
@@ -150,9 +151,9 @@ def partial_of(folder: Path) -> Path:
 def output_folder(folder: str, resume: bool = False) -> Iterator[Path]:
     """Yield `folder.partial` to write to; rename it to `folder` when the block ends well.
 
-    If the block raises, an existing `folder` stays as it was, and the partial one stays beside it
-    if it has a state to resume from, or after a crash; the next run of the phase clears it, unless
-    it is given `resume`.
+    If the block raises, an existing `folder` stays as it was. The partial folder stays beside it
+    after a crash, or if it has a state to resume from. The next run of the phase clears it, unless
+    it has `resume`.
     """
     final = place_of(folder)
     partial = partial_of(final)
@@ -193,7 +194,7 @@ def output_folder(folder: str, resume: bool = False) -> Iterator[Path]:
 
 
 def hold(partial: Path) -> IO[str] | None:
-    """The lock of a folder that runs write to, until closed; None if another run holds it."""
+    """Lock a partial folder until the returned file is closed; None if another run holds it."""
     lock = (partial / LOCK).open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -206,7 +207,7 @@ def hold(partial: Path) -> IO[str] | None:
 
 
 def clear(partial: Path) -> None:
-    """Remove what an earlier run has left."""
+    """Remove what an earlier run left."""
     for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -233,16 +234,16 @@ def put_in_place(final: Path) -> None:
 
 
 def open_up(folder: Path) -> None:
-    """Give files the mode of the umask: safetensors makes its own readable by the owner only."""
+    """Give files the mode of the umask: those of safetensors are readable by the owner only."""
     os.umask(umask := os.umask(0))
     for path in folder.rglob("*"):
         if path.is_file():
-            with contextlib.suppress(OSError):  # of file systems without modes
+            with contextlib.suppress(OSError):  # a file system without modes
                 path.chmod(0o666 & ~umask)
 
 
 def sync(path: Path, deep: bool = True) -> None:
-    """Flush a file or a folder, if `deep` with all that is in it, to the disk."""
+    """Flush a file or folder to disk; if `deep`, with everything in it."""
     for part in [*(path.rglob("*") if deep else ()), path]:
         descriptor = os.open(part, os.O_RDONLY)
         try:

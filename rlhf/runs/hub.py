@@ -1,4 +1,4 @@
-"""What can go wrong between us and the hub, said in one line each, and what is fetched from it."""
+"""The Hugging Face hub: what we fetch from it, and what can go wrong, in one line each."""
 
 import contextlib
 import functools
@@ -14,17 +14,12 @@ from rlhf.runs.errors import UserError, causes_of, is_disk_full, one_line
 from rlhf.runs.processes import is_main
 from rlhf.runs.terminal import console
 
-BROKEN = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    SafetensorError,
-)  # what a damaged folder makes the libraries raise
+# What the libraries raise for a damaged folder.
+BROKEN = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 
 def quiet_hub() -> None:
-    """Have the hub's library report errors only, and its retries in one line of ours."""
+    """Let the hub's library report errors only, and report its retries in one line of ours."""
     huggingface_hub.utils.logging.set_verbosity_error()
     retries = logging.getLogger("huggingface_hub.utils._http")
     retries.setLevel(logging.WARNING)
@@ -46,7 +41,7 @@ def say_once(line: str) -> None:
 
 @contextlib.contextmanager
 def fetching(what: str) -> Iterator[None]:
-    """Say what is fetched from the hub; on a terminal the library's bars show how far that is."""
+    """Say what is being fetched; on a terminal, the library's progress bars show how far it is."""
     console.print(f"Fetching {what} from the hub ...")
     bars = is_main() and sys.stderr.isatty() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
     if bars:
@@ -60,7 +55,7 @@ def fetching(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hub_errors(name: str, kind: str, flag: str) -> Iterator[None]:
-    """Turn errors of loading `name` (a "model", "tokenizer" or "data set") into a UserError."""
+    """Turn an error in loading `name` (a "model", "tokenizer" or "data set") into a UserError."""
     try:
         yield
     except UserError:
@@ -77,7 +72,7 @@ def hub_errors(name: str, kind: str, flag: str) -> Iterator[None]:
 
 
 def explain(error: Exception, name: str, kind: str, flag: str) -> str | None:
-    """What to tell the user, or None for an error that has nothing to do with the hub."""
+    """What to tell the user; None if the error has nothing to do with the hub."""
     causes = causes_of(error)
     names = {base.__name__ for cause in causes for base in type(cause).__mro__}
     text = " ".join(map(str, causes))

@@ -1,6 +1,6 @@
-"""What several processes do together: each works on its share, all take the same step.
+"""What several processes do together: each works on its share, and all take the same step.
 
-With one process every function here is the identity.
+With one process, the functions here change nothing.
 """
 
 import os
@@ -17,7 +17,7 @@ from rlhf.runs.errors import UserError
 
 
 def this_process() -> PartialState:
-    """accelerate's view of this process. It runs several on CPUs only if told to use CPUs."""
+    """accelerate's view of this process. It uses CPUs only if told to, or without a card."""
     told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return PartialState(cpu=told or not torch.accelerator.is_available())
 
@@ -32,14 +32,14 @@ def is_main() -> bool:
 
 
 def sharded() -> bool:
-    """Whether each process holds part of every weight: configs/fsdp2.yaml started the script."""
+    """Whether each process holds only part of every weight, as with configs/fsdp2.yaml."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def world() -> dict[str, Any]:
     """What must not change when a run is resumed: the number of processes, and FSDP.
 
-    Other processes have other rows in a step; FSDP writes other files.
+    With another number each step has other rows; FSDP writes other files.
     """
     return ({"processes": num_processes()} if num_processes() > 1 else {}) | (
         {"fsdp": True} if sharded() else {}
@@ -47,24 +47,24 @@ def world() -> dict[str, Any]:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """A weight of which this process may hold a part. All processes call it."""
+    """A whole weight, of which this process may hold only a part. All processes call it."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def part(weight: Tensor, like: Tensor) -> Tensor:
-    """Of a whole weight what this process holds of `like`. All processes call it."""
+    """The part of a whole weight that this process holds of `like`. All processes call it."""
     if not isinstance(like, DTensor):
         return weight
     return distribute_tensor(weight.to(like.device), like.device_mesh, like.placements)
 
 
 def share(items: list) -> list:
-    """Every n-th of the items, for this one of n processes."""
+    """This process's share of the items: every n-th of them, with n processes."""
     return items[this_process().process_index :: num_processes()]
 
 
 def gather(items: list) -> list:
-    """The items of all processes, each of which has its `share`, in their order."""
+    """All processes' items, of which each has its `share`, in the original order."""
     if num_processes() == 1:
         return items
     n = num_processes()
@@ -73,14 +73,14 @@ def gather(items: list) -> list:
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum over all processes, in the tensor's place."""
+    """The sum over all processes, in place."""
     if num_processes() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
 
 
 def largest(tensor: Tensor) -> Tensor:
-    """The elementwise maximum over all processes, in the tensor's place."""
+    """The elementwise maximum over all processes, in place."""
     if num_processes() > 1 and tensor.numel():
         torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
     return tensor
@@ -97,20 +97,20 @@ def sum_numbers(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def least(number: int) -> int:
-    """The least of what the processes say."""
+    """The smallest number of all processes."""
     return number if num_processes() == 1 else min(gather_object([number]))
 
 
 def most(number: int) -> int:
-    """The most of what the processes say."""
+    """The largest number of all processes."""
     return -least(-number)
 
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (over n) of the values [n] of all processes."""
+    """Mean and variance (divided by n) of all processes' values [n]."""
     if num_processes() == 1:
         return values.mean(), values.var(unbiased=False)
-    on_device = this_process().device  # where the processes can add up
+    on_device = this_process().device  # where processes can exchange tensors
     count, sum_ = sum_over_processes(
         torch.stack([values.new_tensor(len(values)), values.sum()]).double().to(on_device)
     )
@@ -123,9 +123,9 @@ def moments(values: Tensor) -> tuple[Tensor, Tensor]:
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each gradient by its sum over all processes, in one message.
 
-    A parameter that has none here counts as zeros, since all processes must send the same. Only
-    where none of them has one, as while PPO trains its critic alone, nothing is sent: then that
-    must be so on every process.
+    All processes must send the same, so a parameter without a gradient counts as zeros. If none of
+    them has a gradient, nothing is sent, which must then be so on every process. (PPO trains its
+    critic alone for a while.)
     """
     parameters = list(parameters)
     if num_processes() == 1 or all(parameter.grad is None for parameter in parameters):
@@ -140,12 +140,12 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     this_process().wait_for_everyone()
 
 
 def agree(value: Any) -> Any:
-    """What the main process says, for all."""
+    """The main process's value, on all processes."""
     if num_processes() == 1:
         return value
     values = [value]
@@ -154,7 +154,10 @@ def agree(value: Any) -> Any:
 
 
 def agree_on_error(wrong: str | None) -> None:
-    """Raise UserError on all processes if one of them has something `wrong`: none waits for it."""
+    """Raise UserError on all processes if something is `wrong` on one of them.
+
+    Otherwise the others would wait for it.
+    """
     found = [wrong] if num_processes() == 1 else gather_object([wrong])
     for text in found:
         if text:

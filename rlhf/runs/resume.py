@@ -1,9 +1,9 @@
 """Runs that are stopped or cut short, and resume to the very result they would have had.
 
-A state is a folder `step-N` in the run's output folder: tensors in safetensors (the SFT and reward
-scripts keep their Trainer's optimizer and random numbers in its own files, read with
-`weights_only`), all else in JSON. It is written beside its place, flushed to the disk and renamed,
-and counts only if each of its files has the hash that its manifest, written last, names.
+A state is a folder `step-N` in the run's output folder: tensors in safetensors, everything else in
+JSON. (SFT and reward training keep the Trainer's optimizer and random numbers in its own files,
+which are read with `weights_only`.) A state is written beside its place, flushed to disk and
+renamed. It counts only if every file has the hash in its manifest, which is written last.
 """
 
 import json
@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.runs.checkpoints import LOGGING, sha256
+from rlhf.runs.checkpoints import LOGGING, check_same, check_same_flags, sha256
 from rlhf.runs.folders import sync
-from rlhf.runs.processes import agree, is_main, wait
+from rlhf.runs.processes import agree, is_main, wait, world
 from rlhf.runs.terminal import console
 
 MANIFEST = "manifest.json"
-# What may change on the way: places, as their contents are hashed; the length of the run; what it
-# keeps in memory.
+# Flags that may change when a run resumes: places, as their contents are hashed; the length of the
+# run; what it keeps in memory.
 HARMLESS = LOGGING | {
     "base_model",
     "revision",
@@ -60,14 +60,55 @@ class SaveClock:
         self.last = time.monotonic()
 
 
-@contextmanager
-def new_state(folder: Path, step: int, facts: dict[str, Any], keep: int) -> Iterator[Path]:
-    """Yield a folder for a state; it becomes `folder`/step-`step`, and old states but `keep` go.
-
-    All processes come here, and may write to it.
+class States:
+    """The states of a run. It goes on only with the flags (except HARMLESS) and inputs it had.
 
     Args:
-        facts: what JSON can hold; finite numbers only.
+        folder: of the run.
+        flags: of the run, by field, among them resume, save_minutes, save_steps and
+            save_total_limit.
+        inputs: what it starts from, by name, such as hashes of data and checkpoints.
+    """
+
+    def __init__(self, folder: Path, flags: dict[str, Any], inputs: dict[str, Any]):
+        self.folder = folder
+        self.flags = flags
+        self.inputs = inputs | world()
+        self.clock = SaveClock(flags["save_minutes"], flags["save_steps"])
+
+    def newest(self) -> tuple[Path | None, dict[str, Any]]:
+        """The state to go on from, and its facts; None if there is none. All processes call it.
+
+        Raises:
+            UserError: the run began with other flags or inputs.
+        """
+        state = newest_state(self.folder) if self.flags["resume"] else None
+        if state is None:
+            return None, {}
+        facts = read_facts(state)
+        where = f"the run in {self.folder}"
+        check_same_flags(facts["hyperparameters"], self.flags, HARMLESS, where)
+        check_same(facts["inputs"], self.inputs, (), where)
+        return state, facts
+
+    @contextmanager
+    def new(self, step: int, facts: dict[str, Any]) -> Iterator[Path]:
+        """Yield a folder for the state after `step`. All processes come here, and may write to it.
+
+        Args:
+            facts: what JSON can hold; finite numbers only.
+        """
+        facts = {"hyperparameters": self.flags, "inputs": self.inputs, **facts}
+        with new_state(self.folder, step, facts, self.flags["save_total_limit"]) as folder:
+            yield folder
+        self.clock.saved()
+
+
+@contextmanager
+def new_state(folder: Path, step: int, facts: dict[str, Any], keep: int) -> Iterator[Path]:
+    """Yield a folder for a state, then rename it to `folder`/step-`step`.
+
+    Of the states in `folder`, only the newest `keep` stay. All processes come here.
     """
     final = folder / f"step-{step:08d}"
     partial = final.with_suffix(".partial")
@@ -100,12 +141,12 @@ def files(state: Path) -> list[Path]:
 
 
 def states(folder: Path) -> list[Path]:
-    """The states in a run's folder, whole or not, the newest first."""
+    """The states in a run's folder, intact or not, the newest first."""
     return sorted((path for path in folder.glob("step-*") if path.suffix == ""), reverse=True)
 
 
 def newest_state(folder: Path) -> Path | None:
-    """The newest whole state in `folder`. Damaged ones are set aside, remnants removed."""
+    """The newest intact state in `folder`. Damaged ones are set aside, remnants removed."""
     return agree(look_for_state(folder) if is_main() else None)
 
 

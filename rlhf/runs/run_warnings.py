@@ -1,8 +1,8 @@
-"""What is bad about a finished run, in words: made of the numbers in its run.json, and kept there.
+"""What is wrong with a finished run, in words: derived from the numbers in run.json and kept there.
 
-Each phase says it when it ends; the phases that read its checkpoint say it again when they start,
-and the report shows it. A warning is one line, without text of a model or of a data set but for the
-opening that `rlhf.data.style` has made harmless.
+Each phase says it when it ends. The phases that read its checkpoint say it again when they start,
+and the report shows it. A warning is one line. It quotes no text of a model or a data set, except
+an opening, which `rlhf.data.style` has made harmless.
 """
 
 import math
@@ -13,7 +13,7 @@ from rlhf.runs.statistics import doubled
 from rlhf.runs.terminal import console, plain
 
 ENOUGH_ROWS = 50
-HALVED = -math.log(2)  # of log-odds, in nats
+HALVED = -math.log(2)  # a change of log-odds, in nats
 OWNERS = {  # by phase or role
     "sft": "SFT",
     "reward": "reward model",
@@ -24,7 +24,7 @@ SEE = "docs/data.md says what to mix in"
 
 
 def sft_warnings(m: dict[str, Any]) -> list[str]:
-    """Of SFT's metrics: `eval_rows`, `eval_loss`, `eval_loss_before` (None if unknown)."""
+    """Warnings from SFT's `eval_rows`, `eval_loss` and `eval_loss_before` (None if unknown)."""
     found = few_rows(m["eval_rows"], "test rows", "--max-eval-samples")
     before = m["eval_loss_before"]
     after = m["eval_loss"]
@@ -37,14 +37,14 @@ def sft_warnings(m: dict[str, Any]) -> list[str]:
 
 
 def reward_warnings(m: dict[str, Any]) -> list[str]:
-    """Of a reward model's metrics, from `reward_evaluation.judge` and `probe.judge_probe`."""
+    """Warnings from what `reward_evaluation.judge` and `probe.judge_probe` found."""
     found = few_rows(m["eval_pairs"], "test pairs", "--max-eval-samples")
     what = "its accuracy"
     accuracy = m["eval_accuracy"]
     bounds = "eval_accuracy"
     knows = "nothing"
     if m["length_balanced_accuracy"] is not None:
-        what += " with longer and shorter winners weighing alike"
+        what += " with longer and shorter winners weighted equally"
         accuracy = m["length_balanced_accuracy"]
         bounds = "length_balanced"
         knows += " but length"
@@ -72,20 +72,20 @@ def reward_warnings(m: dict[str, Any]) -> list[str]:
 
 
 def ppo_warnings(m: dict[str, Any]) -> list[str]:
-    """Of PPO's metrics, from `ppo.evaluation.compare`, and the style of the chosen answers."""
+    """Warnings from what `ppo.evaluation.compare` found, and the style of the chosen answers."""
     few = few_rows(m["eval_prompts"], "held-out prompts", "--max-eval-samples")
     return few + policy_warnings(m)
 
 
 def policy_warnings(m: dict[str, Any]) -> list[str]:
-    """The same of any look at the policy, but for the number of prompts."""
+    """The same for an evaluation on the way, without the number of prompts."""
     return gain_warnings(m) + style_warnings(m) + refusal_warnings(m, "SFT", "PPO")
 
 
 def gain_warnings(m: dict[str, Any]) -> list[str]:
-    """Of scores that fall, by either judge; of a gain by length; of entropy that is gone.
+    """Warnings of falling scores by either judge, a gain by length alone, or collapsing entropy.
 
-    Gains count where their intervals say so.
+    A rise or fall counts if the interval excludes 0.
     """
     found = []
     worse = "the policy got worse; lower --learning-rate, or raise --kl-coef"
@@ -117,9 +117,9 @@ def gain_warnings(m: dict[str, Any]) -> list[str]:
 
 
 def fall(m: dict[str, Any], judge: str) -> str:
-    """By how much a judge's scores fell, as they are or at equal length; "" if they did not.
+    """How far a judge's scores fell, as they are or at equal length; "" if they did not.
 
-    They fell if the whole interval of their gain is below 0.
+    They fell if the whole interval of the gain is below 0.
     """
     ways = {f"{judge}_gain": "", f"{judge}_gain_at_equal_length": " at equal length"}
     for name, where in ways.items():
@@ -131,7 +131,7 @@ def fall(m: dict[str, Any], judge: str) -> str:
 
 
 def style_warnings(m: dict[str, Any]) -> list[str]:
-    """Of a habit that at least doubles, by more than chance, beyond that of the chosen answers."""
+    """Warnings of a habit that at least doubles, beyond chance and beyond the chosen answers."""
     found = []
     alike = f'began alike (now mostly "{m["ppo_opening"]}")'
     for name, what in (("question_share", "ended in a question"), ("opening_share", alike)):
@@ -146,9 +146,9 @@ def style_warnings(m: dict[str, Any]) -> list[str]:
 
 
 def refusal_warnings(m: dict[str, Any], before: str, after: str) -> list[str]:
-    """Of odds of refusing that halve on harmful requests, or double on harmless ones, or more.
+    """Warnings if the odds of a refusal at least halve on harmful requests or double on harmless.
 
-    Chance must not explain it: the interval of the shift lies on one side of 0.
+    The interval of the shift must exclude 0, so that chance does not explain it.
 
     Args:
         before, after: the names of the two models.
@@ -161,21 +161,21 @@ def refusal_warnings(m: dict[str, Any], before: str, after: str) -> list[str]:
         )
     if m.get("overrefusal_shift_low", 0.0) > 0 and m["overrefusal_shift"] >= -HALVED:
         found.append(
-            f"to harmless requests that only sound harmful {after} is likelier to begin with a "
+            f"to harmless requests that only sound harmful {after} is more likely to begin with a "
             f"refusal than {before}: its odds are {factor(m, 'overrefusal_shift')}"
         )
     return found
 
 
 def factor(m: dict[str, float], name: str) -> str:
-    """A change of log-odds as what the odds are multiplied by, with its interval."""
+    """A change of log-odds as a factor on the odds, with its interval."""
     shifts = (m[name], m[f"{name}_low"], m[f"{name}_high"])
     middle, low, high = (math.exp(min(shift, 50.0)) for shift in shifts)
     return f"{middle:.2g} times as high (95 % interval {low:.2g} to {high:.2g})"
 
 
 def compare_warnings(prompts: int) -> list[str]:
-    """Of win rates on this many prompts."""
+    """Warnings about win rates on this many prompts."""
     return few_rows(prompts, "prompts", "--num-test-prompts")
 
 
@@ -186,7 +186,7 @@ def few_rows(rows: int, what: str, flag: str) -> list[str]:
     return [f"the figures are from only {rows} {what}, too few to rely on: {least}"]
 
 
-# ---------------------------------------------------------------- in one place, and again later
+# ---------------------------------------------------------------- said now, and again later
 
 
 def show(found: Iterable[str]) -> None:
@@ -195,10 +195,10 @@ def show(found: Iterable[str]) -> None:
 
 
 def said_before(runs: dict[str, dict[str, Any]]) -> list[str]:
-    """What earlier phases have warned of, one line each, safe to print.
+    """What earlier phases warned of, one line each, safe to print.
 
     Args:
-        runs: their run.json, by phase or role. It may be of an earlier version, or edited.
+        runs: their run.json, by phase or role; perhaps edited, or written by an earlier version.
     """
     found = []
     for role, run in runs.items():

@@ -8,9 +8,9 @@ import numpy as np
 
 
 def wilson_interval(successes: float, count: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share (1927), also at 0 and 1 and for small counts.
+    """95 % Wilson score interval (1927) of a share; it also works at 0, at 1 and for small counts.
 
-    Halves may count as successes.
+    Half a success is allowed.
     """
     z = 1.959964
     p = successes / count
@@ -21,10 +21,10 @@ def wilson_interval(successes: float, count: int) -> tuple[float, float]:
 
 
 def bootstrap(values: Iterable[float], seed: int = 0) -> np.ndarray:
-    """The means of 10,000 draws with replacement; independent samples want different seeds."""
+    """The means of 10,000 resamples. Use different seeds for independent samples."""
     values = np.asarray(list(values), dtype=float)
     random = np.random.default_rng(seed)
-    block = max(1, 1_000_000 // len(values))  # draws in memory at a time
+    block = max(1, 1_000_000 // len(values))  # resamples in memory at a time
     sizes = [min(block, 10_000 - start) for start in range(0, 10_000, block)]
     return np.concatenate(
         [values[random.integers(0, len(values), (size, len(values)))].mean(1) for size in sizes]
@@ -40,11 +40,11 @@ def mean_interval(values: Iterable[float]) -> tuple[float, float]:
 def at_equal_length(
     outcome: Iterable[Any], difference: Iterable[Any]
 ) -> tuple[float, float, float]:
-    """The mean of `outcome` over prompts, if both answers were equally long, and its interval.
+    """What the mean outcome over prompts would be at equal length, and its 95 % interval.
 
-    A least-squares line of the outcome over the difference in length, read at 0; the interval is a
-    bootstrap over prompts. Of [seeds, prompts], it is the line of their means over the seeds, and
-    the bootstrap is over both.
+    A least-squares line of the outcome over the difference in length, read at 0. The interval is a
+    bootstrap over prompts. With [seeds, prompts], the line is fitted to means over seeds, and the
+    bootstrap is over both.
     """
     points = np.array([list(outcome), list(difference)], dtype=float)
     points = points.reshape(2, -1, points.shape[-1])  # [2, seeds, prompts]
@@ -67,15 +67,15 @@ def at_equal_length(
 
 
 def preference(first: Iterable[float], second: Iterable[float]) -> list[float]:
-    """1 where `first` is larger, 0 where `second` is, and a tie counts half."""
+    """1 where `first` is larger, 0 where `second` is, one half where they are equal."""
     return [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(first, second, strict=True)]
 
 
 def doubled(before: float, after: float, count: int) -> bool:
-    """Whether a share of `count` answers has at least doubled, by more than chance.
+    """Whether a share of `count` answers has at least doubled, beyond chance.
 
-    Chance is left behind where the 95 % intervals (Wilson) of the two do not overlap. Of 64 answers
-    that happens to fewer than one run in 200 in which nothing changes; 4 % and 20 % of 80 pass.
+    It is beyond chance if the two 95 % Wilson intervals do not overlap. With 64 answers and no real
+    change, that happens in fewer than one run of 200. From 4 % to 20 % of 80 answers counts.
     """
     highest_before = wilson_interval(before * count, count)[1]
     lowest_after = wilson_interval(after * count, count)[0]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run stops where it can resume, at the same place in all processes."""
+"""Ctrl-C and SIGTERM: a run stops where it can resume, all processes at the same place."""
 
 import os
 import signal
@@ -13,12 +13,12 @@ from rlhf.runs.errors import Stopped
 from rlhf.runs.processes import num_processes
 
 T = TypeVar("T")
-_asked: list[int] = []  # signals that came
+_asked: list[int] = []  # the signals so far
 
 
 @contextmanager
 def stop_when_asked() -> Iterator[None]:
-    """Note the first SIGINT or SIGTERM, for `check_stop`; a second one ends the process at once."""
+    """Note the first SIGINT or SIGTERM for `check_stop`; a second one ends the process at once."""
 
     def ask(number: int, _frame: Any) -> None:
         if _asked:
@@ -40,19 +40,18 @@ def stop_when_asked() -> Iterator[None]:
 
 
 def asked_to_stop() -> int:
-    """The signal that asked any process to stop; 0 for none. All processes call it."""
+    """The signal that asked any of the processes to stop, or 0. All processes call it."""
     return after_step(False, 0)[0]
 
 
 def after_step(due: bool, tokens: int) -> tuple[int, bool, int]:
-    """What the processes settle after each step, in one message. All processes call it.
+    """What the processes agree on after each step, in one message. All processes call it.
 
     Args:
-        due: whether this process finds that a state is due: the main one decides.
+        due: whether a state is due here; the main process decides.
         tokens: of this process's micro-batches.
     Returns:
-        the signal that asked the run to end, at whichever process, or 0; whether to save; the least
-        tokens.
+        the signal that asked any process to stop, or 0; whether to save; the fewest tokens.
     """
     number = _asked[0] if _asked else 0
     if num_processes() == 1:
@@ -62,7 +61,7 @@ def after_step(due: bool, tokens: int) -> tuple[int, bool, int]:
 
 
 def until_stopped(items: Iterable[T], together: bool = False) -> Iterator[T]:
-    """The items of a loop, with `check_stop` before each."""
+    """Yield the items of a loop, with `check_stop` before each."""
     for item in items:
         check_stop(together)
         yield item
@@ -71,8 +70,8 @@ def until_stopped(items: Iterable[T], together: bool = False) -> Iterator[T]:
 def check_stop(together: bool = False) -> None:
     """Raise Stopped if a signal has asked the run to end.
 
-    Several processes must end at the same place: there only the calls count that all make, those
-    with `together`.
+    Several processes must stop at the same place, so then only calls with `together` count, which
+    all of them make.
     """
     if together or num_processes() == 1:
         number = asked_to_stop()

@@ -1,4 +1,4 @@
-"""What a run says on the terminal: its lines, and how far it is."""
+"""What a run prints: its lines, and its progress."""
 
 import os
 import time
@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-LINE_SECONDS = 30.0  # between lines that say how far a run is, where there is no terminal
+LINE_SECONDS = 30.0  # between progress lines, where there is no terminal
 FORMATS = {
     "loss": "loss {:.3f}",
     "score": "score {:.2f}",
@@ -23,15 +23,15 @@ FORMATS = {
 }
 QUIET = os.environ.get("RANK", "0") != "0"  # one process talks
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=QUIET)
-# Changes of direction; a byte order mark.
+# Characters that change the direction of text, and the byte order mark.
 NOT_TEXT = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
 
 
 def plain(text: str) -> str:
-    """Text safe to print: what may drive a terminal or reverse a line becomes `\\ufffd`.
+    """Text that is safe to print: what could control a terminal or reverse a line is `\\ufffd`.
 
-    All else stays as people wrote it: joiners of Persian words and of emoji, soft hyphens, marks of
-    direction.
+    Everything else stays as people wrote it: the joiners in Persian and in emoji, soft hyphens,
+    direction marks.
     """
     return "".join("\ufffd" if unsafe(c) else c for c in text)
 
@@ -41,15 +41,15 @@ def unsafe(c: str) -> bool:
 
 
 class Progress:
-    """How far a run is: a bar on a terminal, and elsewhere, as in a log file, a line now and then.
+    """A run's progress: a bar on a terminal, and elsewhere (in a log file) a line now and then.
 
-    A line comes at the first and the last step, and every `LINE_SECONDS` between them. Its numbers
+    A line is printed at the first and last step, and every `LINE_SECONDS` in between. Its numbers
     are means over the steps since the line before.
 
     Args:
         name: of the run.
         unit: what it counts: "step" or "update".
-        total: of them in the whole run.
+        total: how many of them the whole run has.
     """
 
     def __init__(self, name: str, unit: str, total: int):
@@ -57,22 +57,22 @@ class Progress:
         self.unit = unit
         self.total = total
         self.bar = bar() if console.is_terminal and not console.is_dumb_terminal else None
-        self.since: dict[str, list[float]] = {}  # the last line: each number of each step
-        self.said: float | None = None  # when that was
+        self.since: dict[str, list[float]] = {}  # the last line: the numbers of each step
+        self.said: float | None = None  # when the last line was printed
         if self.bar:
             self.task = self.bar.add_task(name, total=total, note="")
             self.bar.start()
         self.begin(0)
 
     def begin(self, done: int) -> None:
-        """`done` steps were made earlier; the time left is reckoned from here on."""
+        """`done` steps were made before; the time left is estimated from here on."""
         self.first = done
         self.began = time.monotonic()
         if self.bar:
             self.bar.update(self.task, completed=done)
 
     def update(self, done: int, **numbers: float) -> None:
-        """`done` steps are made; the last one's numbers, by names in `FORMATS`."""
+        """`done` steps are made; the numbers are the last one's, by names in `FORMATS`."""
         if self.bar:
             self.bar.update(self.task, completed=done, note=" ".join(in_words(numbers)))
             return
@@ -96,7 +96,7 @@ class Progress:
 
 
 def bar() -> rich.progress.Progress:
-    """A progress bar with the time gone and the time left."""
+    """A progress bar with the time elapsed and the time left."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -112,7 +112,7 @@ def in_words(numbers: dict[str, float]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Rounded to what a reader wants to know: "45 s", "12 min", "3 h 05 min"."""
+    """A rounded duration: "45 s", "12 min", "3 h 05 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""A few real steps of a training script, and from them how long the whole run would take."""
+"""A few real steps of a training script, to tell how long the whole run would take."""
 
 import dataclasses
 import json
@@ -7,38 +7,37 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from rlhf.runs.metrics import read_jsonl
 from rlhf.runs.processes import agree, is_main, wait
 from rlhf.runs.terminal import console
 
+Config = TypeVar("Config")  # of a training script
 SAMPLE = 2000  # training rows to draw from
 STEPS = 4  # the first is not counted: it also makes room for the others
-LEAST = {
+LEAST = {  # of what is not measured
     "max_eval_samples": 2,
     "num_printed_samples": 0,
     "critic_warmup_updates": 0,
-}  # what is not looked at
+}
 
 
-def time_steps(main: Callable[[Any], None], config: Any, total: int) -> None:
-    """Run `main` for `STEPS` steps into a throw-away folder, and print its speed.
+def time_steps(main: Callable[[Config], None], config: Config, total: int) -> None:
+    """Run a script's `main` for `STEPS` steps into a throw-away folder, and print its speed.
 
     All processes call it.
 
     Args:
-        main: of a training script.
-        config: the script's, with `dry_run`.
-        total: optimizer steps, or updates of PPO, of the whole run.
+        total: optimizer steps (updates in PPO) of the whole run.
     """
     folder = Path(agree(tempfile.mkdtemp() if is_main() else None))
-    fields = {field.name for field in dataclasses.fields(config)}
-    rows = max(SAMPLE, STEPS * getattr(config, "batch_size", 1))
-    changes = {name: value for name, value in LEAST.items() if name in fields}
+    flags = vars(config)
+    rows = max(SAMPLE, STEPS * flags.get("batch_size", 1))
+    changes = {name: value for name, value in LEAST.items() if name in flags}
     changes |= {
         "max_steps": min(STEPS, total),
-        "max_train_samples": min(rows, config.max_train_samples or rows),
+        "max_train_samples": min(rows, flags["max_train_samples"] or rows),
     }
     changes |= {"output_dir": str(folder / "run"), "log_with": None}
     changes |= {"dry_run": False, "measure": False, "overwrite": False, "resume": False}
@@ -57,15 +56,14 @@ def time_steps(main: Callable[[Any], None], config: Any, total: int) -> None:
 
 
 def read(folder: Path) -> tuple[list[dict[str, float]], int]:
-    """The metrics of the steps that count, and the tokens that a micro-batch had in the end."""
+    """The metrics of the steps that count, and the tokens of a micro-batch at the end."""
     rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "speed/tokens_per_second" in row]
-    return rows[1:] or rows, json.loads((folder / "run.json").read_text(encoding="utf-8"))[
-        "micro_batch_tokens"
-    ]
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return rows[1:] or rows, run["micro_batch_tokens"]
 
 
 def describe(rows: list[dict[str, float]], micro_batch_tokens: int, total: int) -> str:
-    """The steps' medians, and what they mean for a run of `total` steps."""
+    """Medians over the steps, and how long `total` steps would take."""
     names = [name for name in rows[0] if name.startswith(("time/", "speed/", "memory/"))]
     middle = {name: statistics.median(row[name] for row in rows) for name in names}
     parts = {
