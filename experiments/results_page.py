@@ -10,6 +10,7 @@ import rlhf  # noqa: F401  before the libraries that it sets up
 import numpy as np
 import ppo_ablation
 import reward_ablation
+import rivals_page
 from tables import deviations, interval, percent, pooled_interval, seeds, share, signed, span, table
 
 import ppo_train
@@ -41,7 +42,8 @@ def summary(records: Records) -> dict[str, Any]:
         )
     if "metrics" in records.get("ppo_baseline_0", {}):
         found["ppo_ablation"] = ablation_summary(records)
-    return found
+    rivals = rivals_page.summary(records, SEEDS)
+    return found | ({"rivals": rivals} if rivals else {})
 
 
 def finished(records: Records, step: str) -> list[int]:
@@ -181,7 +183,8 @@ def markdown(report: dict[str, Any], plots: list[str]) -> str:
     """docs/results.md: of what there is a record, with the plots that are there."""
     records = report["records"]
     found = report["summary"]
-    blocks = header(report)
+    rivals = found.get("rivals", {})
+    blocks = header(report, rivals_page.top(rivals, plots))
     if "reward" in found:
         blocks += reward_part(found["reward"])
     if finished(records, "ppo"):
@@ -190,12 +193,14 @@ def markdown(report: dict[str, Any], plots: list[str]) -> str:
         blocks += win_part(records, found["wins"])
     if "ppo_ablation" in found:
         blocks += ablation_part(found["ppo_ablation"])
+    blocks += rivals_page.details(rivals, records)
     if "samples" in records:
         blocks += sample_part(records["samples"]["shown"])
     return "\n\n".join([*blocks, *how_part(report)]) + "\n"
 
 
-def header(report: dict[str, Any]) -> list[str]:
+def header(report: dict[str, Any], first: list[str]) -> list[str]:
+    """The title, what was run, `first`, and a line for each part that follows."""
     return [
         "# Does it learn?",
         f"SmolLM2-135M-Instruct on the first {report['rows']['train']:,} training and "
@@ -203,6 +208,8 @@ def header(report: dict[str, Any]) -> list[str]:
         "results`; every number is in [results.json](results.json). Intervals are 95 %, by "
         "bootstrap over seeds and prompts or pairs; those over two or three seeds are rather too "
         "narrow.",
+        *first,
+        *(["## The rest in short"] if first else []),
         "\n".join(f"- {line}" for line in headlines(report)),
     ]
 

@@ -12,7 +12,7 @@ and learn by its reward model; its gold model only judges.
 - `search`: a short run at one of two learning rates, judged on prompts cut from the train split.
 - `final`: the run that counts, at the better rate, judged on the test split's prompts. Best-of-n
   learns nothing: here it draws `DRAWS` answers a prompt, from which every smaller n follows.
-- `timing`: what `cost` starts.
+- `timing`: what `cost` starts. `cost_card` is the same on a card, while the runs are a CPU's.
 
 RLOO and GRPO are ppo_train.py without its critic: several answers a prompt are each other's
 baseline. What it has no flag for is put in its place here, around it; the rest, from the rollout to
@@ -81,7 +81,7 @@ EPS = 1e-4  # of GRPO: what TRL adds to a group's standard deviation
 
 @dataclass(frozen=True)
 class Config:
-    phase: Literal["cost", "search", "final", "timing"] = "final"
+    phase: Literal["cost", "cost_card", "search", "final", "timing"] = "final"
     method: Literal["ppo", "rloo", "grpo", "best_of_n"] = "ppo"
     seed: int = 0
     learning_rate: float = 1e-3  # of a search; a final run takes the better one
@@ -98,7 +98,13 @@ class Config:
 def main(config: Config) -> None:
     folder = Path(config.work) / name_of(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    phases = {"cost": cost, "timing": timing, "search": search, "final": final}
+    phases = {
+        "cost": cost,
+        "cost_card": cost,
+        "timing": timing,
+        "search": search,
+        "final": final,
+    }
     try:
         found = phases[config.phase](config, folder)
     except NotFinite as error:  # that is a result, too
@@ -113,6 +119,7 @@ def name_of(config: Config) -> str:
     """Of a run's folder; in `make results` its step is called so, after `rivals_`."""
     return {
         "cost": "cost",
+        "cost_card": "cost_card",
         "timing": f"timing_{config.method}",
         "search": f"search_{config.method}_{config.learning_rate:g}",
         "final": f"{config.method}_{config.seed}",
@@ -254,37 +261,54 @@ def critic_free(formula: Callable[[Tensor], Tensor]) -> dict[str, Callable]:
 
 
 @contextlib.contextmanager
-def ppo_train_as(method: str, judged_by: Literal["held-out", "selection"]) -> Iterator[None]:
-    """Have ppo_train.py train by `method`.
-
-    Args:
-        judged_by: the prompts that it looks at. Those of the selection are cut from the train
-            split, and trained on in no case.
-    """
-    load_prompts = ppo_train.load_prompts
+def training_by(method: str) -> Iterator[None]:
+    """Have ppo_train.py train by `method`, with its critic or without."""
+    if method not in ADVANTAGES:
+        yield
+        return
     save_stacked = rlhf.ppo.state.save_stacked
-
-    def load_and_cut(config: ppo_train.Config, prompt_format: PromptFormat):
-        cut = replace(config, keep="best")
-        prompts, held_out, selection, style = load_prompts(cut, prompt_format)
-        return prompts, *((held_out, [], style) if judged_by == "held-out" else (selection, [], {}))
 
     def save_what_is_there(folder: Path, shared: SharedBase, role: str, *rest: Any) -> None:
         if role in shared.adapters:
             save_stacked(folder, shared, role, *rest)
 
-    changes = critic_free(ADVANTAGES[method]) if method in ADVANTAGES else {}
     with (
-        mock.patch.multiple(ppo_train, load_prompts=load_and_cut, **changes),
+        mock.patch.multiple(ppo_train, **critic_free(ADVANTAGES[method])),
         mock.patch.object(rlhf.ppo.state, "save_stacked", save_what_is_there),
     ):
         yield
 
 
+@contextlib.contextmanager
+def looking_at(judges: Literal["held-out", "selection"]) -> Iterator[None]:
+    """Have ppo_train.py look at these prompts; those of the selection it trains on in no case.
+
+    The selection is cut from the train split, as many as there are held-out prompts.
+    """
+    load_prompts = ppo_train.load_prompts
+
+    def load_and_cut(
+        config: ppo_train.Config, prompt_format: PromptFormat
+    ) -> tuple[ppo_train.Prompts, ppo_train.Prompts, ppo_train.Prompts, dict[str, float]]:
+        cut = replace(config, keep="best")
+        prompts, held_out, selection, style = load_prompts(cut, prompt_format)
+        if judges == "selection":
+            return prompts, selection, [], {}
+        return prompts, held_out, [], style
+
+    with mock.patch.object(ppo_train, "load_prompts", load_and_cut):
+        yield
+
+
 def train(
-    config: Config, folder: Path, judged_by: Literal["held-out", "selection"], **changes: Any
+    config: Config, folder: Path, judges: Literal["held-out", "selection"], **changes: Any
 ) -> dict[str, Any]:
-    """Train, or go on where a run was cut short; return what its last look found."""
+    """Train, or go on where a run was cut short; return what its looks found.
+
+    Args:
+        judges: the prompts that it looks at.
+        changes: of `settings`.
+    """
     looks: list[Evaluation] = []
     compare = ppo_train.compare
 
@@ -294,7 +318,11 @@ def train(
 
     goes_on = any(folder.with_name(f"{folder.name}.partial").glob("step-*/manifest.json"))
     place = {"output_dir": str(folder), "resume": goes_on, "overwrite": not goes_on}
-    with ppo_train_as(config.method, judged_by), mock.patch.object(ppo_train, "compare", watched):
+    with (
+        training_by(config.method),
+        looking_at(judges),
+        mock.patch.object(ppo_train, "compare", watched),
+    ):
         ppo_train.main(replace(settings(config), **place, **changes))
     if not looks:
         raise UserError(
@@ -558,6 +586,8 @@ def curves_of(
 
 def cost(config: Config, folder: Path) -> dict[str, Any]:
     """Medians of an update's seconds by phase, of each method, in processes that take turns."""
+    if config.phase == "cost_card" and device().type != "cuda":
+        raise UserError("--phase cost_card: there is no CUDA card here")
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
     for number in range(ROUNDS):
         for method in METHODS:
