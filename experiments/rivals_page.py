@@ -342,8 +342,8 @@ def power(found: dict[str, Any]) -> str:
     text = (
         f"What {runs} seeds can show: a run's gold gain has a standard deviation of {RUN_STD} (by "
         f"the ablation below), so two means of {runs} runs differ by up to {least:.2f} by chance, "
-        f"and with the prompts' own spread only differences of about {LEAST} can be seen. No default "
-        "moves on less."
+        f"and with the prompts' own spread only differences of about {LEAST} can be seen. No "
+        "default moves on less."
     )
     if "run_std" in found:
         text += f" In these runs that deviation was {found['run_std']:.2f}."
