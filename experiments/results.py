@@ -338,9 +338,10 @@ def do_all(config: Config, todo: list[Step], shown: dict[str, str]) -> None:
         while left or running:
             unfinished = {step.name for step in [*left, *running.values()]}
             ready = [step for step in left if not unfinished & {*step.needs, *step.after}]
-            measured = any(step.alone for step in running.values())
-            for step in ready[: 0 if measured else config.jobs - len(running)]:
-                if step.alone and running:
+            for step in ready:
+                beside = list(running.values())
+                measured = any(other.alone for other in beside)
+                if len(beside) == config.jobs or measured or (beside and step.alone):
                     break
                 left.remove(step)
                 running[pool.submit(do, config, step, shown[step.name])] = step
