@@ -389,18 +389,19 @@ def price_cells(row: dict[str, Any]) -> tuple[str, ...]:
 def bullets(found: dict[str, Any]) -> list[str]:
     """How to read the table, and what training gives that sampling does not."""
     lines = [
-        "Gold gain and win rate: by a gold model trained on other pairs than the reward model, on "
-        f"{prompts_of(found)} prompts of the test split; SFT's own answers beside them. At equal "
-        "length: the win rate if both answers were equally long. KL: nats an answer away from SFT. "
-        "Intervals are 95 %."
+        "Gold gain and win rate are against SFT's answers to the same "
+        f"{prompts_of(found)} prompts of the test split, by a gold model that learned from other "
+        "pairs than the reward model. At equal length: the win rate if both answers were equally "
+        "long. KL: nats an answer away from SFT. In the plot a line is the way of the mean over "
+        "the seeds, and a diamond is where a run ended; the looks on the way choose nothing."
     ]
     if found["costs"].get("cost"):
         cost = found["costs"]["cost"]
         lines.append(
-            f"Training: minutes of a core ({cost['device']}), the same for all by design: each got "
-            "as many updates as cost what PPO's "
-            f"{rivals.EPISODES:,} episodes do ({episodes_of(found)}). An answer: seconds of a core "
-            "to sample it; best-of-n samples n and scores them, at every use, and trains nothing."
+            f"Training: minutes of CPU ({cost['device']}), the same for all by design. Each got as "
+            f"many updates as cost what PPO's {rivals.EPISODES:,} episodes do: "
+            f"{episodes_of(found)} episodes. An answer: seconds of CPU to sample it. Best-of-n "
+            "trains nothing; it samples and scores n answers at every use."
         )
         lines += ratio_lines(found["costs"])
     if "best_of_n" in found:
@@ -484,7 +485,7 @@ def details(found: dict[str, Any], records: Records) -> list[str]:
         f"with the demo's preset and {settings}, on the same prompts, with the same loss, and with "
         "the KL penalty in the reward; what differs is where the advantage comes from. PPO has a "
         "critic, which learns alone in the first update. RLOO and GRPO draw "
-        f"{rivals.GROUP} answers a prompt, and so see a {rivals.GROUP}th of the prompts an update: "
+        f"{rivals.GROUP} answers a prompt, so they see one prompt for {rivals.GROUP} of PPO's: "
         "RLOO takes the mean of the others off an answer's return, GRPO the group's, and divides "
         "by its standard deviation. An answer's return is its score less the KL penalty of all its "
         "tokens, and its advantage is the same at each; neither is whitened. Best-of-n draws "
@@ -583,8 +584,8 @@ def run_part(found: dict[str, Any], records: Records) -> list[str]:
         *("EOS", "minutes of updates", "memory, GiB", "accuracy of reward and gold model"),
     )
     blocks = [
-        "Every run; intervals over prompts. Minutes are of the clock, and those of a machine that "
-        "may have done other things, too.",
+        "Every run; intervals over prompts. Minutes are of the clock, of a machine that may "
+        "have done other things, too.",
         table(head, rows),
     ]
     if found.get("differences"):
