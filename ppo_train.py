@@ -458,6 +458,20 @@ def advantages_and_returns(
     batch: Batch, measured: Measured, kl_coef: float, baseline: float, config: Config
 ) -> tuple[Tensor, Tensor]:
     """Advantages, whitened over the update's tokens, and returns, both [n], from scores and KL."""
+    advantages, returns = gae(
+        rewards_of(batch, measured, kl_coef, baseline, config),
+        batch.by_response(measured.values),
+        batch.response_mask,
+        config.gamma,
+        config.lam,
+    )
+    return whiten(batch.end_to_end(advantages)), batch.end_to_end(returns)
+
+
+def rewards_of(
+    batch: Batch, measured: Measured, kl_coef: float, baseline: float, config: Config
+) -> Tensor:
+    """Each token's reward [b, R]: what its KL costs, and at the last the centred score."""
     mask = batch.response_mask
     scores = (measured.scores - baseline).clamp(-config.score_clip, config.score_clip)
     scores = scores - config.missing_eos_penalty * (~batch.ended).float()
@@ -465,10 +479,7 @@ def advantages_and_returns(
     rewards = token_rewards(scores, kl, mask, kl_coef)
     if config.whiten_rewards:
         rewards = batch.by_response(whiten(batch.end_to_end(rewards), shift_mean=False))
-    advantages, returns = gae(
-        rewards, batch.by_response(measured.values), mask, config.gamma, config.lam
-    )
-    return whiten(batch.end_to_end(advantages)), batch.end_to_end(returns)
+    return rewards
 
 
 def optimise(

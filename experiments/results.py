@@ -4,13 +4,19 @@
     results DATA=path/to/rm-static RESULTS="--jobs 2"    # on a local copy or a slice of it, two
     steps at a time
 
-It prints what it will cost, then works through the steps below in runs/results. Each leaves a small
-record of what it found and of the command that made it; what has one is not done again, so it can
-be stopped and started, and a training run goes on from its last state. A step whose folder is gone
-is run again when another needs it, and keeps its record. Every seed of PPO is a whole chain: its
-own SFT model, its own reward model of the first half of the pairs, its own gold one of the second
-half. It ends by writing docs/results.json, which holds all records, docs/results.md, made of it (by
-results_page.py), and the plots beside them.
+It prints what it will cost (with --dry-run that alone), then works through the steps below in
+runs/results. Each leaves a small record of what it found and of the command that made it; what has
+one is not done again, so it can be stopped and started, and a training run goes on from its last
+state. A step whose folder is gone is run again when another needs it, and keeps its record. Every
+seed of PPO is a whole chain: its own SFT model, its own reward model of the first half of the
+pairs, its own gold one of the second half. It ends by writing docs/results.json, which holds all
+records, docs/results.md, made of it (by results_page.py), and the plots beside them. What was not
+run again keeps the record that is published there.
+
+PPO beside RLOO, GRPO and best-of-n (rivals.py) is some of these steps; they alone, and the chains
+that they rest on:
+
+    make results RESULTS="--only rivals --jobs 2"
 """
 
 import json
@@ -35,6 +41,9 @@ import rlhf  # noqa: F401  before the libraries that it sets up
 import ppo_ablation
 import results_page
 import reward_ablation
+import rivals
+import rivals_page
+import torch
 from results_page import ABLATION_SEEDS, PERCENTILES, PLOTS, SEEDS
 from rich.table import Table
 
@@ -68,6 +77,7 @@ class Config:
     jobs: int = 1  # steps at a time, each with its share of the cores
     # a regular expression: do only the steps whose names begin like it, and what they need
     only: str = ""
+    dry_run: bool = False  # print what there is to do and its cost, and stop
     only_report: bool = False  # write the report of what is finished, and train nothing
 
 
@@ -79,6 +89,9 @@ class Step:
     command: str
     record: Callable[[Path], dict[str, Any]]  # makes the record of the folder
     needs: tuple[str, ...] = ()  # names of the steps whose folders it reads
+    after: tuple[str, ...] = ()  # names of the steps whose records it reads
+    on_card: bool = False  # only a machine with a CUDA card can do it
+    alone: bool = False  # it measures time: nothing else runs beside it
 
 
 def steps(config: Config) -> list[Step]:
@@ -157,6 +170,35 @@ def steps(config: Config) -> list[Step]:
             todo.append(
                 ablation("ppo", variant, seed, 17, data, work, ("sft_0", "reward_0", "gold_0"))
             )
+    return todo + rival_steps(data, work)
+
+
+def rival_steps(data: str, work: str) -> list[Step]:
+    """What each method costs, the search of its learning rate, and its runs, a chain a seed."""
+
+    def step(name: str, seed: int, minutes: int, flags: str, **more: Any) -> Step:
+        chain = tuple(f"{phase}_{seed}" for phase in ("sft", "reward", "gold"))
+        command = f"experiments/rivals.py {flags} {data} --work {work}/rivals"
+        for need in chain:
+            command += f" --{need.split('_')[0]}-checkpoint {work}/{need}"
+        return Step(f"rivals_{name}", f"rivals/{name}", minutes, command, from_file, chain, **more)
+
+    todo = [
+        step("cost", 0, 20, "--phase cost", alone=True),
+        step("cost_card", 0, 5, "--phase cost_card", alone=True, on_card=True),
+    ]
+    for method in rivals.TRAINED:
+        for rate in rivals.RATES:
+            flags = f"--phase search --method {method} --learning-rate {rate:g}"
+            todo.append(step(f"search_{method}_{rate:g}", 0, 11, flags))
+    for seed in SEEDS:
+        for method in rivals.METHODS:
+            flags = f"--method {method} --seed {seed} --records {work}/records"
+            trained = method in rivals.TRAINED
+            rests_on = ["rivals_cost"] if trained else []
+            rests_on += [f"rivals_search_{method}_{rate:g}" for rate in rivals.RATES if trained]
+            minutes = 40 if trained else 35
+            todo.append(step(f"{method}_{seed}", seed, minutes, flags, after=tuple(rests_on)))
     return todo
 
 
@@ -192,8 +234,11 @@ def main(config: Config) -> None:
     if not config.only_report:
         todo = to_do(config, shown)
         show_cost(config, todo)
+        if config.dry_run:
+            return
         do_all(config, todo, shown)
-    records = {
+    output = ROOT / config.output
+    records = published(config) | {
         step.name: json.loads(path.read_text())
         for step in steps(config)
         if (path := path_of(config, step)).exists()
@@ -205,19 +250,29 @@ def main(config: Config) -> None:
         "dataset": Path(config.dataset).name,
         "rows": rows,
         "steps": shown,
-        "records": records,
+        "records": {name: records[name] for name in shown if name in records},
     }
     report["summary"] = results_page.summary(records)
-    output = ROOT / config.output
-    plots = []
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").write_text(json.dumps(report, allow_nan=False) + "\n")
+    made = {step.name for step in steps(config) if path_of(config, step).exists()}
     for plot, name in PLOTS.items():
-        if (ROOT / config.work / plot).exists():
+        if plot.split("/")[0] in made and (ROOT / config.work / plot).exists():
             shutil.copyfile(ROOT / config.work / plot, output / name)
-        plots += [name] if (output / name).exists() else []
+    if rivals_page.can_plot(report["summary"]):
+        rivals_page.plot(report["summary"]["rivals"], output / rivals_page.PLOT)
+    plots = [name for name in (*PLOTS.values(), rivals_page.PLOT) if (output / name).exists()]
     (output / "results.md").write_text(results_page.markdown(report, plots))
     console.print(f"Saved {config.output}/results.md and {config.output}/results.json.")
+
+
+def published(config: Config) -> dict[str, Any]:
+    """The records of the report that is there, if it is of the same data."""
+    path = ROOT / config.output / "results.json"
+    if not path.exists():
+        return {}
+    report = json.loads(path.read_text())
+    return report["records"] if report["dataset"] == Path(config.dataset).name else {}
 
 
 def public(config: Config) -> dict[str, str]:
@@ -242,18 +297,23 @@ def is_done(config: Config, step: Step, shown: str) -> bool:
 def to_do(config: Config, shown: dict[str, str]) -> list[Step]:
     """The steps to do, in order.
 
-    Those without a record, and those whose folders these need and that are gone.
+    Those without a record, those whose records these read and that have none, and those whose
+    folders these need and that are gone.
     """
     every = steps(config)
+    left = {step.name for step in every if not is_done(config, step, shown[step.name])}
     names = {
         step.name
         for step in every
-        if re.match(config.only, step.name) and not is_done(config, step, shown[step.name])
+        if step.name in left
+        and re.match(config.only, step.name)
+        and (torch.cuda.is_available() or not step.on_card)
     }
     folders = {step.name: ROOT / config.work / step.folder for step in every}
     for step in reversed(every):
         if step.name in names:
             names |= {need for need in step.needs if not folders[need].exists()}
+            names |= left & {*step.after}
     return [step for step in every if step.name in names]
 
 
@@ -265,6 +325,8 @@ def show_cost(config: Config, todo: list[Step]) -> None:
     table.add_row(
         "all, with --jobs on as many cores", str(sum(step.minutes for step in todo) // config.jobs)
     )
+    hours = sum(step.minutes for step in todo) / 60
+    table.caption = f"{hours:.1f} hours of a core in all"
     console.print(table)
 
 
@@ -275,8 +337,12 @@ def do_all(config: Config, todo: list[Step], shown: dict[str, str]) -> None:
     with ThreadPoolExecutor(config.jobs) as pool:
         while left or running:
             unfinished = {step.name for step in [*left, *running.values()]}
-            ready = [step for step in left if not unfinished & {*step.needs}]
-            for step in ready[: config.jobs - len(running)]:
+            ready = [step for step in left if not unfinished & {*step.needs, *step.after}]
+            for step in ready:
+                beside = list(running.values())
+                measured = any(other.alone for other in beside)
+                if len(beside) == config.jobs or measured or (beside and step.alone):
+                    break
                 left.remove(step)
                 running[pool.submit(do, config, step, shown[step.name])] = step
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -311,8 +377,10 @@ def do(config: Config, step: Step, shown: str) -> None:
         raise UserError(
             f"{step.name} failed (see {log}); mend it and start again: what is finished is kept"
         )
-    if is_done(config, step, shown):
-        return  # only its folder was gone; what others made of it rests on what the record tells of
+    # Only its folder was wanted; what others made of it rests on what the record tells of.
+    wanted = re.match(config.only, step.name)
+    if is_done(config, step, shown) or (not wanted and step.name in published(config)):
+        return
     how = {"command": shown, "commit": git_commit(), "cpu": cpu_name(), "threads": threads}
     how["minutes"] = round((time.monotonic() - started) / 60, 1)
     record = json.dumps(how | step.record(work / step.folder), allow_nan=False)

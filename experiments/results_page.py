@@ -10,6 +10,8 @@ import rlhf  # noqa: F401  before the libraries that it sets up
 import numpy as np
 import ppo_ablation
 import reward_ablation
+import rivals_page
+from tables import deviations, interval, percent, pooled_interval, seeds, share, signed, span, table
 
 import ppo_train
 from compare_outputs import fenced
@@ -19,7 +21,6 @@ from rlhf.runs.statistics import at_equal_length, preference
 # Of the chains, of PPO's ablation, of the reward recipe, of the averaged adapters, and of stock.
 SEEDS = (0, 1, 2)
 ABLATION_SEEDS = (0, 1)  # of the other variants of the reward model
-SAMPLES = 10_000  # of a bootstrap
 PERCENTILES = (100, 90, 50, 10, 0)  # of the gold gain over SFT: the samples that are shown
 PLOTS = {"reward_0/evaluation.png": "reward_evaluation.png"} | {
     f"ppo_{seed}/frontier.png": f"ppo_frontier_{seed}.png" for seed in SEEDS
@@ -41,7 +42,8 @@ def summary(records: Records) -> dict[str, Any]:
         )
     if "metrics" in records.get("ppo_baseline_0", {}):
         found["ppo_ablation"] = ablation_summary(records)
-    return found
+    rivals = rivals_page.summary(records, SEEDS)
+    return found | ({"rivals": rivals} if rivals else {})
 
 
 def finished(records: Records, step: str) -> list[int]:
@@ -174,58 +176,6 @@ def marks(parts: list[dict[str, Any]], key: str) -> np.ndarray:
     return np.array([[int(mark) / 2 for mark in part[key]] for part in parts])
 
 
-def interval(name: str, values: np.ndarray, against: np.ndarray | None = None) -> dict[str, float]:
-    """Mean of `values` [seeds, pairs] less that of `against`.
-
-    The bootstrap is over the seeds of each, and over the pairs.
-    """
-    random = np.random.default_rng(0)
-    pairs = drawn(random, values.shape[1])
-    parts = [values] if against is None else [values, -against]
-    samples = sum(((drawn(random, len(part)) @ part) * pairs).sum(1) for part in parts)
-    return between(name, sum(part.mean() for part in parts), samples)
-
-
-def pooled_interval(
-    name: str, values: np.ndarray, against: np.ndarray, spread: np.ndarray
-) -> dict[str, float]:
-    """Mean of `values` [runs, prompts] less that of `against`.
-
-    The bootstrap is over the prompts, and over the runs by `spread`.
-
-    Two or three runs of a variant say too little of how far such runs lie apart: what a bootstrap
-    draws in place of each is the deviation of any run of the table, see `deviations`.
-    """
-    random = np.random.default_rng(0)
-    prompts = drawn(random, values.shape[1])
-    difference = values.mean(0) - against.mean(0)
-    noise = drawn(random, len(spread), len(values)) - drawn(random, len(spread), len(against))
-    return between(name, difference.mean(), ((difference + noise @ spread) * prompts).sum(1))
-
-
-def deviations(gains: list[np.ndarray]) -> np.ndarray:
-    """[runs, prompts]: each run's distance from its variant's mean, with an unbiased mean square.
-
-    Of variants of one run nothing is known; if that is all there is, no run deviates.
-    """
-    found = [
-        (own - own.mean(0)) * (len(own) / (len(own) - 1)) ** 0.5 for own in gains if len(own) > 1
-    ]
-    return np.concatenate(found or [np.zeros_like(gains[0][:1])])
-
-
-def drawn(random: np.random.Generator, of: int, count: int | None = None) -> np.ndarray:
-    """[SAMPLES, of] weights of a mean when `count` (all) are drawn with replacement."""
-    count = count or of
-    which = random.integers(0, of, (SAMPLES, count)) + of * np.arange(SAMPLES)[:, None]
-    return np.bincount(which.ravel(), minlength=SAMPLES * of).reshape(SAMPLES, of) / count
-
-
-def between(name: str, mean: float, samples: np.ndarray) -> dict[str, float]:
-    low, high = np.quantile(samples, [0.025, 0.975])
-    return {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
-
-
 # ---------------------------------------------------------------- the page
 
 
@@ -233,7 +183,8 @@ def markdown(report: dict[str, Any], plots: list[str]) -> str:
     """docs/results.md: of what there is a record, with the plots that are there."""
     records = report["records"]
     found = report["summary"]
-    blocks = header(report)
+    rivals = found.get("rivals", {})
+    blocks = header(report, rivals_page.top(rivals, plots))
     if "reward" in found:
         blocks += reward_part(found["reward"])
     if finished(records, "ppo"):
@@ -242,12 +193,14 @@ def markdown(report: dict[str, Any], plots: list[str]) -> str:
         blocks += win_part(records, found["wins"])
     if "ppo_ablation" in found:
         blocks += ablation_part(found["ppo_ablation"])
+    blocks += rivals_page.details(rivals, records)
     if "samples" in records:
         blocks += sample_part(records["samples"]["shown"])
     return "\n\n".join([*blocks, *how_part(report)]) + "\n"
 
 
-def header(report: dict[str, Any]) -> list[str]:
+def header(report: dict[str, Any], first: list[str]) -> list[str]:
+    """The title, what was run, `first`, and a line for each part that follows."""
     return [
         "# Does it learn?",
         f"SmolLM2-135M-Instruct on the first {report['rows']['train']:,} training and "
@@ -255,6 +208,8 @@ def header(report: dict[str, Any]) -> list[str]:
         "results`; every number is in [results.json](results.json). Intervals are 95 %, by "
         "bootstrap over seeds and prompts or pairs; those over two or three seeds are rather too "
         "narrow.",
+        *first,
+        *(["## The rest in short"] if first else []),
         "\n".join(f"- {line}" for line in headlines(report)),
     ]
 
@@ -592,33 +547,3 @@ def how_part(report: dict[str, Any]) -> list[str]:
         table(("step", "minutes", "threads", "CPU", "commit", "command"), rows),
         *([f"Not run yet: {', '.join(left)}."] if left else []),
     ]
-
-
-# ---------------------------------------------------------------- cells
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
-
-
-def share(m: dict[str, Any], key: str) -> str:
-    return f"{m[key]:.3f} ({m[f'{key}_low']:.3f} to {m[f'{key}_high']:.3f})"
-
-
-def percent(m: dict[str, Any], key: str) -> str:
-    return f"{m[key]:.0%} ({m[f'{key}_low']:.0%} to {m[f'{key}_high']:.0%})"
-
-
-def signed(m: dict[str, Any], key: str, number_format: str = ".2f") -> str:
-    low, high = (f"{m[f'{key}_{end}']:+{number_format}}" for end in ("low", "high"))
-    return f"{m[key]:+{number_format}} ({low} to {high})"
-
-
-def span(runs: list[dict[str, Any]], key: str, number_format: str = ".2f") -> str:
-    """The range over the seeds."""
-    values = [format(run[key], number_format) for run in sorted(runs, key=lambda run: run[key])]
-    return values[0] if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
-
-
-def seeds(m: dict[str, Any]) -> str:
-    return "one seed" if m["seeds"] == 1 else f"{m['seeds']} seeds"

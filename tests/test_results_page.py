@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import results
 import results_page as page
 import reward_ablation
+import tables
 
 from rlhf.runs.errors import UserError
 
@@ -39,11 +40,11 @@ def rounded(value):
 
 def test_an_interval_is_of_the_difference_and_resamples_seeds_too():
     same = np.array([[1.0, 0.0, 1.0, 1.0]])
-    found = page.interval("accuracy", same, 1 - same)
+    found = tables.interval("accuracy", same, 1 - same)
     assert found["accuracy"] == 0.5 and found["accuracy_low"] < 0.5 < found["accuracy_high"]
     # pairs do not matter, the seed does: 0.2, 0.4 or 0.6
     constant = np.array([[0.2] * 4, [0.6] * 4])
-    assert page.interval("x", constant) == pytest.approx({"x": 0.4, "x_low": 0.2, "x_high": 0.6})
+    assert tables.interval("x", constant) == pytest.approx({"x": 0.4, "x_low": 0.2, "x_high": 0.6})
 
 
 def test_wins_count_ties_half_and_both_must_have_ended():
@@ -64,20 +65,20 @@ def test_few_runs_are_held_against_each_other_by_the_spread_of_all():
     apart = np.array([[0.2] * 4, [0.6] * 4])
     alike = np.array([[1.0] * 4, [1.0] * 4])
     # of a single run nothing is known
-    spread = page.deviations([apart, alike, np.array([[7.0] * 4])])
+    spread = tables.deviations([apart, alike, np.array([[7.0] * 4])])
     assert spread == pytest.approx(
         np.array([[-(0.08**0.5)] * 4, [0.08**0.5] * 4, [0.0] * 4, [0.0] * 4])
     )
     # Two are drawn on each side, of -1, 1, 0 and 0 times 0.1414; their sum is 4 in 1 case of 256
     # and 3 in 8 more.
-    found = page.pooled_interval("x", alike, apart, spread)
+    found = tables.pooled_interval("x", alike, apart, spread)
     assert found == pytest.approx(
         {"x": 0.6, "x_low": 0.6 - 3 * 0.02**0.5, "x_high": 0.6 + 3 * 0.02**0.5}
     )
     # Prompts are drawn too: without any spread of runs a difference of 0 or 1 a prompt is 0 to 1.
     single = np.array([[0.0, 1.0]])
-    assert page.deviations([single]) == pytest.approx(np.zeros((1, 2)))
-    found = page.pooled_interval("x", single, 0 * single, page.deviations([single]))
+    assert tables.deviations([single]) == pytest.approx(np.zeros((1, 2)))
+    found = tables.pooled_interval("x", single, 0 * single, tables.deviations([single]))
     assert found == pytest.approx({"x": 0.5, "x_low": 0.0, "x_high": 1.0})
 
 
@@ -213,7 +214,7 @@ def test_the_page_is_made_of_any_part_of_the_records(monkeypatch, every):
     plots = [name for name in page.PLOTS.values() if (ROOT / "docs" / name).exists()]
     assert page.markdown(report, plots) == (ROOT / "docs" / "results.md").read_text()
     names = list(records)
-    monkeypatch.setattr(page, "SAMPLES", 10)  # from here on only what there is matters
+    monkeypatch.setattr(tables, "SAMPLES", 10)  # from here on only what there is matters
     parts = [*([name] for name in names), *(names[i:] for i in range(len(names)))]
     for left in parts[::every]:
         fewer = {name: record for name, record in records.items() if name not in left}

@@ -1,14 +1,20 @@
 """PPO on problems with a known answer: ppo_train.main as it is, with a score of our own.
 
-`make test` runs one seed of the first; `make toys` five of each.
+`make test` runs one seed of the first problem; `make toys` five of each, and RLOO and GRPO on all
+of them, as experiments/rivals.py has them.
 """
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
-from conftest import Checkpoints, make_model
+from conftest import ROOT, Checkpoints, make_model
+
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import rivals
 
 import ppo_train
 from rlhf.ppo.batch import Batch
@@ -78,9 +84,9 @@ def parents(flags, tiny_data, call_main, tmp_path_factory):
 
 @pytest.fixture
 def run(parents, tiny_data, tmp_path, monkeypatch):
-    """`run(score, updates, **changes)`: each update's metrics, with raw advantage variance."""
+    """`run(score, updates, **changes)`: metrics of each update, PPO's with advantage variance."""
 
-    def run(score, updates, **changes):
+    def run(score, updates, method="ppo", **changes):
         lay_out = Batch.lay_out
         whiten = ppo_train.whiten
         sampled = {}
@@ -113,11 +119,15 @@ def run(parents, tiny_data, tmp_path, monkeypatch):
                 "output_dir": str(tmp_path / "ppo"),
                 "overwrite": True,
             }
-            ppo_train.main(
-                dataclasses.replace(ppo_train.Config(), **checkpoints, **folders, **settings)
-            )
+            with rivals.training_by(method):
+                ppo_train.main(
+                    dataclasses.replace(ppo_train.Config(), **checkpoints, **folders, **settings)
+                )
         lines = (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()
         rows = [row for row in map(json.loads, lines) if "episode" in row]
+        if method != "ppo":
+            assert not variances  # nothing is whitened
+            return rows
         return [row | {"variance": variance} for row, variance in zip(rows, variances, strict=True)]
 
     return run
@@ -127,24 +137,36 @@ def mean(rows, name):
     return sum(row[name] for row in rows) / len(rows)
 
 
+PROBLEMS = [
+    (frequency, 25, 0.2, {"temperature": 0.5, "learning_rate": 2e-2}),
+    # What KL costs keeps it varied until it is met.
+    pytest.param(
+        length,
+        100,
+        0.0,
+        {"response_length": 12, "learning_rate": 5e-3, "kl_coef": 0.005},
+        marks=SLOW,
+    ),
+    pytest.param(last_token, 80, 0.4, {"learning_rate": 2e-2}, marks=SLOW),
+]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(
-    ("score", "updates", "start", "settings"),
-    [
-        (frequency, 25, 0.2, {"temperature": 0.5, "learning_rate": 2e-2}),
-        # What KL costs keeps it varied until it is met.
-        pytest.param(
-            length,
-            100,
-            0.0,
-            {"response_length": 12, "learning_rate": 5e-3, "kl_coef": 0.005},
-            marks=SLOW,
-        ),
-        pytest.param(last_token, 80, 0.4, {"learning_rate": 2e-2}, marks=SLOW),
-    ],
-)
+@pytest.mark.parametrize(("score", "updates", "start", "settings"), PROBLEMS)
 def test_ppo_finds_the_best_answer(run, score, updates, start, settings, seed):
     rows = run(score, updates, seed=seed, **settings)
+    assert mean(rows[:2], "objective/scores") < start
+    assert mean(rows[-5:], "objective/scores") >= 0.95
+
+
+@SLOW
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+@pytest.mark.parametrize(("score", "updates", "start", "settings"), PROBLEMS)
+def test_groups_find_the_best_answer_without_a_critic(
+    run, method, score, updates, start, settings, seed
+):
+    rows = run(score, updates, method, seed=seed, critic_warmup_updates=0, **settings)
     assert mean(rows[:2], "objective/scores") < start
     assert mean(rows[-5:], "objective/scores") >= 0.95
 

@@ -1,0 +1,663 @@
+"""What docs/results.md says of PPO beside RLOO, GRPO and best-of-n, for someone who must choose.
+
+`top` is two screens: what came out, what such runs can show, a table and a plot. `details` are what
+it rests on. Both are made of any part of the records, and name a winner only of all of them.
+"""
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import rlhf  # noqa: F401  before the libraries that it sets up
+
+import numpy as np
+import ppo_ablation
+import rivals
+from tables import deviations, interval, percent, pooled_interval, signed, table
+
+import ppo_train
+from rlhf.runs.statistics import at_equal_length, preference
+
+Records = dict[str, Any]
+PLOT = "rivals.png"
+NAMES = {"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO"}
+LEAST = 0.1  # of gold gain: less is no reason to change a default
+RUN_STD = 0.05  # of a run's gold gain, by PPO's ablation
+ROWS = (4, 16, 64)  # the n of best-of-n that have a row in the table
+
+
+# ---------------------------------------------------------------- what came out
+
+
+def summary(records: Records, all_seeds: tuple[int, ...]) -> dict[str, Any]:
+    """Of whatever records there are; {} if none has anything to show."""
+    runs = {
+        name: {
+            seed: records[key]
+            for seed in all_seeds
+            if "answers" in records.get(key := f"rivals_{name}_{seed}", {})
+        }
+        for name in rivals.METHODS
+    }
+    runs = {name: found for name, found in runs.items() if found}
+    costs = {
+        name: records[key] for name in ("cost", "cost_card") if (key := f"rivals_{name}") in records
+    }
+    searched = searches(records)
+    if not (runs or costs or searched):
+        return {}
+    cost = costs.get("cost")
+    found: dict[str, Any] = {"seeds": len(all_seeds), "search": searched}
+    found["costs"] = {name: cost_rows(record) for name, record in costs.items()}
+    trained = {name: by_seed for name, by_seed in runs.items() if name in rivals.TRAINED}
+    found["methods"] = {
+        name: row_of(list(by_seed.values())) | price_of_training(name, by_seed, cost)
+        for name, by_seed in trained.items()
+    }
+    found["failed"] = [
+        f"{NAMES[name]}, seed {seed} ({text})"
+        for name in rivals.TRAINED
+        for seed in all_seeds
+        if (text := records.get(f"rivals_{name}_{seed}", {}).get("failed"))
+    ]
+    found["complete"] = all(len(trained.get(name, {})) == len(all_seeds) for name in NAMES)
+    if found["complete"]:
+        found |= differences(trained)
+    if "best_of_n" in runs:
+        found["best_of_n"] = best_of_n(runs["best_of_n"], trained, cost)
+    return found
+
+
+def row_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A method's line in the table, from its runs."""
+    sft, policy = (
+        {name: np.array([run["answers"][who][name] for run in runs]) for name in COLUMNS}
+        for who in ("sft", "policy")
+    )
+    gains = policy["gold_score"] - sft["gold_score"]
+    golds = zip(policy["gold_score"], sft["gold_score"], strict=True)
+    wins = np.array([preference(ours, theirs) for ours, theirs in golds])
+    return {
+        **outcome(gains, wins, policy["tokens"] - sft["tokens"]),
+        "kl": float(policy["kl"].mean()),
+        "tokens": float(policy["tokens"].mean()),
+        "sft_tokens": float(sft["tokens"].mean()),
+        "path": path_of(runs),
+        "ends": [
+            {"kl": float(kl.mean()), "gold_gain": float(gain.mean())}
+            for kl, gain in zip(policy["kl"], gains, strict=True)
+        ],
+    }
+
+
+COLUMNS = ("gold_score", "tokens", "kl")
+
+
+def outcome(gains: np.ndarray, wins: np.ndarray, longer: np.ndarray) -> dict[str, Any]:
+    """Gold gain and win rate, with intervals, of [seeds, prompts]."""
+    equal = at_equal_length(wins, longer)
+    names = ("at_equal_length", "at_equal_length_low", "at_equal_length_high")
+    return {
+        "seeds": len(gains),
+        "prompts": gains.shape[1],
+        **interval("gold_gain", gains),
+        **interval("win_rate", wins),
+        **dict(zip(names, equal, strict=True)),
+    }
+
+
+def path_of(runs: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """KL and gold gain at each look, as means over the runs."""
+    looks = zip(*(run["looks"] for run in runs), strict=False)
+    return [
+        {
+            "kl": float(np.mean([row["eval/kl"] for row in rows])),
+            "gold_gain": float(
+                np.mean(
+                    [
+                        row["eval/gold_scores"] - run["looks"][0]["eval/gold_scores"]
+                        for row, run in zip(rows, runs, strict=True)
+                    ]
+                )
+            ),
+        }
+        for rows in looks
+    ]
+
+
+def price_of_training(
+    name: str, by_seed: dict[int, dict[str, Any]], cost: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What its updates cost by the measurement, and what an answer costs afterwards."""
+    updates = sorted({run["updates"] for run in by_seed.values()})[-1]
+    found: dict[str, Any] = {"episodes": sorted({run["episodes"] for run in by_seed.values()})[-1]}
+    if cost:
+        found["training_seconds"] = updates * rivals.update_seconds(cost, name)
+        found["answer_seconds"] = answer_seconds(cost, name)
+        found["peak_memory_gib"] = cost["methods"][name]["peak_memory_gib"]
+    return found
+
+
+def answer_seconds(cost: dict[str, Any], method: str) -> float:
+    """To give one answer: sampled, and with best-of-n scored, too."""
+    seconds = cost["methods"][method]["seconds"]
+    whole = sum(seconds.values()) if method == "best_of_n" else seconds["rollout"]
+    return whole / ppo_train.PRESETS["demo"].episodes_per_update
+
+
+def differences(trained: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
+    """Gold gain of each trained method less that of each other, and the winner, if there is one.
+
+    The runs of a seed share SFT, reward and gold model, so what a seed has in common is taken off;
+    what is left of a run says how far runs lie apart. Too few to say so of one method, they are
+    pooled over all (`tables.deviations`).
+    """
+    gains = {
+        name: np.array([gains_of(run) for _, run in sorted(by_seed.items())])
+        for name, by_seed in trained.items()
+    }  # [seeds, prompts]
+    of_seed = np.mean(list(gains.values()), axis=0)
+    spread = deviations([own - of_seed for own in gains.values()])
+    spread = spread * (len(gains) / (len(gains) - 1)) ** 0.5
+    found = {}
+    for one, other in combinations(sorted(gains, key=lambda name: -gains[name].mean()), 2):
+        above = pooled_interval("above", gains[one], gains[other], spread)
+        found[f"{one} {other}"] = above
+    best = max(gains, key=lambda name: gains[name].mean())
+    wins = [above for pair, above in found.items() if pair.split()[0] == best]
+    return {
+        "differences": found,
+        "run_std": float(np.sqrt((spread.mean(1) ** 2).mean())),
+        "winner": best if all(above["above_low"] > 0 for above in wins) else None,
+    }
+
+
+def gains_of(run: dict[str, Any]) -> np.ndarray:
+    """Gold gain over SFT of each prompt."""
+    sft, policy = (np.array(run["answers"][who]["gold_score"]) for who in ("sft", "policy"))
+    return policy - sft
+
+
+def best_of_n(
+    pools: dict[int, dict[str, Any]],
+    trained: dict[str, dict[int, dict[str, Any]]],
+    cost: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The curve over every n, rows of some, and which n it takes to match each trained method."""
+    found: dict[str, Any] = {
+        "curve": [
+            {"n": n, "kl": rivals.best_of_n_kl(n), "gold_gain": float(gain)}
+            for n, gain in enumerate(curve_of(list(pools.values())), 1)
+        ],
+        "rows": {},
+        "matches": {},
+        "above": {},
+    }
+    shown = [n for n in map(str, ROWS) if all(n in pool["best_of"] for pool in pools.values())]
+    for n in shown:
+        found["rows"][n] = row_of_best(list(pools.values()), n, cost)
+    for name, runs in trained.items():
+        shared = sorted(pools.keys() & runs.keys())
+        if not shared:
+            continue
+        some = [pools[seed] for seed in shared]
+        reached = np.array([gains_of(runs[seed]) for seed in shared])  # [seeds, prompts]
+        enough = np.flatnonzero(curve_of(some) >= reached.mean())
+        found["matches"][name] = int(enough[0]) + 1 if len(enough) else None
+        found["above"][name] = {
+            n: interval("above", gains_of_best(some, n) - reached) for n in shown
+        }
+    return found
+
+
+def curve_of(pools: list[dict[str, Any]]) -> np.ndarray:
+    """[n] gold gain of the best of n, a mean over runs and prompts."""
+    gains = [
+        np.array(pool["means"]["gold_score"]) - np.mean(pool["answers"]["sft"]["gold_score"])
+        for pool in pools
+    ]
+    return np.mean(gains, axis=0)
+
+
+def gains_of_best(pools: list[dict[str, Any]], n: str) -> np.ndarray:
+    """[seeds, prompts] gold gain of the best of n."""
+    return np.array(
+        [
+            np.subtract(pool["best_of"][n]["gold_score"], pool["answers"]["sft"]["gold_score"])
+            for pool in pools
+        ]
+    )
+
+
+def row_of_best(pools: list[dict[str, Any]], n: str, cost: dict[str, Any] | None) -> dict[str, Any]:
+    """The line of best of n in the table."""
+    tokens = np.array([pool["best_of"][n]["tokens"] for pool in pools])
+    sft_tokens = np.array([pool["answers"]["sft"]["tokens"] for pool in pools])
+    wins = np.array([pool["best_of"][n]["win"] for pool in pools])
+    row = outcome(gains_of_best(pools, n), wins, tokens - sft_tokens)
+    row |= {"kl": rivals.best_of_n_kl(int(n)), "tokens": float(tokens.mean())}
+    if cost:
+        row["answer_seconds"] = int(n) * answer_seconds(cost, "best_of_n")
+        row["peak_memory_gib"] = cost["methods"]["best_of_n"]["peak_memory_gib"]
+    return row
+
+
+def searches(records: Records) -> dict[str, dict[str, Any]]:
+    """What each rate of each method gained on the selection prompts, and which is taken."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in rivals.TRAINED:
+        runs = {
+            rate: records[key]
+            for rate in rivals.RATES
+            if (key := f"rivals_search_{name}_{rate:g}") in records
+        }
+        if not runs:
+            continue
+        rows = {
+            f"{rate:g}": {"gold_gain": rivals.gold_gain(run), "kl": run["metrics"]["ppo_kl"]}
+            if "answers" in run
+            else {"failed": run["failed"]}
+            for rate, run in runs.items()
+        }
+        found[name] = {"rates": rows}
+        if len(runs) == len(rivals.RATES) and any("answers" in run for run in runs.values()):
+            found[name]["taken"] = f"{rivals.better_rate(runs):g}"
+    return found
+
+
+def cost_rows(cost: dict[str, Any]) -> dict[str, Any]:
+    """Of a device: seconds of an update by phase, beside PPO's, and the updates for its cost."""
+    updates = rivals.updates_of(cost)
+    ppo = rivals.update_seconds(cost, "ppo")
+    rows = {
+        name: {
+            "seconds": found["seconds"],
+            "update_seconds": rivals.update_seconds(cost, name),
+            "of_ppo": rivals.update_seconds(cost, name) / ppo,
+            "updates": updates.get(name),
+            "peak_memory_gib": found["peak_memory_gib"],
+            "counted": found["counted"],
+        }
+        for name, found in cost["methods"].items()
+    }
+    return {
+        "device": cost["device"],
+        "threads": cost["threads"],
+        "look_seconds_a_prompt": cost["look_seconds_a_prompt"],
+        "methods": rows,
+    }
+
+
+# ---------------------------------------------------------------- two screens
+
+
+def top(found: dict[str, Any], plots: list[str]) -> list[str]:
+    """What someone reads who must choose; nothing without a run that counts."""
+    if not (found.get("methods") or found.get("best_of_n")):
+        return []
+    return [
+        "## PPO, RLOO, GRPO or best-of-n?",
+        verdict(found),
+        power(found),
+        main_table(found),
+        *([f"![gold score against KL, all methods]({PLOT})"] if PLOT in plots else []),
+        *bullets(found),
+    ]
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """The winner at equal cost, or that there is none."""
+    if not found["complete"]:
+        done = sum(row["seeds"] for row in found["methods"].values())
+        whole = found["seeds"] * len(NAMES)
+        broken = f" Broken off: {'; '.join(found['failed'])}." if found["failed"] else ""
+        return (
+            f"**Not decided:** {done} of {whole} training runs are in, and no winner is named "
+            f"before the last.{broken}"
+        )
+    best = max(found["methods"], key=lambda name: found["methods"][name]["gold_gain"])
+    pairs = {
+        pair.split()[1]: found["differences"][pair]
+        for pair in found["differences"]
+        if pair.split()[0] == best
+    }
+    apart = ", ".join(
+        f"{signed(above, 'above')} above {NAMES[other]}" for other, above in pairs.items()
+    )
+    if not found["winner"]:
+        return (
+            "**At equal cost the table cannot tell PPO, RLOO and GRPO apart.** The highest gold "
+            f"gain is {NAMES[best]}'s, {apart}; an interval with 0 in it is no difference."
+        )
+    short = min(above["above"] for above in pairs.values()) < LEAST
+    return f"**At equal cost {NAMES[best]} wins:** its gold gain is {apart}." + (
+        f" That is less than the {LEAST} on which a default would move." if short else ""
+    )
+
+
+def power(found: dict[str, Any]) -> str:
+    """What so few runs can show, before anyone reads the table."""
+    runs = found["seeds"]
+    least = 1.96 * RUN_STD * (2 / runs) ** 0.5
+    text = (
+        f"What {runs} seeds can show: a run's gold gain has a standard deviation of {RUN_STD} (by "
+        f"the ablation below), so two means of {runs} runs differ by up to {least:.2f} by chance, "
+        f"and with the prompts' own spread only differences of about {LEAST} can be seen. No "
+        "default moves on less."
+    )
+    if "run_std" in found:
+        text += f" In these runs that deviation was {found['run_std']:.2f}."
+    return text
+
+
+def main_table(found: dict[str, Any]) -> str:
+    head = (
+        *("method", "seeds", "gold gain", "win rate over SFT", "at equal length", "KL"),
+        *("tokens", "training", "an answer", "peak memory"),
+    )
+    rows = [
+        (NAMES[name], *cells_of(row), *price_cells(row)) for name, row in found["methods"].items()
+    ]
+    for n, row in found.get("best_of_n", {}).get("rows", {}).items():
+        rows.append((f"best of {n}", *cells_of(row), *price_cells(row)))
+    return table(head, rows)
+
+
+def cells_of(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(row["seeds"]),
+        signed(row, "gold_gain"),
+        percent(row, "win_rate"),
+        percent(row, "at_equal_length"),
+        f"{row['kl']:.1f}",
+        f"{row['tokens']:.0f}",
+    )
+
+
+def price_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """Core minutes to train, seconds an answer, GiB at the peak; blank if not measured."""
+    if "answer_seconds" not in row:
+        return "", "", ""
+    training = row.get("training_seconds")
+    return (
+        f"{training / 60:.0f} min" if training else "none",
+        f"{row['answer_seconds']:.2f} s",
+        f"{row['peak_memory_gib']:.1f} GiB",
+    )
+
+
+def bullets(found: dict[str, Any]) -> list[str]:
+    """How to read the table, and what training gives that sampling does not."""
+    lines = [
+        "Gold gain and win rate are against SFT's answers to the same "
+        f"{prompts_of(found)} prompts of the test split, by a gold model that learned from other "
+        "pairs than the reward model. At equal length: the win rate if both answers were equally "
+        "long. KL: nats an answer away from SFT. In the plot a line is the way of the mean over "
+        "the seeds, and a diamond is where a run ended; the looks on the way choose nothing."
+    ]
+    if found["costs"].get("cost"):
+        cost = found["costs"]["cost"]
+        lines.append(
+            f"Training: minutes of CPU ({cost['device']}), the same for all by design. Each got as "
+            f"many updates as cost what PPO's {rivals.EPISODES:,} episodes do: "
+            f"{episodes_of(found)} episodes. An answer: seconds of CPU to sample it. Best-of-n "
+            "trains nothing; it samples and scores n answers at every use."
+        )
+        lines += ratio_lines(found["costs"])
+    if "best_of_n" in found:
+        lines += sampling_lines(found)
+    return ["\n".join(f"- {line}" for line in lines)]
+
+
+def prompts_of(found: dict[str, Any]) -> int:
+    rows = [*found["methods"].values(), *found.get("best_of_n", {}).get("rows", {}).values()]
+    return rows[0]["prompts"]
+
+
+def episodes_of(found: dict[str, Any]) -> str:
+    return ", ".join(f"{NAMES[name]} {row['episodes']:,}" for name, row in found["methods"].items())
+
+
+def ratio_lines(costs: dict[str, Any]) -> list[str]:
+    """What an update without a critic costs, beside PPO's, on each device that was measured."""
+    parts = []
+    for cost in costs.values():
+        rows = cost["methods"]
+        ratios = " and ".join(
+            f"{NAMES[name]}'s {rows[name]['of_ppo']:.2f}" for name in ("rloo", "grpo")
+        )
+        memory = rows["rloo"]["peak_memory_gib"] / rows["ppo"]["peak_memory_gib"]
+        parts.append(
+            f"{ratios} of PPO's on {cost['device']}, with {memory:.2f} of its memory at the peak"
+        )
+    lines = [f"Without a critic an update of as many episodes costs {'; '.join(parts)}."]
+    if "cost_card" not in costs:
+        lines[0] += " On a card it was not measured."
+    return lines
+
+
+def sampling_lines(found: dict[str, Any]) -> list[str]:
+    """Training against sampling: what n matches each method, and when training has paid."""
+    best = found["best_of_n"]
+    lines = []
+    for name, row in found["methods"].items():
+        if name not in best["matches"]:
+            continue
+        n = best["matches"][name]
+        most = best["curve"][-1]["n"]
+        if n is None:
+            lines.append(
+                f"{NAMES[name]}'s gold gain is out of reach for best of {most}: training gives "
+                "what sampling does not."
+            )
+            continue
+        line = (
+            f"{NAMES[name]}'s gold gain is that of best of {n}, at a KL of "
+            f"{rivals.best_of_n_kl(n):.1f} in place of {row['kl']:.1f}."
+        )
+        per_answer = found["costs"].get("cost", {}).get("methods", {}).get("best_of_n")
+        if per_answer and "training_seconds" in row:
+            single = per_answer["update_seconds"] / ppo_train.PRESETS["demo"].episodes_per_update
+            saved = n * single - row["answer_seconds"]
+            if saved > 0:
+                line += (
+                    f" Its training has paid after {row['training_seconds'] / saved:,.0f} answers."
+                )
+        lines.append(line)
+    return lines
+
+
+# ---------------------------------------------------------------- details
+
+
+def details(found: dict[str, Any], records: Records) -> list[str]:
+    """What the two screens rest on: cost by phase, the search, and every run."""
+    if not found:
+        return []
+    settings = ", ".join(
+        f"{name} {value}"
+        for name, value in ppo_ablation.PPO.items()
+        if name != "num_printed_samples"
+    )
+    blocks = [
+        "## PPO and its rivals, in detail",
+        "All start from the chains below: SFT, reward and gold model of the same seed. All train "
+        f"with the demo's preset and {settings}, on the same prompts, with the same loss, and with "
+        "the KL penalty in the reward; what differs is where the advantage comes from. PPO has a "
+        "critic, which learns alone in the first update. RLOO and GRPO draw "
+        f"{rivals.GROUP} answers a prompt, so they see one prompt for {rivals.GROUP} of PPO's: "
+        "RLOO takes the mean of the others off an answer's return, GRPO the group's, and divides "
+        "by its standard deviation. An answer's return is its score less the KL penalty of all its "
+        "tokens, and its advantage is the same at each; neither is whitened. Best-of-n draws "
+        f"{rivals.DRAWS} answers a prompt from the SFT model, once; the reward model chooses, the "
+        "gold model judges, and every n up to that follows by exact order statistics. Its KL is "
+        "ln n - (n - 1) / n, the most that it can be. What each run does stands in "
+        "`experiments/rivals.py`.",
+    ]
+    blocks += cost_part(found["costs"])
+    blocks += search_part(found["search"])
+    blocks += run_part(found, records)
+    return blocks
+
+
+def cost_part(costs: dict[str, Any]) -> list[str]:
+    blocks = []
+    for cost in costs.values():
+        rows = [
+            (
+                NAMES.get(name, "best-of-n"),
+                *(
+                    f"{row['seconds'][part]:.1f}" if part in row["seconds"] else ""
+                    for part in ("rollout", "measure", "optimise")
+                ),
+                f"{row['update_seconds']:.1f}",
+                f"{row['of_ppo']:.2f}",
+                str(row["updates"] or ""),
+                f"{row['peak_memory_gib']:.2f}",
+            )
+            for name, row in cost["methods"].items()
+        ]
+        head = (
+            *("", "rollout", "measure", "optimise", "all", "of PPO's"),
+            *("updates for PPO's cost", "peak memory, GiB"),
+        )
+        counted = next(iter(cost["methods"].values()))["counted"]
+        size = ppo_train.PRESETS["demo"].episodes_per_update
+        blocks += [
+            f"Cost on {cost['device']}, {cost['threads']} threads: seconds of an update of {size} "
+            f"episodes, of best-of-n of {size} answers sampled and scored. Medians of {counted} "
+            "updates from the start of training, in processes that took turns; on a CPU they are "
+            "seconds that it worked. A look at held-out prompts is no part of it, and costs "
+            f"{cost['look_seconds_a_prompt']:.2f} s a prompt. PPO's first update, which leaves the "
+            "policy alone, counts as a whole one.",
+            table(head, rows),
+        ]
+    return blocks
+
+
+def search_part(searched: dict[str, dict[str, Any]]) -> list[str]:
+    rows = []
+    for name, found in searched.items():
+        for rate, row in found["rates"].items():
+            cells = (
+                (f"broke off: {row['failed']}", "")
+                if "failed" in row
+                else (f"{row['gold_gain']:+.2f}", f"{row['kl']:.1f}")
+            )
+            rows.append((NAMES[name], rate, *cells, "yes" if found.get("taken") == rate else ""))
+    if not rows:
+        return []
+    return [
+        f"The learning rate: {rivals.SEARCH_EPISODES} episodes at seed 0, judged by the gold model "
+        "on prompts cut from the train split, which no run trains on. The test prompts had no "
+        "part in it. One run a rate, so what is less than the deviation of a run apart is chance.",
+        table(("method", "learning rate", "gold gain", "KL", "taken"), rows),
+    ]
+
+
+def run_part(found: dict[str, Any], records: Records) -> list[str]:
+    rows = []
+    for name in found["methods"]:
+        for seed in range(found["seeds"]):
+            run = records.get(f"rivals_{name}_{seed}", {})
+            if "answers" not in run:
+                continue
+            m = run["metrics"]
+            spent = sum(s for part, s in run["seconds"].items() if part.startswith("time/"))
+            rows.append(
+                (
+                    *(NAMES[name], str(seed), f"{run['episodes']:,}", f"{run['learning_rate']:g}"),
+                    signed(m, "score_gain"),
+                    signed(m, "gold_gain"),
+                    f"{m['ppo_kl']:.1f}",
+                    f"{m['sft_response_length']:.1f} -> {m['ppo_response_length']:.1f}",
+                    f"{m['sft_eos_rate']:.0%} -> {m['ppo_eos_rate']:.0%}",
+                    f"{spent / 60:.0f}",
+                    f"{run['peak_memory_gib']:.1f}",
+                    f"{run['accuracy']['reward']:.3f}, {run['accuracy']['gold']:.3f}",
+                )
+            )
+    if not rows:
+        return []
+    head = (
+        *("method", "seed", "episodes", "learning rate", "score gain", "gold gain", "KL", "tokens"),
+        *("EOS", "minutes of updates", "memory, GiB", "accuracy of reward and gold model"),
+    )
+    blocks = [
+        "Every run; intervals over prompts. Minutes are of the clock, of a machine that may "
+        "have done other things, too.",
+        table(head, rows),
+    ]
+    if found.get("differences"):
+        apart = [
+            (NAMES[one], NAMES[other], signed(above, "above"))
+            for pair, above in found["differences"].items()
+            for one, other in [pair.split()]
+        ]
+        blocks += [
+            "Gold gain of one less that of another, with intervals over prompts and runs. What the "
+            "runs of a seed have in common is taken off, and runs of any method spread as those of "
+            f"all, by a standard deviation of {found['run_std']:.2f}.",
+            table(("", "less", "difference"), apart),
+        ]
+    above = found.get("best_of_n", {}).get("above", {})
+    if above:
+        blocks.append(
+            "Best of n less each method, in gold gain, intervals over seeds and prompts: "
+            + "; ".join(
+                f"best of {n} less {NAMES[name]} {signed(row, 'above')}"
+                for name in NAMES
+                if name in above
+                for n, row in above[name].items()
+            )
+            + "."
+        )
+    if found["failed"]:
+        blocks.append(f"Broken off: {'; '.join(found['failed'])}.")
+    return blocks
+
+
+# ---------------------------------------------------------------- the plot
+
+
+def can_plot(summary: dict[str, Any]) -> bool:
+    found = summary.get("rivals", {})
+    return bool(found.get("methods") or found.get("best_of_n"))
+
+
+def plot(found: dict[str, Any], picture: Path) -> None:
+    """Gold gain against KL: best-of-n's curve, each method's way, and where each run ended."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    curve = found.get("best_of_n", {}).get("curve", [])
+    if curve:
+        kl, gain = ([point[name] for point in curve] for name in ("kl", "gold_gain"))
+        axis.plot(kl, gain, color="0.35", label="best of n")
+        for point in curve:
+            if point["n"] in rivals.SHOWN:
+                axis.plot(point["kl"], point["gold_gain"], "o", color="0.35", markersize=3)
+                axis.annotate(
+                    str(point["n"]),
+                    (point["kl"], point["gold_gain"]),
+                    xytext=(0, 5),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=7,
+                    color="0.35",
+                )
+    for number, (name, row) in enumerate(found.get("methods", {}).items()):
+        kl, gain = ([point[key] for point in row["path"]] for key in ("kl", "gold_gain"))
+        axis.plot(kl, gain, "-", color=f"C{number}", linewidth=1, alpha=0.7)
+        ends = [[point[key] for point in row["ends"]] for key in ("kl", "gold_gain")]
+        axis.plot(*ends, "D", color=f"C{number}", markersize=5, label=f"{NAMES[name]}, each seed")
+    axis.axhline(0, color="k", linewidth=0.8)
+    axis.set(
+        xlabel="KL to SFT, nats a response",
+        ylabel="gold gain over SFT",
+        title="Held-out gold score against KL",
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(picture, dpi=130, format="png")
