@@ -473,7 +473,7 @@ def best_of_n_kl(n: int) -> float:
 def load_sampler(config: Config, *judges: str) -> tuple[ppo_train.Config, PromptFormat, SharedBase]:
     """The SFT model with reward models beside it, and nothing that learns."""
     ppo = settings(config)
-    sft = read_parents(ppo)["sft"]
+    sft = read_parents(ppo.sft_checkpoint, ppo.reward_checkpoint)["sft"]
     prompt_format = load_format(ppo.sft_checkpoint, sft)
     dtype = choose_dtype(ppo.dtype, device())
     base = same_base(sft, ppo.sft_checkpoint, ppo.base_model)

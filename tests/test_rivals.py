@@ -339,13 +339,14 @@ def files_of(folder):
 def test_ppo_is_ppo_train_to_the_bit_also_after_the_others(config, tmp_path, monkeypatch):
     """Nothing is left of what stood in its place; and all start from the same policy."""
     starts = []
-    prepare = ppo_train.prepare_rollouts
+    prepare = ppo_train.prepare_base
 
-    def watched(some, shared, *rest):  # with all models there are, before the first look
+    def watched(*args):  # with all models there are, before the first look
+        shared, *rest = prepare(*args)
         starts.append([p.detach().clone() for p in shared.parameters("policy")])
-        return prepare(some, shared, *rest)
+        return shared, *rest
 
-    monkeypatch.setattr(ppo_train, "prepare_rollouts", watched)
+    monkeypatch.setattr(ppo_train, "prepare_base", watched)
     own = config("search")
     with rivals.looking_at("selection"):
         ppo_train.main(
