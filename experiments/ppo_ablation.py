@@ -127,12 +127,16 @@ def main(config: Config) -> None:
         raise UserError(f"--variant is one of {', '.join(VARIANTS)}")
     folder = Path(config.work) / f"{config.variant}_{config.seed}"
     folder.parent.mkdir(parents=True, exist_ok=True)
+    write_record(asdict(config), folder, lambda: train(config, folder))
+
+
+def write_record(config: dict[str, Any], folder: Path, find: Callable[[], dict[str, Any]]) -> None:
+    """Write what a run finds, or why it broke off, into the file beside its folder."""
     try:
-        train(config, folder)
-        found = trained(folder)
+        found = find()
     except NotFinite as error:  # that is a result, too
         found = {"failed": str(error)}
-    settings = asdict(config) | {"dataset": Path(config.dataset).name}
+    settings = config | {"dataset": Path(config["dataset"]).name}
     output = folder.with_name(f"{folder.name}.json")
     output.write_text(json.dumps({"config": settings, **found}, allow_nan=False) + "\n")
     console.print(f"Saved {output}.")
@@ -160,7 +164,7 @@ def trained(folder: Path) -> dict[str, Any]:
     }
 
 
-def train(config: Config, folder: Path) -> None:
+def train(config: Config, folder: Path) -> dict[str, Any]:
     variant = VARIANTS[config.variant]
     parents = {
         name: getattr(config, name)
@@ -183,6 +187,7 @@ def train(config: Config, folder: Path) -> None:
         if variant.patch:
             variant.patch(stack)
         ppo_train.main(settings)
+    return trained(folder)
 
 
 if __name__ == "__main__":

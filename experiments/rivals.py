@@ -54,7 +54,7 @@ from rlhf.engine.loading import load_base
 from rlhf.engine.roles import REFERENCE, SharedBase
 from rlhf.engine.speed import Stopwatch
 from rlhf.engine.tokenizers import load_format
-from rlhf.ppo.batch import Batch, Measured, NotFinite, make_batch, restarts_in_smaller_parts
+from rlhf.ppo.batch import Batch, Measured, make_batch, restarts_in_smaller_parts
 from rlhf.ppo.evaluation import Evaluation
 from rlhf.runs.checkpoints import read_parents
 from rlhf.runs.cli import run
@@ -105,14 +105,8 @@ def main(config: Config) -> None:
         "search": search,
         "final": final,
     }
-    try:
-        found = phases[config.phase](config, folder)
-    except NotFinite as error:  # that is a result, too
-        found = {"failed": str(error)}
-    places = asdict(config) | {"dataset": Path(config.dataset).name}
-    output = folder.with_name(f"{folder.name}.json")
-    output.write_text(json.dumps({"config": places, **found}, allow_nan=False) + "\n")
-    console.print(f"Saved {output}.")
+    find = functools.partial(phases[config.phase], config, folder)
+    ppo_ablation.write_record(asdict(config), folder, find)
 
 
 def name_of(config: Config) -> str:
