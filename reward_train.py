@@ -49,7 +49,7 @@ from rlhf.data.votes import VotePairs, load_votes
 from rlhf.engine.adapters import read_stacked, save_stacked
 from rlhf.engine.base import check_context, same_base
 from rlhf.engine.callbacks import Restack
-from rlhf.engine.card import Plan, choose_tokens, describe_start
+from rlhf.engine.card import Plan
 from rlhf.engine.loading import load_base
 from rlhf.engine.plan import Lora, plan_reward, read_shape
 from rlhf.engine.roles import SharedBase
@@ -59,6 +59,7 @@ from rlhf.engine.trainer import (
     Resumable,
     Row,
     checkpoint_layers,
+    choose_size,
     keep_fp32,
     num_steps,
     steps_between_evaluations,
@@ -72,7 +73,6 @@ from rlhf.runs.checkpoints import (
     check_child,
     is_finished,
     read_run,
-    sizes_before,
     start_run,
     write_run,
 )
@@ -193,7 +193,9 @@ def main(config: Config) -> None:
     check_context(base, longest_text([*token_pairs, *sum(eval_sets.values(), [])]), "--max-length")
 
     # 2. The SFT adapter stays frozen below the reward model's own.
-    tokens = choose_size(config, base, sft, max(map(num_tokens, token_pairs)), dtype)
+    longest = max(map(num_tokens, token_pairs))
+    plan = make_plan(config, base, sft, longest)
+    tokens = choose_size(plan, longest, vars(config), device(), dtype)
     shared = load_model(config, base, prompt_format, dtype)
     data = facts_of_data(config, train_pairs, len(train_set), votes)
     same = {"sft checkpoint": sft["adapter_sha256"], "dtype": str(dtype), "data": data["sha256"]}
@@ -366,23 +368,6 @@ def make_plan(config: Config, base: dict[str, Any], sft: dict[str, Any], longest
     rows = config.batch_size // num_processes()
     adapters = Lora.of(sft), Lora(config.lora_rank, config.role_layers)
     return partial(plan_reward, shape, *adapters, rows, longest, config.gradient_checkpointing)
-
-
-def choose_size(
-    config: Config, base: dict[str, Any], sft: dict[str, Any], longest: int, dtype: torch.dtype
-) -> int:
-    """Tokens of a micro-batch; prints the first line of the run.
-
-    Args:
-        longest: tokens of the longest pair, the prompt counted once.
-    """
-    plan = make_plan(config, base, sft, longest)
-    before = sizes_before(config.output_dir, config.resume)
-    advice = less_memory(vars(config))
-    asked = config.micro_batch_tokens
-    tokens, why = choose_tokens(plan, asked, longest, device(), before, advice)
-    console.print(describe_start(device(), tokens, config.batch_size, dtype, why))
-    return tokens
 
 
 class Trainer(Resumable, RewardTrainer):

@@ -38,7 +38,7 @@ from rlhf.data.sources import load_splits
 from rlhf.data.splits import fingerprint
 from rlhf.engine.base import base_facts, check_context, identified
 from rlhf.engine.callbacks import Restack
-from rlhf.engine.card import Plan, choose_tokens, describe_start
+from rlhf.engine.card import Plan
 from rlhf.engine.decoder import Decoder, lay_out
 from rlhf.engine.loading import linear_names, load_base
 from rlhf.engine.logprobs import TokenLogprobs, logprobs_of
@@ -51,6 +51,7 @@ from rlhf.engine.trainer import (
     Resumable,
     Row,
     checkpoint_layers,
+    choose_size,
     keep_fp32,
     num_steps,
     steps_between_evaluations,
@@ -58,7 +59,7 @@ from rlhf.engine.trainer import (
 )
 from rlhf.reports.dry_run import show_data, show_end, show_plan
 from rlhf.runs.advice import less_memory, next_command
-from rlhf.runs.checkpoints import is_finished, sizes_before, start_run, weights_of, write_run
+from rlhf.runs.checkpoints import is_finished, start_run, weights_of, write_run
 from rlhf.runs.checks import check_batch_size, check_numbers, check_training
 from rlhf.runs.cli import run
 from rlhf.runs.curves import Panel
@@ -170,7 +171,9 @@ def main(config: Config) -> None:
     eval_set = response_only(tokenize_pairs(eval_pairs, prompt_format, config.max_length, "test"))
 
     # 2. and 3.
-    tokens = choose_size(config, base, train_set, eval_set, dtype)
+    longest = max(map(len, train_set["input_ids"]))
+    check_context(base, max(longest, *map(len, eval_set["input_ids"])), "--max-length")
+    tokens = choose_size(make_plan(config, base, longest), longest, vars(config), device(), dtype)
     set_seed(config.seed)
     base = identified(base)
     model = load_base(base, dtype, prompt_format.pad_token_id)
@@ -240,25 +243,6 @@ def make_plan(config: Config, base: dict[str, Any], longest: int) -> Plan:
     rows = config.batch_size // num_processes()
     adapter = Lora(config.lora_rank)
     return partial(plan_sft, shape, adapter, rows, longest, config.gradient_checkpointing)
-
-
-def choose_size(
-    config: Config,
-    base: dict[str, Any],
-    train_set: datasets.Dataset,
-    eval_set: datasets.Dataset,
-    dtype: torch.dtype,
-) -> int:
-    """Tokens of a micro-batch; prints the first line of the run."""
-    longest = max(map(len, train_set["input_ids"]))
-    check_context(base, max(longest, *map(len, eval_set["input_ids"])), "--max-length")
-    plan = make_plan(config, base, longest)
-    before = sizes_before(config.output_dir, config.resume)
-    advice = less_memory(vars(config))
-    asked = config.micro_batch_tokens
-    tokens, why = choose_tokens(plan, asked, longest, device(), before, advice)
-    console.print(describe_start(device(), tokens, config.batch_size, dtype, why))
-    return tokens
 
 
 class Trainer(Resumable, SFTTrainer):

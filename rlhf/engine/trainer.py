@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,11 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer
 from transformers.trainer import FSDP_MODEL_NAME
 
 from rlhf.engine.callbacks import AfterStep, AllStepsMade, TrainerLog
+from rlhf.engine.card import Plan, choose_tokens, describe_start
 from rlhf.engine.micro_batches import MicroBatchSize, cut_by_tokens, keep_tokens
 from rlhf.engine.speed import Stopwatch, Work, memory_gib, mfu
+from rlhf.runs.advice import less_memory
+from rlhf.runs.checkpoints import sizes_before
 from rlhf.runs.curves import Panel
 from rlhf.runs.errors import UserError
 from rlhf.runs.metrics import read_jsonl
@@ -33,6 +37,7 @@ from rlhf.runs.processes import (
 )
 from rlhf.runs.resume import States, states
 from rlhf.runs.stop import check_stop, stop_when_asked
+from rlhf.runs.terminal import console
 
 Row = dict[str, list[int]]  # of a data set: token ids, and labels, by column
 
@@ -52,6 +57,23 @@ def num_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None =
     # As the Trainer counts them.
     epoch = whole_batches if num_processes() > 1 else math.ceil(rows / batch_size)
     return max_steps or math.ceil(epoch * epochs)
+
+
+def choose_size(
+    plan: Plan, longest: int, flags: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> int:
+    """Tokens of a micro-batch; prints the first line of the run.
+
+    Args:
+        plan: the memory plan by tokens of a micro-batch.
+        longest: tokens of the longest row.
+        flags: the script's.
+    """
+    before = sizes_before(flags["output_dir"], flags["resume"])
+    asked = flags["micro_batch_tokens"]
+    tokens, why = choose_tokens(plan, asked, longest, device, before, less_memory(flags))
+    console.print(describe_start(device, tokens, flags["batch_size"], dtype, why))
+    return tokens
 
 
 def steps_between_evaluations(
