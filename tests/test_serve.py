@@ -181,7 +181,8 @@ def test_a_served_answer_is_what_generate_says(client, exported, chat):
     text, _, prompt_tokens, streamed = ask(client, exported, turns)
     assert text == expected.partition("<eos>")[0].partition("\n\nHuman:")[0].strip() != ""
     assert prompt_tokens == ids.shape[1]
-    assert streamed.strip() == text
+    # A stream holds back a character whose last bytes the limit cuts off.
+    assert streamed.strip() == text.rstrip("\N{REPLACEMENT CHARACTER}").strip()
 
 
 def test_eos_ends_an_answer(client, parrot):

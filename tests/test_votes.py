@@ -265,9 +265,10 @@ def test_only_ties_are_nothing_to_learn_from(tmp_path):
         load_votes(str(file.path))
 
 
-def test_voters_who_like_it_short_move_the_reward_model(call_main, flags, trained, tmp_path):
-    """The same settings without and with votes; both are judged on the votes that are held out."""
+def test_voters_move_the_reward_model_to_their_taste(call_main, flags, trained, tmp_path):
+    """Some like it short, some long; both models are judged by held-out votes of the first."""
     file = many_votes(tmp_path / "votes.jsonl", 120)
+    long = many_votes(tmp_path / "long.jsonl", 120, lambda a, b: "A" if len(a) > len(b) else "B")
     held_out = len(load_votes(str(file.path)).held_out)
     more = [
         *flags["reward_train"],
@@ -279,11 +280,9 @@ def test_voters_who_like_it_short_move_the_reward_model(call_main, flags, traine
         "60",
     ]
     found = {}
-    for name, extra in {
-        "without": [],
-        "with": ["--extra-data", file.path, "--extra-weight", "2"],
-    }.items():
+    for name, votes in {"short": file.path, "long": long.path}.items():
         folder = tmp_path / name
+        extra = ["--extra-data", votes, "--extra-weight", "2"]
         result = call_main("reward_train", [*more, *extra, "--output-dir", folder])
         assert result.returncode == 0, result.stderr
         judged = ["--eval-only", "--overwrite", "--extra-data", file.path, "--output-dir", folder]
@@ -291,9 +290,10 @@ def test_voters_who_like_it_short_move_the_reward_model(call_main, flags, traine
         assert result.returncode == 0, result.stderr
         assert f"held-out votes {held_out}: accuracy" in result.stdout
         found[name] = json.loads((folder / "evaluation.json").read_text())["votes_accuracy"]
-    assert found["with"] > found["without"] + 0.2
-    run = json.loads((tmp_path / "with" / "run.json").read_text())
-    assert run["metrics"]["votes_accuracy"] == found["with"]
+    assert found["short"] > 0.8
+    assert found["long"] < 0.2
+    run = json.loads((tmp_path / "short" / "run.json").read_text())
+    assert run["metrics"]["votes_accuracy"] == found["short"]
     assert run["data"]["votes"] == {
         "votes": 120,
         "ties": 0,
@@ -305,6 +305,6 @@ def test_voters_who_like_it_short_move_the_reward_model(call_main, flags, traine
         "source": str(file.path),
         "weight": 2,
     }
-    without = json.loads((tmp_path / "without" / "run.json").read_text())
+    without = json.loads((trained.reward / "run.json").read_text())
     assert run["data"]["train_rows"] == without["data"]["train_rows"] + 2 * (120 - held_out)
     assert "votes" not in without["data"]
