@@ -38,7 +38,7 @@ class Config:
     dataset: str = "demo/data"  # a folder with train.jsonl and test.jsonl
     work: str = "runs/probe_refusals"  # a folder for the data and a checkpoint of each reward model
     output: str = "experiments/results/probe_refusals.json"
-    max_steps: int | None = None  # of each; None: two epochs
+    max_steps: int | None = None  # of each; None: two epochs, as in the demo
     seed: int = 0
 
 
@@ -53,8 +53,6 @@ def main(config: Config) -> None:
             dataset=str(folder / "data"),
             output_dir=str(folder / "reward"),
             overwrite=True,
-            num_train_epochs=2.0,
-            learning_rate=5e-4,
             max_steps=config.max_steps,
             seed=config.seed,
         )
