@@ -1,8 +1,9 @@
 """Evidence that it learns: reward models and PPO on real preferences, judged on held-out data.
 
-    make results                                    # on Dahoas/rm-static; many hours on a CPU make
-    results DATA=path/to/rm-static RESULTS="--jobs 2"    # on a local copy or a slice of it, two
-    steps at a time
+    # on Dahoas/rm-static; many hours on a CPU
+    make results
+    # on a local copy or a slice of it, two steps at a time
+    make results DATA=path/to/rm-static RESULTS="--jobs 2"
 
 It prints what it will cost (with --dry-run that alone), then works through the steps below in
 runs/results. Each leaves a small record of what it found and of the command that made it; what has

@@ -138,11 +138,11 @@ def mean(rows, name):
 
 
 PROBLEMS = [
-    (frequency, 25, 0.2, {"temperature": 0.5, "learning_rate": 2e-2}),
+    (frequency, 40, 0.2, {"temperature": 0.5, "learning_rate": 1e-2}),
     # What KL costs keeps it varied until it is met.
     pytest.param(
         length,
-        100,
+        140,
         0.0,
         {"response_length": 12, "learning_rate": 5e-3, "kl_coef": 0.005},
         marks=SLOW,
@@ -166,7 +166,9 @@ def test_ppo_finds_the_best_answer(run, score, updates, start, settings, seed):
 def test_groups_find_the_best_answer_without_a_critic(
     run, method, score, updates, start, settings, seed
 ):
-    rows = run(score, updates, method, seed=seed, critic_warmup_updates=0, **settings)
+    """Without KL: among equal scores GRPO would divide what it costs by its own small spread."""
+    settings = settings | {"kl_coef": 0.0, "critic_warmup_updates": 0}
+    rows = run(score, updates, method, seed=seed, **settings)
     assert mean(rows[:2], "objective/scores") < start
     assert mean(rows[-5:], "objective/scores") >= 0.95
 
