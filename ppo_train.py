@@ -737,11 +737,12 @@ def value_loss(
 def adapt_kl_coef(
     kl_coef: float, kl: float, kl_target: float, episodes: int, kl_horizon: int
 ) -> float:
-    """Move the coefficient towards a KL of `kl_target` nats a response (1909.08593, 2.2).
+    """Move the coefficient so that KL approaches `kl_target` nats a response (1909.08593, 2.2).
 
     Args:
         episodes: of an update; `kl_horizon` is counted in them.
     """
+    # `check_kl_horizon` rests on this 0.2: the factor below stays positive.
     error = min(max(kl / kl_target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / kl_horizon)
 

@@ -287,7 +287,7 @@ class Trainer(Resumable, SFTTrainer):
         labels, places = torch.from_numpy(np.stack([following[labelled], labelled])).to(
             self.args.device
         )
-        states = self.decoder.run(self.decoder.embed(texts), texts, SFT, self.decoder.layers)[
+        states = self.decoder.run(self.decoder.embed(texts.ids), texts, SFT, self.decoder.layers)[
             places
         ]
         lm_head = self.decoder.model.get_output_embeddings().weight

@@ -68,7 +68,7 @@ def make_decoder(peft):
 def our_logits(peft, texts=TEXTS, decoder=None, laid_out=None, role="policy"):
     decoder = decoder or make_decoder(peft)
     laid_out = laid_out or lay_out(texts, CPU)
-    hidden = decoder.norm(decoder.run(decoder.embed(laid_out), laid_out, role, decoder.layers))
+    hidden = decoder.norm(decoder.run(decoder.embed(laid_out.ids), laid_out, role, decoder.layers))
     return hidden @ peft.get_base_model().get_output_embeddings().weight.T
 
 
@@ -151,9 +151,9 @@ def test_another_architecture_and_a_text_beyond_the_attention_window_are_refused
     short = lay_out([[1, 2, 3, 4]], CPU)
     long = lay_out([[1, 2, 3, 4, 5]], CPU)
     decoder.stack({"base": []})
-    decoder.run(decoder.embed(short), short, "base", decoder.layers)
+    decoder.run(decoder.embed(short.ids), short, "base", decoder.layers)
     with pytest.raises(UserError, match="attention window of 4 tokens"):
-        decoder.run(decoder.embed(long), long, "base", decoder.layers)
+        decoder.run(decoder.embed(long.ids), long, "base", decoder.layers)
 
 
 def test_roles_are_pefts_active_adapters(tiny_model):

@@ -9,6 +9,8 @@ Either answer may be missing; each phase says what it needs (`Needs`). The colum
                         `conversations`), or what both answers begin with
     the system turn     `system`
 
+A further column also goes into `missing_column` and `ACCEPTED` in files.py.
+
 Without a column for the answer, `messages` is the whole dialogue, and its last turn is the answer
 if it is the assistant's. Without that either, the row is a prompt alone.
 

@@ -26,7 +26,9 @@ from rlhf.runs.hub import fetching, hub_errors
 from rlhf.runs.processes import agree, is_main, sharded
 from rlhf.runs.terminal import console
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # model_type; SmolLM2 is a llama
+# model_type; SmolLM2 is a llama. Another family also needs its layers (`LAYERS` in decoder.py, both
+# passes of layers.py, linear_maps.py), its plan (plan.py) and its export (`Check` in export.py).
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -182,9 +182,9 @@ class Decoder:
         """Restack after each step of `optimizer`, so that all passes see what it changed."""
         optimizer.register_step_post_hook(lambda *_: self.restack(trained_only=True))
 
-    def embed(self, texts: Texts) -> Tensor:
-        """The texts' embeddings [N, H]."""
-        return self.inner.embed_tokens(texts.ids)
+    def embed(self, ids: Tensor) -> Tensor:
+        """The embeddings [N, H] of token ids [N]."""
+        return self.inner.embed_tokens(ids)
 
     def run(
         self,

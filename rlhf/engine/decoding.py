@@ -152,7 +152,7 @@ class Decoding:
         for part in cut_by_tokens([len(prompt) for prompt in prompts], tokens):
             self.reading = slice(part[0], part[-1] + 1)
             texts = lay_out(prompts[self.reading], self.device)
-            embedded = self.decoder.embed(texts)
+            embedded = self.decoder.embed(texts.ids)
             states = self.decoder.run(embedded, texts, self.role, self.layers, cache=self)
             hidden[self.reading] = self.final_norm(states[texts.last])
         self.sample(hidden)
@@ -173,7 +173,7 @@ class Decoding:
     def read_and_sample(self) -> None:
         """Read the tokens sampled last and sample the next. Nothing here waits for the device."""
         width = self.looked_at
-        x = F.embedding(self.tokens, self.decoder.inner.embed_tokens.weight)
+        x = self.decoder.embed(self.tokens)
         rope = self.cos.index_select(0, self.lengths), self.sin.index_select(0, self.lengths)
         hidden = self.positions[:width] > self.lengths[:, None]  # [B, S]
         mask = x.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
@@ -247,7 +247,8 @@ def sample_tokens(
     """One token per row: the largest logit at temperature 0, else by inverting the softmax's CDF.
 
     The CDF is summed in float64, first over blocks of the vocabulary, then within the block that
-    the draw falls in.
+    the draw falls in. PPO takes these for draws from the distribution that `logprobs_of` measures:
+    top-k or top-p here alone would bias it.
 
     Args:
         logits: [B, V].

@@ -1,8 +1,9 @@
-"""Sampling responses from the shared base.
+"""Sampling responses from the shared base: whole ones, stopped and cut.
 
-The loop is our own because PPO needs three things from it: a draw that depends only on (seed,
-episode, token) and not on the rest of the batch; each token's log-probability; and for a response
-that runs on into the next `\\n\\nHuman:`, the token with which that began.
+A token is drawn in decoding.py. The loop is our own because PPO needs three things from it: a draw
+that depends only on (seed, episode, token) and not on the rest of the batch; each token's
+log-probability; and for a response that runs on into the next `\\n\\nHuman:`, the token with which
+that began.
 """
 
 import math

@@ -198,7 +198,7 @@ class SharedBase:
     def lower(self, texts: Texts) -> Tensor:
         """Hidden states [N, H] below the roles' layers: the same for all except the bare base."""
         return self.decoder.run(
-            self.decoder.embed(texts),
+            self.decoder.embed(texts.ids),
             texts,
             REFERENCE,
             self.decoder.layers[: self.first_role_layer],

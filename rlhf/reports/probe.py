@@ -156,7 +156,7 @@ def read_odds(shared: SharedBase, role: str, pairs: list[TextPair]) -> list[floa
     """
     decoder = shared.decoder
     texts = lay_out_pairs(pairs, shared.device)
-    hidden = decoder.norm(decoder.run(decoder.embed(texts), texts, role, decoder.layers))
+    hidden = decoder.norm(decoder.run(decoder.embed(texts.ids), texts, role, decoder.layers))
     places: list[int] = []  # of the tokens before
     tokens: list[int] = []
     counts: list[int] = []

@@ -15,6 +15,7 @@ from rich.progress import (
 )
 
 LINE_SECONDS = 30.0  # between progress lines, where there is no terminal
+# What a progress line may show; whoever logs passes these names.
 FORMATS = {
     "loss": "loss {:.3f}",
     "score": "score {:.2f}",
