@@ -603,6 +603,7 @@ def test_halves_are_all_of_it_and_share_no_dialogue(tmp_path, capsys):
         for n in range(300)
         for tail in ("", " x\n\nHuman: y\n\nAssistant:")
     ]
+    (tmp_path / "test.jsonl").touch()
     write_jsonl(tmp_path / "train.jsonl", rows)
     halves = {half: load_pairs(str(tmp_path), "train", half=half) for half in ("first", "second")}
     assert "train, first half: " in capsys.readouterr().out
@@ -623,6 +624,7 @@ def test_halves_are_all_of_it_and_share_no_dialogue(tmp_path, capsys):
 
 
 def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
+    (tmp_path / "test.jsonl").touch()
     write_jsonl(
         tmp_path / "train.jsonl",
         [
@@ -649,6 +651,7 @@ def test_the_line_says_what_was_read_and_what_was_not(tmp_path, capsys):
         "score": 8,
         "empty": None,
     }
+    (tmp_path / "test.jsonl").touch()
     write_jsonl(tmp_path / "train.jsonl", [row, row | {"tags": ["a"]}, *ROWS])
     write_jsonl(tmp_path / "train_old.jsonl", ROWS)
     load_pairs(str(tmp_path), "train")
@@ -733,6 +736,47 @@ def test_of_twenty_rows_and_more_some_are_held_out(tmp_path):
     train, test = load_splits(file, "pair")
     assert (len(train), len(test)) == (14, 7)
     assert not {pair.turns for pair in train} & {pair.turns for pair in test}
+
+
+def test_data_without_a_test_split_is_split_like_a_file(tmp_path, capsys, monkeypatch):
+    rows = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(200)]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = write_jsonl(tmp_path / "all.jsonl", rows)
+    write_jsonl(folder / "train.jsonl", rows)
+    splits = {"train": rows}
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda name: list(splits))
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: splits[split])
+    train, test = load_splits(str(file), "pair")
+    assert len(train) + len(test) == 200
+    assert 3 <= len(test) <= 25
+    assert "divided" not in capsys.readouterr().out
+    for source, said in ((str(folder), "train.jsonl"), ("me/data", "split train")):
+        assert load_splits(source, "pair") == (train, test)
+        lines = capsys.readouterr().out.splitlines()
+        assert all(f"read {said} (there is no test split: divided by" in line for line in lines[:2])
+    write_jsonl(folder / "eval.jsonl", rows[:3])
+    splits["validation"] = rows[:3]
+    for source in (str(folder), "me/data"):
+        train, test = load_splits(source, "pair")
+        assert (len(train), len(test)) == (200, 3)
+
+
+def test_a_test_split_of_another_name_is_not_passed_over(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "test_prefs.jsonl", ROWS)
+    with pytest.raises(UserError, match="no test file .*it has test_prefs.jsonl"):
+        load_pairs(str(tmp_path), "test")
+    assert load_pairs(str(tmp_path), "train") == PAIRS
+    splits = {"train": ROWS, "test_prefs": ROWS}
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda name: list(splits))
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: splits[split])
+    with pytest.raises(UserError, match=r"me/data has no test split \(it has train, test_prefs\)"):
+        load_pairs("me/data", "test")
+    splits.clear()
+    splits["other"] = ROWS
+    with pytest.raises(UserError, match="me/data has no train split"):
+        load_pairs("me/data", "test")
 
 
 @pytest.mark.parametrize(

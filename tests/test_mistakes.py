@@ -598,9 +598,10 @@ def test_a_hub_that_is_not_there_is_one_line(capsys, caplog):
 # ---------------------------------------------------------------- the data
 
 
-def test_a_folder_without_a_test_split(refused, tmp_path):
+def test_a_folder_with_too_few_rows_for_a_test_split(refused, tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [GOOD_ROW])
-    refused("sft_train", ["--dataset", tmp_path], tmp_path, "no test file")
+    says = "none of its 1 rows is in the test split"
+    refused("sft_train", ["--dataset", tmp_path], tmp_path, says)
 
 
 # ---------------------------------------------------------------- the earlier stage

@@ -342,6 +342,7 @@ MIXED = [
 def test_each_phase_keeps_what_has_what_it_needs_and_counts_the_rest(
     tmp_path, capsys, needs, kept, line
 ):
+    (tmp_path / "test.jsonl").touch()
     write_jsonl(tmp_path / "train.jsonl", MIXED)
     assert [pair.turns[0][1] for pair in load_rows(str(tmp_path), "train", needs)] == kept
     assert capsys.readouterr().out.startswith(
@@ -396,6 +397,7 @@ def test_the_line_says_which_columns_of_a_shape_were_read(tmp_path, capsys):
         {"prompt": "x", "messages": [user("Hi") | {"name": "me"}, assistant("Hello!")]},
         {"conversations": [said("human", "Hi"), said("gpt", "<|end|> Hello!")], "tools": "x"},
     ]
+    (tmp_path / "test.jsonl").touch()
     write_jsonl(tmp_path / "train.jsonl", rows)
     load_rows(str(tmp_path), "train", "answer")
     assert capsys.readouterr().out.strip() == (
@@ -519,6 +521,7 @@ def test_columns_may_have_other_names(tmp_path, capsys):
         {"question": f"Q{n}?", "good": "Yes.", "bad": "No.", "prompt": "x", "note": "y"}
         for n in range(3)
     ]
+    (tmp_path / "test.jsonl").touch()
     write_jsonl(tmp_path / "train.jsonl", [*rows, {"question": "No answer?"}])
     columns = "prompt=question, chosen=good ,rejected=bad"
     pairs = load_rows(str(tmp_path), "train", "pair", columns)

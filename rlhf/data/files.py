@@ -1,8 +1,9 @@
 """The rows of a file, a folder or a hub data set, under our names of their columns.
 
 A folder (or its folder `data`, as in a clone of a hub data set) has `train.*` or shards `train-*`,
-and the same for `test` (or `validation`, or `eval`). Files are .jsonl, .json, .csv or .parquet; all
-but the last may be compressed (.gz, .zst).
+and the same for `test` (or `validation`, or `eval`). A file, and data without a test split, are
+still to be split. Files are .jsonl, .json, .csv or .parquet; all but the last may be compressed
+(.gz, .zst).
 """
 
 import csv
@@ -13,6 +14,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from rlhf.runs.terminal import plain
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSED = (".gz", ".zst")
 SPLITS = {"train": ("train",), "test": ("test", "validation", "eval")}
+SPLIT_HERE = "there is no test split: divided by first questions"
 TRANSCRIPT = re.compile(r"(^|\n)\s*(Human|Assistant):|^\s*\[")  # or messages spelled out as text
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 ACCEPTED = {  # by what is needed
@@ -41,10 +44,19 @@ WANTED = {
 Rows = Iterable[dict[str, Any]]  # as they are in the file; in JSON they may be something else
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of a split stand."""
+
+    said: str  # in words
+    files: Iterable[tuple[str, Rows]]  # name and rows of each
+    unsplit: bool = False  # there is no test split: the rows are those of both
+
+
 def read_rows(
     source: str, split: str, needs: Needs, columns: str | None = None
-) -> tuple[str, Iterator[dict[str, Any]]]:
-    """What a split is read from, in words, and its rows, under our names of the columns.
+) -> tuple[Source, Iterator[dict[str, Any]]]:
+    """Where a split stands, and its rows, under our names of the columns.
 
     Args:
         needs: what the first row must have columns for.
@@ -53,23 +65,25 @@ def read_rows(
         UserError: no such source, a file that cannot be read, a missing column.
     """
     names = parse_columns(columns)
-    said, files = open_source(source, split)
-    return said, (row for where, rows in files for row in checked_rows(rows, where, needs, names))
+    opened = open_source(source, split)
+    rows = (row for where, rows in opened.files for row in checked_rows(rows, where, needs, names))
+    return opened, rows
 
 
-def open_source(source: str, split: str) -> tuple[str, Iterable[tuple[str, Rows]]]:
-    """What a split is read from, in words; and the name and the rows of each of its files."""
+def open_source(source: str, split: str) -> Source:
     path = Path(source)
     if not source:
         raise UserError("--dataset '': name a hub id, a folder or a file")
     if path.is_dir():
-        files, others = split_files(path, split)
+        unsplit = not files_like(path, "test")
+        files, others = split_files(path, "train" if unsplit else split)
         said = ", ".join(str(file.relative_to(path)) for file in files[:3])
         said += f" and {len(files) - 3} more" if len(files) > 3 else ""
         said += f" (not {', '.join(file.name for file in others)})" if others else ""
-        return said, ((str(file), read_file(file)) for file in files)
+        said += f" ({SPLIT_HERE})" if unsplit else ""
+        return Source(said, ((str(file), read_file(file)) for file in files), unsplit)
     if path.is_file():
-        return path.name, [(str(path), read_file(path))]
+        return Source(path.name, [(str(path), read_file(path))], unsplit=True)
     if kind_of(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise UserError(
             f"--dataset {source}: there is no such file or folder, and it is not a hub id "
@@ -96,13 +110,7 @@ def split_files(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
         UserError: there are none, or several kinds (rows would be read twice), or a shard is
             missing.
     """
-    near = [
-        file
-        for name in SPLITS[split]
-        for place in (folder, folder / "data")
-        for file in sorted(place.glob(f"{name}*"))
-        if kind_of(file) and file.is_file()
-    ]
+    near = files_like(folder, split)
     for name in SPLITS[split]:
         files = [file for file in near if re.match(rf"{name}[.-]", file.name)]
         if files:
@@ -113,6 +121,17 @@ def split_files(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
         f"--dataset {folder}: this folder has no {SPLITS[split][0]} file ({SPLITS[split][0]}.* or "
         f"{SPLITS[split][0]}-*, of {', '.join(SUFFIXES)}){beside}"
     )
+
+
+def files_like(folder: Path, split: str) -> list[Path]:
+    """The files with rows whose names begin like the split's."""
+    return [
+        file
+        for name in SPLITS[split]
+        for place in (folder, folder / "data")
+        for file in sorted(place.glob(f"{name}*"))
+        if kind_of(file) and file.is_file()
+    ]
 
 
 def check_one_kind(folder: Path, split: str, files: list[Path]) -> None:
@@ -321,15 +340,20 @@ def open_bytes(path: Path) -> io.BufferedIOBase:
 # ---------------------------------------------------------------- the hub
 
 
-def read_hub(name: str, split: str) -> tuple[str, list[tuple[str, Rows]]]:
+def read_hub(name: str, split: str) -> Source:
     import datasets
 
     from rlhf.runs.hub import hub_errors
 
     with hub_errors(name, "data set", "--dataset"):
         available = datasets.get_dataset_split_names(name)
-        wanted = next((s for s in SPLITS[split] if s in available), None)
+        unsplit = not any(other.startswith(SPLITS["test"]) for other in available)
+        needed = "train" if unsplit else split
+        wanted = next((name for name in SPLITS[needed] if name in available), None)
         if wanted is None:
-            raise UserError(f"data set {name} has no {split} split (it has {', '.join(available)})")
+            raise UserError(
+                f"data set {name} has no {needed} split (it has {', '.join(available)})"
+            )
         rows = datasets.load_dataset(name, split=wanted)
-    return f"split {wanted}", [(f"data set {name}, {wanted}", rows)]
+    said = f"split {wanted}" + (f" ({SPLIT_HERE})" if unsplit else "")
+    return Source(said, [(f"data set {name}, {wanted}", rows)], unsplit)

@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rlhf.data.files import ACCEPTED, read_rows
@@ -43,7 +42,7 @@ class Reading:
     # columns and message keys, in order
     ignored: dict[str, None] = field(default_factory=dict)
     markup: Counter[str] = field(default_factory=Counter)
-    all_rows: int = 0  # of a file that is split by first questions
+    all_rows: int = 0  # of data that is split by first questions
     questions: int = 0  # different first questions
 
     def note(self, row: dict[str, Any], pair: Pair) -> None:
@@ -82,9 +81,9 @@ def load_rows(
 ) -> list[Pair]:
     """Read the usable rows of a split ("train" or "test"), at most the first `max_samples`.
 
-    A single file without splits gives about one in twenty first questions to the test split, by a
-    hash of the question. Bad rows are dropped. One line on the terminal says what was read, how
-    many rows were dropped and why, and what was ignored.
+    A single file, or data without a test split, gives about one in twenty first questions to the
+    test split, by a hash of the question. Bad rows are dropped. One line on the terminal says what
+    was read, how many rows were dropped and why, and what was ignored.
 
     Args:
         source: a hub id, a file or a folder.
@@ -94,12 +93,12 @@ def load_rows(
     Raises:
         UserError: no such source, a file that cannot be read, a missing column, no usable row.
     """
-    files, rows = read_rows(source, split, needs, columns)
+    where, rows = read_rows(source, split, needs, columns)
     what = f"{source}, {split}" + (f", {half} half" if half != "both" else "")
-    reading = Reading(what, files)
+    reading = Reading(what, where.said)
     pairs: list[Pair] = []
     parsed = map(Parsed.of, rows)
-    if Path(source).is_file():
+    if where.unsplit:
         parsed = one_side(list(parsed), split, reading)
     for row in parsed:
         if half not in ("both", which_half(row.digest)):
@@ -156,7 +155,7 @@ class Parsed:
 
 
 def one_side(rows: list[Parsed], split: str, reading: Reading) -> list[Parsed]:
-    """The rows of one file that belong to a split. Rows with the same first question stay together.
+    """Of rows without splits, those of one. Rows with the same first question stay together.
 
     If the hash holds out none of at least twenty rows, the rows of one question are held out. It is
     the same question in all phases, whatever a phase needs of a row.
@@ -208,9 +207,10 @@ def nothing_to_use(reading: Reading, source: str, split: str, needs: Needs) -> s
     """The error for a split without a usable row."""
     if reading.questions and not reading.drops:
         return (
-            f"{source}: none of its {reading.all_rows} rows is in the {split} split; of a single "
-            f"file the test split gets about one first question in {TEST_SHARE}, and this one has "
-            f"{reading.questions}: give more, or a folder with train.jsonl and test.jsonl"
+            f"{source}: none of its {reading.all_rows} rows is in the {split} split; of data "
+            f"without splits the test split gets about one first question in {TEST_SHARE}, and "
+            f"these have {reading.questions}: give more, or a folder with train.jsonl and "
+            "test.jsonl"
         )
     dropped = f": dropped {reasons_of(reading.drops)}" if reading.drops else ""
     where = f"{source} has no usable row in its {split} split ({reading.files})"
