@@ -330,6 +330,9 @@ def speed_of(folder: Path, config: Any) -> dict[str, Any]:
 
 def open_policy(of: dict[str, Any]):
     """The shared base as `ppo_train.py` loads it, with a policy that is not its reference."""
+    gc.collect()  # the last script's base is held by a cycle
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     config = of["ppo"]
     sft = read_run(config.sft_checkpoint, "sft")
     prompt_format = load_format(config.sft_checkpoint, sft)

@@ -586,6 +586,26 @@ def test_a_shape_runs_then_is_captured_then_is_replayed_and_a_failure_is_the_las
     with pytest.raises(torch.OutOfMemoryError):
         graphs.run("a", lambda: None)
     assert graphs.enabled  # half the rows may be captured yet
+
+    class FullThenBroken:
+        def __init__(self):
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:
+                raise RuntimeError("the capture was invalidated")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FullThenBroken)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        graphs.run("a", lambda: None)
+
+    class FullWhenLaunched:
+        def replay(self):
+            raise torch.AcceleratorError("CUDA error: out of memory\nCompile with ...")
+
+    graphs.captured["a"] = FullWhenLaunched()
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA error: out of memory$"):
+        graphs.run("a", lambda: None)
+    assert graphs.enabled
     said = capsys.readouterr().out
     assert said.count("without CUDA graphs") == 1 and "--no-cuda-graphs" in said
 

@@ -59,6 +59,13 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
         shape().backward(10, 10, 0, rank=3, checkpointing=False, masked=True)
         == 2 * 10 * (109 * 2 + 8) + work
     )
+    # As it does on a card without flash attention, which gives it a mask.
+    old = shape(flash_attention=False)
+    assert (
+        old.backward(10, 10, 0, rank=3, checkpointing=False)
+        == old.backward(10, 10, 0, rank=3, checkpointing=False, masked=True)
+        == shape().backward(10, 10, 0, rank=3, checkpointing=False, masked=True)
+    )
     # Without a fused kernel one output of the attention less is kept, and its 3 matrices [2 heads,
     # 40, 40] are larger.
     plain = shape(fused_attention=False).backward(40, 40, 0, rank=3, checkpointing=False)
@@ -111,6 +118,17 @@ def test_what_is_lowered_lowers_the_plan(phase):
     assert total(tokens=1024) < total()
     for changes in ({"checkpointing": True}, {"rank": 8}):
         assert total(**changes) < total()
+
+
+def test_rows_of_a_rollout_are_planned_even_where_an_update_has_fewer_episodes():
+    """A look fills them, and what is kept between rollouts has room for all."""
+    adapters = {"sft": Lora(3), "reward": Lora(3), "policy": Lora(3)}
+    update = UpdateSizes(episodes=8, minibatches=1, prompt=60, response=4)
+    cache = (
+        plan_ppo(shape(), adapters, update, False, Rollouts(rows, kept=True), 64)["KV cache"]
+        for rows in (8, 32)
+    )
+    assert list(cache) == [8 * 64 * 2 * (2 * 4) * 2, 32 * 64 * 2 * (2 * 4) * 2]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from rlhf.engine.layers import LeanLayer
 from rlhf.engine.linear_maps import Norm
+from rlhf.runs.device import has_flash_attention
 from rlhf.runs.errors import UserError
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
@@ -245,11 +246,7 @@ class Decoder:
 
         If not, a GPU uses memory-efficient attention, with a mask.
         """
-        return (
-            x.is_cuda
-            and x.dtype != torch.float32
-            and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        )
+        return x.dtype != torch.float32 and has_flash_attention(x.device)
 
     def norm(self, x: Tensor) -> Tensor:
         """The final norm [N, H]."""

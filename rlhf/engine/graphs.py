@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from rlhf.runs.errors import is_out_of_memory, one_line
+from rlhf.runs.errors import causes_of, is_out_of_memory, one_line
 from rlhf.runs.terminal import console
 
 
@@ -43,7 +43,11 @@ class Graphs:
                 function()
                 return
             self.captured[shape] = graph
-        self.captured[shape].replay()
+        try:
+            self.captured[shape].replay()
+        except Exception as error:
+            raise_if_out_of_memory(error)
+            raise
 
     def capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """A graph of what `function` does. If capture fails: None, and it is not tried again.
@@ -61,8 +65,7 @@ class Graphs:
         except Exception as error:
             # A capture that fails at its end leaves its own stream as the current one.
             torch.cuda.set_stream(stream)
-            if is_out_of_memory(error):
-                raise torch.OutOfMemoryError(str(error)) from None
+            raise_if_out_of_memory(error)
             self.enabled = False
             console.print(
                 "warning: decoding runs without CUDA graphs, which is several times slower "
@@ -76,3 +79,13 @@ class Graphs:
             torch.cuda.current_stream().synchronize()  # the last steps may still be running
         self.captured.clear()
         self.seen.clear()
+
+
+def raise_if_out_of_memory(error: Exception) -> None:
+    """Raise torch.OutOfMemoryError if that is what `error` was, or what it followed from.
+
+    A capture that runs out of memory in its middle fails once more where it ends.
+    """
+    cause = next(filter(is_out_of_memory, causes_of(error)), None)
+    if cause is not None:
+        raise torch.OutOfMemoryError(one_line(cause)) from None

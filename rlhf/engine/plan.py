@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from rlhf.engine.card import Rollouts
 from rlhf.engine.decoding import round_up
 from rlhf.engine.logprobs import CPU_BLOCK, chunk_elements
+from rlhf.runs.device import device, has_flash_attention
 from rlhf.runs.errors import UserError
 from rlhf.runs.hub import hub_errors
 
@@ -61,6 +62,8 @@ class Shape:
     width: int  # bytes of a number in what the base computes in
     fused_attention: bool  # as on a GPU: no matrix of attention weights
     head_norms: bool = False  # each head of q and k has a norm, as in Qwen3
+    # attention has no mask of its own; planned so where there is no card to ask
+    flash_attention: bool = True
 
     @property
     def linears(self) -> list[tuple[int, int]]:
@@ -131,13 +134,14 @@ class Shape:
         Args:
             layers: that backward goes through; 0: all.
             masked: attention has a mask of its own, as for pairs. A fused kernel then keeps k and v
-                once for each query head.
+                once for each query head, as it does wherever flash attention is not to be had.
         """
         q = self.heads * self.head_dim
         kv = self.kv_heads * self.head_dim
         # Both norms' inputs, q, k, v, the attention's output (twice where a fused kernel keeps its
         # own), gate and up.
-        k_and_v = 2 * (q if masked and self.fused_attention else kv)
+        repeated = self.fused_attention and (masked or not self.flash_attention)
+        k_and_v = 2 * (q if repeated else kv)
         numbers = (
             2 * self.hidden
             + (3 if self.fused_attention else 2) * q
@@ -204,6 +208,8 @@ def read_shape(base: dict[str, Any], dtype: str, fused_attention: bool = True) -
             width=4 if dtype == "fp32" else 2,
             fused_attention=fused_attention,
             head_norms=config.model_type == "qwen3",
+            flash_attention=dtype != "fp32"
+            and (device().type != "cuda" or has_flash_attention(device())),
         )
     except AttributeError as error:
         raise UserError(
@@ -273,7 +279,7 @@ def plan_ppo(
     standing = standing_in_ppo(shape, adapters, role_rank, role_layers) | {
         "merged copy": shape.merged() if rollouts.merged else 0
     }
-    rows = round_up(min(rollouts.rows, update.episodes), 8)
+    rows = round_up(rollouts.rows, 8)  # looks at held-out prompts fill them where updates do not
     cache = {"KV cache": shape.kv_cache(rows, round_up(longest, 64))}
     step = {
         "activations": shape.forward(rows, 1),

@@ -68,6 +68,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def has_flash_attention(device: torch.device) -> bool:
+    """Whether attention in 16 bit needs neither a mask nor each key once for each query head."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def check_4bit(device: torch.device) -> None:
     """Raise UserError unless `device` can make and use NF4 weights. Tries one small layer."""
     try:

@@ -20,8 +20,13 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a tensor did not fit the device's memory. On a CPU only torch's text says so."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    """Whether something did not fit the device's memory. Often only torch's text says so."""
+    text = str(error)
+    return (
+        type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text  # on a CPU
+        or "CUDA error: out of memory" in text  # of a graph itself
+    )
 
 
 def one_line(error: BaseException) -> str:
