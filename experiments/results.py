@@ -196,10 +196,15 @@ def rival_steps(data: str, work: str) -> list[Step]:
         for method in rivals.METHODS:
             flags = f"--method {method} --seed {seed} --records {work}/records"
             trained = method in rivals.TRAINED
-            rests_on = ["rivals_cost"] if trained else []
-            rests_on += [f"rivals_search_{method}_{rate:g}" for rate in rivals.RATES if trained]
+            # How long a run is rests on what `kl_stop` left of PPO's updates, too.
+            searches = [
+                f"rivals_search_{searched}_{rate:g}"
+                for searched in dict.fromkeys(("ppo", method))
+                for rate in rivals.RATES
+            ]
+            rests_on = ("rivals_cost", *searches) if trained else ()
             minutes = 40 if trained else 35
-            todo.append(step(f"{method}_{seed}", seed, minutes, flags, after=tuple(rests_on)))
+            todo.append(step(f"{method}_{seed}", seed, minutes, flags, after=rests_on))
     return todo
 
 

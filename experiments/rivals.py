@@ -8,7 +8,8 @@
 and learn by its reward model; its gold model only judges.
 
 - `cost`: seconds of an update of each method by phase, and memory, in processes of their own that
-  take turns. From its medians follow the updates that cost as much as PPO's `EPISODES`.
+  take turns. From its medians, and from the steps that `kl_stop` left in the searches, follow the
+  updates that cost as much as PPO's `EPISODES`.
 - `search`: a short run at one of two learning rates, judged on prompts cut from the train split.
 - `final`: the run that counts, at the better rate, judged on the test split's prompts. Best-of-n
   learns nothing: here it draws `DRAWS` answers a prompt, from which every smaller n follows.
@@ -27,7 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -60,8 +61,10 @@ from rlhf.runs.checkpoints import read_parents
 from rlhf.runs.cli import run
 from rlhf.runs.device import choose_dtype, cpu_name, device, peak_memory_gib
 from rlhf.runs.errors import UserError
+from rlhf.runs.folders import partial_of
 from rlhf.runs.metrics import JsonLines, read_jsonl
 from rlhf.runs.processes import sum_over_processes
+from rlhf.runs.resume import MANIFEST, read_facts, states
 from rlhf.runs.statistics import preference
 from rlhf.runs.terminal import console
 
@@ -106,7 +109,18 @@ def main(config: Config) -> None:
         "final": final,
     }
     find = functools.partial(phases[config.phase], config, folder)
-    ppo_ablation.write_record(asdict(config), folder, find)
+    with seconds_worked():
+        ppo_ablation.write_record(asdict(config), folder, find)
+
+
+@contextlib.contextmanager
+def seconds_worked() -> Iterator[None]:
+    """On a CPU, have a stopwatch count the seconds that this process works, not those it waits."""
+    if device().type != "cpu":
+        yield
+        return
+    with mock.patch.object(Stopwatch, "now", lambda self: time.process_time()):
+        yield
 
 
 def name_of(config: Config) -> str:
@@ -162,6 +176,9 @@ def grpo(returns: Tensor) -> Tensor:
     The advantage of DeepSeekMath (2402.03300), section 4.1, with the standard deviation over k - 1
     and `EPS` beside it, as TRL has them. Its KL term in the loss and its mean over each answer's
     tokens are not taken over: what differs from the others is the advantage alone.
+
+    A group of near-ties gets advantages as large as any other's, as `EPS` hardly does more than
+    keep 0 / 0 away: returns of 0.5, 0.5, 0.5 and 0.502 give -0.45 three times, and 1.36.
 
     Args:
         returns: [groups, k].
@@ -255,8 +272,13 @@ def critic_free(formula: Callable[[Tensor], Tensor]) -> dict[str, Callable]:
 
 
 @contextlib.contextmanager
-def training_by(method: str) -> Iterator[None]:
-    """Have ppo_train.py train by `method`, with its critic or without."""
+def training_by(method: str, in_groups: bool = True) -> Iterator[None]:
+    """Have ppo_train.py train by `method`, with its critic or without.
+
+    Args:
+        in_groups: whether the critic-free ways draw `GROUP` answers a prompt. If not, they have
+            PPO's prompts, so that both can be timed on the same, and their advantages mean nothing.
+    """
     if method not in ADVANTAGES:
         yield
         return
@@ -266,8 +288,11 @@ def training_by(method: str) -> Iterator[None]:
         if role in shared.adapters:
             save_stacked(folder, shared, role, *rest)
 
+    parts = critic_free(ADVANTAGES[method])
+    if not in_groups:
+        del parts["draw_prompts"]
     with (
-        mock.patch.multiple(ppo_train, **critic_free(ADVANTAGES[method])),
+        mock.patch.multiple(ppo_train, **parts),
         mock.patch.object(rlhf.ppo.state, "save_stacked", save_what_is_there),
     ):
         yield
@@ -295,12 +320,20 @@ def looking_at(judges: Literal["held-out", "selection"]) -> Iterator[None]:
 
 
 def train(
-    config: Config, folder: Path, judges: Literal["held-out", "selection"], **changes: Any
+    config: Config,
+    folder: Path,
+    judges: Literal["held-out", "selection"],
+    in_groups: bool = True,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Train, or go on where a run was cut short; return what its looks found.
 
+    A run that goes on keeps the length that it began with, even if the records on which its length
+    rests were made anew since.
+
     Args:
         judges: the prompts that it looks at.
+        in_groups: see `training_by`.
         changes: of `settings`.
     """
     looks: list[Evaluation] = []
@@ -310,10 +343,14 @@ def train(
         looks[:] = sft, policy
         return compare(sft, policy)
 
-    goes_on = any(folder.with_name(f"{folder.name}.partial").glob("step-*/manifest.json"))
+    kept = [state for state in states(partial_of(folder)) if (state / MANIFEST).exists()]
+    goes_on = bool(kept)
+    if goes_on:
+        began_with = read_facts(kept[0])["hyperparameters"]
+        changes |= {name: began_with[name] for name in ("total_episodes", "eval_steps")}
     place = {"output_dir": str(folder), "resume": goes_on, "overwrite": not goes_on}
     with (
-        training_by(config.method),
+        training_by(config.method, in_groups),
         looking_at(judges),
         mock.patch.object(ppo_train, "compare", watched),
     ):
@@ -323,13 +360,19 @@ def train(
             f"{folder} was finished before, but left no record: start again, and it is made anew"
         )
     run_json = json.loads((folder / "run.json").read_text())
+    flags = run_json["hyperparameters"]
     rows = read_jsonl(folder / "metrics.jsonl")
     return {
-        "learning_rate": run_json["hyperparameters"]["learning_rate"],
+        "learning_rate": flags["learning_rate"],
         "updates": run_json["updates"],
+        # Of each update, and the most that it can make: `kl_stop` ends some early.
+        "optimizer_steps": [row["policy/optimizer_steps"] for row in rows if "episode" in row],
+        "most_steps": flags["num_ppo_epochs"] * flags["num_mini_batches"],
         "episodes": run_json["episodes"],
         "metrics": run_json["metrics"],
-        "seconds": run_json["speed"],
+        "seconds": {
+            part: spent for part, spent in run_json["speed"].items() if part.startswith("time/")
+        },
         "peak_memory_gib": run_json["peak_memory_gib"],
         "looks": [row for row in rows if "eval/kl" in row],
         "answers": dict(zip(("sft", "policy"), map(numbers_of, looks), strict=True)),
@@ -363,12 +406,17 @@ def final(config: Config, folder: Path) -> dict[str, Any]:
     """A run of the length that costs as much as PPO's, at the rate that the search chose."""
     if config.method == "best_of_n":
         return draw(config, folder) | accuracies(config)
-    per_update = settings(config).episodes_per_update
-    updates = updates_of(read_record(config, "cost"))[config.method]
-    searches = {rate: read_record(config, f"search_{config.method}_{rate:g}") for rate in RATES}
+    cost = read_record(config, "cost")
+    found = {
+        method: {rate: read_record(config, f"search_{method}_{rate:g}") for rate in RATES}
+        for method in ("ppo", config.method)
+    }
+    rates = {method: better_rate(searches) for method, searches in found.items()}
+    shares = {method: share_computed(found[method][rate]) for method, rate in rates.items()}
+    updates = updates_of(cost, shares)[config.method]
     changes = {
-        "total_episodes": updates * per_update,
-        "learning_rate": better_rate(searches),
+        "total_episodes": updates * settings(config).episodes_per_update,
+        "learning_rate": rates[config.method],
         "eval_steps": math.ceil(updates / LOOKS),
     }
     return train(config, folder, "held-out", **changes) | accuracies(config)
@@ -385,19 +433,43 @@ def read_record(config: Config, name: str) -> dict[str, Any]:
         ) from None
 
 
-def updates_of(cost: dict[str, Any]) -> dict[str, int]:
+def updates_of(cost: dict[str, Any], shares: dict[str, float]) -> dict[str, int]:
     """How many updates of each method cost as much as PPO's of `EPISODES` episodes.
 
-    Evaluation is left out, and so is that PPO's first update has no policy to train.
+    Evaluation is left out, and so is that PPO's first update has no policy to train: it counts as
+    a whole one, and in the search as one that `kl_stop` left whole.
+
+    Args:
+        shares: of each method, PPO among them, `share_computed` in the search that it takes.
     """
-    seconds = {name: update_seconds(cost, name) for name in TRAINED}
+    seconds = {name: update_seconds(cost, name, share) for name, share in shares.items()}
     whole = EPISODES / ppo_train.PRESETS["demo"].episodes_per_update * seconds["ppo"]
     return {name: max(1, round(whole / spent)) for name, spent in seconds.items()}
 
 
-def update_seconds(cost: dict[str, Any], method: str) -> float:
-    """Of an update, from the record of the cost; of best-of-n, of as many answers."""
-    return sum(cost["methods"][method]["seconds"].values())
+def update_seconds(cost: dict[str, Any], method: str, share: float = 1.0) -> float:
+    """Of an update, from the record of the cost; of best-of-n, of as many answers.
+
+    Args:
+        share: of the minibatches of an update that are computed; the cost is measured with all.
+    """
+    seconds = cost["methods"][method]["seconds"]
+    return sum(spent * (share if part == "optimise" else 1.0) for part, spent in seconds.items())
+
+
+def share_computed(run: dict[str, Any]) -> float:
+    """Of all minibatches that a run's updates could compute, those that they did.
+
+    One more than there were steps where `kl_stop` ended an update: it is found to be too far only
+    when its gradient is there.
+    """
+    most = run["most_steps"]
+    return statistics.mean(min(steps + 1, most) for steps in run["optimizer_steps"]) / most
+
+
+def share_made(run: dict[str, Any]) -> float:
+    """Of all steps that a run's updates could make, those that `kl_stop` left."""
+    return statistics.mean(run["optimizer_steps"]) / run["most_steps"]
 
 
 def better_rate(searches: dict[float, dict[str, Any]]) -> float:
@@ -443,7 +515,7 @@ def chances(draws: int) -> np.ndarray:
     )
 
 
-def best_of(scores: list[float], values: list[float]) -> np.ndarray:
+def best_of(scores: Sequence[float] | np.ndarray, values: Sequence[float]) -> np.ndarray:
     """[n] the value that the best of 1, 2, ... answers by score has, expected over which n it is.
 
     Exact. Of answers with the same score each is as likely to be taken.
@@ -508,14 +580,15 @@ def judged(
     prompts: list[list[int]],
     responses: list[Response],
 ) -> dict[str, list[float]]:
-    """Score, gold score and tokens of each answer, in the order of the prompts."""
+    """Score, gold score and tokens of each answer, and whether EOS ended it, by prompt."""
     everyone = [list(range(len(prompts)))]
     batch = make_batch(prompts, responses, everyone, prompt_format, shared.device)
     scores = torch.empty(2, len(prompts))
     scores[:, batch.rows] = judge(shared, batch, ("reward", "gold"))
     score, gold_score = (rounded(row.tolist()) for row in scores)
     tokens = [len(response.ids) for response in responses]
-    return {"score": score, "gold_score": gold_score, "tokens": tokens}
+    ended = [response.ended_by == "eos" for response in responses]
+    return {"score": score, "gold_score": gold_score, "tokens": tokens, "ended": ended}
 
 
 def draw(config: Config, folder: Path) -> dict[str, Any]:
@@ -525,8 +598,8 @@ def draw(config: Config, folder: Path) -> dict[str, Any]:
     """
     ppo, prompt_format, shared = load_sampler(config, "reward", "gold")
     _, prompts, *_ = ppo_train.load_prompts(ppo, prompt_format)
-    # Those of a look, by which all methods' gains are counted.
-    seeds = [(config.seed, 4, i) for i in range(len(prompts))]
+    # Those of a look, whatever the run's seed: all methods' gains are over the same answers.
+    seeds = [(0, 4, i) for i in range(len(prompts))]
     responses = answer(ppo, shared, prompt_format, prompts, seeds, ppo.rollout_batch_size)
     sft = judged(shared, prompt_format, prompts, responses)
     folder.mkdir(parents=True, exist_ok=True)
@@ -547,23 +620,29 @@ def draw(config: Config, folder: Path) -> dict[str, Any]:
         file.write(pool[-1])
         if i % 10 == 9:
             console.print(f"{i + 1} of {len(prompts)} prompts")
-    return {"draws": DRAWS, "answers": {"sft": sft}, **curves_of(pool, sft["gold_score"])}
+    found = curves_of(pool, sft["gold_score"], ppo.missing_eos_penalty)
+    return {"draws": DRAWS, "answers": {"sft": sft}, **found}
 
 
 def curves_of(
-    pool: list[dict[str, list[float]]], sft_gold: list[float]
+    pool: list[dict[str, list[float]]], sft_gold: list[float], missing_eos_penalty: float
 ) -> dict[str, dict[str, Any]]:
     """For every n the means over all prompts, and for those of `SHOWN` the numbers of each prompt.
 
+    The best is the one with the highest score less the penalty, which is what training maximises.
+
     Args:
-        pool: of each prompt the scores, gold scores and tokens of its answers.
+        pool: of each prompt what `judged` says of its answers.
         sft_gold: of each prompt the gold score of the answer that the best of n has to beat.
+        missing_eos_penalty: taken off the score of an answer that EOS did not end.
     """
     columns: dict[str, list[np.ndarray]] = {}
     for drawn, gold in zip(pool, sft_gold, strict=True):
         wins = preference(drawn["gold_score"], [gold] * len(drawn["gold_score"]))
+        cut = ~np.array(drawn["ended"])
+        rewards = np.array(drawn["score"]) - missing_eos_penalty * cut
         for name, values in (drawn | {"win": wins}).items():
-            columns.setdefault(name, []).append(best_of(drawn["score"], values))
+            columns.setdefault(name, []).append(best_of(rewards, values))
     whole = {name: np.array(rows) for name, rows in columns.items()}  # [prompts, n]
     shown = [n for n in SHOWN if n <= len(pool[0]["score"])]
     return {
@@ -584,9 +663,11 @@ def cost(config: Config, folder: Path) -> dict[str, Any]:
         raise UserError("--phase cost_card: there is no CUDA card here")
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
     for number in range(ROUNDS):
+        # Each round has other prompts, which are the same for all methods.
+        own = replace(config, seed=number)
         for method in METHODS:
             console.print(f"round {number + 1} of {ROUNDS}: {method}")
-            turns[method].append(in_a_process_of_its_own(config, folder, method))
+            turns[method].append(in_a_process_of_its_own(own, folder, method))
     first = turns["ppo"][0]
     looks = [spent for found in turns.values() for turn in found for spent in turn["look"]]
     return {
@@ -622,7 +703,8 @@ def in_a_process_of_its_own(config: Config, folder: Path, method: str) -> dict[s
 def timing(config: Config, folder: Path) -> dict[str, Any]:
     """Seconds of the phases of a few updates; on a CPU those that it worked, not those it waited.
 
-    kl_stop is off, so that each update makes all its steps.
+    kl_stop is off, so that each update makes all its steps. All methods have PPO's prompts, one
+    answer to each: of prompts of its own, a method of groups would see too few, long or short.
     """
     looks: list[float] = []
     evaluate = ppo_train.evaluate
@@ -638,18 +720,16 @@ def timing(config: Config, folder: Path) -> dict[str, Any]:
         return found
 
     with contextlib.ExitStack() as stack:
-        if device().type == "cpu":
-            worked = mock.patch.object(Stopwatch, "now", lambda self: time.process_time())
-            stack.enter_context(worked)
+        # Some looks, so that they are timed, but short ones.
+        few = replace(config, max_eval_samples=min(16, config.max_eval_samples))
         if config.method == "best_of_n":
-            updates = time_best_of_n(config)
+            stack.enter_context(looking_at("held-out"))
+            updates = time_best_of_n(few)
         else:
             stack.enter_context(mock.patch.object(ppo_train, "evaluate", timed))
             per_update = settings(config).episodes_per_update
             changes = {"total_episodes": TIMED * per_update, "kl_stop": ppo_ablation.NEVER}
-            # Some looks, so that they are timed, but short ones.
-            few = replace(config, max_eval_samples=min(16, config.max_eval_samples))
-            train(few, folder, "held-out", **changes)
+            train(few, folder, "held-out", in_groups=False, **changes)
             rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "episode" in row]
             updates = [
                 {part: row[f"time/{part}"] for part in ("rollout", "measure", "optimise")}

@@ -22,7 +22,12 @@ Records = dict[str, Any]
 PLOT = "rivals.png"
 NAMES = {"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO"}
 LEAST = 0.1  # of gold gain: less is no reason to change a default
-RUN_STD = 0.05  # of a run's gold gain, by PPO's ablation
+# Standard deviations of gold gain by PPO's ablation: of a run's mean, and of a prompt within a run,
+# less what all runs have in common.
+RUN_STD = 0.05
+PROMPT_STD = 0.31
+# By `winners_named`: how often a winner is named, by its true lead over both others.
+NAMED = {0.0: 0.01, 0.1: 0.31, 0.2: 0.94}
 ROWS = (4, 16, 64)  # the n of best-of-n that have a row in the table
 
 
@@ -44,25 +49,30 @@ def summary(records: Records, all_seeds: tuple[int, ...]) -> dict[str, Any]:
         name: records[key] for name in ("cost", "cost_card") if (key := f"rivals_{name}") in records
     }
     searched = searches(records)
-    if not (runs or costs or searched):
-        return {}
-    cost = costs.get("cost")
-    found: dict[str, Any] = {"seeds": len(all_seeds), "search": searched}
-    found["costs"] = {name: cost_rows(record) for name, record in costs.items()}
-    trained = {name: by_seed for name, by_seed in runs.items() if name in rivals.TRAINED}
-    found["methods"] = {
-        name: row_of(list(by_seed.values())) | price_of_training(name, by_seed, cost)
-        for name, by_seed in trained.items()
-    }
-    found["failed"] = [
+    failed = [
         f"{NAMES[name]}, seed {seed} ({text})"
         for name in rivals.TRAINED
         for seed in all_seeds
         if (text := records.get(f"rivals_{name}_{seed}", {}).get("failed"))
     ]
-    found["complete"] = all(len(trained.get(name, {})) == len(all_seeds) for name in NAMES)
-    if found["complete"]:
-        found |= differences(trained)
+    if not (runs or failed or costs or searched):
+        return {}
+    cost = costs.get("cost")
+    shares = {name: row["share"] for name, row in searched.items() if "share" in row}
+    found: dict[str, Any] = {"seeds": len(all_seeds), "search": searched, "failed": failed}
+    found["costs"] = {name: cost_rows(record, shares) for name, record in costs.items()}
+    trained = {name: by_seed for name, by_seed in runs.items() if name in rivals.TRAINED}
+    found["methods"] = {
+        name: row_of(list(by_seed.values())) | price_of_training(name, by_seed, cost, shares)
+        for name, by_seed in trained.items()
+    }
+    in_all = sum(map(len, trained.values())) + len(failed)
+    found["complete"] = in_all == len(all_seeds) * len(NAMES)
+    # A run that broke off is a result: what is left of its method is too good to be compared.
+    whole = {name: by_seed for name, by_seed in trained.items() if len(by_seed) == len(all_seeds)}
+    found["whole"] = list(whole)
+    if found["complete"] and len(whole) > 1:
+        found |= differences(whole)
     if "best_of_n" in runs:
         found["best_of_n"] = best_of_n(runs["best_of_n"], trained, cost)
     return found
@@ -126,16 +136,34 @@ def path_of(runs: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def price_of_training(
-    name: str, by_seed: dict[int, dict[str, Any]], cost: dict[str, Any] | None
+    name: str,
+    by_seed: dict[int, dict[str, Any]],
+    cost: dict[str, Any] | None,
+    shares: dict[str, float],
 ) -> dict[str, Any]:
-    """What its updates cost by the measurement, and what an answer costs afterwards."""
-    updates = sorted({run["updates"] for run in by_seed.values()})[-1]
-    found: dict[str, Any] = {"episodes": sorted({run["episodes"] for run in by_seed.values()})[-1]}
+    """What its updates took, what they were to take, and what an answer costs afterwards.
+
+    Args:
+        shares: of each method that was searched, `rivals.share_computed`.
+    """
+    runs = list(by_seed.values())
+    found: dict[str, Any] = {
+        "episodes": max(run["episodes"] for run in runs),
+        "training_seconds": float(np.mean([spent(run) for run in runs])),
+    }
     if cost:
-        found["training_seconds"] = updates * rivals.update_seconds(cost, name)
         found["answer_seconds"] = answer_seconds(cost, name)
         found["peak_memory_gib"] = cost["methods"][name]["peak_memory_gib"]
+    if cost and name in shares:
+        each = rivals.update_seconds(cost, name, shares[name])
+        found["nominal_update_seconds"] = each
+        found["nominal_seconds"] = max(run["updates"] for run in runs) * each
     return found
+
+
+def spent(run: dict[str, Any]) -> float:
+    """Seconds of all parts of a run's updates; on a CPU, those that it worked."""
+    return sum(run["seconds"].values())
 
 
 def answer_seconds(cost: dict[str, Any], method: str) -> float:
@@ -193,9 +221,12 @@ def best_of_n(
         "matches": {},
         "above": {},
     }
-    shown = [n for n in map(str, ROWS) if all(n in pool["best_of"] for pool in pools.values())]
-    for n in shown:
-        found["rows"][n] = row_of_best(list(pools.values()), n, cost)
+    known = [
+        n for n in map(str, rivals.SHOWN) if all(n in pool["best_of"] for pool in pools.values())
+    ]
+    for n in known:
+        if int(n) in ROWS:
+            found["rows"][n] = row_of_best(list(pools.values()), n, cost)
     for name, runs in trained.items():
         shared = sorted(pools.keys() & runs.keys())
         if not shared:
@@ -205,7 +236,7 @@ def best_of_n(
         enough = np.flatnonzero(curve_of(some) >= reached.mean())
         found["matches"][name] = int(enough[0]) + 1 if len(enough) else None
         found["above"][name] = {
-            n: interval("above", gains_of_best(some, n) - reached) for n in shown
+            n: interval("above", gains_of_best(some, n) - reached) for n in known
         }
     return found
 
@@ -254,26 +285,33 @@ def searches(records: Records) -> dict[str, dict[str, Any]]:
         if not runs:
             continue
         rows = {
-            f"{rate:g}": {"gold_gain": rivals.gold_gain(run), "kl": run["metrics"]["ppo_kl"]}
+            f"{rate:g}": {
+                "gold_gain": rivals.gold_gain(run),
+                "kl": run["metrics"]["ppo_kl"],
+                "steps_made": rivals.share_made(run),
+                "seconds": spent(run),
+            }
             if "answers" in run
             else {"failed": run["failed"]}
             for rate, run in runs.items()
         }
         found[name] = {"rates": rows}
         if len(runs) == len(rivals.RATES) and any("answers" in run for run in runs.values()):
-            found[name]["taken"] = f"{rivals.better_rate(runs):g}"
+            rate = rivals.better_rate(runs)
+            found[name] |= {"taken": f"{rate:g}", "share": rivals.share_computed(runs[rate])}
     return found
 
 
-def cost_rows(cost: dict[str, Any]) -> dict[str, Any]:
+def cost_rows(cost: dict[str, Any], shares: dict[str, float]) -> dict[str, Any]:
     """Of a device: seconds of an update by phase, beside PPO's, and the updates for its cost."""
-    updates = rivals.updates_of(cost)
+    updates = rivals.updates_of(cost, shares) if "ppo" in shares else {}
     ppo = rivals.update_seconds(cost, "ppo")
     rows = {
         name: {
             "seconds": found["seconds"],
             "update_seconds": rivals.update_seconds(cost, name),
             "of_ppo": rivals.update_seconds(cost, name) / ppo,
+            "share": shares.get(name),
             "updates": updates.get(name),
             "peak_memory_gib": found["peak_memory_gib"],
             "counted": found["counted"],
@@ -293,10 +331,11 @@ def cost_rows(cost: dict[str, Any]) -> dict[str, Any]:
 
 def top(found: dict[str, Any], plots: list[str]) -> list[str]:
     """What someone reads who must choose; nothing without a run that counts."""
+    heading = "## PPO, RLOO, GRPO or best-of-n?"
     if not (found.get("methods") or found.get("best_of_n")):
-        return []
+        return [heading, verdict(found)] if found.get("failed") else []
     return [
-        "## PPO, RLOO, GRPO or best-of-n?",
+        heading,
         verdict(found),
         power(found),
         main_table(found),
@@ -306,16 +345,25 @@ def top(found: dict[str, Any], plots: list[str]) -> list[str]:
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """The winner at equal cost, or that there is none."""
+    """The winner at equal cost, or that there is none, and what sampling alone would give."""
+    failed = found["failed"]
     if not found["complete"]:
-        done = sum(row["seeds"] for row in found["methods"].values())
-        whole = found["seeds"] * len(NAMES)
-        broken = f" Broken off: {'; '.join(found['failed'])}." if found["failed"] else ""
+        done = sum(row["seeds"] for row in found["methods"].values()) + len(failed)
+        broken = f" Broken off: {'; '.join(failed)}." if failed else ""
         return (
-            f"**Not decided:** {done} of {whole} training runs are in, and no winner is named "
-            f"before the last.{broken}"
+            f"**Not decided:** {done} of {found['seeds'] * len(NAMES)} training runs are in, and "
+            f"no winner is named before the last.{broken}"
         )
-    best = max(found["methods"], key=lambda name: found["methods"][name]["gold_gain"])
+    whole = found["whole"]
+    broken = (
+        f" Broken off: {'; '.join(failed)}. A method with such a run cannot win." if failed else ""
+    )
+    if not whole:
+        return f"**No winner:** no method has finished all its runs.{broken}"
+    best = max(whole, key=lambda name: found["methods"][name]["gold_gain"])
+    rest = broken + beside_sampling(found, best)
+    if len(whole) == 1:
+        return f"**No winner:** only {NAMES[best]} has finished all its runs.{rest}"
     pairs = {
         pair.split()[1]: found["differences"][pair]
         for pair in found["differences"]
@@ -325,13 +373,32 @@ def verdict(found: dict[str, Any]) -> str:
         f"{signed(above, 'above')} above {NAMES[other]}" for other, above in pairs.items()
     )
     if not found["winner"]:
+        names = [NAMES[name] for name in whole]
         return (
-            "**At equal cost the table cannot tell PPO, RLOO and GRPO apart.** The highest gold "
-            f"gain is {NAMES[best]}'s, {apart}; an interval with 0 in it is no difference."
+            f"**At equal cost the table cannot tell {', '.join(names[:-1])} and {names[-1]} "
+            f"apart.** The highest gold gain is {NAMES[best]}'s, {apart}; an interval with 0 in "
+            f"it is no difference.{rest}"
         )
     short = min(above["above"] for above in pairs.values()) < LEAST
-    return f"**At equal cost {NAMES[best]} wins:** its gold gain is {apart}." + (
-        f" That is less than the {LEAST} on which a default would move." if short else ""
+    little = f" That is less than the {LEAST} on which a default would move." if short else ""
+    return f"**At equal cost {NAMES[best]} wins:** its gold gain is {apart}.{little}{rest}"
+
+
+def beside_sampling(found: dict[str, Any], name: str) -> str:
+    """A sentence: whether the best of the most answers gains more than a trained method."""
+    above = found.get("best_of_n", {}).get("above", {}).get(name)
+    if not above:
+        return ""
+    n = max(above, key=int)
+    row = above[n]
+    gains = "cannot be told apart from it"
+    if row["above_low"] > 0:
+        gains = "gains more"
+    if row["above_high"] < 0:
+        gains = "gains less"
+    return (
+        f" Best of {n}, which trains nothing but samples {n} answers at every use, {gains}: "
+        f"{signed(row, 'above')} above {NAMES[name]}."
     )
 
 
@@ -342,12 +409,40 @@ def power(found: dict[str, Any]) -> str:
     text = (
         f"What {runs} seeds can show: a run's gold gain has a standard deviation of {RUN_STD} (by "
         f"the ablation below), so two means of {runs} runs differ by up to {least:.2f} by chance, "
-        f"and with the prompts' own spread only differences of about {LEAST} can be seen. No "
-        "default moves on less."
+        "and the prompts add to it. Of simulated methods that lead both others by 0.1, "
+        f"{NAMED[0.1]:.0%} are named the winner, of those that lead by 0.2, {NAMED[0.2]:.0%}; if "
+        f"none leads, one is named in {NAMED[0.0]:.0%}. No default moves on less than {LEAST}."
     )
     if "run_std" in found:
         text += f" In these runs that deviation was {found['run_std']:.2f}."
     return text
+
+
+def winners_named(lead: float, trials: int) -> float:
+    """The share of simulated comparisons, of three seeds and 128 prompts, that name a winner.
+
+    Args:
+        lead: of one method over both others, in gold gain; the rest is `RUN_STD` and `PROMPT_STD`.
+    """
+    random = np.random.default_rng(0)
+    named = 0
+    for _ in range(trials):
+        gains = random.normal(0, RUN_STD, (3, 3, 1)) + random.normal(0, PROMPT_STD, (3, 3, 128))
+        gains[0] += lead  # [methods, seeds, prompts]
+        runs = {
+            name: {
+                seed: {
+                    "answers": {
+                        "sft": {"gold_score": np.zeros(128)},
+                        "policy": {"gold_score": gain},
+                    }
+                }
+                for seed, gain in enumerate(of_seeds)
+            }
+            for name, of_seeds in zip(NAMES, gains, strict=True)
+        }
+        named += differences(runs)["winner"] is not None
+    return named / trials
 
 
 def main_table(found: dict[str, Any]) -> str:
@@ -375,12 +470,15 @@ def cells_of(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def price_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """Core minutes to train, seconds an answer, GiB at the peak; blank if not measured."""
+    """Minutes to train, seconds an answer, GiB at the peak; blank if not measured."""
+    training = "none"
+    if "training_seconds" in row:
+        nominal = f" of {row['nominal_seconds'] / 60:.0f}" if "nominal_seconds" in row else ""
+        training = f"{row['training_seconds'] / 60:.0f}{nominal} min"
     if "answer_seconds" not in row:
-        return "", "", ""
-    training = row.get("training_seconds")
+        return training, "", ""
     return (
-        f"{training / 60:.0f} min" if training else "none",
+        training,
         f"{row['answer_seconds']:.2f} s",
         f"{row['peak_memory_gib']:.1f} GiB",
     )
@@ -392,16 +490,17 @@ def bullets(found: dict[str, Any]) -> list[str]:
         "Gold gain and win rate are against SFT's answers to the same "
         f"{prompts_of(found)} prompts of the test split, by a gold model that learned from other "
         "pairs than the reward model. At equal length: the win rate if both answers were equally "
-        "long. KL: nats an answer away from SFT. In the plot a line is the way of the mean over "
-        "the seeds, and a diamond is where a run ended; the looks on the way choose nothing."
+        "long. KL: nats an answer away from SFT. In the plot a line is the way of a mean over the "
+        "seeds, a diamond a run's end."
     ]
     if found["costs"].get("cost"):
         cost = found["costs"]["cost"]
         lines.append(
-            f"Training: minutes of CPU ({cost['device']}), the same for all by design. Each got as "
-            f"many updates as cost what PPO's {rivals.EPISODES:,} episodes do: "
-            f"{episodes_of(found)} episodes. An answer: seconds of CPU to sample it. Best-of-n "
-            "trains nothing; it samples and scores n answers at every use."
+            f"Training: minutes of CPU ({cost['device']}) that a run's updates took, of those that "
+            "they were to take: by the measurement each method got as many as cost what PPO's "
+            f"{rivals.EPISODES:,} episodes do ({episodes_of(found)} episodes). The search of the "
+            "learning rate is not counted, here or where training is said to have paid. An answer: "
+            "seconds of CPU to sample it, and with best-of-n to score it."
         )
         lines += ratio_lines(found["costs"])
     if "best_of_n" in found:
@@ -430,7 +529,10 @@ def ratio_lines(costs: dict[str, Any]) -> list[str]:
         parts.append(
             f"{ratios} of PPO's on {cost['device']}, with {memory:.2f} of its memory at the peak"
         )
-    lines = [f"Without a critic an update of as many episodes costs {'; '.join(parts)}."]
+    lines = [
+        "Without a critic an update of as many episodes, if it makes all its steps, costs "
+        f"{'; '.join(parts)}."
+    ]
     if "cost_card" not in costs:
         lines[0] += " On a card it was not measured."
     return lines
@@ -444,15 +546,20 @@ def sampling_lines(found: dict[str, Any]) -> list[str]:
         if name not in best["matches"]:
             continue
         n = best["matches"][name]
-        most = best["curve"][-1]["n"]
+        above = best["above"][name]
         if n is None:
+            most = max(above, key=int)
+            less = f"which gains {signed(above[most], 'above')} above it"
             lines.append(
-                f"{NAMES[name]}'s gold gain is out of reach for best of {most}: training gives "
-                "what sampling does not."
+                f"{NAMES[name]}'s gold gain is out of reach for best of {most}, {less}: training "
+                "gives what sampling does not."
+                if above[most]["above_high"] < 0
+                else f"{NAMES[name]}'s gold gain is not reached by best of {most}, {less}: within "
+                "the interval, it may be."
             )
             continue
         line = (
-            f"{NAMES[name]}'s gold gain is that of best of {n}, at a KL of "
+            f"{NAMES[name]}'s gold gain is that of about best of {n}{bounds(above)}, at a KL of "
             f"{rivals.best_of_n_kl(n):.1f} in place of {row['kl']:.1f}."
         )
         per_answer = found["costs"].get("cost", {}).get("methods", {}).get("best_of_n")
@@ -461,10 +568,22 @@ def sampling_lines(found: dict[str, Any]) -> list[str]:
             saved = n * single - row["answer_seconds"]
             if saved > 0:
                 line += (
-                    f" Its training has paid after {row['training_seconds'] / saved:,.0f} answers."
+                    f" Its training has paid after about {row['training_seconds'] / saved:,.0f} "
+                    "answers."
                 )
         lines.append(line)
     return lines
+
+
+def bounds(above: dict[str, dict[str, float]]) -> str:
+    """Between which n the one lies that matches a method, by the intervals of those shown."""
+    fewer = [int(n) for n, row in above.items() if row["above_high"] < 0]
+    more = [int(n) for n, row in above.items() if row["above_low"] > 0]
+    if fewer and more:
+        return f" (between {max(fewer)} and {min(more)})"
+    if fewer:
+        return f" (more than {max(fewer)})"
+    return f" (fewer than {min(more)})" if more else ""
 
 
 # ---------------------------------------------------------------- details
@@ -487,10 +606,12 @@ def details(found: dict[str, Any], records: Records) -> list[str]:
         "critic, which learns alone in the first update. RLOO and GRPO draw "
         f"{rivals.GROUP} answers a prompt, so they see one prompt for {rivals.GROUP} of PPO's: "
         "RLOO takes the mean of the others off an answer's return, GRPO the group's, and divides "
-        "by its standard deviation. An answer's return is its score less the KL penalty of all its "
+        "by its standard deviation, so that near-ties weigh as much as clear differences. An "
+        "answer's return is its score less the KL penalty of all its "
         "tokens, and its advantage is the same at each; neither is whitened. Best-of-n draws "
-        f"{rivals.DRAWS} answers a prompt from the SFT model, once; the reward model chooses, the "
-        "gold model judges, and every n up to that follows by exact order statistics. Its KL is "
+        f"{rivals.DRAWS} answers a prompt from the SFT model, once; the reward model chooses, with "
+        "the penalty for an answer without EOS taken off its score as in training, the gold model "
+        "judges, and every n up to that follows by exact order statistics. Its KL is "
         "ln n - (n - 1) / n, the most that it can be. What each run does stands in "
         "`experiments/rivals.py`.",
     ]
@@ -512,6 +633,7 @@ def cost_part(costs: dict[str, Any]) -> list[str]:
                 ),
                 f"{row['update_seconds']:.1f}",
                 f"{row['of_ppo']:.2f}",
+                "" if row["share"] is None else f"{row['share']:.0%}",
                 str(row["updates"] or ""),
                 f"{row['peak_memory_gib']:.2f}",
             )
@@ -519,7 +641,7 @@ def cost_part(costs: dict[str, Any]) -> list[str]:
         ]
         head = (
             *("", "rollout", "measure", "optimise", "all", "of PPO's"),
-            *("updates for PPO's cost", "peak memory, GiB"),
+            *("minibatches in the search", "updates for PPO's cost", "peak memory, GiB"),
         )
         counted = next(iter(cost["methods"].values()))["counted"]
         size = ppo_train.PRESETS["demo"].episodes_per_update
@@ -527,7 +649,10 @@ def cost_part(costs: dict[str, Any]) -> list[str]:
             f"Cost on {cost['device']}, {cost['threads']} threads: seconds of an update of {size} "
             f"episodes, of best-of-n of {size} answers sampled and scored. Medians of {counted} "
             "updates from the start of training, in processes that took turns; on a CPU they are "
-            "seconds that it worked. A look at held-out prompts is no part of it, and costs "
+            "seconds that it worked. All are timed on the same prompts, PPO's, with one answer to "
+            "each, and make all their steps. Where the search took a rate at which `kl_stop` ends "
+            "updates early, `optimise` counts by the share of minibatches that were computed "
+            "there. A look at held-out prompts is no part of it, and costs "
             f"{cost['look_seconds_a_prompt']:.2f} s a prompt. PPO's first update, which leaves the "
             "policy alone, counts as a whole one.",
             table(head, rows),
@@ -540,19 +665,32 @@ def search_part(searched: dict[str, dict[str, Any]]) -> list[str]:
     for name, found in searched.items():
         for rate, row in found["rates"].items():
             cells = (
-                (f"broke off: {row['failed']}", "")
+                (f"broke off: {row['failed']}", "", "", "")
                 if "failed" in row
-                else (f"{row['gold_gain']:+.2f}", f"{row['kl']:.1f}")
+                else (
+                    f"{row['gold_gain']:+.2f}",
+                    f"{row['kl']:.1f}",
+                    f"{row['steps_made']:.0%}",
+                    f"{row['seconds'] / 60:.0f}",
+                )
             )
             rows.append((NAMES[name], rate, *cells, "yes" if found.get("taken") == rate else ""))
     if not rows:
         return []
-    return [
+    text = (
         f"The learning rate: {rivals.SEARCH_EPISODES} episodes at seed 0, judged by the gold model "
-        "on prompts cut from the train split, which no run trains on. The test prompts had no "
-        "part in it. One run a rate, so what is less than the deviation of a run apart is chance.",
-        table(("method", "learning rate", "gold gain", "KL", "taken"), rows),
-    ]
+        "on prompts cut from the train split, which no PPO, RLOO or GRPO run trains on. The test "
+        "prompts had no part in it. One run a rate, so what is less than the deviation of a run "
+        "apart is chance."
+    )
+    highest = f"{max(rivals.RATES):g}"
+    if all(searched.get(name, {}).get("taken") == highest for name in NAMES):
+        text += (
+            f" All take {highest}, the highest that was tried and the demo's own: it is the "
+            "grid's edge, and a still higher rate may be better for any of them."
+        )
+    head = ("method", "learning rate", "gold gain", "KL", "steps made", "minutes", "taken")
+    return [text, table(head, rows)]
 
 
 def run_part(found: dict[str, Any], records: Records) -> list[str]:
@@ -563,7 +701,7 @@ def run_part(found: dict[str, Any], records: Records) -> list[str]:
             if "answers" not in run:
                 continue
             m = run["metrics"]
-            spent = sum(s for part, s in run["seconds"].items() if part.startswith("time/"))
+            nominal = found["methods"][name].get("nominal_update_seconds")
             rows.append(
                 (
                     *(NAMES[name], str(seed), f"{run['episodes']:,}", f"{run['learning_rate']:g}"),
@@ -572,20 +710,25 @@ def run_part(found: dict[str, Any], records: Records) -> list[str]:
                     f"{m['ppo_kl']:.1f}",
                     f"{m['sft_response_length']:.1f} -> {m['ppo_response_length']:.1f}",
                     f"{m['sft_eos_rate']:.0%} -> {m['ppo_eos_rate']:.0%}",
-                    f"{spent / 60:.0f}",
+                    f"{rivals.share_made(run):.0%}",
+                    f"{spent(run) / 60:.0f}",
+                    f"{run['updates'] * nominal / 60:.0f}" if nominal else "",
                     f"{run['peak_memory_gib']:.1f}",
                     f"{run['accuracy']['reward']:.3f}, {run['accuracy']['gold']:.3f}",
                 )
             )
+    broken = [f"Broken off: {'; '.join(found['failed'])}."] if found["failed"] else []
     if not rows:
-        return []
+        return broken
     head = (
         *("method", "seed", "episodes", "learning rate", "score gain", "gold gain", "KL", "tokens"),
-        *("EOS", "minutes of updates", "memory, GiB", "accuracy of reward and gold model"),
+        *("EOS", "steps made", "minutes", "nominal", "memory, GiB"),
+        "accuracy of reward and gold model",
     )
     blocks = [
-        "Every run; intervals over prompts. Minutes are of the clock, of a machine that may "
-        "have done other things, too.",
+        "Every run; intervals over prompts. Steps made are those that `kl_stop` left. Minutes are "
+        "those that the updates took, on a CPU those that it worked; nominal ones follow from the "
+        "measured cost, by which the runs are equally long.",
         table(head, rows),
     ]
     if found.get("differences"):
@@ -603,18 +746,18 @@ def run_part(found: dict[str, Any], records: Records) -> list[str]:
     above = found.get("best_of_n", {}).get("above", {})
     if above:
         blocks.append(
-            "Best of n less each method, in gold gain, intervals over seeds and prompts: "
+            "Best of n less each method, in gold gain, intervals over seeds and prompts; by such "
+            "ones it is said above between which n a method lies: "
             + "; ".join(
                 f"best of {n} less {NAMES[name]} {signed(row, 'above')}"
                 for name in NAMES
                 if name in above
                 for n, row in above[name].items()
+                if int(n) in ROWS
             )
             + "."
         )
-    if found["failed"]:
-        blocks.append(f"Broken off: {'; '.join(found['failed'])}.")
-    return blocks
+    return blocks + broken
 
 
 # ---------------------------------------------------------------- the plot
