@@ -141,7 +141,7 @@ PROBLEMS = [
     (frequency, 120, 0.2, REPEAT),
     # What KL costs keeps it varied until it is met.
     (length, 140, 0.0, {"response_length": 12, "learning_rate": 5e-3, "kl_coef": 0.005}),
-    (last_token, 80, 0.4, {"learning_rate": 2e-2}),
+    (last_token, 120, 0.4, {"learning_rate": 2e-2}),
 ]
 
 
