@@ -18,6 +18,10 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # have the same length, so that takes 500 MB. A layer has fewer than 64 shapes.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+# datasets prints nothing of its own. It reads this at its import, which takes 80 MB, so only what
+# needs it imports it.
+os.environ.setdefault("DATASETS_VERBOSITY", "error")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 # Micro-batches of different sizes fragment a card's memory, unless its segments can grow. torch
 # reads this when it starts.
 if "torch" not in sys.modules and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & {

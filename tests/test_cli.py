@@ -1,6 +1,9 @@
 """How flags get their help from the comments of a config."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +41,22 @@ def test_flags_are_shown_with_their_help(first, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "A script." in said and "two lines above the field" in said
     assert parse(Config, {}, "A script.", ["--steps", "4", "--folder=~/x"], first).steps == 4
+
+
+def test_ppo_and_the_comparison_do_not_import_datasets():
+    """It takes 80 MB of each process, and rows of a local file do not need it."""
+    code = (
+        "import sys, rlhf, ppo_train, compare_outputs\n"
+        "from rlhf.runs.cli import quiet_libraries\n"
+        "quiet_libraries()\n"
+        "ppo_train.load_splits('demo/data', 'prompt', None, 8, 8)\n"
+        "assert 'datasets' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

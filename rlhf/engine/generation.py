@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf.data.format import PromptFormat
 from rlhf.engine.decoding import LAG, Decoding
 from rlhf.engine.layers import LeanLayer
-from rlhf.engine.micro_batches import free_memory
+from rlhf.engine.micro_batches import free_memory, trim_heap
 from rlhf.engine.roles import SharedBase
 from rlhf.engine.speed import Stopwatch
 from rlhf.runs.stop import check_stop
@@ -74,6 +74,7 @@ def generate(
     responses: list[Response | None] = [None] * len(prompts)
     settings = max_new_tokens, temperature
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    trim_heap()
     while order:
         rows = order[: min(batch_size, shared.rollout_rows or batch_size)]
         ours = [prompts[row] for row in rows], [seeds[row] for row in rows]
@@ -95,6 +96,7 @@ def generate(
             f"out of memory: {shared.rollout_rows} responses at a time from now on, not {len(rows)}"
         )
         free_memory()
+    trim_heap()
     return responses
 
 

@@ -151,15 +151,12 @@ def fail(message: str) -> None:
 def quiet_libraries() -> None:
     """Leave the terminal to our own lines: no progress bars and no advice from libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
     import transformers
 
     from rlhf.runs.hub import quiet_hub
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity_error()
     quiet_hub()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which reports every font it finds
     warnings.filterwarnings("ignore", category=FutureWarning)
