@@ -297,6 +297,12 @@ def read_prompts(config: Config, prompt_format: PromptFormat) -> list[tuple[Turn
         raise UserError(
             "there is no prompt to answer: check --prompts, or raise --max-prompt-length"
         )
+    different = len({turns for turns, _ in prompts})
+    if different < len(prompts):
+        console.print(
+            f"warning: only {different} of the {len(prompts)} prompts are different, and the "
+            "intervals take each for a prompt of its own: they are too narrow"
+        )
     return prompts
 
 

@@ -27,6 +27,7 @@ Next: python ppo_train.py
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +42,7 @@ from torch import Tensor
 from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
-from rlhf.data.format import PromptFormat, TokenPair, tokenize_pairs
+from rlhf.data.format import PromptFormat, TokenPair, fingerprint_tokens, tokenize_pairs
 from rlhf.data.rows import Pair
 from rlhf.data.sources import load_pairs, load_splits
 from rlhf.data.splits import fingerprint
@@ -198,7 +199,13 @@ def main(config: Config) -> None:
     tokens = choose_size(plan, longest, vars(config), device(), dtype)
     shared = load_model(config, base, prompt_format, dtype)
     data = facts_of_data(config, train_pairs, len(train_set), votes)
-    same = {"sft checkpoint": sft["adapter_sha256"], "dtype": str(dtype), "data": data["sha256"]}
+    same = {
+        "sft checkpoint": sft["adapter_sha256"],
+        "dtype": str(dtype),
+        "data": data["sha256"],
+        "training text": fingerprint_tokens(token_pairs),
+        "test text": fingerprint_tokens(chain(*eval_sets.values())),
+    }
 
     with output_folder(config.output_dir, config.resume) as folder:
         # 3. Train.

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from rlhf.data.format import PromptFormat, TokenPair, tokenize_pairs
+from rlhf.data.format import PromptFormat, TokenPair, fingerprint_tokens, tokenize_pairs
 from rlhf.data.rows import Pair
 from rlhf.data.sources import load_splits
 from rlhf.data.splits import fingerprint
@@ -165,10 +165,10 @@ def main(config: Config) -> None:
     if config.dry_run:
         dry_run(config, base, prompt_format, train_pairs)
         return
-    train_set = response_only(
-        tokenize_pairs(train_pairs, prompt_format, config.max_length, "train")
-    )
-    eval_set = response_only(tokenize_pairs(eval_pairs, prompt_format, config.max_length, "test"))
+    train_rows = tokenize_pairs(train_pairs, prompt_format, config.max_length, "train")
+    test_rows = tokenize_pairs(eval_pairs, prompt_format, config.max_length, "test")
+    train_set = response_only(train_rows)
+    eval_set = response_only(test_rows)
 
     # 2. and 3.
     longest = max(map(len, train_set["input_ids"]))
@@ -187,6 +187,8 @@ def main(config: Config) -> None:
         "base": [base["config_sha256"], weights_of(base)],
         "dtype": str(dtype),
         "data": data["sha256"],
+        "training text": fingerprint_tokens(train_rows),
+        "test text": fingerprint_tokens(test_rows),
     }
     with output_folder(config.output_dir, config.resume) as folder:
         trainer = make_trainer(config, model, prompt_format, train_set, eval_set, dtype, folder)

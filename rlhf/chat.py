@@ -19,6 +19,7 @@ from tyro.conf import Positional
 
 from rlhf.data.format import PromptFormat, tokenize_prompt
 from rlhf.data.rows import BadRow, checked_turns
+from rlhf.data.template import is_hh_template
 from rlhf.engine.adapters import read_stacked
 from rlhf.engine.base import base_facts, check_context, same_base
 from rlhf.engine.generation import start, stream
@@ -56,6 +57,8 @@ class Config:
     # for /score; None: the one that the policy was trained against
     reward_checkpoint: str | None = None
     load_in_4bit: bool = True  # only for a base alone
+    # only for a base alone; None: its chat template, or hh if it has none
+    prompt_format: Literal["hh", "model"] | None = None
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what the base computes in
 
     max_prompt_length: int = 384  # tokens; a longer dialogue loses its oldest turns, as in training
@@ -99,7 +102,8 @@ def open_checkpoint(config: Config) -> tuple[SharedBase, PromptFormat, list[str]
     if config.checkpoint is None and config.base_model:
         base = base_facts(config.base_model, None, config.load_in_4bit)
         tokenizer = load_tokenizer(base["model"], base["revision"])
-        prompt_format = PromptFormat("model" if tokenizer.chat_template else "hh", tokenizer)
+        own = tokenizer.chat_template and not is_hh_template(tokenizer.chat_template)
+        prompt_format = PromptFormat(config.prompt_format or ("model" if own else "hh"), tokenizer)
         runs = {}
         folders = {}
     else:
@@ -142,6 +146,11 @@ def read_runs(config: Config) -> tuple[Runs, dict[str, str]]:
         folders["reward"] = reward
         runs["reward"] = read_run(reward, "reward")
         check_child(runs["reward"], reward, runs["sft"], folders["sft"])
+        trained_against = runs[phase].get("parents", {}).get("reward")
+        other = trained_against not in (None, runs["reward"]["adapter_sha256"])
+        if other and not config.reward_checkpoint:
+            print(f"{reward} is not what the policy was trained against any more: no /score.")
+            del runs["reward"], folders["reward"]
     return runs, folders
 
 

@@ -110,6 +110,7 @@ def main(config: Config) -> None:
         writer.finish()
         report = check.report(weights[HEAD if HEAD in weights.files else EMBEDDING])
         refuse_wrong_merge(report)
+        settings.architectures = [type(model).__name__]  # a base's may be without a head
         write_settings(folder, settings, prompt_format, dtype)
         for file in licence_files(source):
             shutil.copyfile(file, folder / file.name)

@@ -275,6 +275,10 @@ def test_an_adapter_in_the_folder_is_left_there(base, tiny_model, capsys):
             "only partly rotated",
         ),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
+        ({"auto_map": {"AutoModelForCausalLM": "own.Own"}}, "code of its own \\(own.Own\\)"),
+        ({"is_causal": False}, "not causal"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
+        ({"hidden_size": None}, "hidden_size"),
     ],
 )
 def test_what_is_not_supported_is_said_before_any_weight_is_read(

@@ -5,6 +5,7 @@ import math
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,27 @@ def test_other_checkpoints_and_the_base_alone(trained, tiny_model, tmp_path):
     )
     with pytest.raises(UserError, match="there is no ppo checkpoint at checkpoints/ppo: "):
         open_checkpoint(Config())
+
+
+def test_a_base_with_our_own_template_is_asked_in_our_format(trained, tiny_model, tmp_path):
+    """As our exports are."""
+    base = shutil.copytree(tiny_model, tmp_path / "exported")
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        shutil.copy(trained.sft / name, base / name)
+    config = Config(base_model=str(base), load_in_4bit=False)
+    assert open_checkpoint(config)[1].name == "hh"
+
+
+def test_a_reward_model_that_was_trained_again_does_not_score(ppo, trained, tmp_path, capsys):
+    moved = shutil.copytree(ppo, tmp_path / "ppo")
+    facts = json.loads((moved / "run.json").read_text())
+    facts["parents"]["reward"] = "0" * 64
+    (moved / "run.json").write_text(json.dumps(facts))
+    shared, _, _ = open_checkpoint(Config(checkpoint=str(moved)))
+    assert "reward" not in shared.heads
+    assert "is not what the policy was trained against" in capsys.readouterr().out
+    given = Config(checkpoint=str(moved), reward_checkpoint=str(trained.reward))
+    assert "reward" in open_checkpoint(given)[0].heads
 
 
 # ---------------------------------------------------------------- a terminal

@@ -580,7 +580,9 @@ def test_test_rows_and_sampling(call_main, argv, tiny_data, tmp_path):
 
     (tmp_path / "twice.txt").write_text("Hi\nHi\n")
     flags = ["--prompts", "twice.txt", "--temperature", "1", "--overwrite"]
-    assert call_main("compare_outputs", [*argv, *flags]).returncode == 0
+    result = call_main("compare_outputs", [*argv, *flags])
+    assert result.returncode == 0
+    assert "only 1 of the 2 prompts are different" in " ".join(result.stdout.split())
     first, second = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))[
         "prompts"
     ]

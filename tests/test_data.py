@@ -256,6 +256,31 @@ HI = "\n\nHuman: Hi\n\nAssistant:"
 NO_BLANK_LINE = "'Human:' or 'Assistant:' without a blank line before it"
 
 
+@pytest.mark.parametrize("label", [False, 0, 0.0, "0", "false", "False", "0.0"])
+def test_a_label_says_that_an_answer_is_not_to_be_learned(label):
+    row = {"prompt": "Hi", "completion": "Go away.", "label": label}
+    assert parse_row(row, "prompt") == Pair((("user", "Hi"),), None, "Go away.")
+
+
+@pytest.mark.parametrize("label", [True, 1, 1.0, "1", "true", "TRUE", None, ""])
+def test_an_answer_is_learned_by_its_label_or_without_one(label):
+    row = {"prompt": "Hi", "completion": "Hello!", "label": label}
+    assert parse_row(row, "answer") == Pair((("user", "Hi"),), "Hello!")
+
+
+def test_a_transcript_may_have_two_answers_in_a_row():
+    """As some rows of rm-static do, and it says where each ends."""
+    twice = "\n\nHuman: Hi\n\nAssistant: Well.\n\nAssistant:"
+    pair = parse_row({"prompt": twice, "chosen": " a", "rejected": " b"})
+    assert pair.turns == (("user", "Hi"), ("assistant", "Well."))
+
+
+@pytest.mark.parametrize("spell", [json.dumps, str])
+def test_a_single_message_that_became_text_is_read(spell):
+    answers = {"chosen": spell(assistant("Hello!")), "rejected": spell(assistant("Go away."))}
+    assert parse_row({"prompt": spell(user("Hi")), **answers}) == ONE
+
+
 def test_an_answer_that_starts_with_a_name_is_one_unless_on_a_new_line():
     """rm-static has such answers, a slip of the pen; they follow "Assistant:" on its line."""
     assert (
@@ -272,6 +297,29 @@ def test_an_answer_that_starts_with_a_name_is_one_unless_on_a_new_line():
             "chosen and rejected have different types",
         ),
         ({"prompt": HI, "chosen": " a", "rejected": None}, "no rejected answer"),
+        (
+            {"prompt": [user("Hi"), system("Be brief."), user("Ho")], "completion": "a"},
+            "system turn that is not the first",
+        ),
+        (
+            {"prompt": [system("Be kind."), system("Be brief."), user("Ho")], "completion": "a"},
+            "system turn that is not the first",
+        ),
+        (
+            {"prompt": [user("Hi"), assistant("Sure:")], "chosen": "a", "rejected": "b"},
+            "messages that end with the assistant's, before the answer",
+        ),
+        (
+            {"chosen": [user("Hi"), assistant("a"), assistant("b")], "rejected": None},
+            "messages that end with the assistant's, before the answer",
+        ),
+        ({"prompt": HI, "completion": "a", "label": "good"}, "label is neither true nor false"),
+        ({"prompt": HI, "completion": "a", "label": -1}, "label is neither true nor false"),
+        ({"prompt": HI, "completion": "a", "label": [0]}, "label is neither true nor false"),
+        (
+            {"prompt": r"\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"},
+            r"line ends spelled out as '\n'",
+        ),
         ({"prompt": 5, "chosen": " a", "rejected": " b"}, "messages are not a list"),
         ({"prompt": HI, "chosen": "  ", "rejected": " b"}, "blank answer"),
         ({"prompt": HI, "chosen": " a", "rejected": ""}, "blank answer"),
@@ -658,8 +706,8 @@ def test_the_line_says_what_was_read_and_what_was_not(tmp_path, capsys):
     (line,) = capsys.readouterr().out.splitlines()
     assert line == (
         f"{tmp_path}, train: 5 rows; read train.jsonl (not train_old.jsonl) as prompt, chosen, "
-        "rejected (text and messages) or prompt, chosen, rejected (text); ignored: score, name "
-        "of messages, tags; looks like markup: <|im_end|> in 2 rows"
+        "rejected (text and messages) or prompt, chosen, rejected (text); repeated rows: 1; "
+        "ignored: score, name of messages, tags; looks like markup: <|im_end|> in 2 rows"
     )
 
 
@@ -673,6 +721,25 @@ def test_answers_that_repeat_the_question_are_pointed_out(tmp_path, capsys):
     assert (
         "looks like markup: answers that repeat the question in 1 rows" in capsys.readouterr().out
     )
+
+
+def test_repeated_rows_are_counted_and_judge_nothing_twice(tmp_path, capsys):
+    rows = [{"prompt": f"Q{i}?", "chosen": "a", "rejected": "b"} for i in (0, 1, 1, 0, 1)]
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
+    train, test = load_splits(str(tmp_path), "pair")
+    assert len(train) == 5 and len(test) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "5 rows; " in said and "repeated rows: 3" in said
+    assert "2 rows, dropped 3 (3 repeats an earlier row)" in said
+
+
+def test_lists_of_texts_that_became_text_are_pointed_out(tmp_path, capsys):
+    rows = [{"prompt": '["Why?"]', "chosen": "['Because.']", "rejected": "b"}]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "test.jsonl", rows)
+    load_splits(str(tmp_path), "pair")
+    assert "lists spelled out as text in 1 rows" in " ".join(capsys.readouterr().out.split())
 
 
 def test_prompts_in_both_splits_are_counted_and_named(tmp_path, capsys):

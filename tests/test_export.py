@@ -243,6 +243,7 @@ def test_a_base_that_is_not_whole(call_main, trained, tiny_model, tmp_path):
 def test_an_untied_head_is_kept(call_main, flags, tiny_data, tmp_path, export):
     base = make_model(tmp_path / "base")
     config = json.loads((base / "config.json").read_text()) | {"tie_word_embeddings": False}
+    config["architectures"] = ["LlamaModel"]
     (base / "config.json").write_text(json.dumps(config))
     weights = load_file(base / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
@@ -250,6 +251,8 @@ def test_an_untied_head_is_kept(call_main, flags, tiny_data, tmp_path, export):
     argv = [*flags["sft_train"], "--base-model", base, "--output-dir", tmp_path / "sft"]
     assert call_main("sft_train", argv).returncode == 0
     folder = export(tmp_path / "sft", "--dtype", "fp32")
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["architectures"] == ["LlamaForCausalLM"]
     assert torch.equal(
         load_file(folder / "model.safetensors")["lm_head.weight"], weights["lm_head.weight"]
     )

@@ -444,6 +444,19 @@ def test_a_row_whose_text_the_template_loses_is_dropped_and_counted(tokenizer, c
     assert "1 the base's chat template leaves out or changes the assistant's text" in said
 
 
+def test_an_answer_that_the_template_would_write_differently_is_dropped(tokenizer, capsys):
+    """Some templates give each answer an empty thought, unless it has one of its own."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{{ "
+        "m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}"
+        "{{ eos_token }}{% endfor %}" + CUE
+    )
+    form = PromptFormat("model", tokenizer)
+    pairs = [Pair(ONE, "It is.", "No."), Pair(ONE, "Hm.</think>It is.", "No.")]
+    assert [tokens.pair for tokens in tokenize_pairs(pairs, form, 200, "train")] == pairs[:1]
+    assert "1 the base's chat template writes this answer differently" in capsys.readouterr().out
+
+
 def test_an_answer_that_spells_its_end_is_dropped_and_counted(form, capsys):
     pairs = [
         Pair(ONE, f"It is.{EOS}", "No."),

@@ -187,6 +187,18 @@ def test_an_output_folder_that_holds_something(call_main, trained, tmp_path):
     assert snapshot(tmp_path) == {"out/precious.txt": b"x"}
 
 
+def test_an_output_folder_that_is_a_mount_point(call_main, flags, tmp_path, monkeypatch):
+    """As a volume of a container: it cannot be replaced when the result is finished."""
+    out = tmp_path / "volume"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    for more in ([], ["--overwrite"]):
+        result = call_main("sft_train", [*flags["sft_train"], "--output-dir", out, *more])
+        assert_one_line(result.returncode, result.stderr, out, "a folder inside it")
+    result = call_main("sft_train", [*flags["sft_train"], "--output-dir", out / "sft", "--dry-run"])
+    assert result.returncode == 0
+
+
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_an_output_folder_that_is_a_file(call_main, flags, tmp_path, place):
     (tmp_path / "file").write_text("x")

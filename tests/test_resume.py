@@ -232,6 +232,23 @@ def cut(commands, call_main, tmp_path):
     return script, argv, tmp_path / "cut.partial"
 
 
+@pytest.mark.parametrize("phase", ["sft", "reward"])
+def test_other_test_rows_are_refused(commands, call_main, tiny_data, tmp_path, monkeypatch, phase):
+    """A curve of two sets of test rows would show nothing."""
+    script, argv = commands(phase, tmp_path / "cut")
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    argv = [*argv, "--dataset", data]
+    with monkeypatch.context() as patch:
+        at_call(patch, rlhf.engine.trainer.Resumable, "training_step", 3, crash)
+        with pytest.raises(Crash):
+            call_main(script, argv)
+    test = data / "test.jsonl"
+    test.write_text("\n".join(test.read_text().splitlines()[1:]) + "\n")
+    result = call_main(script, [*argv, "--resume"])
+    assert result.returncode == 2 and "another test text" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "named"),
     [

@@ -6,6 +6,7 @@ result is checked: once per run with a dialogue of our own, and for each row if 
 join the end of a prompt to the start of an answer.
 """
 
+import hashlib
 import json
 import tempfile
 from collections import Counter
@@ -229,6 +230,17 @@ class PromptFormat:
             for first in STARTS
         )
 
+    def writes(self, turns: Turns, prompt: str, answer: str) -> bool:
+        """Whether the format's own template writes an answer as we do: some cut or move thoughts.
+
+        Args:
+            prompt: the text of `turns`.
+        """
+        if not self.template:
+            return True
+        ours = prompt + self.response_text(answer) + self.end_text
+        return self.template.dialogue(turns, answer).startswith(ours)
+
     def joins(self, prompt: str, prompt_ids: list[int], answer: str, answer_ids: list[int]) -> bool:
         """Whether prompt and answer have different tokens together than apart."""
         if not self.may_join:
@@ -287,25 +299,27 @@ def tokenize_prompt(turns: Turns, prompt_format: PromptFormat, max_tokens: int) 
         BadRow: the last user turn alone is too long, or the format cannot write the prompt.
         UserError: the format cannot write any prompt.
     """
-    return cut_prompt(turns, prompt_format, max_tokens)[1]
+    return cut_prompt(turns, prompt_format, max_tokens)[2]
 
 
-def cut_prompt(turns: Turns, prompt_format: PromptFormat, max_tokens: int) -> tuple[str, list[int]]:
-    """The text and the token ids of as many last turns as fit, found in linear time."""
+def cut_prompt(
+    turns: Turns, prompt_format: PromptFormat, max_tokens: int
+) -> tuple[Turns, str, list[int]]:
+    """As many last turns as fit, their text and its token ids, found in linear time."""
     prompt_format.check()
     if prompt_format.spells_special(turns):
         raise BadRow("text that spells a special token")
     system = turns[:1] if turns[0][0] == "system" else ()
     starts = [i for i, (role, _) in enumerate(turns) if role == "user"]
 
-    def written(count: int) -> tuple[str, list[int]]:
+    def written(count: int) -> tuple[Turns, str, list[int]]:
         """The prompt from the user's last `count` turns on."""
         kept = turns if count == len(starts) else system + turns[starts[-count] :]
         text = prompt_format.prompt_text(kept)
-        return text, prompt_format.whole_ids(text)
+        return kept, text, prompt_format.whole_ids(text)
 
     best = written(len(starts))
-    if len(best[1]) <= max_tokens:
+    if len(best[2]) <= max_tokens:
         return best
     # From the end: double the turns while they fit, then bisect.
     fits = 0
@@ -313,7 +327,7 @@ def cut_prompt(turns: Turns, prompt_format: PromptFormat, max_tokens: int) -> tu
     while too_many - fits > 1:
         count = min(2 * fits or 1, (fits + too_many) // 2)
         tried = written(count)
-        if len(tried[1]) <= max_tokens:
+        if len(tried[2]) <= max_tokens:
             fits = count
             best = tried
         else:
@@ -378,6 +392,15 @@ def tokenize_pairs(
     return tokenized
 
 
+def fingerprint_tokens(pairs: Iterable[TokenPair]) -> str:
+    """SHA-256 over rows as token ids: another tokenizer or template gives another one, too."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        ids = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
+        digest.update(json.dumps(ids).encode())
+    return digest.hexdigest()
+
+
 def tokenize_pair(
     pair: Pair,
     texts: list[str],
@@ -392,11 +415,13 @@ def tokenize_pair(
     answers = [
         ids[:room] if len(ids) > room else [*ids, prompt_format.eos_token_id] for ids in wholes
     ]
-    prompt, prompt_ids = cut_prompt(
+    turns, prompt, prompt_ids = cut_prompt(
         pair.turns, prompt_format, max_length - 1 - max(map(len, answers))
     )
     if len(answers) == 2 and answers[0] == answers[1]:
         raise BadRow("identical after cutting")
+    if not all(prompt_format.writes(turns, prompt, text) for text in texts):
+        raise BadRow("the base's chat template writes this answer differently")
     if any(
         prompt_format.joins(prompt, prompt_ids, *answer)
         for answer in zip(texts, wholes, strict=True)

@@ -51,9 +51,14 @@ ANSWER_IS_TURNS = re.compile(r"(\s*\n\s*)?(Human|Assistant):")
 LINE_STARTS_WITH_CUE = re.compile(r"^(Human|Assistant):", re.MULTILINE)
 LATER_LINE_STARTS_WITH_CUE = re.compile(r"\n(Human|Assistant):")
 SPELLED = re.compile(
-    r"""\s*\[\s*\{\s*['"](?:(?:role|content)['"]\s*:"""
-    r"""|from['"]\s*:\s*['"](?:human|gpt|system|user|assistant)['"])"""
+    r"""\s*\[\s*\{\s*['"](?:role|content)['"]\s*:"""
+    r"""|\s*\[?\s*\{\s*['"](?:role|from)['"]\s*:\s*['"](?:human|gpt|system|user|assistant)['"]"""
 )
+# Escaped twice on the way: a backslash and an n where a line should end.
+SPELLED_LINE_END = re.compile(r"\\n\s*(Human|Assistant):")
+# Labels of a row's only answer, texts in lower case. True is 1 and False is 0, as keys too.
+GOOD = {1: True, "1": True, "1.0": True, "true": True}
+GOOD |= {0: False, "0": False, "0.0": False, "false": False}
 
 Turns = tuple[tuple[str, str], ...]  # (role, text); roles are system, user, assistant
 Needs = Literal["prompt", "answer", "pair"]  # of a row: a prompt alone, with an answer, with two
@@ -138,7 +143,7 @@ def read_row(row: dict[str, Any]) -> Pair:
     asked = [] if no_prompt else earlier_turns(cells.get("history")) + parse_turns(prompt)
     if chosen is None and isinstance(prompt, list) and asked and asked[-1][0] == "assistant":
         chosen = asked.pop()[1]
-    if rejected is None and str(cells.get("label")).lower() == "false":
+    if rejected is None and not is_good(cells.get("label")):
         rejected = chosen
         chosen = None
     system = cells.get("system")
@@ -147,7 +152,25 @@ def read_row(row: dict[str, Any]) -> Pair:
     if system and system.strip():
         asked = join_turns([("system", system.strip())], asked)
     turns = checked_turns(join_turns(asked, shared))
+    # A transcript may have two answers in a row, as some of rm-static do, and says where each ends.
+    answer = cells.get("chosen") or cells.get("rejected")
+    if turns[-1][0] != "user" and (isinstance(prompt, list) or isinstance(answer, list)):
+        raise BadRow("messages that end with the assistant's, before the answer")
     return Pair(turns, *(text if text is None else text.strip() for text in (chosen, rejected)))
+
+
+def is_good(label: Any) -> bool:
+    """Whether a row's only answer is one to learn, by its label; None and "" are no label.
+
+    Raises:
+        BadRow: the label could mean anything.
+    """
+    if label is None or label == "":
+        return True
+    key = label.strip().lower() if isinstance(label, str) else label
+    if not isinstance(key, (bool, int, float, str)) or key not in GOOD:
+        raise BadRow("label is neither true nor false")
+    return GOOD[key]
 
 
 # ---------------------------------------------------------------- columns and cells
@@ -291,6 +314,8 @@ def parse_dialogue(prompt: str) -> Turns:
     if not turns:
         if LINE_STARTS_WITH_CUE.search(prompt):
             raise BadRow("'Human:' or 'Assistant:' without a blank line before it")
+        if SPELLED_LINE_END.search(prompt):
+            raise BadRow("line ends spelled out as '\\n'")
         return (("user", require_text(prompt)),)
     if any(LATER_LINE_STARTS_WITH_CUE.search(text) for _, text in turns):
         raise BadRow("'Human:' or 'Assistant:' without a blank line before it")
@@ -418,8 +443,14 @@ def join_turns(
 
 
 def checked_turns(turns: Iterable[tuple[str, str]]) -> Turns:
-    """The turns as they are. Raises BadRow if one is blank or holds another, or no user speaks."""
+    """The turns as they are.
+
+    Raises:
+        BadRow: one is blank or holds another, no user speaks, or the system does not speak first.
+    """
     turns = tuple(turns)
+    if any(role == "system" for role, _ in turns[1:]):
+        raise BadRow("system turn that is not the first")
     if not any(role == "user" for role, _ in turns):
         raise BadRow("no user turn")
     if any(not text for _, text in turns):

@@ -29,6 +29,7 @@ MARKUP = re.compile(  # of other formats, and cues in places where we do not rea
     r"|^[ \t]*(?:#+ ?)?(?:Human|User|Assistant|Instruction|Response|System):",
     re.MULTILINE,
 )
+LIST_OF_TEXTS = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*\Z""", re.DOTALL)
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Reading:
     # columns and message keys, in order
     ignored: dict[str, None] = field(default_factory=dict)
     markup: Counter[str] = field(default_factory=Counter)
+    repeated: int = 0  # rows that equal an earlier one
     all_rows: int = 0  # of data that is split by first questions
     questions: int = 0  # different first questions
 
@@ -57,12 +59,16 @@ class Reading:
         question = pair.turns[-1][1]
         if len(question) > 9 and answers and all(text.startswith(question) for text in answers):
             found.add("answers that repeat the question")
+        if any(LIST_OF_TEXTS.match(text) for text in texts):
+            found.add("lists spelled out as text")
         self.markup.update(found)
 
     def report(self, kept: int) -> None:
         said = [f"read {self.files}"]
         if self.shapes:
             said[0] += " as " + " or ".join(self.shapes)
+        if self.repeated:
+            said.append(f"repeated rows: {self.repeated}")
         if self.ignored:
             said.append(f"ignored: {', '.join(self.ignored)}")
         if self.markup:
@@ -82,8 +88,9 @@ def load_rows(
     """Read the usable rows of a split ("train" or "test"), at most the first `max_samples`.
 
     A single file, or data without a test split, gives about one in twenty first questions to the
-    test split, by a hash of the question. Bad rows are dropped. One line on the terminal says what
-    was read, how many rows were dropped and why, and what was ignored.
+    test split, by a hash of the question. Bad rows are dropped, and in the test split also rows
+    that repeat an earlier one, as they would make its figures look surer than they are. One line on
+    the terminal says what was read, how many rows were dropped and why, and what was ignored.
 
     Args:
         source: a hub id, a file or a folder.
@@ -97,6 +104,7 @@ def load_rows(
     what = f"{source}, {split}" + (f", {half} half" if half != "both" else "")
     reading = Reading(what, where.said)
     pairs: list[Pair] = []
+    seen: set[Pair] = set()
     parsed = map(Parsed.of, rows)
     if where.unsplit:
         parsed = one_side(list(parsed), split, reading)
@@ -104,9 +112,15 @@ def load_rows(
         if half not in ("both", which_half(row.digest)):
             continue
         reason = row.why_not if row.pair is None else why_unusable(row.pair, needs)
+        if not reason and row.pair in seen:
+            if split == "test":
+                reason = "repeats an earlier row"
+            else:
+                reading.repeated += 1
         if reason:
             reading.drops[reason] += 1
             continue
+        seen.add(row.pair)
         reading.note(row.row, row.pair)
         pairs.append(row.pair)
         if len(pairs) == max_samples:
@@ -230,7 +244,7 @@ def reasons_of(drops: Counter[str]) -> str:
 
 def shape_of(row: dict[str, Any]) -> str:
     """The columns a row was read from and what they hold, such as "prompt, chosen (text)"."""
-    read = [name for name in columns_of(row).values() if row[name]]
+    read = [name for name in columns_of(row).values() if row[name] or name in LABELS]
     kinds = dict.fromkeys(
         "text" if isinstance(row[name], str) else "messages" for name in read if name not in LABELS
     )

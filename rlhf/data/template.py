@@ -192,6 +192,13 @@ def use_hh_template(tokenizer: PreTrainedTokenizerBase, bos: bool, prompts: Any)
     return False
 
 
+def is_hh_template(template: Any) -> bool:
+    """Whether a tokenizer's template is that of our own format."""
+    return isinstance(template, str) and template.endswith(
+        HH_CHAT_TEMPLATE[HH_CHAT_TEMPLATE.index("{%- for") :]
+    )
+
+
 def template_ids(tokenizer: PreTrainedTokenizerBase, turns: Iterable[tuple[str, str]]) -> list[int]:
     """A prompt's token ids as any other program gets them: by the tokenizer's chat template."""
     options = {"add_generation_prompt": True, "return_dict": False}

@@ -78,6 +78,14 @@ def unsupported(config: PreTrainedConfig, name: str) -> str | None:
             f"a {config.model_type} model is not supported; this pipeline is for Llama-like "
             "decoders: Llama, SmolLM2, Mistral, Qwen2 and Qwen3"
         )
+    code = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" in code:
+        return (
+            f"its config.json names code of its own ({code['AutoModelForCausalLM']}), which is "
+            "never run here"
+        )
+    if getattr(config, "is_causal", True) is False:
+        return "it is not causal (is_causal false): a token would see those after it"
     if config.hidden_act != "silu":
         return f"its activation (hidden_act {config.hidden_act}) is not supported, only silu"
     rope = config.rope_parameters or {}

@@ -68,6 +68,11 @@ def check_output(folder: str, overwrite: bool, *inputs: str | None, resume: bool
         raise UserError(
             f"--output-dir {folder} is a link that leads back to itself: choose another"
         )
+    if os.path.ismount(path):
+        raise UserError(
+            f"--output-dir {folder} is a mount point, which a finished result cannot replace: name "
+            "a folder inside it"
+        )
     blocked = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
     if blocked:
         raise UserError(f"--output-dir {folder}: {blocked} is a file; name a folder")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 import huggingface_hub.utils
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from rlhf.runs.errors import UserError, causes_of, is_disk_full, one_line
@@ -15,7 +16,7 @@ from rlhf.runs.processes import is_main
 from rlhf.runs.terminal import console
 
 # What the libraries raise for a damaged folder.
-BROKEN = (OSError, ValueError, KeyError, TypeError, SafetensorError)
+BROKEN = (OSError, ValueError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 
 
 def quiet_hub() -> None:
