@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import BOS, EOS, PAD, read_demo, write_jsonl
 from hypothesis import HealthCheck, given, settings
@@ -912,6 +914,35 @@ def test_a_csv_with_two_columns_of_a_name(tmp_path):
     (tmp_path / "train.csv").write_text("prompt,chosen,chosen,rejected\na,b,c,d\n")
     with pytest.raises(UserError, match="more than one column 'chosen'"):
         load_pairs(str(tmp_path), "train")
+
+
+def test_a_parquet_file_with_two_columns_of_a_name(tmp_path):
+    columns = [pyarrow.array(["a"]) for _ in range(3)]
+    table = pyarrow.Table.from_arrays(columns, names=["prompt", "chosen", "chosen"])
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="more than one column 'chosen'"):
+        load_pairs(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(("suffix", "text"), [(".jsonl", "{}\n"), (".json", "[{}]")])
+def test_an_object_with_a_key_twice(tmp_path, suffix, text):
+    row = '{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}'
+    (tmp_path / f"train{suffix}").write_text(text.replace("{}", row))
+    with pytest.raises(UserError, match="more than one 'chosen' in an object"):
+        load_pairs(str(tmp_path), "train")
+
+
+def test_a_csv_file_of_two_that_were_joined(tmp_path):
+    (tmp_path / "train.csv").write_text("prompt,chosen,rejected\na,b,c\n" * 2)
+    with pytest.raises(UserError, match="line 3 repeats the header"):
+        load_pairs(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("name", ["validation", "eval", "val", "dev"])
+def test_other_names_of_the_test_split(tmp_path, name):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / f"{name}.jsonl", ROWS[:1])
+    assert len(load_pairs(str(tmp_path), "test")) == 1
 
 
 def test_fingerprint_tells_data_apart():

@@ -1,7 +1,7 @@
 """The rows of a file, a folder or a hub data set, under our names of their columns.
 
 A folder (or its folder `data`, as in a clone of a hub data set) has `train.*` or shards `train-*`,
-and the same for `test` (or `validation`, or `eval`). A file, and data without a test split, are
+and the same for `test` (or `validation`, `eval`, `val`, `dev`). A file, and data without a test split, are
 still to be split. Files are .jsonl, .json, .csv or .parquet; all but the last may be compressed
 (.gz, .zst).
 """
@@ -24,7 +24,7 @@ from rlhf.runs.terminal import plain
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSED = (".gz", ".zst")
-SPLITS = {"train": ("train",), "test": ("test", "validation", "eval")}
+SPLITS = {"train": ("train",), "test": ("test", "validation", "eval", "val", "dev")}
 SPLIT_HERE = "there is no test split: divided by first questions"
 TRANSCRIPT = re.compile(r"(^|\n)\s*(Human|Assistant):|^\s*\[")  # or messages spelled out as text
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
@@ -248,7 +248,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    yield json.loads(line)
+                    yield json.loads(line, object_pairs_hook=no_key_twice)
                 except (ValueError, RecursionError) as error:
                     raise UserError(
                         f"{path}, line {number} is not JSON ({error}): fix or remove that line"
@@ -259,7 +259,7 @@ def read_json(path: Path) -> Iterator[dict[str, Any]]:
     with open_text(path) as file:
         text = file.read()
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=no_key_twice)
     except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") == "Extra data":
             raise UserError(
@@ -273,15 +273,36 @@ def read_json(path: Path) -> Iterator[dict[str, Any]]:
     yield from rows
 
 
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError if it has a key twice, of which all but one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"more than one '{plain(twice)}' in an object")
+    return found
+
+
+def one_of_each(names: list[str], path: Path) -> None:
+    """Raise UserError if a table has two columns of one name."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{path} has more than one column '{plain(twice[0])}': keep one")
+
+
 def read_csv(path: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(1 << 24)
     with open_text(path, newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
-            twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
-            if twice:
-                raise UserError(f"{path} has more than one column '{plain(twice[0])}': keep one")
-            yield from reader
+            names = reader.fieldnames or []
+            one_of_each(names, path)
+            for row in reader:
+                if list(row.values()) == names:
+                    raise UserError(
+                        f"{path}, line {reader.line_num} repeats the header, as if two files were "
+                        "joined: remove that line"
+                    )
+                yield row
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.reader.line_num}: {error}") from None
 
@@ -292,6 +313,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            one_of_each(file.schema_arrow.names, path)
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
