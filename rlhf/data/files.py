@@ -1,9 +1,9 @@
 """The rows of a file, a folder or a hub data set, under our names of their columns.
 
 A folder (or its folder `data`, as in a clone of a hub data set) has `train.*` or shards `train-*`,
-and the same for `test` (or `validation`, `eval`, `val`, `dev`). A file, and data without a test split, are
-still to be split. Files are .jsonl, .json, .csv or .parquet; all but the last may be compressed
-(.gz, .zst).
+and the same for `test` (or `validation`, `eval`, `val`, `dev`). A file, and data without a test
+split, are still to be split. Files are .jsonl, .json, .csv or .parquet; all but the last may be
+compressed (.gz, .zst).
 """
 
 import csv
@@ -274,7 +274,7 @@ def read_json(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError if it has a key twice, of which all but one would be lost."""
+    """A JSON object. Raises ValueError if it has a key twice, as one value would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
