@@ -403,8 +403,8 @@ def test_the_line_says_which_columns_of_a_shape_were_read(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == (
         f"{tmp_path}, train: 5 rows; read train.jsonl as instruction, output (text) or prompt, "
         "completion, label (text) or prompt, chosen, rejected (text) or messages (messages) or "
-        "conversations (messages); ignored: text, kto_tag, prompt, name of messages, tools; "
-        "looks like markup: <|end|> in 1 rows"
+        "conversations (messages); repeated rows: 2; ignored: text, kto_tag, prompt, name of "
+        "messages, tools; looks like markup: <|end|> in 1 rows"
     )
 
 
