@@ -270,6 +270,11 @@ def test_an_answer_is_learned_by_its_label_or_without_one(label):
     assert parse_row(row, "answer") == Pair((("user", "Hi"),), "Hello!")
 
 
+def test_a_label_of_a_prompt_alone_means_nothing():
+    row = {"prompt": "Hi", "label": "greeting"}
+    assert parse_row(row, "prompt") == Pair((("user", "Hi"),))
+
+
 def test_a_transcript_may_have_two_answers_in_a_row():
     """As some rows of rm-static do, and it says where each ends."""
     twice = "\n\nHuman: Hi\n\nAssistant: Well.\n\nAssistant:"

@@ -143,7 +143,7 @@ def read_row(row: dict[str, Any]) -> Pair:
     asked = [] if no_prompt else earlier_turns(cells.get("history")) + parse_turns(prompt)
     if chosen is None and isinstance(prompt, list) and asked and asked[-1][0] == "assistant":
         chosen = asked.pop()[1]
-    if rejected is None and not is_good(cells.get("label")):
+    if chosen is not None and rejected is None and not is_good(cells.get("label")):
         rejected = chosen
         chosen = None
     system = cells.get("system")
