@@ -622,27 +622,37 @@ def closing(report: Report) -> list[str]:
             "Result: none, as nothing judged the answers. --reward-checkpoint names a judge.",
             f"Next: {read}, or {talk}",
         ]
-    pair = report["pairs"][0]  # the last phase against the one before
-    first = pair["first"]
-    second = pair["second"]
-    word = direction(pair["win_rate_low"], pair["win_rate_high"])
-    if word:
-        result = f"{first}'s answers are {word} than {second}'s, {compared_at_equal_length(pair)}"
-    else:
-        result = f"it cannot be told whether {first}'s answers are better than {second}'s"
-    scores = [report["summary"][name]["mean_score"] for name in (first, second)]
+    first = report["pairs"][0]["first"]  # the last phase, against each one before it
+    pairs = [pair for pair in report["pairs"] if pair["first"] == first]
+    words = [direction(pair["win_rate_low"], pair["win_rate_high"]) for pair in pairs]
+    told = [
+        f"{word} than {pair['second']}'s, {compared_at_equal_length(pair)}"
+        for pair, word in zip(pairs, words, strict=True)
+        if word
+    ]
+    untold = [f"{pair['second']}'s" for pair, word in zip(pairs, words, strict=True) if not word]
+    result = []
+    if told:
+        result.append(f"{first}'s answers are {', and '.join(told)}")
+    if untold:
+        whose = "they" if told else f"{first}'s answers"
+        result.append(f"it cannot be told whether {whose} are better than {' or '.join(untold)}")
+    rates = [
+        f"{pair['second']} on {100 * pair['win_rate']:.0f} % "
+        f"({100 * pair['win_rate_low']:.0f} to {100 * pair['win_rate_high']:.0f} %)"
+        for pair in pairs
+    ]
     prompts = "held-out prompt" if flags["num_test_prompts"] else "prompt"
-    more = "" if word == "better" else "ask more prompts (--num-test-prompts) or train longer; "
+    means = {name: row["mean_score"] for name, row in report["summary"].items()}
+    others = [f"{pair['second']}'s {means[pair['second']]:.2f}" for pair in pairs]
+    more = "ask more prompts (--num-test-prompts) or train longer; "
     return [
-        f"Result: {result}.",
-        f"By how much: {first} scores higher than {second} on {100 * pair['win_rate']:.0f} % of "
-        f"{count} {prompts}{'s' * (count != 1)}, at equal length on "
-        f"{100 * pair['at_equal_length']:.0f} %; the mean score is {scores[0]:.2f}, {second}'s "
-        f"{scores[1]:.2f}.",
-        f"How sure: the 95 % interval of the first is {100 * pair['win_rate_low']:.0f} to "
-        f"{100 * pair['win_rate_high']:.0f} %. "
+        f"Result: {'; '.join(result)}.",
+        f"By how much: of {count} {prompts}{'s' * (count != 1)}, {first} scores higher than "
+        f"{' and than '.join(rates)}; its mean score is {means[first]:.2f}, {', '.join(others)}.",
+        "How sure: in brackets are 95 % intervals. "
         f"{' '.join(report['notes']) or 'The judge is the reward model.'}",
-        f"Next: {more}{read}, or {talk}",
+        f"Next: {'' if words[0] == 'better' else more}{read}, or {talk}",
     ]
 
 

@@ -373,13 +373,12 @@ def test_the_last_lines():
     look = (
         "read the answers in out/compare.html, or talk to the model: python -m rlhf.chat runs/sft"
     )
+    low, high = (100 * report["pairs"][0][f"win_rate_{end}"] for end in ("low", "high"))
     assert compare.closing(report) == [
         "Result: SFT's answers are better than base's, also at equal length.",
-        "By how much: SFT scores higher than base on 70 % of 100 held-out prompts, at equal "
-        "length on 70 %; the mean score is 0.20, base's 0.00.",
-        "How sure: the 95 % interval of the first is "
-        f"{100 * report['pairs'][0]['win_rate_low']:.0f} to "
-        f"{100 * report['pairs'][0]['win_rate_high']:.0f} %. Judge: J.",
+        "By how much: of 100 held-out prompts, SFT scores higher than base on 70 % "
+        f"({low:.0f} to {high:.0f} %); its mean score is 0.20, base's 0.00.",
+        "How sure: in brackets are 95 % intervals. Judge: J.",
         f"Next: {look}",
     ]
     answers = wins(1)
@@ -391,15 +390,67 @@ def test_the_last_lines():
     report |= {"prompts": [None], "flags": flags | {"num_test_prompts": 0}}
     result, gain, sure, following = compare.closing(report)
     assert result == "Result: it cannot be told whether SFT's answers are better than base's."
-    assert gain.startswith(
-        "By how much: SFT scores higher than base on 100 % of 1 prompt, at equal"
-    )
+    assert gain.startswith("By how much: of 1 prompt, SFT scores higher than base on 100 % (")
     assert sure.endswith(" The judge is the reward model.")
     assert following == f"Next: ask more prompts (--num-test-prompts) or train longer; {look}"
     assert compare.closing(report | {"pairs": []}) == [
         "Result: none, as nothing judged the answers. --reward-checkpoint names a judge.",
         f"Next: {look}",
     ]
+
+
+@pytest.mark.parametrize(
+    ("sft", "base", "result"),
+    [
+        (
+            ("better", "better"),
+            ("better", None),
+            "PPO's answers are better than SFT's, also at equal length, and better than base's, "
+            "but not at equal length",
+        ),
+        (
+            (None, None),
+            ("better", "better"),
+            "PPO's answers are better than base's, also at equal length; it cannot be told "
+            "whether they are better than SFT's",
+        ),
+        (
+            (None, "better"),
+            (None, None),
+            "it cannot be told whether PPO's answers are better than SFT's or base's",
+        ),
+    ],
+)
+def test_the_last_phase_is_held_against_each_before_it(sft, base, result):
+    intervals = {"better": (0.55, 0.75), None: (0.4, 0.7)}
+    pairs = []
+    for second, verdicts, rate in (("SFT", sft, 0.6), ("base", base, 0.65)):
+        pair = {"first": "PPO", "second": second, "win_rate": rate}
+        for key, word in zip(("win_rate", "at_equal_length"), verdicts, strict=True):
+            pair[f"{key}_low"], pair[f"{key}_high"] = intervals[word]
+        pairs.append(pair)
+    report = {
+        "models": dict.fromkeys(("base", "SFT", "PPO"), "a title"),
+        "summary": {
+            "base": {"mean_score": -1.23},
+            "SFT": {"mean_score": 1.17},
+            "PPO": {"mean_score": 1.72},
+        },
+        # SFT against base is not about the last phase.
+        "pairs": [*pairs, {"first": "SFT", "second": "base"}],
+        "notes": [],
+        "flags": {"ppo_checkpoint": "p", "output_dir": "out", "num_test_prompts": 80},
+        "prompts": [None] * 80,
+    }
+    said, gain, _, following = compare.closing(report)
+    assert said == f"Result: {result}."
+    brackets = ["55 to 75" if verdicts[0] else "40 to 70" for verdicts in (sft, base)]
+    assert gain == (
+        "By how much: of 80 held-out prompts, PPO scores higher than SFT on 60 % "
+        f"({brackets[0]} %) and than base on 65 % ({brackets[1]} %); its mean score is 1.72, "
+        "SFT's 1.17, base's -1.23."
+    )
+    assert following.startswith("Next: read the answers") == bool(sft[0])
 
 
 # ---------------------------------------------------------------- Markdown
