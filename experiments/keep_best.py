@@ -5,7 +5,7 @@
 
 From one SFT model, a reward model of few pairs, which is easy to please, and a gold one of the
 other half of the pairs, each seed makes two runs of PPO with `--keep best`. The healthy one has the
-demo's settings. The provoked one has twice the learning rate and no KL penalty. Before
+demo's settings. The provoked one has four times the learning rate and no KL penalty. Before
 a run takes its best policy back, the last one answers the held-out prompts, too; so best and last
 are compared on the same prompts, none of which chose the policy. Writes keep_best.json and each
 run's frontier.png and curves.png into the work folder. What is finished there is not done again.
@@ -36,7 +36,7 @@ from rlhf.runs.statistics import mean_interval
 from rlhf.runs.terminal import console
 
 LOOKS = {"eval_steps": 4}
-PROVOKED = {"learning_rate": 2e-3, "kl_coef": 0.0, "kl_stop": 1e9}
+PROVOKED = {"learning_rate": 4e-3, "kl_coef": 0.0, "kl_stop": 1e9}
 PAIRS = {"reward": 48, "gold": None}  # that the judges learn from; None: all of their half
 RUNS = {"provoked": LOOKS | PROVOKED, "healthy": LOOKS}
 
