@@ -27,7 +27,7 @@ from rlhf.runs.processes import agree, is_main, sharded
 from rlhf.runs.terminal import console
 
 # model_type; SmolLM2 is a llama. Another family also needs its layers (`LAYERS` in decoder.py, both
-# passes of layers.py, attention.py, linear_maps.py), its last norm (decoder.py and decoding.py), its
+# passes of layers.py, attention.py, linear_maps.py), its last norm (decoder.py, decoding.py), its
 # plan (plan.py) and its export (`Check` in export.py).
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
