@@ -117,7 +117,8 @@ def train(
         mock.patch.object(State, "restore_best", look_before_restoring),
     ):
         ppo_train.main(settings)
-    sft, last, best = looks[0], looks[-2], looks[-1]
+    sft = looks[0]
+    last, best = looks[-2:]
     facts = json.loads((folder / "run.json").read_text())
     rows = read_jsonl(folder / "metrics.jsonl")
     return {
