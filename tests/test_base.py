@@ -22,7 +22,14 @@ from transformers import AutoModelForCausalLM
 
 import rlhf.engine.base
 from rlhf.engine.adapters import read_stacked
-from rlhf.engine.base import base_facts, check_context, find_files, identified, same_base
+from rlhf.engine.base import (
+    base_facts,
+    check_context,
+    ends_sha256,
+    find_files,
+    identified,
+    same_base,
+)
 from rlhf.engine.loading import load_base
 from rlhf.engine.roles import SharedBase
 from rlhf.runs.errors import UserError
@@ -496,27 +503,58 @@ def hub_copy(base, tmp_path, monkeypatch):
     return snapshot
 
 
-def test_a_hub_model_is_known_by_its_commit_and_a_copy_by_its_hash(
-    hub_copy, base, tmp_path, hashed
-):
+def add_half(base: Path) -> None:
+    """Make another base of it, with the same config."""
+    rewrite(base, lambda w: w | {"model.norm.weight": w["model.norm.weight"] + 0.5})
+
+
+def test_a_copy_of_a_hub_model_is_known_by_its_hash(hub_copy, base, hashed):
+    """Also where the hub's cache does not have the model."""
     facts = identified(base_facts("owner/name", None, False))
-    assert (facts["model"], facts["revision"], facts["weights"]) == (
-        "owner/name",
-        hub_copy.name,
-        None,
-    )
-    loaded = load_base(facts, torch.float32, 0)
-    assert hashed == []
-    run = {"base": facts}
-    assert torch.equal(
-        logits(load_base(same_base(run, "sft", str(base)), torch.float32, 0)), logits(loaded)
-    )
-    assert len(hashed) == 2
-    rewrite(base, lambda w: w | {"model.norm.weight": w["model.norm.weight"] + 1})
+    assert (facts["model"], facts["revision"]) == ("owner/name", hub_copy.name)
+    assert hashed == list(facts["weights"]) == ["model.safetensors"]
+    loaded = load_base(same_base({"base": facts}, "sft", None), torch.float32, 0)
+    assert len(hashed) == 1
+    shutil.rmtree(hub_copy)
+    copied = load_base(same_base({"base": facts}, "sft", str(base)), torch.float32, 0)
+    assert torch.equal(logits(copied), logits(loaded))
+    add_half(base)
     with pytest.raises(UserError, match="another base model.*owner/name"):
+        load_base(same_base({"base": facts}, "sft", str(base)), torch.float32, 0)
+
+
+def test_an_earlier_hub_model_is_compared_with_the_cache_or_a_line_says_that_it_is_not(
+    hub_copy, base, capsys
+):
+    """Also for a checkpoint that was trained on the copy."""
+    sft = {"base": base_facts("owner/name", None, False)}  # weights: None, as it was
+    copied = {"base": same_base(sft, "sft", str(base))}
+    load_base(same_base(sft, "sft", None), torch.float32, 0)
+    load_base(copied["base"], torch.float32, 0)
+    assert "cannot be compared" not in capsys.readouterr().out
+    add_half(base)
+    for run in (sft, copied):
+        with pytest.raises(UserError, match="another base model.*owner/name"):
+            load_base(same_base(run, "sft", str(base)), torch.float32, 0)
+    (hub_copy / "model.safetensors").unlink()
+    for run in (sft, copied):
         load_base(same_base(run, "sft", str(base)), torch.float32, 0)
-    (hub_copy / "model.safetensors").unlink()  # then nothing is there to compare with
-    load_base(same_base(run, "sft", str(base)), torch.float32, 0)
+        said = " ".join(capsys.readouterr().out.split())
+        assert said.count("cannot be compared with owner/name") == 1
+
+
+def test_the_hash_of_an_earlier_version_goes_on_to_later_phases(hub_copy, base, capsys):
+    facts = base_facts(str(base), None, False) | {"model": "/models/base"}
+    del facts["weights"]
+    sft = {"base": facts | {"weights_sha256": ends_sha256(base)}}
+    later = {"base": same_base(sft, "sft", str(base))}
+    load_base(same_base(later, "ppo", None), torch.float32, 0)
+    assert "cannot be compared" not in capsys.readouterr().out
+    load_base(same_base(later, "ppo", "owner/name"), torch.float32, 0)
+    assert "cannot be compared with /models/base" in " ".join(capsys.readouterr().out.split())
+    add_half(base)
+    with pytest.raises(UserError, match="ppo was trained on another base model"):
+        same_base(later, "ppo", None)
 
 
 # ---------------------------------------------------------------- checkpoints of an earlier version

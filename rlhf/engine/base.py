@@ -280,12 +280,19 @@ def open_weights(base: dict[str, Any], config: PreTrainedConfig) -> Weights:
     """
     files = find_files(base["model"], base["revision"])
     weights = Weights(files, config, base["model"])
-    odd = agree(differing(base, files) if is_main() else None)
+    origin = base["copy_of"]["model"] if "copy_of" in base else "its run.json"
+    record = agree(record_of(base) if is_main() else None)
+    odd = agree(differing(base, record, files) if record and is_main() else None)
     if odd:
-        origin = base["copy_of"]["model"] if "copy_of" in base else "its run.json"
         raise UserError(
             f"{base['model']} is another base model than the earlier phase was trained on: its "
             f"{odd} is not that of {origin}; name the same base for all phases"
+        )
+    if is_main() and "copy_of" in base and not record and "weights_sha256" not in base:
+        console.print(
+            f"warning: {base['model']} cannot be compared with {origin}, which the earlier phase "
+            "was trained on: neither its run.json nor the hub's cache says what the weights were. "
+            "Results are right only if they are the same."
         )
     if is_main() and (Path(base["model"]) / "adapter_config.json").exists():
         console.print(
@@ -307,33 +314,41 @@ def size_and_time(file: Path) -> dict[str, int]:
 
 
 def identified(base: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the hashes of its files, if it is a local folder; a hub model has its commit.
+    """`base` with the hashes of its files, by which any copy of it is known.
 
-    All processes call it; the main one reads the files.
+    Fetches hub models. All processes call it; the main one reads the files.
     """
-    local = base["revision"] is None
-    weights = hash_files(find_files(base["model"], None)) if local and is_main() else None
-    return base | {"weights": agree(weights)}
+    files = find_files(base["model"], base["revision"])
+    return base | {"weights": agree(hash_files(files) if is_main() else None)}
 
 
-def differing(base: dict[str, Any], files: list[Path]) -> str | None:
-    """The first weight file that differs from the record; None if none does, or without a record.
+def record_of(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The earlier phase's weight files, as `hash_files` gives them; empty if nothing is known.
+
+    Earlier versions kept only the commit of a hub model. Its copy elsewhere is compared with what
+    the hub's cache holds.
+    """
+    record = base.get("weights") or {}
+    origin = base.get("copy_of")
+    if not record and origin and origin["revision"]:
+        record = hash_files(find_files(origin["model"], origin["revision"], fetch=False) or [])
+    return record
+
+
+def differing(
+    base: dict[str, Any], record: dict[str, dict[str, Any]], files: list[Path]
+) -> str | None:
+    """The first weight file that differs from the record; None if none does.
 
     A file with the recorded size and time is not read, except in a copy elsewhere, where the time
-    means nothing. A hub model's record is what the hub's cache holds.
+    means nothing.
     """
-    record = base.get("weights")
-    origin = base.get("copy_of")
-    if record is None and origin and origin["revision"]:
-        record = hash_files(find_files(origin["model"], origin["revision"], fetch=False) or [])
-    if not record:
-        return None
     found = {file.name: file for file in files}
     for name in sorted({*found, *record}):
         if name not in found or name not in record:
             return name
         now = size_and_time(found[name])
-        untouched = not origin and now["mtime"] == record[name]["mtime"]
+        untouched = "copy_of" not in base and now["mtime"] == record[name]["mtime"]
         if now["size"] != record[name]["size"] or not (
             untouched or sha256(found[name]) == record[name]["sha256"]
         ):
@@ -413,9 +428,11 @@ def same_base(sft: dict[str, Any], folder: str, model: str | None) -> dict[str, 
     revision = named["revision"] if model in (None, named["model"]) else None
     base = base_facts(model or named["model"], revision, named["load_in_4bit"])
     if named.get("weights_sha256") and base["revision"] is None:
-        check_same_base(sft, folder, base | {"weights_sha256": ends_sha256(Path(base["model"]))})
+        base["weights_sha256"] = ends_sha256(Path(base["model"]))
     check_same_base(sft, folder, base)
     base["weights"] = named.get("weights")
-    if (base["model"], base["revision"]) != (named["model"], named["revision"]):
+    if "copy_of" in named:  # a copy of a copy is one of the first
+        base["copy_of"] = named["copy_of"]
+    elif (base["model"], base["revision"]) != (named["model"], named["revision"]):
         base["copy_of"] = {"model": named["model"], "revision": named["revision"]}
     return base

@@ -36,7 +36,7 @@ RUN_FACTS = {
     "hyperparameters": dict,
 }
 BASE_FACTS = {"model": str, "revision": str | None, "config_sha256": str, "load_in_4bit": bool}
-FILE_FACTS = {"size": int, "mtime": int, "sha256": str}  # of each weight file of a local base
+FILE_FACTS = {"size": int, "mtime": int, "sha256": str}  # of each weight file of the base
 # Flags that change nothing in what a run makes.
 LOGGING = frozenset(
     {
@@ -270,6 +270,10 @@ def check_record(base: dict[str, Any]) -> None:
 
     Records of earlier versions count too.
     """
+    if "copy_of" in base:
+        for key in ("model", "revision"):
+            if not isinstance(base["copy_of"][key], BASE_FACTS[key]):
+                raise ValueError(f"base copy_of {key} is not as it should be")
     if "weights" not in base:  # an earlier version
         if not isinstance(base["weights_sha256"], str | None):
             raise ValueError("base weights_sha256 is not as it should be")
@@ -283,7 +287,10 @@ def check_record(base: dict[str, Any]) -> None:
 
 
 def weights_of(base: dict[str, Any]) -> Any:
-    """How run.json identifies the base's weights: a hash per file; None for a hub model."""
+    """How run.json identifies the base's weights: a hash per file.
+
+    In earlier versions one hash for a local base, and None for a hub model.
+    """
     files = base.get("weights")
     return (
         base.get("weights_sha256")
