@@ -59,7 +59,7 @@ from rlhf.engine.trainer import (
 )
 from rlhf.reports.dry_run import show_data, show_end, show_plan
 from rlhf.runs.advice import less_memory, next_command
-from rlhf.runs.checkpoints import is_finished, start_run, weights_of, write_run
+from rlhf.runs.checkpoints import commit_before, is_finished, start_run, weights_of, write_run
 from rlhf.runs.checks import check_batch_size, check_numbers, check_training
 from rlhf.runs.cli import run
 from rlhf.runs.curves import Panel
@@ -153,7 +153,9 @@ def main(config: Config) -> None:
     if config.resume and is_finished(config.output_dir, asdict(config)):
         return
     dtype = choose_dtype(config.dtype, device())
-    base = base_facts(config.base_model, config.revision, config.load_in_4bit)
+    # A branch of the hub may move on while a run is stopped.
+    began_with = commit_before(config.output_dir, config.resume, config.base_model)
+    base = base_facts(config.base_model, config.revision or began_with, config.load_in_4bit)
     tokenizer = load_tokenizer(base["model"], base["revision"])
     check_vocabulary(tokenizer, base)
     prompt_format = PromptFormat(config.prompt_format, tokenizer)
@@ -193,7 +195,7 @@ def main(config: Config) -> None:
     with output_folder(config.output_dir, config.resume) as folder:
         trainer = make_trainer(config, model, prompt_format, train_set, eval_set, dtype, folder)
         trainer.prepare(States(folder, asdict(config), same), "SFT", tokens)
-        start_run(folder, "sft", asdict(config), dtype, micro_batch_tokens=tokens)
+        start_run(folder, "sft", asdict(config), dtype, base=base, micro_batch_tokens=tokens)
         trainer.run()
         metrics = evaluate(trainer)
         save(config, trainer, prompt_format, base, dtype, started, data=data, metrics=metrics)

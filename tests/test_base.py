@@ -557,6 +557,49 @@ def test_the_hash_of_an_earlier_version_goes_on_to_later_phases(hub_copy, base, 
         same_base(later, "ppo", None)
 
 
+class Crash(Exception):
+    """What the operating system would do."""
+
+
+@pytest.fixture
+def cut_on_hub(hub_copy, flags, call_main, tmp_path) -> list:
+    """Flags of an SFT run from the hub that was cut short, after which `main` moved on."""
+    argv = [*flags["sft_train"], "--base-model", "owner/name", "--save-steps", "1"]
+    argv += ["--output-dir", tmp_path / "cut"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sft_train.evaluate", raise_crash)
+        with pytest.raises(Crash):
+            call_main("sft_train", argv)
+    newer = Path(shutil.copytree(hub_copy, hub_copy.with_name("f" * 40)))
+    (hub_copy.parent.parent / "refs" / "main").write_text(newer.name)
+    return argv
+
+
+def raise_crash(*_):
+    raise Crash
+
+
+def test_a_resumed_run_keeps_the_commit_that_it_began_with(cut_on_hub, hub_copy, call_main):
+    add_half(hub_copy.with_name("f" * 40))
+    result = call_main("sft_train", [*cut_on_hub, "--resume"])
+    assert result.returncode == 0, result.stderr
+    made = json.loads((cut_on_hub[-1] / "run.json").read_text())
+    assert made["base"]["revision"] == hub_copy.name
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_run_is_not_resumed_on_a_commit_with_other_weights(
+    cut_on_hub, hub_copy, call_main, other
+):
+    if other:
+        add_half(hub_copy.with_name("f" * 40))
+    result = call_main("sft_train", [*cut_on_hub, "--resume", "--revision", "f" * 40])
+    if other:
+        assert_one_line(result.returncode, result.stderr, "began with another base")
+    else:
+        assert result.returncode == 0, result.stderr
+
+
 # ---------------------------------------------------------------- checkpoints of an earlier version
 
 

@@ -190,6 +190,23 @@ def sizes_before(output_dir: str, resume: bool) -> dict[str, Any] | None:
     return agree(recorded(output_dir) if is_main() else None) if resume else None
 
 
+def commit_before(output_dir: str, resume: bool, model: str) -> str | None:
+    """The commit of hub model `model` that the run to resume began with; None if it is not known.
+
+    All processes call it.
+    """
+    return agree(recorded_commit(output_dir, model) if is_main() else None) if resume else None
+
+
+def recorded_commit(output_dir: str, model: str) -> str | None:
+    path = partial_of(place_of(output_dir)) / "run.json"
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base"]
+        return str(base["revision"]) if base["revision"] and base["model"] == model else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def recorded(output_dir: str) -> dict[str, Any] | None:
     path = partial_of(place_of(output_dir)) / "run.json"
     try:
