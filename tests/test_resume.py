@@ -411,7 +411,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(commands, call_main, tmp_path, m
 
     monkeypatch.setattr(trainer, "part_loss", spoiled)
     script, argv = commands(phase, tmp_path / "out")
-    result = call_main(script, argv)
+    # All rows of a step in one part, so that the third part is the third step's.
+    result = call_main(script, [*argv, "--micro-batch-tokens", "4096"])
     assert result.returncode == 2 and "step 3: the loss is not finite" in result.stderr
     assert "the last good state is " in result.stderr and "step-00000002;" in result.stderr
     assert "rows " in result.stderr and not (tmp_path / "out").exists()
