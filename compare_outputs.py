@@ -64,6 +64,7 @@ from rlhf.runs.folders import place_of
 from rlhf.runs.run_warnings import compare_warnings, refusal_warnings, said_before
 from rlhf.runs.statistics import at_equal_length, mean_interval, preference, wilson_interval
 from rlhf.runs.terminal import console, plain
+from rlhf.runs.trained_prompts import report_overlap, trained_by
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,10 @@ def main(config: Config) -> None:
     titles = model_titles(base["model"], runs)
     prompts = read_prompts(config, prompt_format)
     check_lengths(base, [ids for _, ids in prompts], config.max_new_tokens)
+    overlap: list[str] = []
+    if config.num_test_prompts:
+        seen = trained_by({phase: folders[phase] for phase in runs})
+        overlap = report_overlap((turns for turns, _ in prompts), seen)
 
     # 1. One base for all models.
     model = load_base(base, dtype, prompt_format.pad_token_id)
@@ -204,7 +209,8 @@ def main(config: Config) -> None:
             phase: {key: run[key] for key in REPORTED if key in run} for phase, run in runs.items()
         },
         "commit": git_commit(),
-        **findings(answers, odds, warned),
+        **findings(answers, odds, overlap + warned),
+        "held_out": bool(config.num_test_prompts) and not overlap,
         "notes": notes(runs, function, config.reward_weight),
         "prompts": [
             {"turns": turns, "answers": {name: answers[name][i] for name in titles}}
@@ -642,7 +648,7 @@ def closing(report: Report) -> list[str]:
         f"({100 * pair['win_rate_low']:.0f} to {100 * pair['win_rate_high']:.0f} %)"
         for pair in pairs
     ]
-    prompts = "held-out prompt" if flags["num_test_prompts"] else "prompt"
+    prompts = "held-out prompt" if report["held_out"] else "prompt"
     means = {name: row["mean_score"] for name, row in report["summary"].items()}
     others = [f"{pair['second']}'s {means[pair['second']]:.2f}" for pair in pairs]
     more = "ask more prompts (--num-test-prompts) or train longer; "

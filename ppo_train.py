@@ -112,6 +112,7 @@ from rlhf.runs.resume import States
 from rlhf.runs.run_warnings import ppo_warnings, said_before, show
 from rlhf.runs.stop import until_stopped
 from rlhf.runs.terminal import console
+from rlhf.runs.trained_prompts import prompt_hashes, report_overlap, trained_by
 from rlhf.runs.trial import time_steps
 
 
@@ -253,7 +254,7 @@ def main(config: Config) -> None:
         dry_run(config, runs)
         return
     prompt_format = load_format(config.sft_checkpoint, runs["sft"])
-    prompts, eval_prompts, selection, chosen_style = load_prompts(config, prompt_format)
+    prompts, eval_prompts, selection, chosen_style, trained = load_prompts(config, prompt_format)
     room = config.max_prompt_length + config.response_length
     probe = load_probe(prompt_format, room, OPENING_TOKENS)
     held_out = eval_prompts + selection
@@ -327,7 +328,7 @@ def main(config: Config) -> None:
         metrics = compare(state.held_out, last) | chosen_style
         metrics["warnings"] = ppo_warnings(metrics)
         console.print(describe(metrics))
-        facts |= {"metrics": metrics, **state.facts_of_best()}
+        facts |= {"metrics": metrics, "trained_prompts": trained, **state.facts_of_best()}
         save(folder, flags, shared, prompt_format, base, runs, started, log, **facts)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     show(metrics["warnings"])
@@ -793,7 +794,7 @@ def dry_run(config: Config, runs: dict[str, dict[str, Any]]) -> None:
     """Print prompts, updates and the memory plan."""
     base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
     prompt_format = format_of(config.sft_checkpoint, runs["sft"])
-    prompts, eval_prompts, selection, _ = load_prompts(config, prompt_format)
+    prompts, eval_prompts, selection, *_ = load_prompts(config, prompt_format)
     if selection:
         console.print(f"prompts set apart from these to choose a policy by: {len(selection)}")
     show_data("prompts", [len(prompt) for prompt in prompts])
@@ -947,10 +948,11 @@ def load_models(
 
 def load_prompts(
     config: Config, prompt_format: PromptFormat
-) -> tuple[Prompts, Prompts, Prompts, dict[str, float]]:
+) -> tuple[Prompts, Prompts, Prompts, dict[str, float], np.ndarray]:
     """Prompts to train on, held-out ones, and with `--keep best` those that choose the policy.
 
-    Last, the style of the answers that were chosen for the held-out prompts.
+    Then the style of the answers that were chosen for the held-out prompts, and `prompt_hashes` of
+    the prompts to train on.
     """
     pairs, held_out = load_splits(
         config.dataset, "prompt", config.columns, config.max_train_samples, config.max_eval_samples
@@ -958,13 +960,20 @@ def load_prompts(
     selection: list[Pair] = []
     if config.keep == "best":
         pairs, selection = cut_selection(pairs, len(held_out))
+    trained = prompt_hashes(pair.turns for pair in pairs)
+    folders = {
+        "sft": config.sft_checkpoint,
+        "reward": config.reward_checkpoint,
+        "gold": config.gold_checkpoint,
+    }
+    report_overlap((pair.turns for pair in held_out), trained_by(folders) | {"ppo": trained})
     prompts = [
         tokenize_prompts(rows, prompt_format, config.max_prompt_length) if rows else []
         for rows in (pairs, held_out, selection)
     ]
     answers = [pair.chosen for pair in held_out if pair.chosen]
     style = style_of(answers) if answers else {}
-    return *prompts, {f"chosen_{name}": share for name, share in style.items()}
+    return *prompts, {f"chosen_{name}": share for name, share in style.items()}, trained
 
 
 def make_optimizer(

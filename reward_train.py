@@ -43,7 +43,7 @@ from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
 from rlhf.data.format import PromptFormat, TokenPair, fingerprint_tokens, tokenize_pairs
-from rlhf.data.rows import Pair
+from rlhf.data.rows import Pair, Turns
 from rlhf.data.sources import load_pairs, load_splits
 from rlhf.data.splits import fingerprint
 from rlhf.data.votes import VotePairs, load_votes
@@ -87,6 +87,7 @@ from rlhf.runs.processes import gather, is_main, num_processes, sharded, share
 from rlhf.runs.resume import States
 from rlhf.runs.run_warnings import reward_warnings, said_before, show
 from rlhf.runs.terminal import console
+from rlhf.runs.trained_prompts import prompt_hashes, report_overlap, trained_by
 from rlhf.runs.trial import time_steps
 
 
@@ -185,6 +186,9 @@ def main(config: Config) -> None:
     rows = config.max_train_samples, config.max_eval_samples, config.half
     train_pairs, eval_pairs = load_splits(config.dataset, "pair", config.columns, *rows)
     train_pairs += votes.train * config.extra_weight if votes else []
+    trained_prompts = prompt_hashes(pair.turns for pair in train_pairs)
+    seen = trained_by({"sft": config.sft_checkpoint}) | {"reward": trained_prompts}
+    report_overlap(held_out_prompts(eval_pairs, votes), seen)
     if config.dry_run:
         dry_run(config, base, prompt_format, train_pairs, sft)
         return
@@ -219,7 +223,8 @@ def main(config: Config) -> None:
         # 4. Score the test split.
         metrics = evaluate(config, shared, prompt_format, eval_sets, folder)
         trainer.log({name: metrics[name] for name in ("eval_loss", "eval_accuracy", "eval_margin")})
-        save(config, trainer, prompt_format, base, sft, started, data=data, metrics=metrics)
+        facts = {"data": data, "metrics": metrics, "trained_prompts": trained_prompts}
+        save(config, trainer, prompt_format, base, sft, started, **facts)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     show(metrics["warnings"])
     role = "gold" if config.half == "second" else "reward"
@@ -265,6 +270,7 @@ def save(
     started: float,
     data: dict[str, Any],
     metrics: dict[str, Any],
+    trained_prompts: np.ndarray,
 ) -> None:
     """What a finished run leaves: adapter and head, tokenizer, curves, run.json last."""
     save_stacked(trainer.folder, trainer.shared, "reward", prompt_format, base)
@@ -277,6 +283,7 @@ def save(
         asdict(config),
         trainer.dtype,
         started,
+        trained_prompts,
         base=base,
         prompt_format=sft["prompt_format"],
         parents={"sft": sft["adapter_sha256"]},
@@ -322,6 +329,11 @@ def both_responses(pairs: list[TokenPair], eos_token_id: int) -> datasets.Datase
         for p in pairs
     ]
     return datasets.Dataset.from_list(rows)
+
+
+def held_out_prompts(pairs: list[Pair], votes: VotePairs | None) -> list[Turns]:
+    """The prompts of what is scored at the end."""
+    return [pair.turns for pair in [*pairs, *(votes.held_out if votes else [])]]
 
 
 def tokenize_eval(
@@ -578,6 +590,8 @@ def eval_only(config: Config) -> None:
     prompt_format = load_format(config.sft_checkpoint, sft)
     test_pairs = load_pairs(config.dataset, "test", config.max_eval_samples, columns=config.columns)
     votes = load_votes(config.extra_data) if config.extra_data else None
+    seen = trained_by({"sft": config.sft_checkpoint, "reward": config.output_dir})
+    report_overlap(held_out_prompts(test_pairs, votes), seen)
     eval_sets = tokenize_eval(config, prompt_format, test_pairs, votes)
     check_context(base, longest_text(sum(eval_sets.values(), [])), "--max-length")
     dtype = choose_dtype(config.dtype, device())

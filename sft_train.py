@@ -70,6 +70,7 @@ from rlhf.runs.processes import num_processes, sharded, share
 from rlhf.runs.resume import States
 from rlhf.runs.run_warnings import sft_warnings, show
 from rlhf.runs.terminal import console
+from rlhf.runs.trained_prompts import prompt_hashes, report_overlap
 from rlhf.runs.trial import time_steps
 
 
@@ -164,6 +165,8 @@ def main(config: Config) -> None:
     train_pairs, eval_pairs = load_splits(
         config.dataset, "answer", config.columns, config.max_train_samples, config.max_eval_samples
     )
+    trained_prompts = prompt_hashes(pair.turns for pair in train_pairs)
+    report_overlap((pair.turns for pair in eval_pairs), {"sft": trained_prompts})
     if config.dry_run:
         dry_run(config, base, prompt_format, train_pairs)
         return
@@ -198,7 +201,8 @@ def main(config: Config) -> None:
         start_run(folder, "sft", asdict(config), dtype, base=base, micro_batch_tokens=tokens)
         trainer.run()
         metrics = evaluate(trainer)
-        save(config, trainer, prompt_format, base, dtype, started, data=data, metrics=metrics)
+        facts = {"data": data, "metrics": metrics, "trained_prompts": trained_prompts}
+        save(config, trainer, prompt_format, base, dtype, started, **facts)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     show(metrics["warnings"])
     has_pairs = any(pair.rejected is not None for pair in train_pairs)
@@ -386,7 +390,7 @@ def save(
     """What a finished run leaves: adapter, tokenizer, curves, run.json last.
 
     Args:
-        facts: what else run.json says.
+        facts: what else `write_run` takes.
     """
     weights = trainer.whole_weights()
     if not trainer.is_world_process_zero():

@@ -94,6 +94,7 @@ def make_checkpoint(tokenizer: str) -> None:
     from rlhf.engine.base import base_facts
     from rlhf.engine.tokenizers import load_tokenizer
     from rlhf.runs.checkpoints import write_run
+    from rlhf.runs.trained_prompts import prompt_hashes
 
     write_model(WORK / "model", tokenizer)
     folder = WORK / "random"
@@ -137,6 +138,7 @@ def make_checkpoint(tokenizer: str) -> None:
         flags,
         torch.bfloat16,
         time.monotonic(),
+        prompt_hashes(()),
         base=base,
         prompt_format=prompt_format.name,
     )

@@ -308,12 +308,14 @@ def looking_at(judges: Literal["held-out", "selection"]) -> Iterator[None]:
 
     def load_and_cut(
         config: ppo_train.Config, prompt_format: PromptFormat
-    ) -> tuple[ppo_train.Prompts, ppo_train.Prompts, ppo_train.Prompts, dict[str, float]]:
+    ) -> tuple[
+        ppo_train.Prompts, ppo_train.Prompts, ppo_train.Prompts, dict[str, float], np.ndarray
+    ]:
         cut = replace(config, keep="best")
-        prompts, held_out, selection, style = load_prompts(cut, prompt_format)
+        prompts, held_out, selection, style, trained = load_prompts(cut, prompt_format)
         if judges == "selection":
-            return prompts, selection, [], {}
-        return prompts, held_out, [], style
+            return prompts, selection, [], {}, trained
+        return prompts, held_out, [], style, trained
 
     with mock.patch.object(ppo_train, "load_prompts", load_and_cut):
         yield

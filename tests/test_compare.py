@@ -46,6 +46,7 @@ def ppo(trained, tmp_path_factory):
     from rlhf.engine.roles import SharedBase
     from rlhf.engine.tokenizers import load_tokenizer
     from rlhf.runs.checkpoints import read_run, write_run
+    from rlhf.runs.trained_prompts import prompt_hashes
 
     @dataclasses.dataclass
     class PPOConfig:
@@ -69,6 +70,7 @@ def ppo(trained, tmp_path_factory):
         dataclasses.asdict(PPOConfig()),
         torch.float32,
         started=0,
+        trained_prompts=prompt_hashes(()),
         base=sft["base"],
         prompt_format="hh",
         parents={"sft": sft["adapter_sha256"], "reward": reward["adapter_sha256"]},
@@ -370,6 +372,7 @@ def test_the_last_lines():
     flags = {"sft_checkpoint": "runs/sft", "output_dir": "out", "num_test_prompts": 100}
     models = {name: TITLES[name] for name in answers}
     report = {"models": models, **numbers, "flags": flags, "prompts": [None] * 100}
+    report["held_out"] = True
     look = (
         "read the answers in out/compare.html, or talk to the model: python -m rlhf.chat runs/sft"
     )
@@ -387,7 +390,7 @@ def test_the_last_lines():
         "pairs": compare.compare_pairs(answers),
         "notes": [],
     }
-    report |= {"prompts": [None], "flags": flags | {"num_test_prompts": 0}}
+    report |= {"prompts": [None], "held_out": False}
     result, gain, sure, following = compare.closing(report)
     assert result == "Result: it cannot be told whether SFT's answers are better than base's."
     assert gain.startswith("By how much: of 1 prompt, SFT scores higher than base on 100 % (")
@@ -439,7 +442,8 @@ def test_the_last_phase_is_held_against_each_before_it(sft, base, result):
         # SFT against base is not about the last phase.
         "pairs": [*pairs, {"first": "SFT", "second": "base"}],
         "notes": [],
-        "flags": {"ppo_checkpoint": "p", "output_dir": "out", "num_test_prompts": 80},
+        "flags": {"ppo_checkpoint": "p", "output_dir": "out"},
+        "held_out": True,
         "prompts": [None] * 80,
     }
     said, gain, _, following = compare.closing(report)

@@ -749,20 +749,6 @@ def test_lists_of_texts_that_became_text_are_pointed_out(tmp_path, capsys):
     assert "lists spelled out as text in 1 rows" in " ".join(capsys.readouterr().out.split())
 
 
-def test_prompts_in_both_splits_are_counted_and_named(tmp_path, capsys):
-    write_jsonl(tmp_path / "train.jsonl", ROWS)
-    write_jsonl(
-        tmp_path / "test.jsonl", [*ROWS[:2], *ROWS[:1], {**ROWS[0], "prompt": "Something else?"}]
-    )
-    assert load_splits(str(tmp_path), "pair") == (PAIRS, load_pairs(str(tmp_path), "test"))
-    said = capsys.readouterr().out
-    assert "warning: 2 of 3 test prompts are also in the train split" in said
-    assert 'the first: "Question 0, “é”?"' in said
-    write_jsonl(tmp_path / "test.jsonl", [{**ROWS[0], "prompt": "Something else?"}])
-    load_splits(str(tmp_path), "pair")
-    assert "warning" not in capsys.readouterr().out
-
-
 def test_a_test_split_of_few_prompts_is_said_to_mean_little(tmp_path, capsys):
     rows = [{"prompt": f"Question {n}?", "chosen": "Yes.", "rejected": "No."} for n in range(20)]
     write_jsonl(tmp_path / "test.jsonl", rows[:19] + rows[:3])

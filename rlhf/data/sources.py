@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,28 +193,10 @@ def load_splits(
     max_test: int | None = None,
     half: str = "both",
 ) -> tuple[list[Pair], list[Pair]]:
-    """`load_rows` for both splits, with a warning if they share prompts.
-
-    `half` applies to the training split only.
-    """
+    """`load_rows` for both splits; `half` applies to the training split only."""
     train = load_rows(source, "train", needs, columns, max_train, half)
     test = load_rows(source, "test", needs, columns, max_test)
-    report_overlap(train, test)
     return train, test
-
-
-def report_overlap(train: Iterable[Pair], test: Iterable[Pair]) -> None:
-    """Warn if prompts of the test split are also trained on."""
-    seen = {pair.turns for pair in train}
-    prompts = dict.fromkeys(pair.turns for pair in test)
-    both = [turns for turns in prompts if turns in seen]
-    if both:
-        first = plain(" ".join(both[0][-1][1].split()))
-        first = first if len(first) <= 60 else first[:57] + "..."
-        console.print(
-            f"warning: {len(both)} of {len(prompts)} test prompts are also in the train split, "
-            f'so its figures are too good (the first: "{first}")'
-        )
 
 
 def nothing_to_use(reading: Reading, source: str, split: str, needs: Needs) -> str:

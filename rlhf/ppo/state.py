@@ -250,7 +250,7 @@ def save(
 
     Args:
         runs: the run.json of the SFT, the reward and the gold checkpoint, by role.
-        facts: what else run.json says.
+        facts: what else `write_run` takes.
     """
     if not is_main():
         return

@@ -18,6 +18,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlhf.runs.device import peak_memory_gib
@@ -25,6 +26,7 @@ from rlhf.runs.errors import UserError
 from rlhf.runs.folders import partial_of, place_of, put_in_place
 from rlhf.runs.processes import agree, is_main, this_process
 from rlhf.runs.terminal import console
+from rlhf.runs.trained_prompts import trained_by, write_trained_prompts
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 SCRIPTS = {"sft": "sft_train.py", "reward": "reward_train.py", "ppo": "ppo_train.py"}
@@ -144,6 +146,7 @@ def write_run(
     hyperparameters: dict[str, Any],
     dtype: torch.dtype,
     started: float,
+    trained_prompts: np.ndarray,
     **facts: Any,
 ) -> None:
     """Write `run.json`: how the run was made, and the facts that the next phase checks.
@@ -151,7 +154,9 @@ def write_run(
     Args:
         folder: holds the adapter already.
         started: `time.monotonic()` when the run began.
+        trained_prompts: `prompt_hashes` of the training rows, for a file of their own.
     """
+    write_trained_prompts(folder, trained_prompts)
     run = {
         "phase": phase,
         **facts,
@@ -363,15 +368,33 @@ def read_parents(sft: str, reward: str, gold: str | None = None) -> dict[str, di
 def check_other_pairs(
     gold: dict[str, Any], folder: str, reward: dict[str, Any], reward_folder: str
 ) -> None:
-    """Raise UserError if the judge at `folder` may have trained on the reward model's pairs."""
+    """Raise UserError if the judge at `folder` was trained on prompts of the reward model's.
+
+    If an earlier version trained one of them, raise it if that may be so, by what their data sets
+    are called and by the hashes of all their rows.
+    """
     theirs = gold.get("data") or {}
     ours = reward.get("data") or {}
+    halves = {theirs.get("half"), ours.get("half")} == {"first", "second"}
+    other_half = (
+        "train one with `python reward_train.py --half first` and the other with --half second"
+    )
+    trained = trained_by({"gold": folder, "reward": reward_folder})
+    if len(trained) == 2:
+        shared = np.intersect1d(trained["gold"], trained["reward"]).size
+        # Two halves share no prompt, so votes brought it.
+        todo = "train one of them again without --extra-data" if halves else other_half
+        if shared:
+            raise UserError(
+                f"{folder} is no judge of its own: {reward_folder} was trained on {shared} of its "
+                f"{trained['gold'].size} prompts; {todo}"
+            )
+        return
     same = theirs.get("source") == ours.get("source") or theirs.get("sha256") == ours.get("sha256")
-    if same and {theirs.get("half"), ours.get("half")} != {"first", "second"}:
+    if same and not halves:
         raise UserError(
             f"{folder} is no judge of its own: it may have trained on the pairs of "
-            f"{reward_folder}; train one with `python reward_train.py --half first` and the other "
-            "with --half second"
+            f"{reward_folder}; {other_half}"
         )
     if theirs.get("votes") and ours.get("votes"):
         raise UserError(

@@ -34,6 +34,7 @@ ADAPTER = (
 OURS = (
     *ADAPTER,
     "run.json",
+    "trained_prompts.safetensors",
     "metrics.jsonl",
     "samples.jsonl",
     "curves.png",
