@@ -20,6 +20,7 @@ from transformers import (
 import rlhf.export
 from rlhf.engine.base import base_facts
 from rlhf.runs.checkpoints import sha256
+from rlhf.runs.errors import UserError
 
 
 @pytest.fixture
@@ -142,6 +143,37 @@ def test_a_wrong_merge_is_not_written(call_main, ppo, tmp_path, monkeypatch):
         result = call_main("rlhf.export", [ppo, output, "--overwrite"])
         assert_one_line(result.returncode, result.stderr, "merged weights", "Nothing was written")
         assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (1e5, "is not finite in float16: use --dtype bf16"),
+        (float("nan"), "is not finite in float32: train that phase again, or use another base"),
+    ],
+)
+def test_weights_that_are_not_finite_are_not_written(
+    call_main, trained, tiny_model, tmp_path, number, says
+):
+    """Even if, as here, what they are multiplied by keeps the logits small."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][0, 0] = number
+    weights["model.layers.1.mlp.down_proj.weight"][:, 0] *= 1e-5
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = move_base(trained.sft, base, tmp_path / "sft")
+    before = snapshot(tmp_path)
+    result = call_main("rlhf.export", [checkpoint, tmp_path / "exported", "--dtype", "fp16"])
+    assert_one_line(result.returncode, result.stderr, name, says, "Nothing was written")
+    assert snapshot(tmp_path) == before
+
+
+def test_figures_that_are_not_finite_are_refused():
+    fine = {"largest_logit_difference": 0.0, "kl": 0.0}
+    report = {"adapter to merged": fine, "merged to exported": fine | {"kl": float("nan")}}
+    with pytest.raises(UserError, match="the logits of merged to exported cannot be compared"):
+        rlhf.export.refuse_wrong_merge(report)
 
 
 def test_the_report_is_what_the_models_say(export, ppo):
