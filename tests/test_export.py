@@ -18,7 +18,9 @@ from transformers import (
 )
 
 import rlhf.export
+from rlhf.data.files import facts_of_source
 from rlhf.engine.base import base_facts
+from rlhf.reports.model_card import front_matter, source_of
 from rlhf.runs.checkpoints import sha256
 from rlhf.runs.errors import UserError
 
@@ -337,6 +339,25 @@ def test_the_card_says_where_it_comes_from(export, ppo):
     )
     assert f"{interval}, {gain['eval_prompts']} prompts)" in body
     assert run["data"]["source"] not in card and "a local file or folder (" in body
+
+
+def test_whether_data_came_from_the_hub_is_what_the_run_recorded(trained, ppo, tmp_path):
+    """Not what stands where the export runs; that counts only without a record."""
+    for folder in (trained.sft, trained.reward, ppo):
+        assert json.loads((folder / "run.json").read_text())["data"]["local"] is True
+    path = "a local file or folder (pairs)"
+    recorded = {"source": "my/pairs"}
+    assert facts_of_source("my/pairs", None) == recorded | {"columns": None, "local": False}
+    for there, without_record in ((False, "my/pairs"), (True, path)):
+        if there:
+            (tmp_path / "my" / "pairs").mkdir(parents=True)
+        assert source_of(recorded | {"local": True}) == path
+        assert source_of(recorded | {"local": False}) == "my/pairs"
+        assert source_of(recorded) == without_record
+    base = {"model": "base", "revision": None}
+    for local, named in ((True, False), (False, True)):
+        runs = {"sft": {"data": recorded | {"local": local}}}
+        assert ('datasets: ["my/pairs"]' in front_matter("sft", base, runs, None)) == named
 
 
 def test_a_llama_carries_its_terms(export, trained, tiny_model, tmp_path):
