@@ -109,7 +109,7 @@ from rlhf.runs.processes import (
     sum_over_processes,
 )
 from rlhf.runs.resume import States
-from rlhf.runs.run_warnings import ppo_warnings, said_before, show
+from rlhf.runs.run_warnings import clip_warnings, ppo_warnings, said_before, show
 from rlhf.runs.stop import until_stopped
 from rlhf.runs.terminal import console
 from rlhf.runs.trained_prompts import prompt_hashes, report_overlap, trained_by
@@ -281,6 +281,7 @@ def main(config: Config) -> None:
             state.sft = look(selection) if selection else state.held_out
             log.evaluation(0, state.sft, looked_at, prompt_format)
         baseline = state.sft.scores.mean().item()
+        show(clip_warnings((state.sft.scores - baseline).tolist(), config.score_clip))
         kl_coef = state.kl_coef
         episodes = config.episodes_per_update
 

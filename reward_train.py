@@ -42,6 +42,7 @@ from torch import Tensor
 from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
+from rlhf.data.files import facts_of_source
 from rlhf.data.format import PromptFormat, TokenPair, fingerprint_tokens, tokenize_pairs
 from rlhf.data.rows import Pair, Turns
 from rlhf.data.sources import load_pairs, load_splits
@@ -236,8 +237,7 @@ def facts_of_data(
 ) -> dict[str, Any]:
     """What run.json says of the training pairs, of which `rows` were tokenised."""
     data = {
-        "source": config.dataset,
-        "columns": config.columns,
+        **facts_of_source(config.dataset, config.columns),
         "half": config.half,
         "train_rows": rows,
         "sha256": fingerprint(pairs),

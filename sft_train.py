@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from rlhf.data.files import facts_of_source
 from rlhf.data.format import PromptFormat, TokenPair, fingerprint_tokens, tokenize_pairs
 from rlhf.data.rows import Pair
 from rlhf.data.sources import load_splits
@@ -183,8 +184,7 @@ def main(config: Config) -> None:
     base = identified(base)
     model = load_base(base, dtype, prompt_format.pad_token_id)
     data = {
-        "source": config.dataset,
-        "columns": config.columns,
+        **facts_of_source(config.dataset, config.columns),
         "train_rows": len(train_set),
         "sha256": fingerprint(train_pairs),
     }

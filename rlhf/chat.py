@@ -201,7 +201,7 @@ class Chat:
         if "reward" not in self.shared.heads:
             return "There is no reward model here: name one with --reward-checkpoint."
         if self.last is None:
-            return "There is no answer yet."
+            return "There is no answer to score."
         return f"{self.shared.score([self.last]).item():.2f}"
 
     def answer(self, text: str) -> None:
@@ -212,6 +212,7 @@ class Chat:
         except BadRow as reason:
             print(f"This cannot be asked: {reason}. /reset starts over.")
             return
+        self.last = None
         shown = ""
         ids: list[int] = []
         try:
@@ -225,9 +226,14 @@ class Chat:
         if shown:
             self.turns = [*turns, ("assistant", shown)]
             self.last = [*prompt, *ids, self.prompt_format.eos_token_id]
+        else:
+            print("The answer is empty: your turn is left out of the dialogue.")
 
     def sample(self, prompt: list[int]) -> Iterator[tuple[list[int], str]]:
-        """Yield the answer so far, after each token, as token ids and as the text printed."""
+        """Yield the answer so far, after each token, as token ids and as the text printed.
+
+        The last text is the whole answer's, as `generate` gives it.
+        """
         self.answers += 1
         seed = self.config.seed, 5, self.answers
         settings = self.config.max_new_tokens, self.config.temperature
@@ -238,7 +244,11 @@ class Chat:
             ids = response.text_ids if response else [*ids, token]
             text = self.prompt_format.decode(ids)
             text = text if response else settled(text, self.prompt_format.stop_text)
-            if text.startswith(shown):  # later tokens may change how earlier ones are decoded
+            # Later tokens may change how earlier ones are decoded.
+            if response and not text.startswith(shown):
+                sys.stdout.write("\n")  # and the whole answer once more
+                shown = ""
+            if text.startswith(shown):
                 sys.stdout.write(plain(text[len(shown) :]))
                 sys.stdout.flush()
                 shown = text
@@ -248,9 +258,10 @@ class Chat:
 def settled(text: str, stop_text: str | None) -> str:
     """As much of a text as later tokens cannot change.
 
-    That excludes half a character, and what may be the beginning of the next turn.
+    That excludes a part of a character, for which some tokenizers write a U+FFFD per byte, and what
+    may be the beginning of the next turn.
     """
-    text = text.removesuffix("\ufffd")
+    text = text.rstrip("\ufffd")
     for length in range(len(stop_text or ""), 0, -1):
         if text.endswith(stop_text[:length]):
             return text[:-length].rstrip()

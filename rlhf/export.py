@@ -11,12 +11,14 @@ logits are:
 - `merged`: the adapter merged into the base, in float32;
 - `exported`: the same, rounded to what is written.
 
-If merging changes more than rounding does, nothing is written. The base is the one that was trained
-on: its files are read as in training, once their hashes are checked against run.json.
+If merging changes more than rounding does, or a weight or a figure is not finite, nothing is
+written. The base is the one that was trained on: its files are read as in training, once their
+hashes are checked against run.json.
 """
 
 import contextlib
 import json
+import math
 import re
 import shutil
 import time
@@ -278,8 +280,11 @@ class Check:
         for version in self.versions[:-2]:
             self.step(version, base)
         merged = {name: self.adapter.merge(name, weight) for name, weight in base.items()}
+        refuse_not_finite(merged, "train that phase again, or use another base")
         self.step("merged", merged)
         written = {name: weight.to(self.dtype).contiguous() for name, weight in merged.items()}
+        wider = "bf16" if self.dtype == torch.float16 else "fp32"
+        refuse_not_finite(written, f"use --dtype {wider}, which holds larger numbers")
         del merged  # the largest thing here
         self.step("exported", written)
         return written
@@ -356,9 +361,26 @@ def through_nf4(weight: Tensor) -> Tensor:
     )
 
 
+def refuse_not_finite(weights: dict[str, Tensor], advice: str) -> None:
+    """Raise UserError if a weight holds an infinity or a NaN, which would spread to all logits."""
+    for name, weight in weights.items():
+        if not torch.stack(weight.aminmax()).isfinite().all():  # NaN goes through to both
+            raise UserError(
+                f"{name} is not finite in {str(weight.dtype).removeprefix('torch.')}: {advice}. "
+                "Nothing was written"
+            )
+
+
 def refuse_wrong_merge(report: dict[str, Any]) -> None:
+    """Raise UserError if merging changed more than rounding does, or a figure is not finite."""
+    for step, figures in report.items():
+        if not all(map(math.isfinite, figures.values())):
+            raise UserError(
+                f"the logits of {step} cannot be compared, as they are not finite: train that "
+                "phase again, or use another base. Nothing was written"
+            )
     largest = report["adapter to merged"]["largest_logit_difference"]
-    if not largest <= ROUNDING:  # NaN too
+    if largest > ROUNDING:
         raise UserError(
             "the merged weights do not compute what base and adapter do: logits differ by up to "
             f"{largest:.1e}, where rounding moves them by less than {ROUNDING:.0e}. Nothing was "

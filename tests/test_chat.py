@@ -13,11 +13,14 @@ import time
 
 import pytest
 from conftest import HANGS, OFFLINE, ROOT
+from test_format import prepended
 
 import rlhf.chat
 from rlhf.chat import Chat, Config, open_checkpoint, settled
-from rlhf.engine.generation import generate
+from rlhf.data.format import PromptFormat
+from rlhf.engine.generation import _ended, generate
 from rlhf.engine.roles import BASE, REFERENCE
+from rlhf.engine.tokenizers import load_tokenizer
 from rlhf.runs.errors import UserError
 
 PPO = (
@@ -105,7 +108,7 @@ def test_what_cannot_be_asked_is_one_line_and_changes_nothing(chat, capsys):
 
 
 def test_commands(opened, chat):
-    assert chat.command("/score") == "There is no answer yet."
+    assert chat.command("/score") == "There is no answer to score."
     chat.answer("Hi")
     assert chat.command("/reset") == "A new dialogue." and chat.turns == [] and chat.last is None
     assert chat.command("/what") == rlhf.chat.HELP
@@ -122,9 +125,61 @@ def test_no_text_is_shown_that_a_later_token_may_take_back():
         "Yes\n\nHum": "Yes",
         "Yes\n\nHun": "Yes\n\nHun",
         "caf\ufffd": "caf",
+        "Yes \ufffd\ufffd\ufffd": "Yes",  # three bytes of four, by byte fallback
     }.items():
         assert settled(text, stop) == shown
     assert settled("Yes\n\nHum", None) == "Yes\n\nHum"
+
+
+def answers_with(chat, monkeypatch, *tokens_of_answers):
+    """The chat's next answers are these tokens."""
+    answers = iter(tokens_of_answers)
+    monkeypatch.setattr(rlhf.chat, "start", lambda *_: None)
+
+    def stream(_, form):
+        written = []
+        for token in next(answers):
+            written.append(token)
+            yield 0, token, _ended(written, form, 100)
+
+    monkeypatch.setattr(rlhf.chat, "stream", stream)
+
+
+def test_a_character_of_several_bytes_is_shown_and_kept_whole(chat, tmp_path, capsys, monkeypatch):
+    """With byte fallback: in a part of a character, each byte is a U+FFFD of its own."""
+    prepended(tmp_path)
+    form = PromptFormat("hh", load_tokenizer(str(tmp_path)))
+    said = "Here you go é😀 日 and the rest."
+    ids = form.response_ids(said)
+    assert any(form.decode(ids[:n]).endswith("\ufffd\ufffd\ufffd") for n in range(len(ids)))
+    chat.prompt_format = form
+    answers_with(chat, monkeypatch, [*ids, form.eos_token_id])
+    chat.answer("Hi")
+    assert capsys.readouterr().out.replace("\n", "") == said
+    assert chat.turns == [("user", "Hi"), ("assistant", said)]
+
+
+def test_what_a_last_token_changes_is_shown_again(chat, form, capsys, monkeypatch):
+    monkeypatch.setattr(form, "decode", lambda ids: ["One", "One two", "Other"][len(ids) - 1])
+    chat.prompt_format = form
+    answers_with(chat, monkeypatch, [5, 6, 7, form.eos_token_id])
+    chat.answer("Hi")
+    assert capsys.readouterr().out == "One two\nOther\n"
+    assert chat.turns[-1] == ("assistant", "Other")
+
+
+def test_an_empty_answer_is_said_and_has_no_score(chat, form, capsys, monkeypatch):
+    answers_with(
+        chat, monkeypatch, [*form.response_ids("Fine."), form.eos_token_id], [form.eos_token_id]
+    )
+    chat.answer("How are you?")
+    before = list(chat.turns)
+    assert chat.last is not None
+    chat.answer("Why?")
+    said = "The answer is empty: your turn is left out of the dialogue."
+    assert capsys.readouterr().out.splitlines() == ["Fine.", "", said]
+    assert chat.turns == before
+    assert chat.command("/score") == "There is no answer to score."
 
 
 def test_other_checkpoints_and_the_base_alone(trained, tiny_model, tmp_path):

@@ -18,8 +18,11 @@ from transformers import (
 )
 
 import rlhf.export
+from rlhf.data.files import facts_of_source
 from rlhf.engine.base import base_facts
+from rlhf.reports.model_card import front_matter, source_of
 from rlhf.runs.checkpoints import sha256
+from rlhf.runs.errors import UserError
 
 
 @pytest.fixture
@@ -142,6 +145,37 @@ def test_a_wrong_merge_is_not_written(call_main, ppo, tmp_path, monkeypatch):
         result = call_main("rlhf.export", [ppo, output, "--overwrite"])
         assert_one_line(result.returncode, result.stderr, "merged weights", "Nothing was written")
         assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (1e5, "is not finite in float16: use --dtype bf16"),
+        (float("nan"), "is not finite in float32: train that phase again, or use another base"),
+    ],
+)
+def test_weights_that_are_not_finite_are_not_written(
+    call_main, trained, tiny_model, tmp_path, number, says
+):
+    """Even if, as here, what they are multiplied by keeps the logits small."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][0, 0] = number
+    weights["model.layers.1.mlp.down_proj.weight"][:, 0] *= 1e-5
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = move_base(trained.sft, base, tmp_path / "sft")
+    before = snapshot(tmp_path)
+    result = call_main("rlhf.export", [checkpoint, tmp_path / "exported", "--dtype", "fp16"])
+    assert_one_line(result.returncode, result.stderr, name, says, "Nothing was written")
+    assert snapshot(tmp_path) == before
+
+
+def test_figures_that_are_not_finite_are_refused():
+    fine = {"largest_logit_difference": 0.0, "kl": 0.0}
+    report = {"adapter to merged": fine, "merged to exported": fine | {"kl": float("nan")}}
+    with pytest.raises(UserError, match="the logits of merged to exported cannot be compared"):
+        rlhf.export.refuse_wrong_merge(report)
 
 
 def test_the_report_is_what_the_models_say(export, ppo):
@@ -305,6 +339,25 @@ def test_the_card_says_where_it_comes_from(export, ppo):
     )
     assert f"{interval}, {gain['eval_prompts']} prompts)" in body
     assert run["data"]["source"] not in card and "a local file or folder (" in body
+
+
+def test_whether_data_came_from_the_hub_is_what_the_run_recorded(trained, ppo, tmp_path):
+    """Not what stands where the export runs; that counts only without a record."""
+    for folder in (trained.sft, trained.reward, ppo):
+        assert json.loads((folder / "run.json").read_text())["data"]["local"] is True
+    path = "a local file or folder (pairs)"
+    recorded = {"source": "my/pairs"}
+    assert facts_of_source("my/pairs", None) == recorded | {"columns": None, "local": False}
+    for there, without_record in ((False, "my/pairs"), (True, path)):
+        if there:
+            (tmp_path / "my" / "pairs").mkdir(parents=True)
+        assert source_of(recorded | {"local": True}) == path
+        assert source_of(recorded | {"local": False}) == "my/pairs"
+        assert source_of(recorded) == without_record
+    base = {"model": "base", "revision": None}
+    for local, named in ((True, False), (False, True)):
+        runs = {"sft": {"data": recorded | {"local": local}}}
+        assert ('datasets: ["my/pairs"]' in front_matter("sft", base, runs, None)) == named
 
 
 def test_a_llama_carries_its_terms(export, trained, tiny_model, tmp_path):

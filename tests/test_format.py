@@ -218,6 +218,44 @@ def test_any_pair_is_the_tokens_of_its_whole_text_or_dropped(kinds, kind, name, 
         assert tokens.prompt_ids + tokens.chosen_ids == [*whole, tokenizer.eos_token_id]
 
 
+def begins_with(tokenizer, template):
+    """Have a tokenizer write these special tokens around a text."""
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (PAD, BOS, EOS)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=ids
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "bos", "says"),
+    [
+        (f"{BOS} $A", None, "begins a text with '<bos>', but its bos_token is None"),
+        (f"{BOS} $A", PAD, "begins a text with '<bos>', but its bos_token is '<pad>'"),
+        (f"{BOS} {PAD} $A", BOS, "begins a text with '<bos><pad>', but its bos_token is '<bos>'"),
+    ],
+)
+def test_a_prompt_never_loses_what_the_tokenizer_puts_first(tokenizer, template, bos, says):
+    begins_with(tokenizer, template)
+    tokenizer.bos_token = bos
+    with pytest.raises(UserError, match=says) as error:
+        PromptFormat("hh", tokenizer).check()
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_tokenizer_puts_last_is_no_beginning(tokenizer):
+    """Even if it is the token that would be BOS."""
+    begins_with(tokenizer, f"$A {EOS}")
+    tokenizer.bos_token = EOS
+    form = PromptFormat("hh", tokenizer)
+    form.check()
+    assert form.bos_ids == []
+    begins_with(tokenizer, f"{BOS} $A {EOS}")
+    tokenizer.bos_token = BOS
+    form = PromptFormat("hh", tokenizer)
+    form.check()
+    assert form.bos_ids == form.prompt_ids(ONE)[:1] == [tokenizer.bos_token_id]
+
+
 def test_a_tokenizer_that_joins_prompt_and_answer_loses_the_row_and_says_so(tokenizer, capsys):
     """`](` is one token of it; an answer starting with the bracket could not follow its prompt."""
     from tokenizers import AddedToken

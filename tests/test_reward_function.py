@@ -17,6 +17,9 @@ from rlhf.runs.errors import UserError
 RULES = """
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+
 
 def short(prompts, completions, **kwargs):
     assert len(prompts) == len(completions) and not kwargs
@@ -46,6 +49,38 @@ def huge(completions, **kwargs):
 
 def worded(completions, **kwargs):
     return ["1.0", None, "x"]
+
+
+def lengths(completions, **kwargs):
+    return tuple(len(text) for text in completions)
+
+
+def far(completions, **kwargs):
+    return [100.0 * (i % 2) for i in range(len(completions))]
+
+
+def array(completions, **kwargs):
+    return np.array(lengths(completions))
+
+
+def tensor(completions, **kwargs):
+    return torch.tensor(lengths(completions))
+
+
+def a_set(completions, **kwargs):
+    return set(lengths(completions))
+
+
+def a_dict(completions, **kwargs):
+    return {i: 10.0 * i for i in range(len(completions))}
+
+
+def digits(completions, **kwargs):
+    return "1" * len(completions)
+
+
+def column(completions, **kwargs):
+    return tensor(completions)[:, None]
 
 
 @dataclass
@@ -105,13 +140,19 @@ def test_one_finite_number_per_text(rules):
     assert call(["x Assistant:"] * 2, ["", "0123456789"]).tolist() == [0.0, -1.0]
     assert call([], []).tolist() == []
     assert load_reward_function(f"{rules}:rule")(["p"] * 3, ["a", "ab", ""]).tolist() == [0, 1, 0]
+    for name in ("lengths", "array", "tensor"):
+        assert load_reward_function(f"{rules}:{name}")(["p"] * 2, ["abc", ""]).tolist() == [3, 0]
     assert load_reward_function(None) is None
     texts = ["one", "t" * 100, "three"]
     for name, says in {
-        "broken": r"broken: ZeroDivisionError: division by zero \(line 16\)",
+        "broken": r"broken: ZeroDivisionError: division by zero \(line 19\)",
         "missing": "it gave 1 numbers for 3 texts; give one per text",
         "odd": f"it gave nan, not a finite number, for the text '{'t' * 60}...'",
         "huge": "it gave 1e\\+300, not a finite number, for the text 'one'",
+        "a_set": "it gave a set; give a list of one number per text",
+        "a_dict": "it gave a dict; give a list",
+        "digits": "it gave a str; give a list",
+        "column": "it gave a Tensor of 2 dimensions; give a list",
         "worded": f"it gave None, not a finite number, for the text '{'t' * 60}...'",
     }.items():
         with pytest.raises(UserError, match=says):
@@ -145,7 +186,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch, ppo, named, text
 def test_what_fails_in_training_is_one_line(rules, ppo):
     result = ppo("out", "--reward-function", f"{rules}:broken")
     assert result.returncode == 2 and result.stderr.count("error: ") == 1, result.stderr
-    assert "broken: ZeroDivisionError: division by zero (line 16)" in result.stderr
+    assert "broken: ZeroDivisionError: division by zero (line 19)" in result.stderr
     lonely = ppo("out", "--reward-weight", "0")
     assert lonely.returncode == 2 and "name one, or leave the weight out" in lonely.stderr
     negative = ppo("out", "--reward-weight", "-1", "--reward-function", f"{rules}:short")
@@ -158,6 +199,15 @@ def test_a_function_that_gives_0_changes_nothing(rules, ppo, tmp_path):
     assert result.returncode == 0 and f"--reward-function {rules}:nothing" in result.stdout
     assert metrics(tmp_path / "plain") == metrics(tmp_path / "zero")
     assert same(weights(tmp_path / "plain"), weights(tmp_path / "zero"))
+
+
+def test_scores_beyond_the_clip_are_said_at_the_start(rules, ppo):
+    result = ppo("far", "--reward-function", f"{rules}:far")
+    assert result.returncode == 0, result.stderr
+    said = "warning: 100% of the scores of SFT's answers are more than --score-clip 5 from their"
+    assert result.stdout.count(said) == 1, result.stdout
+    wider = ppo("wide", "--reward-function", f"{rules}:far", "--score-clip", "90")
+    assert wider.returncode == 0 and "--score-clip" not in wider.stdout, wider.stderr
 
 
 def test_the_score_is_the_weighted_sum(rules, ppo, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from conftest import ROOT, read_demo, write_jsonl
 
 from rlhf.reports.probe import judge_probe
 from rlhf.runs.run_warnings import (
+    clip_warnings,
     compare_warnings,
     ppo_warnings,
     refusal_warnings,
@@ -257,6 +258,13 @@ def test_the_runs_of_docs_results_give_none(seed):
         assert reward_warnings(records[f"{name}_{seed}"]["metrics"] | {"eval_pairs": 474}) == []
     style = {name: value for name, value in PPO.items() if "question" in name or "opening" in name}
     assert ppo_warnings(style | ppo) == []
+
+
+def test_scores_that_are_mostly_clipped_are_said():
+    assert clip_warnings([-5.1, 5.1] + [0.0] * 18, 5.0) == []  # a tenth
+    (said,) = clip_warnings([-5.1, 5.1, 6.0] + [0.0] * 17, 5.0)
+    assert said.startswith("15% of the scores of SFT's answers are more than --score-clip 5 from")
+    assert clip_warnings([-5.0, 5.0], 5.0) == clip_warnings([-9e9, 9e9], float("inf")) == []
 
 
 # ---------------------------------------------------------------- in one place, and again later

@@ -92,6 +92,14 @@ def open_source(source: str, split: str) -> Source:
     return read_hub(source, split)
 
 
+def facts_of_source(source: str, columns: str | None) -> dict[str, Any]:
+    """What run.json says of where the rows came from.
+
+    `local` is kept because a path may look like a hub id, and mean nothing in another folder.
+    """
+    return {"source": source, "columns": columns, "local": Path(source).exists()}
+
+
 def has_rows(path: Path) -> bool:
     """Whether a file holds rows rather than plain text, by its name."""
     return kind_of(path) is not None

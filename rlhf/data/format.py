@@ -73,10 +73,8 @@ class PromptFormat:
         # all_special_tokens only has those with a role (BOS, EOS, ...), not <|start_header_id|>.
         added = tokenizer.added_tokens_decoder.values()
         self.special_texts = [token.content for token in added if token.special]
-        self.bos_ids = tokenizer("", add_special_tokens=True)["input_ids"][:1]
-        if self.bos_ids != [tokenizer.bos_token_id]:
-            self.bos_ids = []  # a tokenizer that adds nothing, or only EOS
         self.going_on = without_prefix(tokenizer)
+        self.bos_ids = self.ids_before_text()
         self.template: ChatTemplate | None = None
         self.opening = " "  # before an answer's text
         self.closing = ""  # after it, before the token that ends it
@@ -84,7 +82,12 @@ class PromptFormat:
         self.refusal = ""  # why it cannot be used
         if name == "hh":
             prompts = [(turns, self.prompt_ids(turns)) for turns in DIALOGUES]
-            if not use_hh_template(tokenizer, bool(self.bos_ids), prompts):
+            if self.bos_ids not in ([], [tokenizer.bos_token_id]):
+                self.refusal = (
+                    f"the tokenizer begins a text with {tokenizer.decode(self.bos_ids)!r}, but its "
+                    f"bos_token is {tokenizer.bos_token!r} (tokenizer_config.json can set it)"
+                )
+            elif not use_hh_template(tokenizer, bool(self.bos_ids), prompts):
                 self.refusal = "no chat template gives the tokens of its prompts"
         else:
             self.template = ChatTemplate(tokenizer, self.special_texts)
@@ -113,6 +116,12 @@ class PromptFormat:
         if self.template:  # which writes the special tokens
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self.bos_ids + self.as_plain_text(text)
+
+    def ids_before_text(self) -> list[int]:
+        """What the tokenizer puts before a text: BOS, or nothing. (It may put EOS after it.)"""
+        _, text = QUESTION
+        whole = self.tokenizer(text)["input_ids"]
+        return whole[: whole.index(self.as_plain_text(text)[0])]
 
     def response_text(self, text: str) -> str:
         """An answer as it continues a prompt, up to the token that ends it."""

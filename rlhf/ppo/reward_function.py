@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +52,7 @@ class RewardFunction:
             if completions:
                 with torch.no_grad():
                     said = self.function(prompts=prompts, completions=completions)
-                scores = numbers(list(said), completions)
+                scores = numbers(said, completions)
         except UserError as error:
             wrong = str(error)
         except (Exception, SystemExit) as error:
@@ -96,8 +97,20 @@ def facts_of(function: RewardFunction | None) -> dict[str, Any]:
     return {"reward_function": {"name": function.name, "sha256": function.sha256}}
 
 
-def numbers(said: list[Any], texts: list[str]) -> list[float]:
-    """What a function returned, as finite floats, one per text."""
+def numbers(said: Any, texts: list[str]) -> list[float]:
+    """What a function returned, as finite floats, one per text.
+
+    Raises:
+        UserError: it is no row of finite numbers, one per text. A set, a dict or a text has items
+            too, but not the texts' numbers in their order.
+    """
+    dimensions = getattr(said, "ndim", 1)
+    if not isinstance(said, list | tuple | np.ndarray | Tensor) or dimensions != 1:
+        shape = "" if dimensions == 1 else f" of {dimensions} dimensions"
+        raise UserError(
+            f"it gave a {type(said).__name__}{shape}; give a list of one number per text, in the "
+            "order of the texts (or a tuple, an array or a tensor of one dimension)"
+        )
     if len(said) != len(texts):
         raise UserError(f"it gave {len(said)} numbers for {len(texts)} texts; give one per text")
     scores = []

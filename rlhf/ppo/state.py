@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from rlhf.data.files import facts_of_source
 from rlhf.data.format import PromptFormat
 from rlhf.engine.adapters import save_stacked
 from rlhf.engine.generation import Response
@@ -268,7 +269,7 @@ def save(
         base=base,
         prompt_format=prompt_format.name,
         parents={role: run["adapter_sha256"] for role, run in runs.items()},
-        data={"source": hyperparameters["dataset"], "columns": hyperparameters["columns"]},
+        data=facts_of_source(hyperparameters["dataset"], hyperparameters["columns"]),
         updates=log.total,
         episodes=log.total * hyperparameters["episodes_per_update"],
         micro_batch_tokens=shared.micro_batch.tokens,

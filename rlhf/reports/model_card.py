@@ -84,11 +84,12 @@ def front_matter(
     phase: str, base: dict[str, Any], runs: dict[str, dict[str, Any]], licence: str | None
 ) -> str:
     """The block at the top that the hub reads."""
-    sources = {run.get("data", {}).get("source") for run in runs.values()} - {None, ""}
+    data = [run.get("data", {}) for run in runs.values()]
+    from_hub = sorted({str(each["source"]) for each in data if is_from_hub(each)})
     head = {
         "base_model": base["model"] if base["revision"] else None,
         "license": licence,
-        "datasets": list(filter(is_hub_id, sorted(sources))),
+        "datasets": from_hub,
         "pipeline_tag": "text-generation",
         "library_name": "transformers",
         "tags": ["rlhf", phase],
@@ -158,7 +159,7 @@ def harmless(text: str) -> str:
 def source_of(data: dict[str, Any]) -> str:
     """A data set's hub id. A local path is nobody's business, so only its last part is named."""
     source = str(data.get("source", "unknown"))
-    if is_hub_id(source):
+    if is_from_hub(data):
         return source
     return (
         f"a local file or folder ({plain_name(Path(source).name)})"
@@ -167,12 +168,14 @@ def source_of(data: dict[str, Any]) -> str:
     )
 
 
-def is_hub_id(source: str) -> bool:
-    return (
-        bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source))
-        and not source.startswith(".")
-        and not Path(source).exists()
-    )
+def is_from_hub(data: dict[str, Any]) -> bool:
+    """Whether a run's data came from the hub, by its run.json.
+
+    Earlier versions did not record it: for theirs, a path that is still there is local.
+    """
+    source = str(data.get("source", ""))
+    local = data["local"] if "local" in data else Path(source).exists()
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)) and not local
 
 
 def figure(metrics: dict[str, Any], key: str) -> str:

@@ -13,6 +13,7 @@ from rlhf.runs.statistics import doubled
 from rlhf.runs.terminal import console, plain
 
 ENOUGH_ROWS = 50
+MANY_CLIPPED = 0.1  # a share of scores
 HALVED = -math.log(2)  # a change of log-odds, in nats
 OWNERS = {  # by phase or role
     "sft": "SFT",
@@ -69,6 +70,22 @@ def reward_warnings(m: dict[str, Any]) -> list[str]:
             "refuse what it should not"
         )
     return found
+
+
+def clip_warnings(centred: list[float], score_clip: float) -> list[str]:
+    """A warning, before PPO's first update, if it would see many scores only as clipped.
+
+    Args:
+        centred: SFT's scores on held-out prompts, less their mean.
+    """
+    clipped = sum(abs(score) > score_clip for score in centred) / len(centred)
+    if clipped <= MANY_CLIPPED:
+        return []
+    return [
+        f"{clipped:.0%} of the scores of SFT's answers are more than --score-clip {score_clip:g} "
+        "from their mean, and are clipped to it: PPO cannot tell them apart; raise --score-clip, "
+        "or give smaller scores"
+    ]
 
 
 def ppo_warnings(m: dict[str, Any]) -> list[str]:
