@@ -83,8 +83,8 @@ class Config:
     # text file with a prompt a line, or rows (.jsonl, .csv); None: PROMPTS
     prompts: str | None = None
     num_test_prompts: int = 0  # use the first N test prompts of `dataset`; 0: use `prompts`
-    # hub id, folder, .jsonl, .json, .csv (also .gz or .zst) or .parquet
-    dataset: str = "Dahoas/rm-static"
+    # hub id, folder, .jsonl, .json, .csv (also .gz or .zst) or .parquet; None: Dahoas/rm-static
+    dataset: str | None = None
     # renames columns, here and in `prompts`: prompt=question,chosen=good
     columns: str | None = None
     show: int = 8  # prompts to print; the files hold all
@@ -127,6 +127,7 @@ PROMPTS = (
     "Hi! How are you today?",
 )
 
+USUAL_DATASET = "Dahoas/rm-static"
 RULE = "─" * 80
 FILES = ("compare.md", "compare.html", "compare.json")
 COLUMNS = (
@@ -153,12 +154,23 @@ OWN_JUDGE = (
     "The judge is the reward model that PPO trained against: PPO's win rate says that it learned "
     "to please it, not that people agree. Name a judge of other pairs with --reward-checkpoint."
 )
-CHOSEN = "The gold model chose which of PPO's policies to keep, by prompts from the train split."
-FUNCTION_LEFT_OUT = (
-    "PPO was also trained with a reward function. These scores leave it out, as --reward-function "
-    "did not name it."
-)
 OTHER_JUDGE = "The judge is not the reward model that PPO trained against."
+MODEL_ADDED = (
+    "PPO was trained with --reward-weight 0, against its reward function alone. These scores count "
+    "a reward model."
+)
+MODEL_LEFT_OUT = "PPO was trained with a reward model. These scores leave it out."
+OWN_FUNCTION = (
+    "The judge is the reward function that PPO trained against: PPO's win rate says that it "
+    "learned to please it, not that people agree."
+)
+OTHER_FUNCTION = "PPO was trained with another reward function."
+FUNCTION_ADDED = "PPO was trained without a reward function."
+FUNCTION_LEFT_OUT = (
+    "PPO was trained with a reward function. These scores leave it out, as --reward-function did "
+    "not name it."
+)
+CHOSEN = "The gold model chose which of PPO's policies to keep, by prompts from the train split."
 REPORTED = ("adapter_sha256", "epochs", "updates", "metrics")  # of each phase's run.json
 
 Odds = dict[str, list[float]]  # by kind of request, log-odds of beginning with a refusal
@@ -232,7 +244,19 @@ def check_flags(config: Config) -> None:
     """Raise UserError for flags that are out of range or do not go together."""
     if config.prompts is not None and config.num_test_prompts:
         raise UserError("--prompts and --num-test-prompts both say what to ask: give one of them")
+    preset = PRESETS[config.preset] if config.preset else Config()
+    if config.dataset != preset.dataset and not config.num_test_prompts:
+        raise UserError(
+            f"--dataset {config.dataset} is asked with --num-test-prompts N only: add it, or leave "
+            "--dataset out"
+        )
     parse_columns(config.columns)
+    rows_in_file = config.prompts is not None and has_rows(Path(config.prompts))
+    if config.columns is not None and not config.num_test_prompts and not rows_in_file:
+        raise UserError(
+            f"--columns {config.columns} renames columns of rows, and no rows are asked: add "
+            "--num-test-prompts N, name a file of rows with --prompts, or leave --columns out"
+        )
     check_numbers(vars(config))
     check_weight(config.reward_weight, config.reward_function)
 
@@ -274,7 +298,7 @@ def read_prompts(config: Config, prompt_format: PromptFormat) -> list[tuple[Turn
     path = Path(config.prompts or "")
     if config.num_test_prompts:
         settings = "test", "prompt", config.columns, config.num_test_prompts
-        pairs = load_rows(config.dataset, *settings)
+        pairs = load_rows(USUAL_DATASET if config.dataset is None else config.dataset, *settings)
         rows = dict.fromkeys(pair.turns for pair in pairs)
         turns_of = tuple  # they are turns
     elif config.prompts is None:
@@ -445,24 +469,72 @@ def direction(low: float, high: float) -> str | None:
     return "better" if low > 0.5 else "worse" if high < 0.5 else None
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What a score is made of. Equal rules give equal scores."""
+
+    model: str | None  # the reward model's adapter_sha256, if it counts
+    function: tuple[str, str] | None  # its name and the hash of its file
+    weight: float  # of the model's score beside the function's; 1 without either
+
+    @classmethod
+    def of(cls, model: str | None, function: dict[str, str] | None, weight: float) -> "Rule":
+        """The rule of a run.
+
+        Args:
+            model: the reward model's adapter_sha256.
+            function: as in run.json.
+        """
+        if function is None:
+            return cls(model, None, 1.0)
+        name = function["name"].rpartition(":")[2]  # another path may lead to the same file
+        model = model if weight else None
+        return cls(model, (name, function["sha256"]), weight if model else 1.0)
+
+
 def notes(
     runs: dict[str, dict[str, Any]], function: RewardFunction | None = None, weight: float = 1.0
 ) -> list[str]:
     """What a reader of the win rates should know about the judge."""
+    facts = facts_of(function).get("reward_function")
+    judge = Rule.of(runs.get("reward", {}).get("adapter_sha256"), facts, weight)
+    ppo = runs.get("ppo", {})
+    compared = "ppo" in runs and judge != Rule.of(None, None, 1.0)
     said = []
-    if "ppo" in runs and "reward" in runs:
-        same = runs["ppo"]["parents"].get("reward") == runs["reward"]["adapter_sha256"]
-        said.append(OWN_JUDGE if same else OTHER_JUDGE)
-    trained_with = runs.get("ppo", {}).get("reward_function")
+    if compared:
+        ppo_weight = ppo.get("hyperparameters", {}).get("reward_weight", 1.0)
+        trained = Rule.of(ppo["parents"].get("reward"), ppo.get("reward_function"), ppo_weight)
+        said += said_of_models(judge, trained)
     if function:
-        model = f"{weight:g} times the reward model's plus " if "reward" in runs else ""
+        model = f"{weight:g} times the reward model's plus " if judge.model else ""
         said.append(f"A score is {model}what {function.name} gives.")
-        if trained_with and facts_of(function)["reward_function"] != trained_with:
-            said.append("PPO was trained with another reward function.")
-    elif trained_with:
-        said.append(FUNCTION_LEFT_OUT)
-    if runs.get("ppo", {}).get("kept"):
+    if compared:
+        said += said_of_functions(judge, trained)
+    if ppo.get("kept"):
         said.append(CHOSEN)
+    return said
+
+
+def said_of_models(judge: Rule, trained: Rule) -> list[str]:
+    """How the judge's reward model compares with the one that PPO was trained with."""
+    if judge.model == trained.model:
+        if judge.model:
+            return [OWN_JUDGE]
+        return [OWN_FUNCTION] if judge.function == trained.function else []
+    if judge.model and trained.model:
+        return [OTHER_JUDGE]
+    return [MODEL_ADDED if judge.model else MODEL_LEFT_OUT]
+
+
+def said_of_functions(judge: Rule, trained: Rule) -> list[str]:
+    """How the judge's reward function, and the model's weight beside it, differ from PPO's."""
+    if judge.function is None or trained.function is None:
+        if judge.function == trained.function:
+            return []
+        return [FUNCTION_ADDED if judge.function else FUNCTION_LEFT_OUT]
+    said = [] if judge.function == trained.function else [OTHER_FUNCTION]
+    if judge.model and trained.model and judge.weight != trained.weight:
+        said.append(f"PPO was trained with --reward-weight {trained.weight:g}.")
     return said
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from rlhf.data.format import tokenize_prompt
 from rlhf.data.rows import SPEAKERS, BadRow, checked_turns, hh_prompt, parse_dialogue
-from rlhf.data.votes import CHOICES, Vote, VoteFile, agreement, win_rates
+from rlhf.data.votes import CHOICES, JUDGE, Vote, VoteFile, agreement, win_rates
 from rlhf.engine.base import same_base
 from rlhf.engine.loading import load_base
 from rlhf.engine.tokenizers import load_format
@@ -78,6 +78,7 @@ class Ballot:
     turns: Turns
     models: dict[str, str]  # by position, "A" and "B"; as are
     answers: dict[str, Answer]
+    checkpoints: dict[str, str]  # as in a vote
 
     def vote(self, choice: str, voter: str) -> Vote:
         scores = {side: answer["score"] for side, answer in self.answers.items()}
@@ -90,6 +91,7 @@ class Ballot:
             texts,
             self.models,
             None if None in scores.values() else scores,
+            self.checkpoints,
         )
 
 
@@ -169,12 +171,33 @@ def read_report(path: Path) -> tuple[Report, str]:
                     answer["score"] is None or math.isfinite(answer["score"])
                 ):
                     raise ValueError("an answer without a text or a score")
+        checkpoints_of(report)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, BadRow) as error:
         raise UserError(
             f"--report {path} is not a report of compare_outputs.py ({type(error).__name__}: "
             f"{error})"
         ) from None
     return report, hashlib.sha256(content).hexdigest()
+
+
+def checkpoints_of(report: Report) -> dict[str, str]:
+    """Hashes of what stands behind a report's names of models and behind JUDGE, as it records."""
+    facts = {}
+    if "base" in report:
+        base = report["base"]
+        origin = base.get("copy_of", base)  # wherever it has been moved to
+        files = {name: file.get("sha256") for name, file in (base.get("weights") or {}).items()}
+        facts["base"] = [origin["model"], origin.get("revision"), files]
+    for name, phase in (("SFT", "sft"), ("PPO", "ppo"), (JUDGE, "reward")):
+        if phase in report["runs"]:
+            facts[name] = [report["runs"][phase]["adapter_sha256"]]
+    rule = [report["flags"].get(flag) for flag in ("reward_function", "reward_weight")]
+    if rule[0] is not None:
+        facts[JUDGE] = [*facts.get(JUDGE, []), *rule]
+    return {
+        name: hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).hexdigest()[:16]
+        for name, fact in facts.items()
+    }
 
 
 class Poll:
@@ -190,6 +213,7 @@ class Poll:
             raise UserError(f"--models are two or more of {', '.join(names)}")
         self.report = report
         self.digest = digest[:8]
+        self.checkpoints = checkpoints_of(report)
         self.votes = votes
         self.models = tuple(dict.fromkeys(models))  # each once
         self.own: dict[str, Ballot] = {}
@@ -239,6 +263,7 @@ class Poll:
             turns,
             dict(zip("AB", names, strict=True)),
             {s: answers[n] for s, n in zip("AB", names, strict=True)},
+            self.checkpoints,
         )
 
     def deal(self, voter: str) -> Ballot | None:
@@ -262,6 +287,17 @@ class Poll:
         return [
             (int(id[1]), voter) for id, voter in parts if id[0] == self.digest and id[1].isdecimal()
         ]
+
+    def counts(self, vote: Vote, *judge: str) -> bool:
+        """Whether a vote is on the very models of this report, and scored by its JUDGE if named.
+
+        Votes that do not record their checkpoints are on them if they are on this very report.
+        """
+        names = {*vote.models.values(), *judge}
+        recorded = vote.checkpoints or {}
+        if not names <= recorded.keys():
+            return vote.ballot.startswith(f"{self.digest}-")
+        return all(recorded[name] == self.checkpoints.get(name) for name in names)
 
     def ask(self, text: str) -> Ballot:
         """Two models' answers to a prompt that someone typed.
@@ -397,7 +433,7 @@ class Booth:
             shown = [card_of("Done", thanks), "", ""]
         buttons = [gr.update(interactive=ballot is not None)] * len(CHOICES)
         id = ballot.id if ballot else ""
-        return [id, *shown, text_of(progress), results(votes), *buttons]
+        return [id, *shown, text_of(progress), results(self.poll), *buttons]
 
     def start(self, request: gr.Request):
         voter = self.who(request)
@@ -491,8 +527,14 @@ def dialogue(turns: Turns) -> str:
     return f'<div class="card"><h2>Prompt</h2>{"".join(parts)}</div>'
 
 
-def results(votes: list[Vote]) -> str:
-    """Win rates by people, and how often the reward model agrees with them, as a table."""
+def results(poll: Poll) -> str:
+    """Win rates by people, and how often the reward model agrees with them, as a table.
+
+    Both are of the report's own models. Votes on earlier ones are counted below it.
+    """
+    standing = poll.votes.standing()
+    votes = [vote for vote in standing if poll.counts(vote)]
+    earlier = len(standing) - len(votes)
     lines = [
         (
             f"{r['first']} over {r['second']}, win rate by people",
@@ -503,7 +545,7 @@ def results(votes: list[Vote]) -> str:
         )
         for r in win_rates(votes)
     ]
-    agreed = agreement(votes)
+    agreed = agreement(vote for vote in votes if poll.counts(vote, JUDGE))
     if agreed:
         lines.append(("reward model prefers the same answer", *agreed.values()))
     rows = "".join(
@@ -516,11 +558,11 @@ def results(votes: list[Vote]) -> str:
         "scope='col'>Votes</th></tr>"
     )
     note = "<p>A tie and &ldquo;both bad&rdquo; count half in a win rate.</p>"
-    return (
-        f'<div class="results"><table>{head}{rows}</table>{note}</div>'
-        if lines
-        else "<p>No votes yet.</p>"
-    )
+    if earlier:
+        note += f"<p>Left out: {earlier} earlier vote{'s' * (earlier != 1)} on other models.</p>"
+    if not lines:
+        return f"<p>No votes yet.</p>{note if earlier else ''}"
+    return f'<div class="results"><table>{head}{rows}</table>{note}</div>'
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 from conftest import write_jsonl
 
 import compare_outputs as compare
+from rlhf.ppo.reward_function import RewardFunction
 
 RULE = "─" * 80
 TITLES = {
@@ -303,6 +304,40 @@ def test_notes_say_who_judges():
     runs["reward"]["adapter_sha256"] = "another"
     assert compare.notes(runs) == [compare.OTHER_JUDGE]
     assert compare.notes({"sft": {}}) == compare.notes({"ppo": runs["ppo"]}) == []
+
+
+def judged(trained=None, weight=1.0, function=None, judge_weight=1.0, model="a"):
+    """The notes where PPO was trained with the reward model "a" and perhaps a function."""
+    ppo = {"parents": {"reward": "a"}, "hyperparameters": {"reward_weight": weight}}
+    if trained:
+        ppo["reward_function"] = {"name": f"/there/rules.py:{trained}", "sha256": "0"}
+    runs = {"ppo": ppo} | ({"reward": {"adapter_sha256": model}} if model else {})
+    loaded = function and RewardFunction(f"rules.py:{function}", "0", len)
+    return compare.notes(runs, loaded, judge_weight)
+
+
+def test_notes_compare_the_whole_rule_of_a_score():
+    alone = {"trained": "short", "weight": 0.0}
+    assert judged(**alone) == [compare.MODEL_ADDED, compare.FUNCTION_LEFT_OUT]
+    sum_of_both = "A score is 1 times the reward model's plus what rules.py:short gives."
+    assert judged(**alone, function="short") == [compare.MODEL_ADDED, sum_of_both]
+    function_only = "A score is what rules.py:short gives."
+    own = [compare.OWN_FUNCTION, function_only]
+    assert judged(**alone, function="short", judge_weight=0.0) == own
+    assert judged(**alone, function="short", model=None) == own
+
+    both = {"trained": "short", "weight": 0.5}
+    half = "A score is 0.5 times the reward model's plus what rules.py:short gives."
+    assert judged(**both, function="short", judge_weight=0.5) == [compare.OWN_JUDGE, half]
+    assert judged(**both, function="short") == [
+        compare.OWN_JUDGE,
+        sum_of_both,
+        "PPO was trained with --reward-weight 0.5.",
+    ]
+    assert judged(**both) == [compare.OWN_JUDGE, compare.FUNCTION_LEFT_OUT]
+    assert judged(**both, function="short", model=None) == [compare.MODEL_LEFT_OUT, function_only]
+    assert judged("long", function="short")[-1] == compare.OTHER_FUNCTION
+    assert judged(function="short")[-1] == compare.FUNCTION_ADDED
 
 
 def test_the_probe_of_each_model_and_what_changed_between_two():
@@ -712,6 +747,13 @@ def test_refuses_before_the_model_is_loaded(call_main, argv, tmp_path, monkeypat
         ),
         (["--output-dir", "new", "--prompts", "file"], "there is no prompt to answer"),
         (["--prompts", "file", "--num-test-prompts", "1"], "give one of them"),
+        (
+            ["--dataset", "Dahoas/rm-static"],
+            "--dataset Dahoas/rm-static is asked with --num-test-prompts N only: add it",
+        ),
+        (["--dataset", "none.jsonl", "--prompts", "file"], "is asked with --num-test-prompts N"),
+        (["--columns", "prompt=q"], "no rows are asked: add --num-test-prompts N, name a file"),
+        (["--columns", "prompt=q", "--prompts", "file"], "no rows are asked"),
         (["--max-new-tokens", "0"], "must be at least 1"),
         (["--temperature", "nan"], "--temperature must be at least 0 and finite, not nan"),
     ]:

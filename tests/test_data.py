@@ -895,6 +895,19 @@ def test_compressed_files_are_read_whole_or_not_at_all(tmp_path, kind, suffix):
             load_pairs(str(tmp_path), "train")
 
 
+@pytest.mark.parametrize("name", ["train.JSONL", "train.Csv", "train.JSONL.GZ", "train.json.Zst"])
+def test_capitals_in_a_suffix_mean_nothing(tmp_path, name):
+    plain = tmp_path / f"plain{re.search(r'[.](jsonl|json|csv)', name.lower())[0]}"
+    write(plain, ROWS)
+    file = tmp_path / "data" / name
+    file.parent.mkdir()
+    content = plain.read_bytes()
+    lower = file.with_name(name.lower())
+    file.write_bytes(compressed(lower, content) if lower.suffix in (".gz", ".zst") else content)
+    assert load_pairs(str(file.parent), "train") == PAIRS
+    assert has_rows(file)
+
+
 def test_a_row_a_line_in_a_json_file_is_named(tmp_path):
     write_jsonl(tmp_path / "train.json", ROWS)
     with pytest.raises(UserError, match=r"train.json holds more than one object: .*call it .jsonl"):

@@ -728,11 +728,21 @@ def test_what_the_next_command_leaves_out_is_what_the_scripts_begin_with(preset)
         config = module.PRESETS[name] if name else module.Config()
         usual = USUAL[name] | {"output_dir": USUAL[name][made or "reports"]}
         usual |= {f"{phase}_checkpoint": USUAL[name][phase] for phase in ("sft", "reward", "ppo")}
-        fields = vars(config).keys() & usual.keys()
+        values = dict(vars(config))
+        if script == "compare_outputs":
+            values["dataset"] = values["dataset"] or module.USUAL_DATASET
+        fields = values.keys() & usual.keys()
         assert len(fields) >= 3
-        assert {field: vars(config)[field] for field in fields} == {
+        assert {field: values[field] for field in fields} == {
             field: usual[field] for field in fields
         }
+
+
+def test_the_comparison_asks_the_rows_whose_columns_were_renamed():
+    """Of the usual data, too: --columns without --num-test-prompts is refused."""
+    _, config = following("ppo_train", "--columns prompt=question", "ppo")
+    assert config.columns == "prompt=question"
+    assert config.num_test_prompts > 0
 
 
 @pytest.mark.parametrize("preset", ["", "--preset demo "])

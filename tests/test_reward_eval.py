@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf.reports.reward_evaluation import ScoredPairs, calibration, groups, judge
+from rlhf.runs.run_warnings import reward_warnings
 
 
 def scored(chosen, rejected, chosen_tokens, rejected_tokens, turns=None):
@@ -40,6 +41,41 @@ def test_pairs_of_equal_length_are_in_neither_kind():
     # the third is right, and alike in length
     m = judge(scored([1, 0, 1], [0, 1, 0], [10, 5, 8], [5, 10, 8]))
     assert m["length_balanced_accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("shorter", (2, 3))
+def test_a_few_lucky_pairs_of_one_kind_are_no_certainty(shorter):
+    """A coin that happens to be right on all the shorter winners there are."""
+    longer = 60 - shorter
+    heads = [1, 0] * 30
+    m = judge(
+        scored(
+            heads[:longer] + [1] * shorter,
+            [1 - head for head in heads[:longer]] + [0] * shorter,
+            [20] * longer + [10] * shorter,
+            [10] * longer + [20] * shorter,
+        )
+    )
+    assert m["length_balanced_accuracy"] == pytest.approx(0.75, abs=0.005)
+    assert m["length_balanced_low"] < 0.5 < 0.75 < m["length_balanced_high"]
+    assert any("it may know nothing but length" in line for line in reward_warnings(m))
+
+
+def test_many_pairs_of_each_kind_have_a_narrow_interval():
+    m = judge(scored([1] * 190 + [0] * 10, [0] * 190 + [1] * 10, [9, 5] * 100, [5, 9] * 100))
+    assert m["length_balanced_accuracy"] == 0.95
+    assert m["length_balanced_low"] == pytest.approx(0.91, abs=0.01)
+    assert m["length_balanced_high"] == pytest.approx(0.975, abs=0.01)
+
+
+def test_a_few_pairs_beside_length_are_no_certainty():
+    """Longer wins nine times of ten. The model says so each time, and is right on the tenth too."""
+    m = judge(scored([1] * 10, [0] * 10, [9] * 9 + [5], [5] * 9 + [9]))
+    assert m["above_longer_wins"] == 0.1
+    assert m["above_longer_wins_low"] < 0 < m["above_longer_wins_high"]
+    same = judge(scored([1] * 9 + [0], [0] * 9 + [1], [9] * 9 + [5], [5] * 9 + [9]))
+    assert same["above_longer_wins"] == 0
+    assert same["above_longer_wins_low"] < 0 < same["above_longer_wins_high"]
 
 
 def test_a_model_that_sees_length_alone():

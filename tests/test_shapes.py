@@ -573,6 +573,35 @@ def test_a_name_that_cannot_be_is_refused_with_the_columns_there_are(tmp_path, c
         load_rows(str(tmp_path), "train", "answer", columns)
 
 
+@pytest.mark.parametrize(
+    ("row", "columns", "says"),
+    [
+        (
+            {"prompt": "Hi", "chosen": "Old.", "answer": "New."},
+            "response=answer",
+            "train.jsonl, row 2 is read from prompt, chosen, and 'response' would be ignored: give "
+            "'answer' one of those names",
+        ),
+        ({"prompt": "x", "q": "Hi", "chosen": "Hello!"}, "instruction=q", "'instruction' would be"),
+        ({"prompt": "Hi", "in": "More.", "chosen": "Hello!"}, "input=in", "'input' would be"),
+        (
+            {"prompt": "Hi", "chosen": "Hello!", "rejected": "No.", "good": False},
+            "label=good",
+            "'label' would be",
+        ),
+    ],
+)
+@pytest.mark.parametrize("needs", ["prompt", "answer"])
+def test_a_column_that_was_named_but_would_not_be_read_is_refused(
+    tmp_path, row, columns, says, needs
+):
+    """It holds nothing in the first row, where that does no harm."""
+    theirs = columns.partition("=")[2]
+    write_jsonl(tmp_path / "train.jsonl", [row | {theirs: None}, row])
+    with pytest.raises(UserError, match=re.escape(says)):
+        load_rows(str(tmp_path), "train", needs, columns)
+
+
 # ---------------------------------------------------------------- through the scripts
 
 

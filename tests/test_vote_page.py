@@ -1,6 +1,7 @@
 """The page of feedback.vote, in a real browser: what it deals and shows, and no vote lost."""
 
 import contextlib
+import dataclasses
 import json
 import random
 import shutil
@@ -100,6 +101,44 @@ def test_sides_are_drawn_and_belong_to_the_id(tmp_path):
         } == ballot.models
         assert poll.ballot(ballot.id) == ballot
     assert 140 < left["PPO"] < 260  # 6 standard deviations
+
+
+def round_of_votes(folder, name, ppo, reward, choose, prompts=8):
+    """Everyone of a round, by model, in one file of votes; the report may have other prompts."""
+    made = report(prompts, models=("SFT", "PPO"))
+    shas = {"sft": "1", "ppo": ppo, "reward": reward}
+    made["runs"] = {phase: {"adapter_sha256": sha} for phase, sha in shas.items()}
+    (folder / name).write_text(json.dumps(made))
+    read, digest = page.read_report(folder / name)
+    poll = page.Poll(read, digest, ("SFT", "PPO"), VoteFile(folder / "votes.jsonl"))
+    for _ in range(prompts):
+        ballot = poll.deal("ann")
+        side = next(side for side, model in ballot.models.items() if model == choose)
+        poll.votes.add(ballot.vote(side, "ann"))
+    poll.votes.file.close()
+    return page.results(poll)
+
+
+def test_results_are_of_the_models_in_the_report(tmp_path):
+    """A new PPO is not an old one; other prompts to the same checkpoints are the same models."""
+    first = round_of_votes(tmp_path, "1.json", "old", "judge", "SFT")
+    assert "<td>0 %</td><td>0 to 32 %</td><td>8</td>" in first and "Left out" not in first
+    second = round_of_votes(tmp_path, "2.json", "new", "judge", "PPO")
+    assert "<td>100 %</td><td>68 to 100 %</td><td>8</td>" in second
+    assert "Left out: 8 earlier votes on other models." in second
+    assert "prefers the same answer" in second and "<td>16</td>" not in second
+    more = round_of_votes(tmp_path, "3.json", "new", "another", "PPO", prompts=5)
+    assert "<td>100 %</td><td>77 to 100 %</td><td>13</td>" in more
+    assert more.count("<td>5</td>") == 1  # of the new judge
+    assert "Left out: 8 earlier votes on other models." in more
+
+
+def test_votes_that_do_not_record_checkpoints_count_for_their_own_report(tmp_path):
+    poll = make_poll(tmp_path, prompts=2)
+    vote = poll.deal("ann").vote("A", "ann")
+    older = dataclasses.replace(vote, checkpoints=None)
+    assert poll.counts(older)
+    assert not poll.counts(dataclasses.replace(older, ballot=f"00000000-{vote.ballot[9:]}"))
 
 
 def test_a_ballot_of_another_report_is_unknown(tmp_path):

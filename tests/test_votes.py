@@ -57,6 +57,7 @@ def test_a_line_has_the_columns_of_rm_static_and_who_saw_what(tmp_path):
         "answers": {"A": "One.", "B": "Two."},
         "models": {"A": "SFT", "B": "PPO"},
         "scores": {"A": 0.5, "B": -0.5},
+        "checkpoints": None,
     }
     assert (second["chosen"], second["rejected"], second["vote"], second["scores"]) == (
         None,

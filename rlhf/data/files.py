@@ -6,6 +6,7 @@ split, are still to be split. Files are .jsonl, .json, .csv or .parquet; all but
 compressed (.gz, .zst).
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.rows import ANSWERS, COLUMNS, TALKS, Needs
+from rlhf.data.rows import ANSWERS, COLUMNS, TALKS, BadRow, Needs, columns_of, is_empty
 from rlhf.runs.errors import UserError, one_line
 from rlhf.runs.terminal import plain
 
@@ -107,8 +108,14 @@ def has_rows(path: Path) -> bool:
 
 def kind_of(path: Path) -> str | None:
     """The suffix that says how to read a file, without that of a compression; None: unknown."""
-    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-    return suffix if suffix in SUFFIXES and not (suffix == ".parquet" != path.suffix) else None
+    outer = suffix_of(path)
+    suffix = suffix_of(Path(path.stem)) if outer in COMPRESSED else outer
+    return suffix if suffix in SUFFIXES and not (suffix == ".parquet" != outer) else None
+
+
+def suffix_of(path: Path) -> str:
+    """A file's suffix in lower case, as some systems write .JSONL."""
+    return path.suffix.lower()
 
 
 def split_files(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
@@ -185,7 +192,9 @@ def checked_rows(rows: Rows, where: str, needs: Needs, names: dict[str, str]) ->
             )
         if number == 0:
             check_columns(row, where, needs, names)
-        yield renamed(row, names)
+        row = renamed(row, names)
+        check_used(row, f"{where}, row {number + 1}", names)
+        yield row
 
 
 def renamed(row: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
@@ -232,6 +241,24 @@ def check_columns(row: dict[str, Any], where: str, needs: Needs, names: dict[str
             f"{where} has no column '{missing}' ({has}): {WANTED[needs]}; {ACCEPTED[needs]}; "
             f"--columns {missing}=NAME reads it from column NAME"
         )
+
+
+def check_used(row: dict[str, Any], where: str, names: dict[str, str]) -> None:
+    """Raise UserError if a cell that `names` names would not be read, as another one goes first.
+
+    Args:
+        row: under our names of the columns.
+    """
+    read = ()
+    if names:
+        with contextlib.suppress(BadRow):  # such a row is dropped and counted
+            read = columns_of(row).values()
+    for ours, theirs in names.items() if read else ():
+        if ours not in read and not is_empty(row[ours]):
+            raise UserError(
+                f"--columns {ours}={theirs}: {where} is read from {', '.join(read)}, and "
+                f"'{ours}' would be ignored: give '{theirs}' one of those names, or leave it out"
+            )
 
 
 def missing_column(row: dict[str, Any], needs: Needs) -> str | None:
@@ -358,9 +385,9 @@ class open_text:
 
 def open_bytes(path: Path) -> io.BufferedIOBase:
     file = path.open("rb")
-    if path.suffix == ".gz":
+    if suffix_of(path) == ".gz":
         return gzip.GzipFile(fileobj=file)
-    if path.suffix == ".zst":
+    if suffix_of(path) == ".zst":
         import pyarrow
 
         return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")

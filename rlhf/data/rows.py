@@ -203,6 +203,11 @@ def columns_of(row: dict[str, Any]) -> dict[str, str]:
     return {part: name for part, name in parts.items() if name}
 
 
+def is_empty(cell: Any) -> bool:
+    """Whether a cell holds nothing, so that nothing is lost if it is not read."""
+    return cell in (None, "", [])
+
+
 def is_whole(answer: Any) -> bool:
     """Whether an answer is a whole dialogue, question included."""
     answer = unspelled(answer)

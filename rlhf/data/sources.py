@@ -15,6 +15,7 @@ from rlhf.data.rows import (
     Pair,
     columns_of,
     flaw_of,
+    is_empty,
     read_row,
     why_unusable,
 )
@@ -237,12 +238,10 @@ def ignored_names(row: dict[str, Any]) -> Iterator[str]:
     """The columns of a row and the keys of its messages that hold something but are not read."""
     read = columns_of(row).values()
     yield from (
-        plain(str(name))
-        for name, cell in row.items()
-        if name not in read and cell not in (None, "", [])
+        plain(str(name)) for name, cell in row.items() if name not in read and not is_empty(cell)
     )
     for name in read:
         for message in row[name] if isinstance(row[name], list) else [row[name]]:
             for key, value in message.items() if isinstance(message, dict) else ():
-                if key not in MESSAGE and value not in (None, "", []):
+                if key not in MESSAGE and not is_empty(value):
                     yield f"{plain(str(key))} of messages"

@@ -2,8 +2,9 @@
 
 A vote for A or B is a preference pair (`prompt`, `response`, `chosen`, `rejected`). It comes with
 `vote`, `ballot`, `voter` and `time`, and for each position with the `answers` shown, the `models`
-that gave them and the reward model's `scores`. For "tie" and "both bad", `response`, `chosen` and
-`rejected` are null. A line `{"undo": ballot, ...}` takes a vote back. Nothing is ever rewritten.
+that gave them and the reward model's `scores`; `checkpoints` tells one model of a name from
+another. For "tie" and "both bad", `response`, `chosen` and `rejected` are null. A line
+`{"undo": ballot, ...}` takes a vote back. Nothing is ever rewritten.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from rlhf.runs.statistics import wilson_interval
 from rlhf.runs.terminal import console, plain
 
 CHOICES = ("A", "B", "tie", "both bad")
+JUDGE = "judge"  # what gave the scores, among a vote's checkpoints
 HELD_OUT = 5  # one prompt in this many is not trained on
 
 
@@ -39,6 +41,8 @@ class Vote:
     answers: dict[str, str]  # by position, "A" and "B"
     models: dict[str, str]  # by position
     scores: dict[str, float] | None = None  # by position, if there was a reward model
+    # hashes of what stood behind the report's names of models and behind JUDGE
+    checkpoints: dict[str, str] | None = None
 
     def pair(self) -> dict[str, str | None]:
         """The vote in rm-static's columns."""
@@ -54,6 +58,7 @@ class Vote:
             self.pair()
             | said
             | {"answers": self.answers, "models": self.models, "scores": self.scores}
+            | {"checkpoints": self.checkpoints}
         )
 
 
@@ -102,8 +107,9 @@ def parse_vote(row: dict[str, Any]) -> Vote:
     missing = [name for name in names if name not in row]
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}")
-    vote = Vote(*(row[name] for name in names), row.get("scores"))
+    vote = Vote(*(row[name] for name in names), row.get("scores"), row.get("checkpoints"))
     texts = [vote.ballot, vote.voter, vote.prompt, *vote.answers.values(), *vote.models.values()]
+    texts += (vote.checkpoints or {}).values()
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a field that is not text")
     if vote.choice not in CHOICES:

@@ -61,7 +61,8 @@ def judge(pairs: ScoredPairs) -> dict[str, Any]:
     tokens = np.concatenate([pairs.chosen_tokens, pairs.rejected_tokens])
     bins = calibration(margin)
     low, high = wilson_interval(right.sum(), len(right))
-    above_low, above_high = mean_interval(right - longer)
+    # Without one more pair each way, a bootstrap of a few differences is too sure.
+    above_low, above_high = mean_interval([*(right - longer), 1.0, -1.0])
     numbers = {
         "eval_accuracy": right.mean(),
         "eval_accuracy_low": low,
@@ -94,14 +95,17 @@ def judge(pairs: ScoredPairs) -> dict[str, Any]:
 def length_balanced(right: np.ndarray, longer: np.ndarray) -> dict[str, float | None]:
     """The mean of two accuracies: where the chosen response is longer, and where it is shorter.
 
-    A model that looks at length alone gets 0.5. None if one of the two kinds is missing.
+    A model that looks at length alone gets 0.5. None if one of the two kinds is missing. The
+    interval is a bootstrap, with one right and one wrong pair added to each kind as in Agresti and
+    Caffo (2000). Without them, two right of two would seem certain.
     """
     kinds = right[longer == 1], right[longer == 0]
     if not all(map(len, kinds)):
         return dict.fromkeys(
             ("length_balanced_accuracy", "length_balanced_low", "length_balanced_high")
         )
-    low, high = np.quantile((bootstrap(kinds[0], 0) + bootstrap(kinds[1], 1)) / 2, [0.025, 0.975])
+    more = [[*kind, 0.0, 1.0] for kind in kinds]
+    low, high = np.quantile((bootstrap(more[0], 0) + bootstrap(more[1], 1)) / 2, [0.025, 0.975])
     return {
         "length_balanced_accuracy": (kinds[0].mean() + kinds[1].mean()) / 2,
         "length_balanced_low": low,

@@ -83,7 +83,8 @@ def next_command(script: str, flags: Mapping[str, Any], made: str, same_data: bo
     for name in (*(("dataset", "columns") if same_data else ()), *CARRIED[made]):
         if flags[name] != usual.get(name):
             given[name] = flags[name]
-    if made == "ppo" and "dataset" in given:  # or it asks prompts of its own
+    if made == "ppo" and not given.keys().isdisjoint(("dataset", "columns")):
+        # or it would ask prompts of its own
         given["num_test_prompts"] = flags["max_eval_samples"] or 1000
     output = beside(flags["output_dir"], made, FOLLOWS[made])
     if flags["output_dir"] != usual.get(made) and output != usual[FOLLOWS[made]]:
