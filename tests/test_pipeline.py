@@ -475,6 +475,8 @@ def test_backward_of_the_reward_model_stops_at_its_lowest_layer(
         "--max-steps",
         "3",
         "--gradient-checkpointing",
+        "--micro-batch-tokens",  # a step in one part
+        "4096",
     ]
     assert call_main("reward_train", argv).returncode == 0
     assert passes == {
