@@ -83,8 +83,8 @@ class Config:
     # text file with a prompt a line, or rows (.jsonl, .csv); None: PROMPTS
     prompts: str | None = None
     num_test_prompts: int = 0  # use the first N test prompts of `dataset`; 0: use `prompts`
-    # hub id, folder, .jsonl, .json, .csv (also .gz or .zst) or .parquet; None: Dahoas/rm-static
-    dataset: str | None = None
+    # hub id, folder, .jsonl, .json, .csv (also .gz or .zst) or .parquet
+    dataset: str = "Dahoas/rm-static"
     # renames columns, here and in `prompts`: prompt=question,chosen=good
     columns: str | None = None
     show: int = 8  # prompts to print; the files hold all
@@ -127,7 +127,6 @@ PROMPTS = (
     "Hi! How are you today?",
 )
 
-USUAL_DATASET = "Dahoas/rm-static"
 RULE = "─" * 80
 FILES = ("compare.md", "compare.html", "compare.json")
 COLUMNS = (
@@ -187,7 +186,7 @@ def main(config: Config) -> None:
     runs = read_runs(folders)
     check_reports(config)
     warned = said_before(runs)
-    print_warnings(warned)
+    print_warnings(warned + unused_flags(config))
 
     dtype = choose_dtype(config.dtype, device())
     base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
@@ -244,19 +243,7 @@ def check_flags(config: Config) -> None:
     """Raise UserError for flags that are out of range or do not go together."""
     if config.prompts is not None and config.num_test_prompts:
         raise UserError("--prompts and --num-test-prompts both say what to ask: give one of them")
-    preset = PRESETS[config.preset] if config.preset else Config()
-    if config.dataset != preset.dataset and not config.num_test_prompts:
-        raise UserError(
-            f"--dataset {config.dataset} is asked with --num-test-prompts N only: add it, or leave "
-            "--dataset out"
-        )
     parse_columns(config.columns)
-    rows_in_file = config.prompts is not None and has_rows(Path(config.prompts))
-    if config.columns is not None and not config.num_test_prompts and not rows_in_file:
-        raise UserError(
-            f"--columns {config.columns} renames columns of rows, and no rows are asked: add "
-            "--num-test-prompts N, name a file of rows with --prompts, or leave --columns out"
-        )
     check_numbers(vars(config))
     check_weight(config.reward_weight, config.reward_function)
 
@@ -293,12 +280,27 @@ def model_titles(base_model: str, runs: dict[str, dict[str, Any]]) -> dict[str, 
     return titles
 
 
+def unused_flags(config: Config) -> list[str]:
+    """Warnings of flags that were given and say nothing about what is asked."""
+    preset = PRESETS[config.preset] if config.preset else Config()
+    found = []
+    if config.dataset != preset.dataset and not config.num_test_prompts:
+        found.append(f"no prompt comes from --dataset {config.dataset}: add --num-test-prompts N")
+    rows_in_file = config.prompts is not None and has_rows(Path(config.prompts))
+    if config.columns is not None and not config.num_test_prompts and not rows_in_file:
+        found.append(
+            f"--columns {config.columns} renames nothing, as no rows are asked: add "
+            "--num-test-prompts N, or name a file of rows with --prompts"
+        )
+    return found
+
+
 def read_prompts(config: Config, prompt_format: PromptFormat) -> list[tuple[Turns, list[int]]]:
     """The prompts as turns and token ids. Bad and overlong ones are dropped and reported."""
     path = Path(config.prompts or "")
     if config.num_test_prompts:
         settings = "test", "prompt", config.columns, config.num_test_prompts
-        pairs = load_rows(USUAL_DATASET if config.dataset is None else config.dataset, *settings)
+        pairs = load_rows(config.dataset, *settings)
         rows = dict.fromkeys(pair.turns for pair in pairs)
         turns_of = tuple  # they are turns
     elif config.prompts is None:

@@ -146,7 +146,7 @@ PROBLEMS = [
 
 
 def test_ppo_learns_to_repeat_a_token(run):
-    rows = run(frequency, 40, **REPEAT)
+    rows = run(frequency, 60, **REPEAT)
     assert mean(rows[:2], "objective/scores") < 0.2
     assert mean(rows[-5:], "objective/scores") >= 0.95
 
