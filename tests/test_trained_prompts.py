@@ -45,8 +45,8 @@ def test_held_out_prompts_that_were_trained_on_are_counted_and_named(capsys):
     }
     held_out = [QUESTIONS[2], QUESTIONS[1], QUESTIONS[1], QUESTIONS[0]]
     warning = (
-        "2 of 3 held-out prompts were also trained on (by SFT, reward model), so their figures "
-        "are too good"
+        "2 of 3 held-out prompts are also in the training data (of SFT, reward model), so the "
+        "figures are too good"
     )
     assert report_overlap(held_out, trained) == [warning]
     said = " ".join(capsys.readouterr().out.split())
@@ -123,10 +123,12 @@ def test_votes_on_test_prompts_are_noticed_now_and_later(trained, tiny_data, cal
     votes = write_jsonl(tmp_path / "votes.jsonl", [vote(n, row) for n, row in enumerate(rows)])
     argv = [*trained.reward_flags, "--max-steps", 1, "--output-dir", tmp_path / "reward"]
     alone = call_main("reward_train", argv)
-    assert alone.returncode == 0 and "also trained on" not in alone.stdout
+    assert alone.returncode == 0 and "also in the training data" not in alone.stdout
     with_votes = call_main("reward_train", [*argv, "--extra-data", votes, "--overwrite"])
     assert with_votes.returncode == 0
-    warning = f"{trained_on(votes, rows)} of 8 held-out prompts were also trained on (by reward"
+    warning = (
+        f"{trained_on(votes, rows)} of 8 held-out prompts are also in the training data (of reward"
+    )
     assert warning in " ".join(with_votes.stdout.split())
     again = call_main("reward_train", [*argv, "--eval-only", "--overwrite"])
     assert again.returncode == 0 and warning in " ".join(again.stdout.split())
@@ -156,7 +158,7 @@ def test_the_comparison_does_not_call_held_out_what_was_trained_on(
     argv = ["--sft-checkpoint", sft, "--reward-checkpoint", trained.reward, "--dtype", "fp32"]
     argv += ["--ppo-checkpoint", "/nowhere", "--output-dir", "out", "--max-new-tokens", 4]
     argv += ["--show", 0, "--num-test-prompts", 50, "--overwrite"]
-    warning = "held-out prompts were also trained on (by SFT, reward model)"
+    warning = "held-out prompts are also in the training data (of SFT, reward model)"
     same = call_main("compare_outputs", [*argv, "--dataset", tiny_data / "train.jsonl"])
     assert same.returncode == 0, same.stderr
     assert (
@@ -165,8 +167,8 @@ def test_the_comparison_does_not_call_held_out_what_was_trained_on(
     result = " ".join(same.stdout[same.stdout.index("By how much") :].split())
     assert " held-out " not in result
     other = call_main("compare_outputs", [*argv, "--dataset", tiny_data])
-    assert other.returncode == 0 and "also trained on" not in other.stdout
+    assert other.returncode == 0 and "also in the training data" not in other.stdout
     assert "By how much: of 8 held-out prompts" in other.stdout
     (sft / FILE).unlink()  # as if an earlier version had made it
     less = call_main("compare_outputs", [*argv, "--dataset", tiny_data / "train.jsonl"])
-    assert "were also trained on (by reward model)" in " ".join(less.stdout.split())
+    assert "are also in the training data (of reward model)" in " ".join(less.stdout.split())

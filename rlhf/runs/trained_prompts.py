@@ -82,8 +82,8 @@ def report_overlap(held_out: Iterable[Turns], trained: dict[str, np.ndarray]) ->
         return []
     owners = ", ".join(OWNERS[role] for role, seen in known.items() if seen.any())
     warning = (
-        f"{len(both)} of {len(prompts)} held-out prompts were also trained on (by {owners}), so "
-        "their figures are too good"
+        f"{len(both)} of {len(prompts)} held-out prompts are also in the training data "
+        f"(of {owners}), so the figures are too good"
     )
     first = plain(" ".join(both[0][-1][1].split()))
     first = first if len(first) <= 60 else first[:57] + "..."
