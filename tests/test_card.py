@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused_with_what_would(card):
 
 def test_a_cpu_needs_no_plan():
     cpu = torch.device("cpu")
-    assert choose_tokens(None, "auto", 10, cpu, None, "") == (512, "as on any CPU")
+    assert choose_tokens(None, "auto", 10, cpu, None, "") == (1024, "as on any CPU")
 
 
 def test_a_text_that_does_not_fit_is_refused_with_advice(card):

@@ -1,10 +1,13 @@
 """Cutting by tokens, and what happens when memory runs out or a signal comes."""
 
 import signal
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlhf.engine.micro_batches import MicroBatchSize, cut_by_tokens
 from rlhf.ppo.batch import restarts_in_smaller_parts
@@ -21,6 +24,27 @@ def test_cutting_by_hand():
     assert cut_by_tokens([5, 5, 5], 15) == [[0, 1, 2]]
     assert cut_by_tokens([5, 5, 5], 14) == [[0, 1], [2]]
     assert cut_by_tokens([], 8) == []
+    # Of two micro-batches, the first would fill up: 3 x 5 and 1 x 5, where 2 x 5 will do.
+    assert cut_by_tokens([5, 5, 5, 5], 15) == [[0, 1], [2, 3]]
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=9), st.integers(1, 60))
+def test_as_few_as_can_be_and_as_even_as_so_many_can_be(lengths, tokens):
+    cut = cut_by_tokens(lengths, tokens)
+    assert sorted(index for part in cut for index in part) == list(range(len(lengths)))
+
+    def size(part: list[int]) -> int:
+        return len(part) * max(part)
+
+    # Each way to cut the texts in order of length, that keeps to the limit where one text does.
+    ordered = sorted(lengths)
+    ways = []
+    for ends in product((False, True), repeat=len(ordered) - 1):
+        borders = [0, *(i + 1 for i, end in enumerate(ends) if end), len(ordered)]
+        parts = [ordered[a:b] for a, b in pairwise(borders)]
+        if all(size(part) <= tokens or len(part) == 1 for part in parts):
+            ways.append((len(parts), max(size(part) for part in parts)))
+    assert (len(cut), max(size([lengths[i] for i in part]) for part in cut)) == min(ways)
 
 
 def test_half_the_tokens_until_it_fits():
@@ -78,3 +102,4 @@ def test_a_loop_ends_where_a_signal_asks_it_to():
             if number == 2:
                 signal.raise_signal(signal.SIGTERM)
     assert done == [0, 1, 2] and stopped.value.args == (signal.SIGTERM,)
+    assert list(until_stopped(range(2))) == [0, 1]  # what comes later was not asked to

@@ -77,7 +77,8 @@ def ppo(trained, tiny_data, call_main, tmp_path_factory):
     result = call_main("ppo_train", ppo_flags(trained, tiny_data, folder))
     assert result.returncode == 0, result.stderr
     assert (
-        "CPU: micro-batches of 512 tokens (as on any CPU), 4 rows a step, float32" in result.stdout
+        "CPU: micro-batches of 1,024 tokens (as on any CPU), 4 rows a step, float32"
+        in result.stdout
     )
     assert re.search(
         r"^PPO: update 1 of 3, score -?[\d.]+, KL 0.00, [\d,]+ tokens/s, .* left$",

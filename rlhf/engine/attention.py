@@ -121,11 +121,14 @@ def _attend_by_products(
 def _attend_fused(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
 ) -> Tensor:
-    """Torch's own kernel: two to four times faster for a single token on a CPU in bfloat16."""
-    out = F.scaled_dot_product_attention(
-        query[:, :, None], key, value, attn_mask=mask, scale=scaling, enable_gqa=True
-    )
-    return out.view(len(query), -1)
+    """Torch's own kernel, which takes the G query heads of a key head for G tokens of one head.
+
+    As heads of one token each they would take up to six times as long on a CPU in bfloat16.
+    """
+    rows, kv_heads, _, d = key.shape
+    queries = query.view(rows, kv_heads, -1, d)
+    out = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(rows, -1)
 
 
 class Attention(Function):

@@ -5,6 +5,7 @@ what a step computes nor which rows the step has.
 """
 
 import ctypes
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
@@ -14,18 +15,30 @@ from rlhf.runs.processes import least, sharded
 from rlhf.runs.terminal import console
 
 T = TypeVar("T")
-CPU_TOKENS = 512  # of a micro-batch on a CPU, where more takes memory and no less time
+CPU_TOKENS = 1024  # of a micro-batch on a CPU, where more takes memory and no less time
 
 
 def cut_by_tokens(lengths: list[int], tokens: int) -> list[list[int]]:
     """Micro-batches as indices of texts. Similar lengths go together, so attention pads little.
 
+    There are as few as can be, and the largest of so many is as small as can be.
+
     Args:
         lengths: of the texts, in tokens.
         tokens: at most in a micro-batch, with padding; a longer text gets its own.
     """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    fewest = len(_fill(order, lengths, tokens))
+    even = bisect_left(
+        range(tokens), True, key=lambda size: len(_fill(order, lengths, size)) <= fewest
+    )
+    return _fill(order, lengths, even)
+
+
+def _fill(order: list[int], lengths: list[int], tokens: int) -> list[list[int]]:
+    """Micro-batches of texts in this order, each with as many as fit."""
     micro_batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+    for index in order:
         if not micro_batches or (len(micro_batches[-1]) + 1) * lengths[index] > tokens:
             micro_batches.append([])
         micro_batches[-1].append(index)

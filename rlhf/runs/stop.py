@@ -30,13 +30,13 @@ def stop_when_asked() -> Iterator[None]:
             flush=True,
         )
 
-    _asked.clear()
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _asked.clear()
 
 
 def asked_to_stop() -> int:
