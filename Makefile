@@ -29,7 +29,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 export PYTHONUNBUFFERED := 1
 
-demo: $(BIN)/.installed $(MODEL)/model.safetensors
+demo: $(BIN)/.demo $(MODEL)/model.safetensors
 	$(BIN)/python sft_train.py --preset demo --overwrite
 	$(BIN)/python reward_train.py --preset demo --overwrite
 	$(BIN)/python ppo_train.py --preset demo --overwrite
@@ -90,11 +90,15 @@ bench-card: $(BIN)/.installed $(MODEL)/model.safetensors
 bench-export: $(BIN)/.installed $(MODEL)/model.safetensors
 	$(BIN)/python benchmarks/export_3b.py
 
-$(MODEL)/model.safetensors: | $(BIN)/.installed
+$(MODEL)/model.safetensors: | $(BIN)/.demo
 	$(BIN)/python demo/get_model.py $(MODEL)
 
-$(BIN)/.installed: requirements.txt requirements-dev.txt
+$(BIN)/.demo: requirements.txt demo/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name it with make PYTHON=...")'
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r demo/requirements.txt
+	@touch $@
+
+$(BIN)/.installed: $(BIN)/.demo requirements-dev.txt requirements-feedback.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

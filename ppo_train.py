@@ -217,15 +217,16 @@ PRESETS = {
         max_eval_samples=80,
         role_layers=15,
         temperature=0.7,
-        total_episodes=512,
+        total_episodes=384,
         episodes_per_update=32,
         rollout_batch_size=40,
         learning_rate=1e-3,
         value_learning_rate=2e-3,
         warmup_updates=3,
         critic_warmup_updates=1,
+        kl_coef=0.02,
         kl_horizon=10_000,
-        eval_steps=8,
+        eval_steps=6,
     )
 }
 

@@ -155,8 +155,8 @@ PRESETS = {
         output_dir="runs/demo/reward",
         max_length=192,
         role_layers=15,
-        learning_rate=5e-4,
-        num_train_epochs=2.0,
+        learning_rate=1e-3,
+        num_train_epochs=1.0,
         batch_size=8,
         warmup_ratio=0.1,
     )

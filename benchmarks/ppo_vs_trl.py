@@ -56,7 +56,7 @@ BATCH = 16  # episodes of a TRL update
 SAME_ALGORITHM = (
     "--episodes-per-update 16 --num-mini-batches 1 --num-ppo-epochs 4 --role-layers 0 "
     "--rollout-batch-size 16 --warmup-updates 0 --critic-warmup-updates 0 --kl-stop 1e9 "
-    "--kl-controller fixed"
+    "--kl-controller fixed --kl-coef 0.05"
 )
 SHIPPED_DEFAULTS = "--warmup-updates 1 --critic-warmup-updates 0"
 SHORT = "--max-eval-samples 4 --num-printed-samples 0"

@@ -35,7 +35,8 @@ from rlhf.runs.metrics import read_jsonl
 from rlhf.runs.statistics import mean_interval
 from rlhf.runs.terminal import console
 
-LOOKS = {"eval_steps": 4}
+REWARD = {"num_train_epochs": 2.0, "learning_rate": 5e-4}
+LOOKS = {"eval_steps": 4, "total_episodes": 512, "kl_coef": 0.05}
 PROVOKED = {"learning_rate": 4e-3, "kl_coef": 0.0, "kl_stop": 1e9}
 PAIRS = {"reward": 48, "gold": None}  # that the judges learn from; None: all of their half
 RUNS = {"provoked": LOOKS | PROVOKED, "healthy": LOOKS}
@@ -80,7 +81,7 @@ def train_models(config: Config) -> dict[str, Any]:
         if not (Path(output) / "run.json").exists():
             settings = common | {"sft_checkpoint": sft, "seed": seed, "half": half}
             settings["max_train_samples"] = PAIRS[name]
-            preset = reward_train.PRESETS["demo"]
+            preset = replace(reward_train.PRESETS["demo"], **REWARD)
             reward_train.main(replace(preset, **settings, output_dir=output))
         flags[f"{name}_checkpoint"] = output
     return flags

@@ -88,6 +88,7 @@ PPO = {
     "max_prompt_length": 160,
     "response_length": 64,
     "missing_eos_penalty": 0.3,
+    "kl_coef": 0.05,
     "num_printed_samples": 0,
 }
 VARIANTS = {
