@@ -35,6 +35,7 @@ from rlhf.runs.metrics import read_jsonl
 from rlhf.runs.statistics import mean_interval
 from rlhf.runs.terminal import console
 
+# The demo's values when docs/after-training.md was written, which has what these runs found.
 REWARD = {"num_train_epochs": 2.0, "learning_rate": 5e-4}
 LOOKS = {"eval_steps": 4, "total_episodes": 512, "kl_coef": 0.05}
 PROVOKED = {"learning_rate": 4e-3, "kl_coef": 0.0, "kl_stop": 1e9}
