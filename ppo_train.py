@@ -232,7 +232,22 @@ PRESETS = {
 
 
 Sums = dict[str, Tensor]  # of statistics over tokens, each a scalar on the device
-Prompts = list[list[int]]  # as token ids
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A run's prompts, each as token ids."""
+
+    train: list[list[int]]
+    held_out: list[list[int]]
+    selection: list[list[int]]  # those that `--keep best` chooses the policy by; else none
+    chosen_style: dict[str, float]  # of the answers that people chose for the held-out ones
+    hashes: np.ndarray  # `prompt_hashes` of those to train on
+
+    @property
+    def looked_at(self) -> list[list[int]]:
+        """Those that the looks on the way answer."""
+        return self.selection or self.held_out
 
 
 # ---------------------------------------------------------------- the algorithm
@@ -255,21 +270,19 @@ def main(config: Config) -> None:
         dry_run(config, runs)
         return
     prompt_format = load_format(config.sft_checkpoint, runs["sft"])
-    prompts, eval_prompts, selection, chosen_style, trained = load_prompts(config, prompt_format)
+    prompts = load_prompts(config, prompt_format)
     room = config.max_prompt_length + config.response_length
     probe = load_probe(prompt_format, room, OPENING_TOKENS)
-    held_out = eval_prompts + selection
-    shared, base, sizes = prepare_base(config, runs, prompt_format, prompts, held_out)
+    shared, base, sizes = prepare_base(config, runs, prompt_format, prompts)
     optimizer = make_optimizer(shared, config.learning_rate, config.value_learning_rate)
     scaler = GradScaler(shared.device.type, enabled=shared.dtype == torch.float16)
-    all_prompts = prompts, eval_prompts, *([selection] if selection else [])
-    given = inputs_of(runs, function, all_prompts, shared.dtype)
-    looked_at = selection or eval_prompts
+    sets = prompts.train, prompts.held_out, *([prompts.selection] if prompts.selection else [])
+    given = inputs_of(runs, function, sets, shared.dtype)
     total = partial(total_scores, config, function, prompt_format)
 
     with (
         output_folder(config.output_dir, config.resume) as folder,
-        open_log(config, folder, chosen_style) as log,
+        open_log(config, folder, prompts.chosen_style) as log,
         State(
             States(folder, flags, given), config.kl_coef, shared, optimizer, scaler, log
         ) as state,
@@ -278,9 +291,9 @@ def main(config: Config) -> None:
         start_run(folder, "ppo", flags, shared.dtype, **sizes, **facts)
         look = partial(evaluate, config, shared, prompt_format, total)
         if not state.sft:
-            state.held_out = look(eval_prompts, probe)  # the new policy equals SFT's
-            state.sft = look(selection) if selection else state.held_out
-            log.evaluation(0, state.sft, looked_at, prompt_format)
+            state.held_out = look(prompts.held_out, probe)  # the new policy equals SFT's
+            state.sft = look(prompts.selection) if prompts.selection else state.held_out
+            log.evaluation(0, state.sft, prompts.looked_at, prompt_format)
         baseline = state.sft.scores.mean().item()
         show(clip_warnings((state.sft.scores - baseline).tolist(), config.score_clip))
         kl_coef = state.kl_coef
@@ -289,7 +302,7 @@ def main(config: Config) -> None:
         for update in range(state.update + 1, config.num_updates + 1):
             # 1. Rollout
             clock = Stopwatch(shared.device)
-            queries, seeds = draw_prompts(prompts, update, config)
+            queries, seeds = draw_prompts(prompts.train, update, config)
             responses = rollout(config, shared, prompt_format, queries, seeds)
             clock.lap("rollout")
             # 2. Measure
@@ -318,19 +331,20 @@ def main(config: Config) -> None:
             del measured, old  # their lower states make room for what is sampled next
             is_last = update == config.num_updates
             if is_last or update % config.eval_steps == 0:
-                last = look(looked_at, probe if is_last and not selection else None)
-                log.evaluation(update, last, looked_at, prompt_format)
-                if selection:
+                asked = probe if is_last and not prompts.selection else None
+                last = look(prompts.looked_at, asked)
+                log.evaluation(update, last, prompts.looked_at, prompt_format)
+                if prompts.selection:
                     state.keep_if_best(update, last)
             state.done(update, kl_coef)
 
-        if selection:
+        if prompts.selection:
             console.print(state.restore_best())
-            last = look(eval_prompts, probe)
-        metrics = compare(state.held_out, last) | chosen_style
+            last = look(prompts.held_out, probe)
+        metrics = compare(state.held_out, last) | prompts.chosen_style
         metrics["warnings"] = ppo_warnings(metrics)
         console.print(describe(metrics))
-        facts |= {"metrics": metrics, "trained_prompts": trained, **state.facts_of_best()}
+        facts |= {"metrics": metrics, "trained_prompts": prompts.hashes, **state.facts_of_best()}
         save(folder, flags, shared, prompt_format, base, runs, started, log, **facts)
     console.print(f"Saved {config.output_dir} after {time.monotonic() - started:.0f} s.")
     show(metrics["warnings"])
@@ -796,18 +810,19 @@ def dry_run(config: Config, runs: dict[str, dict[str, Any]]) -> None:
     """Print prompts, updates and the memory plan."""
     base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
     prompt_format = format_of(config.sft_checkpoint, runs["sft"])
-    prompts, eval_prompts, selection, *_ = load_prompts(config, prompt_format)
-    if selection:
-        console.print(f"prompts set apart from these to choose a policy by: {len(selection)}")
-    show_data("prompts", [len(prompt) for prompt in prompts])
-    console.print(f"held-out prompts: {len(eval_prompts)}")
+    prompts = load_prompts(config, prompt_format)
+    if prompts.selection:
+        apart = len(prompts.selection)
+        console.print(f"prompts set apart from these to choose a policy by: {apart}")
+    show_data("prompts", [len(prompt) for prompt in prompts.train])
+    console.print(f"held-out prompts: {len(prompts.held_out)}")
     console.print(
         f"updates: {config.num_updates} of {config.episodes_per_update} responses of up to "
         f"{config.response_length} tokens, {config.num_ppo_epochs * config.num_mini_batches} "
         "optimizer steps each"
     )
     check_between(0, read_shape(base, config.dtype).layers, role_layers=config.role_layers)
-    longest = max(map(len, prompts))
+    longest = max(map(len, prompts.train))
     length = longest + config.response_length + 1
     check_context(base, length, "--max-prompt-length", "--response-length")
     plans = make_plans(config, base, runs, longest)
@@ -852,18 +867,17 @@ def prepare_base(
     runs: dict[str, dict[str, Any]],
     prompt_format: PromptFormat,
     prompts: Prompts,
-    eval_prompts: Prompts,
 ) -> tuple[SharedBase, dict[str, Any], dict[str, Any]]:
     """The shared base, ready to sample; its identity; and the sizes that it runs with, by name.
 
     Sizes are chosen before anything is loaded, as they depend on what is free then.
     """
     before = sizes_before(config.output_dir, config.resume)
-    tokens, why, rollouts = choose_sizes(config, runs, prompts, eval_prompts, before)
+    tokens, why, rollouts = choose_sizes(config, runs, prompts, before)
     shared, base = load_models(config, runs["sft"], prompt_format)
     shared.micro_batch.tokens = tokens
     shared.rollout_rows = rollouts.rows
-    longest = max(map(len, prompts + eval_prompts))
+    longest = max(map(len, prompts.train + prompts.held_out + prompts.selection))
     if rollouts.merged:
         choose_weights(config, shared, longest, resumed=before is not None)
     if rollouts.kept:
@@ -885,7 +899,6 @@ def choose_sizes(
     config: Config,
     runs: dict[str, dict[str, Any]],
     prompts: Prompts,
-    eval_prompts: Prompts,
     before: dict[str, Any] | None,
 ) -> tuple[int, str, Rollouts]:
     """Tokens of a micro-batch and why so many, and how responses are sampled.
@@ -894,9 +907,10 @@ def choose_sizes(
         before: the sizes that the run began with, if it is resumed.
     """
     base = same_base(runs["sft"], config.sft_checkpoint, config.base_model)
-    longest = max(map(len, prompts))
+    longest = max(map(len, prompts.train))
     length = longest + config.response_length + 1
-    most = max(longest, *map(len, eval_prompts)) + config.response_length + 1
+    judged = prompts.held_out + prompts.selection
+    most = max(longest, *map(len, judged)) + config.response_length + 1
     check_context(base, most, "--max-prompt-length", "--response-length")
     plans = make_plans(config, base, runs, longest)
     episodes = config.episodes_per_update // num_processes()
@@ -948,34 +962,29 @@ def load_models(
     return shared, base
 
 
-def load_prompts(
-    config: Config, prompt_format: PromptFormat
-) -> tuple[Prompts, Prompts, Prompts, dict[str, float], np.ndarray]:
-    """Prompts to train on, held-out ones, and with `--keep best` those that choose the policy.
-
-    Then the style of the answers that were chosen for the held-out prompts, and `prompt_hashes` of
-    the prompts to train on.
-    """
+def load_prompts(config: Config, prompt_format: PromptFormat) -> Prompts:
+    """Read and tokenize the prompts; say which held-out ones were trained on."""
     pairs, held_out = load_splits(
         config.dataset, "prompt", config.columns, config.max_train_samples, config.max_eval_samples
     )
     selection: list[Pair] = []
     if config.keep == "best":
         pairs, selection = cut_selection(pairs, len(held_out))
-    trained = prompt_hashes(pair.turns for pair in pairs)
+    hashes = prompt_hashes(pair.turns for pair in pairs)
     folders = {
         "sft": config.sft_checkpoint,
         "reward": config.reward_checkpoint,
         "gold": config.gold_checkpoint,
     }
-    report_overlap((pair.turns for pair in held_out), trained_by(folders) | {"ppo": trained})
-    prompts = [
+    report_overlap((pair.turns for pair in held_out), trained_by(folders) | {"ppo": hashes})
+    train, judged, selected = (
         tokenize_prompts(rows, prompt_format, config.max_prompt_length) if rows else []
         for rows in (pairs, held_out, selection)
-    ]
+    )
     answers = [pair.chosen for pair in held_out if pair.chosen]
     style = style_of(answers) if answers else {}
-    return *prompts, {f"chosen_{name}": share for name, share in style.items()}, trained
+    style = {f"chosen_{name}": share for name, share in style.items()}
+    return Prompts(train, judged, selected, style, hashes)
 
 
 def make_optimizer(

@@ -130,7 +130,7 @@ def measure(config: Config, batch: int, response: int, vocabulary: int, pipe) ->
     shared, _ = ppo_train.load_models(settings, sft, prompt_format)
     prompt_format.eos_token_id = prompt_format.pad_token_id
     prompt_format.stop_text = None
-    prompts, *_ = ppo_train.load_prompts(settings, prompt_format)
+    prompts = ppo_train.load_prompts(settings, prompt_format).train
     flat = [token for prompt in prompts for token in prompt]
     prompts = [flat[i * response : (i + 1) * response] for i in range(batch)]
     groups = [{"name": name, "params": shared.parameters(name)} for name in ("policy", "value")]

@@ -317,7 +317,7 @@ def judge(config: Config, name: str, seed: int) -> ppo_train.Evaluation:
     if state is not None:
         shared, _ = ppo_train.load_models(replace(settings, **shape), sft, prompt_format)
         shared.load("policy", state)
-    _, prompts, *_ = ppo_train.load_prompts(settings, prompt_format)
+    prompts = ppo_train.load_prompts(settings, prompt_format).held_out
     return ppo_train.evaluate(settings, shared, prompt_format, lambda scores, _: scores, prompts)
 
 

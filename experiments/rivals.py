@@ -306,16 +306,11 @@ def looking_at(judges: Literal["held-out", "selection"]) -> Iterator[None]:
     """
     load_prompts = ppo_train.load_prompts
 
-    def load_and_cut(
-        config: ppo_train.Config, prompt_format: PromptFormat
-    ) -> tuple[
-        ppo_train.Prompts, ppo_train.Prompts, ppo_train.Prompts, dict[str, float], np.ndarray
-    ]:
-        cut = replace(config, keep="best")
-        prompts, held_out, selection, style, trained = load_prompts(cut, prompt_format)
+    def load_and_cut(config: ppo_train.Config, prompt_format: PromptFormat) -> ppo_train.Prompts:
+        cut = load_prompts(replace(config, keep="best"), prompt_format)
         if judges == "selection":
-            return prompts, selection, [], {}, trained
-        return prompts, held_out, [], style, trained
+            return replace(cut, held_out=cut.selection, selection=[], chosen_style={})
+        return replace(cut, selection=[])
 
     with mock.patch.object(ppo_train, "load_prompts", load_and_cut):
         yield
@@ -599,7 +594,7 @@ def draw(config: Config, folder: Path) -> dict[str, Any]:
     A prompt that has its answers is not asked again, so a run that was cut short goes on.
     """
     ppo, prompt_format, shared = load_sampler(config, "reward", "gold")
-    _, prompts, *_ = ppo_train.load_prompts(ppo, prompt_format)
+    prompts = ppo_train.load_prompts(ppo, prompt_format).held_out
     # Those of a look, whatever the run's seed: all methods' gains are over the same answers.
     seeds = [(0, 4, i) for i in range(len(prompts))]
     responses = answer(ppo, shared, prompt_format, prompts, seeds, ppo.rollout_batch_size)
@@ -750,7 +745,7 @@ def timing(config: Config, folder: Path) -> dict[str, Any]:
 def time_best_of_n(config: Config) -> list[dict[str, float]]:
     """Seconds to sample as many answers as an update has, and to score them."""
     ppo, prompt_format, shared = load_sampler(config, "reward")
-    prompts, *_ = ppo_train.load_prompts(ppo, prompt_format)
+    prompts = ppo_train.load_prompts(ppo, prompt_format).train
     updates = []
     for update in range(1, TIMED + 1):
         queries, seeds = ppo_train.draw_prompts(prompts, update, ppo)

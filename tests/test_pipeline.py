@@ -204,7 +204,7 @@ def test_a_judge_scores_and_changes_nothing_else(trained, ppo, tiny_data, call_m
     sft = json.loads((trained.sft / "run.json").read_text())
     form = load_format(str(trained.sft), sft)
     shared, _ = ppo_train.load_models(config, sft, form)
-    prompts = ppo_train.load_prompts(config, form)[1]
+    prompts = ppo_train.load_prompts(config, form).held_out
     result = ppo_train.evaluate(config, shared, form, lambda scores, batch: scores, prompts)
     judge_alone, _ = open_shared(trained)
     judge_alone.add_role("reward", **read_stacked(str(gold), judge_alone))

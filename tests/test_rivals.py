@@ -436,7 +436,7 @@ def test_a_search_reads_no_test_prompt_and_trains_on_none_that_judges(
 
     def watched(some, prompt_format):
         found = load_prompts(dataclasses.replace(some, keep="last"), prompt_format)
-        loaded["train"], loaded["test"] = found[0], found[1]
+        loaded["train"], loaded["test"] = found.train, found.held_out
         return load_prompts(some, prompt_format)
 
     def drawn(prompts, update, some):
