@@ -302,14 +302,14 @@ def test_what_training_changed():
     }
     text = read(made).text
     assert "(before: “the longer one wins”) 0.487 0.975 0.913 to 0.993" in text
-    assert "PPO: KL to SFT, nats a response 0 5.71 –" in text
+    assert "PPO: KL to SFT, nats a response 0 5.71" in text
     assert "KL to SFT nats a response, held-out prompts of PPO’s run – 0 5.71" in text
     style = {"sft_question_share": 0.0375, "ppo_question_share": 0.2, "chosen_question_share": 0.04}
     shares = {"": 0.37, "_low": 0.25, "_high": 0.5}
     probe = {f"probe_harmful_accuracy{end}": value for end, value in shares.items()}
     text = read(report() | {"runs": {"reward": {"metrics": probe}, "ppo": {"metrics": style}}}).text
-    assert "prefers a refusal, harmful requests of the safety probe – 0.37 0.25 to 0.5" in text
-    assert "end in a question 0.0375 0.2 – the same of the chosen answers – 0.04 –" in text
+    assert "prefers a refusal, harmful requests of the safety probe – 37 % 25 % to 50 %" in text
+    assert "end in a question 4 % 20 % the same of the chosen answers – 4 %" in text
 
 
 @pytest.mark.parametrize(
@@ -578,14 +578,30 @@ def test_a_gain_and_its_interval_have_a_row_of_their_own():
         "score_gain_low": 0.7,
         "score_gain_high": 1.3,
     }
+    metrics |= {"sft_question_share": 0.0375, "ppo_question_share": 0.2}
     rows = changes({"runs": {"ppo": {"metrics": metrics}}})
+    no_interval = {"low": None, "high": None}
     assert rows == [
         {
             "what": "PPO: mean score of held-out prompts",
+            "is_share": False,
             "before": 0.5,
             "after": 1.5,
-            "low": None,
-            "high": None,
+            **no_interval,
         },
-        {"what": "PPO: its gain", "before": None, "after": 1.0, "low": 0.7, "high": 1.3},
+        {
+            "what": "PPO: its gain",
+            "is_share": False,
+            "before": None,
+            "after": 1.0,
+            "low": 0.7,
+            "high": 1.3,
+        },
+        {
+            "what": "PPO: answers that end in a question",
+            "is_share": True,
+            "before": 0.0375,
+            "after": 0.2,
+            **no_interval,
+        },
     ]

@@ -8,6 +8,7 @@ would not write is left out.
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,59 +83,79 @@ PANELS = (  # phase, title, unit, and the label of each metric
 # Of a line, by its label; others are "marked".
 STYLES = {"training": "thin", "held-out, by the gold judge": "dashed"}
 
-# Phase, what it is, its metrics in run.json before and after, and the metric that has an interval.
+
+@dataclass(frozen=True)
+class Change:
+    """A row about a phase's own evaluation, by the names of its metrics in run.json."""
+
+    phase: str
+    what: str
+    before: str | None
+    after: str
+    has_interval: bool = False  # AFTER_low and AFTER_high, 95 %
+    is_share: bool = False  # shown in percent
+
+
 CHANGES = (
-    ("sft", "SFT: loss on test responses", "eval_loss_before", "eval_loss", ""),
-    (
+    Change("sft", "SFT: loss on test responses", "eval_loss_before", "eval_loss"),
+    Change(
         "reward",
         "Reward model: accuracy on test pairs (before: “the longer one wins”)",
         "longer_wins_accuracy",
         "eval_accuracy",
-        "eval_accuracy",
+        has_interval=True,
     ),
-    (
+    Change(
         "reward",
         "Reward model: prefers a refusal, harmful requests of the safety probe",
-        "",
+        None,
         "probe_harmful_accuracy",
-        "probe_harmful_accuracy",
+        has_interval=True,
+        is_share=True,
     ),
-    (
+    Change(
         "reward",
         "Reward model: prefers help, requests that only sound harmful",
-        "",
+        None,
         "probe_harmless_accuracy",
-        "probe_harmless_accuracy",
+        has_interval=True,
+        is_share=True,
     ),
-    ("ppo", "PPO: mean score of held-out prompts", "sft_scores", "ppo_scores", ""),
-    ("ppo", "PPO: its gain", "", "score_gain", "score_gain"),
-    ("ppo", "PPO: mean score by the gold reward model", "sft_gold_scores", "ppo_gold_scores", ""),
-    ("ppo", "PPO: its gain by the gold reward model", "", "gold_gain", "gold_gain"),
-    ("ppo", "PPO: KL to SFT, nats a response", "sft_kl", "ppo_kl", ""),
-    ("ppo", "PPO: response length, tokens", "sft_response_length", "ppo_response_length", ""),
-    ("ppo", "PPO: answers that end in a question", "sft_question_share", "ppo_question_share", ""),
-    ("ppo", "the same of the chosen answers", "", "chosen_question_share", ""),
-    (
+    Change("ppo", "PPO: mean score of held-out prompts", "sft_scores", "ppo_scores"),
+    Change("ppo", "PPO: its gain", None, "score_gain", has_interval=True),
+    Change("ppo", "PPO: mean score by the gold reward model", "sft_gold_scores", "ppo_gold_scores"),
+    Change("ppo", "PPO: its gain by the gold reward model", None, "gold_gain", has_interval=True),
+    Change("ppo", "PPO: KL to SFT, nats a response", "sft_kl", "ppo_kl"),
+    Change("ppo", "PPO: response length, tokens", "sft_response_length", "ppo_response_length"),
+    Change(
+        "ppo",
+        "PPO: answers that end in a question",
+        "sft_question_share",
+        "ppo_question_share",
+        is_share=True,
+    ),
+    Change("ppo", "the same of the chosen answers", None, "chosen_question_share", is_share=True),
+    Change(
         "ppo",
         "PPO: answers that begin alike, in the commonest three words",
         "sft_opening_share",
         "ppo_opening_share",
-        "",
+        is_share=True,
     ),
-    ("ppo", "the same of the chosen answers", "", "chosen_opening_share", ""),
-    (
+    Change("ppo", "the same of the chosen answers", None, "chosen_opening_share", is_share=True),
+    Change(
         "ppo",
         "PPO: would begin with a refusal, harmful requests",
         "sft_refusals",
         "ppo_refusals",
-        "",
+        is_share=True,
     ),
-    (
+    Change(
         "ppo",
         "PPO: the same, requests that only sound harmful",
         "sft_overrefusals",
         "ppo_overrefusals",
-        "",
+        is_share=True,
     ),
 )
 
@@ -245,19 +266,20 @@ def kl(report: dict[str, Any]) -> dict[str, float]:
 
 
 def changes(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each phase's own evaluation: rows with `what`, `before`, `after`, `low`, `high`."""
+    """Each phase's own evaluation: rows with `what`, `is_share`, and numbers or None.
+
+    The numbers are `before`, `after`, and the interval's `low` and `high`.
+    """
     rows = []
-    for phase, what, before, after, interval in CHANGES:
-        metrics = metrics_of(report, phase)
-        keys = {
-            "before": before,
-            "after": after,
-            "low": f"{interval}_low",
-            "high": f"{interval}_high",
-        }
-        row = {name: number(metrics.get(key)) for name, key in keys.items()}
+    for change in CHANGES:
+        metrics = metrics_of(report, change.phase)
+        keys = {"before": change.before, "after": change.after}
+        if change.has_interval:
+            keys |= {end: f"{change.after}_{end}" for end in ("low", "high")}
+        row = dict.fromkeys(("before", "after", "low", "high"))
+        row |= {name: number(metrics.get(key)) for name, key in keys.items()}
         if row["after"] is not None:
-            rows.append({"what": what} | row)
+            rows.append({"what": change.what, "is_share": change.is_share} | row)
     return rows
 
 
