@@ -725,7 +725,7 @@ def closing(report: Report) -> list[str]:
     prompts = "held-out prompt" if report["held_out"] else "prompt"
     means = {name: row["mean_score"] for name, row in report["summary"].items()}
     others = [f"{pair['second']}'s {means[pair['second']]:.2f}" for pair in pairs]
-    more = "ask more prompts (--num-test-prompts) or train longer; "
+    more = "ask more prompts (--num-test-prompts or --prompts) or train longer; "
     return [
         f"Result: {'; '.join(result)}.",
         f"By how much: of {count} {prompts}{'s' * (count != 1)}, {first} scores higher than "

@@ -38,7 +38,7 @@ class Config:
     dataset: str = "demo/data"  # a folder with train.jsonl and test.jsonl
     work: str = "runs/probe_refusals"  # a folder for the data and a checkpoint of each reward model
     output: str = "experiments/results/probe_refusals.json"
-    max_steps: int | None = None  # of each; None: two epochs, as in the demo
+    max_steps: int | None = None  # of each; None: as many as in the demo
     seed: int = 0
 
 

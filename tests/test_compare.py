@@ -430,7 +430,10 @@ def test_the_last_lines():
     assert result == "Result: it cannot be told whether SFT's answers are better than base's."
     assert gain.startswith("By how much: of 1 prompt, SFT scores higher than base on 100 % (")
     assert sure.endswith(" The judge is the reward model.")
-    assert following == f"Next: ask more prompts (--num-test-prompts) or train longer; {look}"
+    assert (
+        following
+        == f"Next: ask more prompts (--num-test-prompts or --prompts) or train longer; {look}"
+    )
     assert compare.closing(report | {"pairs": []}) == [
         "Result: none, as nothing judged the answers. --reward-checkpoint names a judge.",
         f"Next: {look}",
@@ -608,10 +611,11 @@ def test_three_models_on_one_base(call_main, argv, trained, ppo, tiny_model, tmp
         }
     few = "the figures are from only 8"
     least = "too few to rely on: 50 is the least"
+    more = "put more into the test split, or raise --max-eval-samples"
     assert [text for text in saved["warnings"] if few in text] == [
-        f"{few} prompts, {least} (--num-test-prompts)",
-        f"SFT: {few} test rows, {least} (--max-eval-samples)",
-        f"reward model: {few} test pairs, {least} (--max-eval-samples)",
+        f"{few} prompts, {least}; ask more, with --num-test-prompts or --prompts",
+        f"SFT: {few} test rows, {least}; {more}",
+        f"reward model: {few} test pairs, {least}; {more}",
     ]
     markdown = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
     assert all(f"- **Warning:** {text}\n" in markdown for text in saved["warnings"])

@@ -238,7 +238,7 @@ def test_refusals(shifts, warned):
 def test_comparison():
     check(
         compare_warnings(8),
-        ["the figures are from only 8 prompts, too few to rely on: 50 is the least (--num-test"],
+        ["the figures are from only 8 prompts, too few to rely on: 50 is the least; ask more"],
     )
     check(compare_warnings(80), [])
 

@@ -26,7 +26,7 @@ SEE = "docs/data.md says what to mix in"
 
 def sft_warnings(m: dict[str, Any]) -> list[str]:
     """Warnings from SFT's `eval_rows`, `eval_loss` and `eval_loss_before` (None if unknown)."""
-    found = few_rows(m["eval_rows"], "test rows", "--max-eval-samples")
+    found = few_rows(m["eval_rows"], "test rows")
     before = m["eval_loss_before"]
     after = m["eval_loss"]
     if before is not None and after > before:
@@ -39,7 +39,7 @@ def sft_warnings(m: dict[str, Any]) -> list[str]:
 
 def reward_warnings(m: dict[str, Any]) -> list[str]:
     """Warnings from what `reward_evaluation.judge` and `probe.judge_probe` found."""
-    found = few_rows(m["eval_pairs"], "test pairs", "--max-eval-samples")
+    found = few_rows(m["eval_pairs"], "test pairs")
     what = "its accuracy"
     accuracy = m["eval_accuracy"]
     bounds = "eval_accuracy"
@@ -90,7 +90,7 @@ def clip_warnings(centred: list[float], score_clip: float) -> list[str]:
 
 def ppo_warnings(m: dict[str, Any]) -> list[str]:
     """Warnings from what `ppo.evaluation.compare` found, and the style of the chosen answers."""
-    few = few_rows(m["eval_prompts"], "held-out prompts", "--max-eval-samples")
+    few = few_rows(m["eval_prompts"], "held-out prompts")
     return few + policy_warnings(m)
 
 
@@ -193,13 +193,15 @@ def factor(m: dict[str, float], name: str) -> str:
 
 def compare_warnings(prompts: int) -> list[str]:
     """Warnings about win rates on this many prompts."""
-    return few_rows(prompts, "prompts", "--num-test-prompts")
+    return few_rows(prompts, "prompts", "ask more, with --num-test-prompts or --prompts")
 
 
-def few_rows(rows: int, what: str, flag: str) -> list[str]:
+def few_rows(
+    rows: int, what: str, cure: str = "put more into the test split, or raise --max-eval-samples"
+) -> list[str]:
     if rows >= ENOUGH_ROWS:
         return []
-    least = f"{ENOUGH_ROWS} is the least ({flag})"
+    least = f"{ENOUGH_ROWS} is the least; {cure}"
     return [f"the figures are from only {rows} {what}, too few to rely on: {least}"]
 
 
