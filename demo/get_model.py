@@ -27,6 +27,8 @@ def main(target: Path) -> None:
         print(f"{target} is there already.")
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TQDM_DISABLE"] = "1"  # bars of a second each, which fill a log
+    print(f"Making {target}, which takes half a minute.", flush=True)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
