@@ -110,7 +110,7 @@ def steps(config: Config) -> list[Step]:
             f"{shlex.quote(config.base_model)} "
         )
         command += f"{flags(SFT)} --output-dir {work}/{sft}"
-        todo.append(Step(sft, sft, 20, command, trained))
+        todo.append(Step(sft, sft, 30, command, trained))
         # Seeds that differ, else both would start from the same head and LoRA A, and share what
         # that makes of a text.
         for name, half, own in ((reward, "first", seed), (gold, "second", seed + 1)):
@@ -185,13 +185,13 @@ def rival_steps(data: str, work: str) -> list[Step]:
         return Step(f"rivals_{name}", f"rivals/{name}", minutes, command, from_file, chain, **more)
 
     todo = [
-        step("cost", 0, 20, "--phase cost", alone=True),
+        step("cost", 0, 30, "--phase cost", alone=True),
         step("cost_card", 0, 5, "--phase cost_card", alone=True, on_card=True),
     ]
     for method in rivals.TRAINED:
         for rate in rivals.RATES:
             flags = f"--phase search --method {method} --learning-rate {rate:g}"
-            todo.append(step(f"search_{method}_{rate:g}", 0, 11, flags))
+            todo.append(step(f"search_{method}_{rate:g}", 0, 14, flags))
     for seed in SEEDS:
         for method in rivals.METHODS:
             flags = f"--method {method} --seed {seed} --records {work}/records"
@@ -203,7 +203,7 @@ def rival_steps(data: str, work: str) -> list[Step]:
                 for rate in rivals.RATES
             ]
             rests_on = ("rivals_cost", *searches) if trained else ()
-            minutes = 40 if trained else 35
+            minutes = 60 if trained else 80
             todo.append(step(f"{method}_{seed}", seed, minutes, flags, after=rests_on))
     return todo
 

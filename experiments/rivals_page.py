@@ -644,9 +644,10 @@ def cost_part(costs: dict[str, Any]) -> list[str]:
             *("minibatches in the search", "updates for PPO's cost", "peak memory, GiB"),
         )
         counted = next(iter(cost["methods"].values()))["counted"]
+        threads = f"{cost['threads']} thread{'s' * (cost['threads'] != 1)}"
         size = ppo_train.PRESETS["demo"].episodes_per_update
         blocks += [
-            f"Cost on {cost['device']}, {cost['threads']} threads: seconds of an update of {size} "
+            f"Cost on {cost['device']}, {threads}: seconds of an update of {size} "
             f"episodes, of best-of-n of {size} answers sampled and scored. Medians of {counted} "
             "updates from the start of training, in processes that took turns; on a CPU they are "
             "seconds that it worked. All are timed on the same prompts, PPO's, with one answer to "

