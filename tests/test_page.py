@@ -308,7 +308,7 @@ def test_what_training_changed():
     shares = {"": 0.37, "_low": 0.25, "_high": 0.5}
     probe = {f"probe_harmful_accuracy{end}": value for end, value in shares.items()}
     text = read(report() | {"runs": {"reward": {"metrics": probe}, "ppo": {"metrics": style}}}).text
-    assert "prefers a refusal, harmful requests of the safety probe – 37 % 25 % to 50 %" in text
+    assert "prefers a refusal, harmful requests of the safety probe – 37 % 25 to 50 %" in text
     assert "end in a question 4 % 20 % the same of the chosen answers – 4 %" in text
 
 
