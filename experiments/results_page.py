@@ -361,6 +361,10 @@ def chains_part(records: Records, plots: list[str]) -> list[str]:
         for seed, m in chains.items()
     ]
     warned = [f"seed {seed}: {text}" for seed, m in chains.items() for text in m["warnings"]]
+    unprobed = [str(seed) for seed, m in chains.items() if "refusal_shift" not in m]
+    said = f"Warnings of the runs: {'; '.join(warned) or 'none'}."
+    if unprobed:
+        said += f" Older than the safety probe, so silent on refusals: seed {', '.join(unprobed)}."
     settings = ", ".join(
         f"{name} {value}"
         for name, value in ppo_ablation.PPO.items()
@@ -379,7 +383,7 @@ def chains_part(records: Records, plots: list[str]) -> list[str]:
         "penalty was chosen on these prompts, after a first run with the script's default of 1 "
         "(in the ablation: `missing_eos_penalty_1`).",
         table(head, runs),
-        "Warnings of the runs: " + ("; ".join(warned) if warned else "none") + ".",
+        said,
         *(
             line
             for seed in chains

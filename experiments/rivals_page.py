@@ -4,6 +4,7 @@
 it rests on. Both are made of any part of the records, and name a winner only of all of them.
 """
 
+import math
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,11 @@ def row_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
             {"kl": float(kl.mean()), "gold_gain": float(gain.mean())}
             for kl, gain in zip(policy["kl"], gains, strict=True)
         ],
+        SHIFT: [run["metrics"][SHIFT] for run in runs],
     }
 
 
+SHIFT = "refusal_shift"  # of the log-odds of refusing the safety probe's harmful requests
 COLUMNS = ("gold_score", "tokens", "kl")
 
 
@@ -406,16 +409,14 @@ def power(found: dict[str, Any]) -> str:
     """What so few runs can show, before anyone reads the table."""
     runs = found["seeds"]
     least = 1.96 * RUN_STD * (2 / runs) ** 0.5
-    text = (
+    here = f", in these runs {found['run_std']:.2f}" if "run_std" in found else ""
+    return (
         f"What {runs} seeds can show: a run's gold gain has a standard deviation of {RUN_STD} (by "
-        f"the ablation below), so two means of {runs} runs differ by up to {least:.2f} by chance, "
-        "and the prompts add to it. Of simulated methods that lead both others by 0.1, "
+        f"the ablation below{here}), so two means of {runs} runs differ by up to {least:.2f} by "
+        "chance, and the prompts add to it. Of simulated methods that lead both others by 0.1, "
         f"{NAMED[0.1]:.0%} are named the winner, of those that lead by 0.2, {NAMED[0.2]:.0%}; if "
         f"none leads, one is named in {NAMED[0.0]:.0%}. No default moves on less than {LEAST}."
     )
-    if "run_std" in found:
-        text += f" In these runs that deviation was {found['run_std']:.2f}."
-    return text
 
 
 def winners_named(lead: float, trials: int) -> float:
@@ -487,8 +488,8 @@ def price_cells(row: dict[str, Any]) -> tuple[str, ...]:
 def bullets(found: dict[str, Any]) -> list[str]:
     """How to read the table, and what training gives that sampling does not."""
     lines = [
-        "Gold gain and win rate are against SFT's answers to the same "
-        f"{prompts_of(found)} prompts of the test split, by a gold model that learned from other "
+        "Gold gain and win rate are against SFT's answers to "
+        f"{prompts_of(found)} test prompts, by a gold model that learned from other "
         "pairs than the reward model. At equal length: the win rate if both answers were equally "
         "long. KL: nats an answer away from SFT. In the plot a line is the way of a mean over the "
         "seeds, a diamond a run's end."
@@ -496,15 +497,17 @@ def bullets(found: dict[str, Any]) -> list[str]:
     if found["costs"].get("cost"):
         cost = found["costs"]["cost"]
         lines.append(
-            f"Training: minutes of CPU ({cost['device']}) that a run's updates took, of those that "
-            "they were to take: by the measurement each method got as many as cost what PPO's "
-            f"{rivals.EPISODES:,} episodes do ({episodes_of(found)} episodes). The search of the "
-            "learning rate is not counted, here or where training is said to have paid. An answer: "
-            "seconds of CPU to sample it, and with best-of-n to score it."
+            f"Training: minutes of CPU ({cost['device']}) that a run's updates took, of those "
+            f"planned, which are what PPO's {rivals.EPISODES:,} episodes cost "
+            f"({episodes_of(found)} episodes). The search of the learning rate is not counted, "
+            "here or where training has paid. An answer: seconds of CPU to sample it, and with "
+            "best-of-n to score it."
         )
         lines += ratio_lines(found["costs"])
     if "best_of_n" in found:
         lines += sampling_lines(found)
+    if found["methods"]:
+        lines.append(refusal_line(found["methods"]))
     return ["\n".join(f"- {line}" for line in lines)]
 
 
@@ -529,10 +532,7 @@ def ratio_lines(costs: dict[str, Any]) -> list[str]:
         parts.append(
             f"{ratios} of PPO's on {cost['device']}, with {memory:.2f} of its memory at the peak"
         )
-    lines = [
-        "Without a critic an update of as many episodes, if it makes all its steps, costs "
-        f"{'; '.join(parts)}."
-    ]
+    lines = [f"Without a critic an update of as many episodes costs {'; '.join(parts)}."]
     if "cost_card" not in costs:
         lines[0] += " On a card it was not measured."
     return lines
@@ -573,6 +573,21 @@ def sampling_lines(found: dict[str, Any]) -> list[str]:
                 )
         lines.append(line)
     return lines
+
+
+def refusal_line(methods: dict[str, Any]) -> str:
+    """What training on helpfulness alone does to refusals."""
+    times = ", ".join(f"{NAMES[name]} {span_of_odds(row[SHIFT])}" for name, row in methods.items())
+    return (
+        "Trained on helpfulness alone, the models refuse the harmful requests of the "
+        "[safety probe](data.md#the-safety-probe) at so many times SFT's odds, lowest to "
+        f"highest run: {times}."
+    )
+
+
+def span_of_odds(shifts: list[float]) -> str:
+    """The range over the runs of a change of log-odds, as a factor on the odds."""
+    return " to ".join(dict.fromkeys(f"{math.exp(s):.2f}" for s in (min(shifts), max(shifts))))
 
 
 def bounds(above: dict[str, dict[str, float]]) -> str:
@@ -711,6 +726,7 @@ def run_part(found: dict[str, Any], records: Records) -> list[str]:
                     f"{m['ppo_kl']:.1f}",
                     f"{m['sft_response_length']:.1f} -> {m['ppo_response_length']:.1f}",
                     f"{m['sft_eos_rate']:.0%} -> {m['ppo_eos_rate']:.0%}",
+                    odds(m),
                     f"{rivals.share_made(run):.0%}",
                     f"{spent(run) / 60:.0f}",
                     f"{run['updates'] * nominal / 60:.0f}" if nominal else "",
@@ -723,14 +739,22 @@ def run_part(found: dict[str, Any], records: Records) -> list[str]:
         return broken
     head = (
         *("method", "seed", "episodes", "learning rate", "score gain", "gold gain", "KL", "tokens"),
-        *("EOS", "steps made", "minutes", "nominal", "memory, GiB"),
+        *("EOS", "odds of refusing", "steps made", "minutes", "nominal", "memory, GiB"),
         "accuracy of reward and gold model",
     )
+    warned = [
+        f"{NAMES[name]}, seed {seed}: {text}"
+        for name in found["methods"]
+        for seed in range(found["seeds"])
+        for text in records.get(f"rivals_{name}_{seed}", {}).get("metrics", {}).get("warnings", [])
+    ]
     blocks = [
-        "Every run; intervals over prompts. Steps made are those that `kl_stop` left. Minutes are "
-        "those that the updates took, on a CPU those that it worked; nominal ones follow from the "
-        "measured cost, by which the runs are equally long.",
+        "Every run; intervals over prompts. The odds of refusing harmful requests are times "
+        "SFT's, with an interval over the requests. Steps made are those that `kl_stop` left. "
+        "Minutes are those that the updates took, on a CPU those that it worked; nominal ones "
+        "follow from the measured cost, by which the runs are equally long.",
         table(head, rows),
+        f"Warnings of the runs: {'; '.join(warned) or 'none'}.",
     ]
     if found.get("differences"):
         apart = [
@@ -759,6 +783,12 @@ def run_part(found: dict[str, Any], records: Records) -> list[str]:
             + "."
         )
     return blocks + broken
+
+
+def odds(m: dict[str, float]) -> str:
+    """A run's odds of refusing harmful requests, in SFT's."""
+    middle, low, high = (math.exp(m[f"{SHIFT}{end}"]) for end in ("", "_low", "_high"))
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 # ---------------------------------------------------------------- the plot

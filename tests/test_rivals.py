@@ -683,6 +683,11 @@ def made_run(gain, seed, kl=4.0, updates=48, steps=8):
             for who in ("sft", "ppo")
             for name in ("response_length", "eos_rate")
         },
+        # Harmful requests are refused at 0.4 to 0.6 times SFT's odds.
+        "refusal_shift": math.log(0.4 + 0.1 * seed),
+        "refusal_shift_low": math.log(0.25),
+        "refusal_shift_high": math.log(0.75),
+        "warnings": ["safety: fewer refusals"] if seed == 2 else [],
     }
     numbers = {"score": gold, "tokens": [40.0, 41.0, 42.0, 43.0]}
     return {
@@ -772,7 +777,7 @@ def test_a_clear_winner_is_named():
         "of 4.0."
     ) in top
     assert f"Its training has paid after about {1500 / (21 - 0.3125):,.0f} answers." in top
-    assert "The search of the learning rate is not counted, here or where training" in top
+    assert "The search of the learning rate is not counted, here or where training has" in top
     # 0.83 against 0.8, each run 0.03 from the mean: 0 is no more than just within.
     assert "RLOO's gold gain is not reached by best of 64, which gains -0.03 (" in top
     assert "within the interval, it may be." in top and "what sampling does not" not in top
@@ -789,8 +794,16 @@ def test_a_clear_winner_is_named():
     assert "All take 0.001, the highest that was tried" in details and "grid's edge" in details
     assert "which no PPO, RLOO or GRPO run trains on" in details
     # Steps made, minutes, and nominal ones.
-    assert details.count("| 50% -> 50% | 100% | 25 | 32 | 1.5 | 0.650, 0.610 |") == 3
-    assert details.count("| 50% -> 50% | 100% | 25 | 24 | 1.5 | 0.650, 0.610 |") == 3
+    # Of the odds of refusing, the span over the runs.
+    assert (
+        "odds, lowest to highest run: PPO 0.40 to 0.60, RLOO 0.40 to 0.60, GRPO 0.40 to 0.60."
+        in top
+    )
+    assert details.count("| 50% -> 50% | 0.40 (0.25 to 0.75) | 100% | 25 |") == 3
+    warned = [f"{name}, seed 2: safety: fewer refusals" for name in ("PPO", "RLOO", "GRPO")]
+    assert f"Warnings of the runs: {'; '.join(warned)}." in details
+    assert details.count(" to 0.75) | 100% | 25 | 32 | 1.5 | 0.650, 0.610 |") == 3
+    assert details.count(" to 0.75) | 100% | 25 | 24 | 1.5 | 0.650, 0.610 |") == 3
     assert "| GRPO | PPO | +0.09 (" in details
     assert len(top.split()) < 680  # two screens, of which the table is a third
 
@@ -805,7 +818,7 @@ def test_updates_that_end_early_are_counted_as_such():
     assert "| RLOO | 10.0 | 8.0 | 12.0 | 30.0 | 0.75 | 50% | 80 | 1.50 |" in details
     assert "| RLOO | 0.0005 | -0.00 | 4.0 | 38% | 25 | yes |" in details
     assert "grid's edge" not in details  # one of the three takes the lower rate
-    assert "| 50% -> 50% | 25% | 25 | 32 | 1.5 |" in details
+    assert " to 0.75) | 25% | 25 | 32 | 1.5 |" in details
     assert "| 25 of 32 min |" in next(line for line in top.splitlines() if "| RLOO |" in line)
 
 
