@@ -14,7 +14,15 @@ import rlhf  # noqa: F401  before the libraries that it sets up
 import numpy as np
 import ppo_ablation
 import rivals
-from tables import deviations, interval, percent, pooled_interval, signed, table
+from tables import (
+    deviations,
+    interval,
+    paired_interval,
+    percent,
+    pooled_interval,
+    signed,
+    table,
+)
 
 import ppo_train
 from rlhf.runs.statistics import at_equal_length, preference
@@ -230,6 +238,7 @@ def best_of_n(
     for n in known:
         if int(n) in ROWS:
             found["rows"][n] = row_of_best(list(pools.values()), n, cost)
+    apart: dict[str, dict[str, np.ndarray]] = {}  # by method and n
     for name, runs in trained.items():
         shared = sorted(pools.keys() & runs.keys())
         if not shared:
@@ -238,9 +247,12 @@ def best_of_n(
         reached = np.array([gains_of(runs[seed]) for seed in shared])  # [seeds, prompts]
         enough = np.flatnonzero(curve_of(some) >= reached.mean())
         found["matches"][name] = int(enough[0]) + 1 if len(enough) else None
-        found["above"][name] = {
-            n: interval("above", gains_of_best(some, n) - reached) for n in known
-        }
+        apart[name] = {n: gains_of_best(some, n) - reached for n in known}
+    for n in known if apart else ():
+        spread = deviations([of_method[n] for of_method in apart.values()])
+        for name, of_method in apart.items():
+            above = paired_interval("above", of_method[n], spread)
+            found["above"].setdefault(name, {})[n] = above
     return found
 
 
@@ -376,11 +388,14 @@ def verdict(found: dict[str, Any]) -> str:
         f"{signed(above, 'above')} above {NAMES[other]}" for other, above in pairs.items()
     )
     if not found["winner"]:
-        names = [NAMES[name] for name in whole]
+        alike = [best, *(name for name in pairs if pairs[name]["above_low"] <= 0)]
+        names = [NAMES[name] for name in whole if name in alike]
+        behind = [NAMES[name] for name in pairs if name not in alike]
+        told = f"; {' and '.join(behind)} is behind {NAMES[best]}" if behind else ""
         return (
             f"**At equal cost the table cannot tell {', '.join(names[:-1])} and {names[-1]} "
-            f"apart.** The highest gold gain is {NAMES[best]}'s, {apart}; an interval with 0 in "
-            f"it is no difference.{rest}"
+            f"apart{told}.** The highest gold gain is {NAMES[best]}'s, {apart}; an interval with 0 "
+            f"in it is no difference.{rest}"
         )
     short = min(above["above"] for above in pairs.values()) < LEAST
     little = f" That is less than the {LEAST} on which a default would move." if short else ""
@@ -413,7 +428,7 @@ def power(found: dict[str, Any]) -> str:
     return (
         f"What {runs} seeds can show: a run's gold gain has a standard deviation of {RUN_STD} (by "
         f"the ablation below{here}), so two means of {runs} runs differ by up to {least:.2f} by "
-        "chance, and the prompts add to it. Of simulated methods that lead both others by 0.1, "
+        "chance. Of simulated methods that lead both others by 0.1, "
         f"{NAMED[0.1]:.0%} are named the winner, of those that lead by 0.2, {NAMED[0.2]:.0%}; if "
         f"none leads, one is named in {NAMED[0.0]:.0%}. No default moves on less than {LEAST}."
     )
@@ -499,9 +514,9 @@ def bullets(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"Training: minutes of CPU ({cost['device']}) that a run's updates took, of those "
             f"planned, which are what PPO's {rivals.EPISODES:,} episodes cost "
-            f"({episodes_of(found)} episodes). The search of the learning rate is not counted, "
-            "here or where training has paid. An answer: seconds of CPU to sample it, and with "
-            "best-of-n to score it."
+            f"({episodes_of(found)} episodes{spent_of_ppo(found)}). The search of the learning "
+            "rate is not counted, here or where training has paid. An answer: seconds of CPU to "
+            "sample it, and with best-of-n to score it."
         )
         lines += ratio_lines(found["costs"])
     if "best_of_n" in found:
@@ -518,6 +533,17 @@ def prompts_of(found: dict[str, Any]) -> int:
 
 def episodes_of(found: dict[str, Any]) -> str:
     return ", ".join(f"{NAMES[name]} {row['episodes']:,}" for name, row in found["methods"].items())
+
+
+def spent_of_ppo(found: dict[str, Any]) -> str:
+    """What the updates of each method took beside PPO's: equal cost is planned, not enforced."""
+    rows = found["methods"]
+    others = [name for name in rows if name != "ppo"]
+    if "ppo" not in rows or not others:
+        return ""
+    ppo = rows["ppo"]["training_seconds"]
+    ratios = (f"{NAMES[name]} {rows[name]['training_seconds'] / ppo:.2f}" for name in others)
+    return f"; times PPO's minutes: {', '.join(ratios)}"
 
 
 def ratio_lines(costs: dict[str, Any]) -> list[str]:
@@ -623,7 +649,10 @@ def details(found: dict[str, Any], records: Records) -> list[str]:
         "RLOO takes the mean of the others off an answer's return, GRPO the group's, and divides "
         "by its standard deviation, so that near-ties weigh as much as clear differences. An "
         "answer's return is its score less the KL penalty of all its "
-        "tokens, and its advantage is the same at each; neither is whitened. Best-of-n draws "
+        "tokens, and its advantage is the same at each; neither is whitened, so RLOO's gradients "
+        "are the smallest, and the `eps` of AdamW, 1e-5, takes the most off its steps. All but the "
+        "rate was set for PPO, and the penalty for an answer without EOS was chosen on the test "
+        "prompts, before RLOO and GRPO were tried: if that favours one, it is PPO. Best-of-n draws "
         f"{rivals.DRAWS} answers a prompt from the SFT model, once; the reward model chooses, with "
         "the penalty for an answer without EOS taken off its score as in training, the gold model "
         "judges, and every n up to that follows by exact order statistics. Its KL is "
@@ -771,7 +800,7 @@ def run_part(found: dict[str, Any], records: Records) -> list[str]:
     above = found.get("best_of_n", {}).get("above", {})
     if above:
         blocks.append(
-            "Best of n less each method, in gold gain, intervals over seeds and prompts; by such "
+            "Best of n less each method, in gold gain, intervals over prompts and runs; by such "
             "ones it is said above between which n a method lies: "
             + "; ".join(
                 f"best of {n} less {NAMES[name]} {signed(row, 'above')}"

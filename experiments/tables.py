@@ -27,7 +27,7 @@ def pooled_interval(
 ) -> dict[str, float]:
     """Mean of `values` [runs, prompts] less that of `against`.
 
-    The bootstrap is over the prompts, and over the runs by `spread`.
+    The bootstrap is over the prompts, and over the runs of each by `spread`.
 
     Two or three runs of a variant say too little of how far such runs lie apart: what a bootstrap
     draws in place of each is the deviation of any run of the table, see `deviations`.
@@ -37,6 +37,19 @@ def pooled_interval(
     difference = values.mean(0) - against.mean(0)
     noise = drawn(random, len(spread), len(values)) - drawn(random, len(spread), len(against))
     return between(name, difference.mean(), ((difference + noise @ spread) * prompts).sum(1))
+
+
+def paired_interval(name: str, differences: np.ndarray, spread: np.ndarray) -> dict[str, float]:
+    """Mean of `differences` [runs, prompts], each taken within a run; else as `pooled_interval`.
+
+    Args:
+        spread: `deviations` of such differences.
+    """
+    random = np.random.default_rng(0)
+    prompts = drawn(random, differences.shape[1])
+    noise = drawn(random, len(spread), len(differences)) @ spread
+    mean = differences.mean(0)
+    return between(name, mean.mean(), ((mean + noise) * prompts).sum(1))
 
 
 def deviations(gains: list[np.ndarray]) -> np.ndarray:

@@ -75,6 +75,9 @@ def test_few_runs_are_held_against_each_other_by_the_spread_of_all():
     assert found == pytest.approx(
         {"x": 0.6, "x_low": 0.6 - 3 * 0.02**0.5, "x_high": 0.6 + 3 * 0.02**0.5}
     )
+    # Of differences within runs, two are drawn once: both are the lowest in 1 case of 16.
+    found = tables.paired_interval("x", alike - apart, spread)
+    assert found == pytest.approx({"x": 0.6, "x_low": 0.6 - 0.08**0.5, "x_high": 0.6 + 0.08**0.5})
     # Prompts are drawn too: without any spread of runs a difference of 0 or 1 a prompt is 0 to 1.
     single = np.array([[0.0, 1.0]])
     assert tables.deviations([single]) == pytest.approx(np.zeros((1, 2)))
