@@ -12,7 +12,7 @@
 # make toys            PPO on problems with a known answer, five seeds each (make test runs one)
 #
 # make results         does it learn? on Dahoas/rm-static, or DATA=a local copy; writes
-#                      docs/results.md (some 35 hours of a core)
+#                      docs/results.md (some 37 hours of a core)
 # make bench           PPO beside TRL 1.12's, from the demo's checkpoints (81 minutes)
 # make bench-train     SFT and reward training beside `trl sft` and `trl reward` (20 minutes)
 # make bench-growth    how an update's time and memory grow with batch, response and vocabulary

@@ -300,7 +300,7 @@ def reward_part(reward: dict[str, Any]) -> list[str]:
         "that a row ran on, named below. What each variant changes stands in "
         "`experiments/reward_ablation.py`.",
         table(head, rows),
-        "Off the recipe, by an interval without 0: on validation "
+        "Apart from the recipe (the interval is without 0): on validation "
         f"{clear(reward, 'validation_above_recipe', '.3f')}; on test "
         f"{clear(reward, 'above_recipe', '.3f')}. `low_lr` is `reward_train.py`'s own rate, meant "
         "for a model twenty times as large and some 70 times as many pairs.",
@@ -474,14 +474,15 @@ def ablation_part(ablation: dict[str, Any]) -> list[str]:
         "stands in `experiments/ppo_ablation.py`.",
         table(head, rows),
         "Runs that broke off: " + (", ".join(failed) if failed else "none") + ".",
-        f"Off 0 in score: {clear(ablation, 'score_above_baseline')}; in gold score: "
-        f"{clear(ablation, 'gold_score_above_baseline')}. Intervals are over prompts and runs, "
-        "where runs of any setting spread as those of all: a run's gain deviates from its "
-        f"setting's mean by a standard deviation of {ablation['score_std']:.2f} in score and "
-        f"{ablation['gold_score_std']:.2f} in gold score. Of {compared} comparisons one may well "
-        "be off 0 by chance. `scores_not_centred` is the baseline but for rounding, and its runs "
-        "count as the baseline's: the mean that is taken off the scores is taken off the values "
-        "too and, with gamma 1 and no score at the clip, leaves the advantages as they are.",
+        f"Apart from the baseline in score: {clear(ablation, 'score_above_baseline')}; in gold "
+        f"score: {clear(ablation, 'gold_score_above_baseline')}. Intervals are over "
+        "prompts and runs, where runs of any setting spread as those of all: a run's gain "
+        f"deviates from its setting's mean by a standard deviation of {ablation['score_std']:.2f} "
+        f"in score and {ablation['gold_score_std']:.2f} in gold score. Of {compared} comparisons "
+        "one may well be off 0 by chance. `scores_not_centred` is the baseline but for rounding, "
+        "and its runs count as the baseline's: the mean that is taken off the scores is taken off "
+        "the values too and, with gamma 1 and no score at the clip, leaves the advantages as "
+        "they are.",
         "Explained variance is the share of the returns' variance that the values explain, in "
         "the first and in the last third of a run; below 0, a constant would do better. The "
         "value model begins as the reward model, which has learned to judge whole responses and "
@@ -547,7 +548,9 @@ def how_part(report: dict[str, Any]) -> list[str]:
         "`make results`; minutes with loading, judging and saving, of as many threads, "
         f"{sum(r['minutes'] for r in records.values()) / 60:.0f} hours in all. A step whose "
         "folder was gone when another needed it was run again on that other's CPU, without a new "
-        "row.",
+        "row. Commands are as at their commit: what was `benchmarks/reward_ablation.py` and "
+        "`benchmarks/ppo_ablation.py` is in `experiments/` now, and `path/to/rm-static` stands for "
+        "a local copy.",
         table(("step", "minutes", "threads", "CPU", "commit", "command"), rows),
         *([f"Not run yet: {', '.join(left)}."] if left else []),
     ]

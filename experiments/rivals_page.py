@@ -693,13 +693,13 @@ def cost_part(costs: dict[str, Any]) -> list[str]:
         blocks += [
             f"Cost on {cost['device']}, {threads}: seconds of an update of {size} "
             f"episodes, of best-of-n of {size} answers sampled and scored. Medians of {counted} "
-            "updates from the start of training, in processes that took turns; on a CPU they are "
-            "seconds that it worked. All are timed on the same prompts, PPO's, with one answer to "
-            "each, and make all their steps. Where the search took a rate at which `kl_stop` ends "
+            "updates from the start of training, in processes that took turns; on a CPU, seconds "
+            "of processor time. All are timed on the same prompts, PPO's, with one answer to each, "
+            "and no update ends early. Where the search took a rate at which `kl_stop` ends "
             "updates early, `optimise` counts by the share of minibatches that were computed "
             "there. A look at held-out prompts is no part of it, and costs "
-            f"{cost['look_seconds_a_prompt']:.2f} s a prompt. PPO's first update, which leaves the "
-            "policy alone, counts as a whole one.",
+            f"{cost['look_seconds_a_prompt']:.2f} s a prompt. PPO's first update trains the critic "
+            "alone, but counts as a whole one.",
             table(head, rows),
         ]
     return blocks

@@ -119,7 +119,8 @@ def test_a_variant_is_held_against_the_baseline():
     assert "| the SFT model |  |  |  |  | 0 | 0.5 | 50% | 0.50 |  |" in text
     assert "| 1.0 | 100% | 1.00 | -4.00, 0.25 |" in text  # no_kl_stop's
     assert (
-        "Off 0 in score: `score_clip_1` (+11.50); in gold score: `score_clip_1` (+11.50)." in text
+        "Apart from the baseline in score: `score_clip_1` (+11.50); in gold score: "
+        "`score_clip_1` (+11.50)." in text
     )
 
 
