@@ -699,7 +699,8 @@ def cost_part(costs: dict[str, Any]) -> list[str]:
             "updates early, `optimise` counts by the share of minibatches that were computed "
             "there. A look at held-out prompts is no part of it, and costs "
             f"{cost['look_seconds_a_prompt']:.2f} s a prompt. PPO's first update trains the critic "
-            "alone, but counts as a whole one.",
+            "alone, but counts as a whole one. Each answer reads its prompt anew: "
+            "read once for all answers to it, RLOO, GRPO and best-of-n would be cheaper.",
             table(head, rows),
         ]
     return blocks
