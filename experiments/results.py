@@ -45,7 +45,7 @@ import reward_ablation
 import rivals
 import rivals_page
 import torch
-from results_page import ABLATION_SEEDS, PERCENTILES, PLOTS, SEEDS
+from results_page import ABLATION_SEEDS, PERCENTILES, PICTURES, PLOTS, SEEDS
 from rich.table import Table
 
 from rlhf.runs.checkpoints import git_commit
@@ -267,7 +267,7 @@ def main(config: Config) -> None:
             shutil.copyfile(ROOT / config.work / plot, output / name)
     if rivals_page.can_plot(report["summary"]):
         rivals_page.plot(report["summary"]["rivals"], output / rivals_page.PLOT)
-    plots = [name for name in (*PLOTS.values(), rivals_page.PLOT) if (output / name).exists()]
+    plots = [name for name in PICTURES if (output / name).exists()]
     (output / "results.md").write_text(results_page.markdown(report, plots))
     console.print(f"Saved {config.output}/results.md and {config.output}/results.json.")
 

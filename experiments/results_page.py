@@ -25,6 +25,7 @@ PERCENTILES = (100, 90, 50, 10, 0)  # of the gold gain over SFT: the samples tha
 PLOTS = {"reward_0/evaluation.png": "reward_evaluation.png"} | {
     f"ppo_{seed}/frontier.png": f"ppo_frontier_{seed}.png" for seed in SEEDS
 }
+PICTURES = (*PLOTS.values(), rivals_page.PLOT)  # that may stand on the page
 Records = dict[str, Any]
 
 

@@ -506,8 +506,8 @@ def bullets(found: dict[str, Any]) -> list[str]:
         "Gold gain and win rate are against SFT's answers to "
         f"{prompts_of(found)} test prompts, by a gold model that learned from other "
         "pairs than the reward model. At equal length: the win rate if both answers were equally "
-        "long. KL: nats an answer away from SFT. In the plot a line is the way of a mean over the "
-        "seeds, a diamond a run's end."
+        "long. KL: nats an answer away from SFT. In the plot a line is the mean over the "
+        "seeds at each look, a diamond a run's end."
     ]
     if found["costs"].get("cost"):
         cost = found["costs"]["cost"]
@@ -853,7 +853,7 @@ def plot(found: dict[str, Any], picture: Path) -> None:
                 )
     for number, (name, row) in enumerate(found.get("methods", {}).items()):
         kl, gain = ([point[key] for point in row["path"]] for key in ("kl", "gold_gain"))
-        axis.plot(kl, gain, "-", color=f"C{number}", linewidth=1, alpha=0.7)
+        axis.plot(kl, gain, ".-", color=f"C{number}", linewidth=1, alpha=0.7)
         ends = [[point[key] for point in row["ends"]] for key in ("kl", "gold_gain")]
         axis.plot(*ends, "D", color=f"C{number}", markersize=5, label=f"{NAMES[name]}, each seed")
     axis.axhline(0, color="k", linewidth=0.8)

@@ -215,7 +215,7 @@ def test_the_page_is_made_of_any_part_of_the_records(monkeypatch, every):
     report = json.loads(REPORT.read_text())
     records = report["records"]
     assert rounded(page.summary(records)) == rounded(report["summary"])
-    plots = [name for name in page.PLOTS.values() if (ROOT / "docs" / name).exists()]
+    plots = [name for name in page.PICTURES if (ROOT / "docs" / name).exists()]
     assert page.markdown(report, plots) == (ROOT / "docs" / "results.md").read_text()
     names = list(records)
     monkeypatch.setattr(tables, "SAMPLES", 10)  # from here on only what there is matters
