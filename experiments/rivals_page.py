@@ -30,6 +30,7 @@ from rlhf.runs.statistics import at_equal_length, preference
 Records = dict[str, Any]
 PLOT = "rivals.png"
 NAMES = {"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO"}
+SHIFT = "refusal_shift"  # of the log-odds of refusing the safety probe's harmful requests
 LEAST = 0.1  # of gold gain: less is no reason to change a default
 # Standard deviations of gold gain by PPO's ablation: of a run's mean, and of a prompt within a run,
 # less what all runs have in common.
@@ -110,7 +111,6 @@ def row_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-SHIFT = "refusal_shift"  # of the log-odds of refusing the safety probe's harmful requests
 COLUMNS = ("gold_score", "tokens", "kl")
 
 
@@ -391,7 +391,7 @@ def verdict(found: dict[str, Any]) -> str:
         alike = [best, *(name for name in pairs if pairs[name]["above_low"] <= 0)]
         names = [NAMES[name] for name in whole if name in alike]
         behind = [NAMES[name] for name in pairs if name not in alike]
-        told = f"; {' and '.join(behind)} is behind {NAMES[best]}" if behind else ""
+        told = f"; {behind[0]} is behind {NAMES[best]}" if behind else ""  # two of three are alike
         return (
             f"**At equal cost the table cannot tell {', '.join(names[:-1])} and {names[-1]} "
             f"apart{told}.** The highest gold gain is {NAMES[best]}'s, {apart}; an interval with 0 "
@@ -650,9 +650,10 @@ def details(found: dict[str, Any], records: Records) -> list[str]:
         "by its standard deviation, so that near-ties weigh as much as clear differences. An "
         "answer's return is its score less the KL penalty of all its "
         "tokens, and its advantage is the same at each; neither is whitened, so RLOO's gradients "
-        "are the smallest, and the `eps` of AdamW, 1e-5, takes the most off its steps. All but the "
-        "rate was set for PPO, and the penalty for an answer without EOS was chosen on the test "
-        "prompts, before RLOO and GRPO were tried: if that favours one, it is PPO. Best-of-n draws "
+        "are the smallest, and the `eps` of AdamW, 1e-5, takes the most off its steps. Everything "
+        "but the rate was set for PPO, and the penalty for an answer without EOS was chosen on the "
+        "test prompts, before RLOO and GRPO were tried: if that favours one, it is PPO. Best-of-n "
+        "draws "
         f"{rivals.DRAWS} answers a prompt from the SFT model, once; the reward model chooses, with "
         "the penalty for an answer without EOS taken off its score as in training, the gold model "
         "judges, and every n up to that follows by exact order statistics. Its KL is "

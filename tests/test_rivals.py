@@ -794,7 +794,6 @@ def test_a_clear_winner_is_named():
     assert "| RLOO | 0.001 | +0.10 | 4.0 | 100% | 25 | yes |" in details
     assert "All take 0.001, the highest that was tried" in details and "grid's edge" in details
     assert "which no PPO, RLOO or GRPO run trains on" in details
-    # Steps made, minutes, and nominal ones.
     # Of the odds of refusing, the span over the runs.
     assert (
         "odds, lowest to highest run: PPO 0.40 to 0.60, RLOO 0.40 to 0.60, GRPO 0.40 to 0.60."
@@ -803,6 +802,7 @@ def test_a_clear_winner_is_named():
     assert details.count("| 50% -> 50% | 0.40 (0.25 to 0.75) | 100% | 25 |") == 3
     warned = [f"{name}, seed 2: safety: fewer refusals" for name in ("PPO", "RLOO", "GRPO")]
     assert f"Warnings of the runs: {'; '.join(warned)}." in details
+    # Steps made, minutes, and nominal ones.
     assert details.count(" to 0.75) | 100% | 25 | 32 | 1.5 | 0.650, 0.610 |") == 3
     assert details.count(" to 0.75) | 100% | 25 | 24 | 1.5 | 0.650, 0.610 |") == 3
     assert "| GRPO | PPO | +0.09 (" in details
